@@ -1,0 +1,55 @@
+"""textrl-gym: text generation as Gymnasium environments, and the agents that learn in them.
+
+Importing this package registers the environments and loads no torch; the names below load what they need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from textrl_gym import plugins as _plugins
+
+if TYPE_CHECKING:
+    from textrl_gym.check import check_env as check_env
+    from textrl_gym.core import Rollout as Rollout
+    from textrl_gym.core import StopReason as StopReason
+    from textrl_gym.env import TextEnv as TextEnv
+    from textrl_gym.env import TextVectorEnv as TextVectorEnv
+    from textrl_gym.evaluate import evaluate as evaluate
+    from textrl_gym.policy import Policy as Policy
+    from textrl_gym.rollout import collect as collect
+    from textrl_gym.tasks import Task as Task
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "check_env": "check",
+    "Rollout": "core",
+    "StopReason": "core",
+    "TextEnv": "env",
+    "TextVectorEnv": "env",
+    "evaluate": "evaluate",
+    "Policy": "policy",
+    "collect": "rollout",
+    "Task": "tasks",
+}
+
+register = _plugins.register
+
+__all__ = ["__version__", "register", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'textrl_gym' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"textrl_gym.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_plugins.register_envs()

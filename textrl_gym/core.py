@@ -1,0 +1,144 @@
+"""The words of the project: stop reasons, prompts, rewards, agents and the one record that flows between them.
+
+Shape legend, used as the suffix of tensor names everywhere:
+    B rows (episodes)      P prompt places       V vocabulary
+    T response places      L = P + T places      U unique prompts
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class StopReason(enum.IntEnum):
+    """Why an episode ended. The one place where ends become Gymnasium's terminated and truncated."""
+
+    RUNNING = 0
+    EOS = 1
+    STOP_STRING = 2
+    BUDGET = 3
+
+    @property
+    def terminated(self) -> bool:
+        return self in (StopReason.EOS, StopReason.STOP_STRING)
+
+    @property
+    def truncated(self) -> bool:
+        return self is StopReason.BUDGET
+
+
+Row = Mapping[str, Any]
+"""One prompt: {"prompt": str, "completion": str (the reference text, where there is one), **columns}."""
+
+
+@runtime_checkable
+class PromptSource(Protocol):
+    """A sequence of rows with random access. Which row an episode gets is drawn by the environment."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+class Reward(Protocol):
+    """TRL's reward-function signature: f(prompts, completions, **columns) -> B finite numbers.
+
+    Every column of the task's rows arrives as a list of B items, with `prompt_ids` and `completion_ids` (lists of B
+    lists of token ids, without padding; a final EOS is included).
+    """
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], /, **columns: list[Any]
+    ) -> Sequence[float] | Tensor: ...
+
+
+RewardSpec = str | Callable[..., Any] | Mapping[str, float]
+"""A name, "name:argument", "package.module:name", a folder, a callable, or a weighted mapping of those strings."""
+
+
+@dataclasses.dataclass
+class Rollout:
+    """B complete episodes: what collect() returns, and all that an agent's update needs.
+
+    One mask, made from lengths and never from token identity (pad may equal EOS). EOS is inside the mask, once.
+    Places outside a mask hold 0 in every tensor, so that nothing there can become NaN or leak.
+    """
+
+    prompt_BP: Tensor
+    """int64, left-padded with 0s under prompt_mask_BP."""
+    prompt_mask_BP: Tensor
+    """bool."""
+    token_BT: Tensor
+    """int64, the actions, right-padded with 0s under mask_BT."""
+    mask_BT: Tensor
+    """bool, True on the actions that were taken (the final EOS included)."""
+    logp_BT: Tensor
+    """float32, log pi(token | prompt, prefix) of the sampling policy, at its temperature."""
+    ref_logp_BT: Tensor
+    """float32, the same under the frozen reference; equal to logp_BT where there is no reference."""
+    kl_BT: Tensor
+    """float32, the per-token KL estimate that the reward was shaped with (the environment's estimator)."""
+    value_BT: Tensor
+    """float32, the critic's V(s_t) before action t; 0 without a critic."""
+    score_B: Tensor
+    """float32, the raw terminal score of the reward."""
+    reward_BT: Tensor
+    """float32, [t is last] * score - missing-EOS penalty - kl_coef * kl_BT: what stepping would have returned."""
+    stop_B: Tensor
+    """int64, StopReason."""
+    group_B: Tensor
+    """int64, rows of one group answer the same prompt."""
+    prompts: list[str] = dataclasses.field(default_factory=list)
+    """B texts, as the reward saw them."""
+    completions: list[str] = dataclasses.field(default_factory=list)
+    """B texts, as the reward saw them."""
+
+    def __len__(self) -> int:
+        return self.token_BT.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Actions in the rollout: its timesteps."""
+        return int(self.mask_BT.sum())
+
+    def select(self, rows_B: Tensor) -> Rollout:
+        """The given rows (int64 or bool [B]), with columns that no chosen row uses cut off."""
+        rows_B = rows_B.nonzero().squeeze(1) if rows_B.dtype == torch.bool else rows_B
+        picked: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            picked[field.name] = value[rows_B] if isinstance(value, Tensor) else [value[i] for i in rows_B.tolist()]
+        return Rollout(**picked).trim()
+
+    def trim(self) -> Rollout:
+        """Without the columns that are padding in every row."""
+        first_place = self.prompt_mask_BP.shape[1] - int(self.prompt_mask_BP.sum(1).max())
+        longest = int(self.mask_BT.sum(1).max())
+        cut: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_BP"):
+                value = value[:, first_place:]
+            elif field.name.endswith("_BT"):
+                value = value[:, :longest]
+            cut[field.name] = value
+        return Rollout(**cut)
+
+
+class AgentLike(Protocol):
+    """What the training loop, evaluation and comparison know of an agent. `agents.Agent` is the base that has it."""
+
+    policy: Any
+    env: Any
+    num_timesteps: int
+    logger: Any
+
+    def update(self, rollout: Rollout) -> dict[str, float]: ...
+
+    def save(self, path: str) -> None: ...

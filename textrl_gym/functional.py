@@ -1,0 +1,118 @@
+"""Pure tensor functions that algorithms share. Every mask is a bool [B, T] made from lengths.
+
+Shape legend: B rows, T response places, V vocabulary (see core.py). Places outside a mask hold finite numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["token", "sequence"]
+
+
+def masked_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over the places inside the mask; 0 where there are none. Scalar."""
+    assert x_BT.shape == mask_BT.shape, (x_BT.shape, mask_BT.shape)
+    return (x_BT * mask_BT).sum() / mask_BT.sum().clamp(min=1)
+
+
+def whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """Scale to unit variance (and zero mean) under the mask; 0 outside it.
+
+    The variance is the biased one, as TensorFlow's moments in OpenAI's code (lm-human-preferences). With
+    shift_mean=False the mean is kept, as for rewards, whose sign carries meaning.
+    """
+    mean = masked_mean(x_BT, mask_BT)
+    variance = masked_mean((x_BT - mean) ** 2, mask_BT)
+    white_BT = (x_BT - mean) * torch.rsqrt(variance + eps)
+    return (white_BT if shift_mean else white_BT + mean) * mask_BT
+
+
+def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over complete episodes.
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   A_t = delta_t + gamma lam A_{t+1}
+
+    V after the last action is 0: the episode is over, by EOS or by its budget, which is part of the task. Nothing
+    leaks in from padding.
+
+    Returns:
+        advantage_BT and return_BT = advantage + value, both 0 outside the mask.
+    """
+    assert reward_BT.shape == value_BT.shape == mask_BT.shape, (reward_BT.shape, value_BT.shape, mask_BT.shape)
+    advantage_BT = torch.zeros_like(reward_BT)
+    next_advantage_B = torch.zeros_like(reward_BT[:, 0])
+    next_value_B = torch.zeros_like(next_advantage_B)
+    for t in reversed(range(reward_BT.shape[1])):
+        inside_B = mask_BT[:, t]
+        delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
+        next_advantage_B = torch.where(inside_B, delta_B + gamma * lam * next_advantage_B, 0.0)
+        next_value_B = torch.where(inside_B, value_BT[:, t], 0.0)
+        advantage_BT[:, t] = next_advantage_B
+    return advantage_BT, torch.where(mask_BT, advantage_BT + value_BT, 0.0)
+
+
+def clipped_surrogate(
+    logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO's pessimistic surrogate (Schulman et al. 2017, eq. 7) as a loss per token.
+
+        loss_t = max(-A_t ratio_t, -A_t clip(ratio_t, 1 - clip_low, 1 + clip_high))
+
+    Returns:
+        loss_BT, ratio_BT, and clipped_BT (bool): where the clipped branch is the one taken, so the gradient is 0.
+    """
+    assert logp_BT.shape == old_logp_BT.shape == advantage_BT.shape
+    ratio_BT = (logp_BT - old_logp_BT).exp()
+    free_BT = -advantage_BT * ratio_BT
+    clipped_BT = -advantage_BT * ratio_BT.clamp(1 - clip_low, 1 + clip_high)
+    return torch.maximum(free_BT, clipped_BT), ratio_BT, clipped_BT > free_BT
+
+
+def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: Aggregation, rows: int, tokens: int) -> Tensor:
+    """Sum of a per-token loss over one micro-batch, divided by the counts of the whole minibatch.
+
+    "token": every token weighs the same, sum / tokens. "sequence": the mean of the rows' own means (GRPO's original
+    form, which favours short correct and long wrong answers). Dividing by global counts makes the gradients of
+    micro-batches add up to the gradient of one batch.
+
+    Args:
+        rows, tokens: how many rows and masked tokens the whole minibatch has, over all its micro-batches.
+    """
+    assert loss_BT.shape == mask_BT.shape, (loss_BT.shape, mask_BT.shape)
+    kept_BT = loss_BT * mask_BT
+    if how == "token":
+        return kept_BT.sum() / max(tokens, 1)
+    return (kept_BT.sum(1) / mask_BT.sum(1).clamp(min=1)).sum() / max(rows, 1)
+
+
+def token_logprobs(logits_BTV: Tensor, token_BT: Tensor) -> Tensor:
+    """log softmax(logits)[token] in float32, without building the softmax. [B, T]."""
+    logits_BTV = logits_BTV.float()
+    chosen_BT = logits_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
+    return chosen_BT - logits_BTV.logsumexp(-1)
+
+
+def entropy(logits_BTV: Tensor) -> Tensor:
+    """Entropy in nats of the next-token distribution, in float32. [B, T]."""
+    logp_BTV = logits_BTV.float().log_softmax(-1)
+    return -(logp_BTV.exp() * logp_BTV).sum(-1)
+
+
+def inverse_cdf(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the cumulative probability first exceeds uniform_B in [0, 1): a sample of softmax(logp).
+
+    One number decides one token, so that two drivers with the same numbers take the same actions. [B] int64.
+    """
+    cdf_BV = logp_BV.float().exp().cumsum(-1)
+    # The float32 sum may end at 0.9999998; scaling by it keeps the last tokens reachable and the index in range.
+    target_B1 = (uniform_B.to(cdf_BV.dtype) * cdf_BV[:, -1])[:, None]
+    return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(1).clamp(max=logp_BV.shape[-1] - 1)
+
+
+def last_places(mask_BT: Tensor) -> Tensor:
+    """Index of the last True of each row, which must have one. [B] int64."""
+    return mask_BT.sum(1).long() - 1

@@ -1,0 +1,104 @@
+"""The folder is the registry: a file in envs/, agents/ or rewards/ is registered because it exists. Loads no torch."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+
+ENV_ENTRY = "textrl_gym.env:TextEnv"
+VECTOR_ENTRY = "textrl_gym.env:TextVectorEnv"
+
+
+def folder(kind: str) -> list[Path]:
+    """The plug-in files of kind "envs", "agents" or "rewards", sorted by name."""
+    package = importlib.import_module(f"textrl_gym.{kind}")
+    root = Path(next(iter(package.__path__)))
+    return sorted(p for p in root.glob("*.py") if not p.name.startswith("_"))
+
+
+def names(kind: str) -> list[str]:
+    """The names of all plug-ins of a kind: their files' stems."""
+    return [path.stem for path in folder(kind)]
+
+
+def env_ids() -> dict[str, str]:
+    """Environment id -> task path ("textrl_gym.envs.copy_text"), read from the line ID = "..." without importing."""
+    found: dict[str, str] = {}
+    for path in folder("envs"):
+        match = re.search(r'^ID = "([^"]+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
+        if match is None:
+            raise ImportError(f'{path} must hold a line ID = "Name-v0": every file in envs/ is an environment')
+        found[match[1]] = f"textrl_gym.envs.{path.stem}"
+    return found
+
+
+def register_envs() -> None:
+    """Register every file in envs/ with Gymnasium."""
+    for env_id, task in env_ids().items():
+        register(env_id, task)
+
+
+def register(env_id: str, task: str) -> None:
+    """Register a task under a Gymnasium id.
+
+    Args:
+        env_id: such as "Mine-v0".
+        task: "package.module:TaskClass", or a module that holds exactly one Task subclass.
+    """
+    gymnasium.register(
+        id=env_id, entry_point=ENV_ENTRY, vector_entry_point=VECTOR_ENTRY, kwargs={"task": task}
+    )
+
+
+def load_object(path: str) -> Any:
+    """The object at "package.module:name".
+
+    Raises:
+        ValueError: the path has no colon, the module cannot be found, or it has no such name.
+    """
+    module_name, _, name = path.partition(":")
+    if not name:
+        raise ValueError(f"{path!r} is not of the form package.module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # the module was found; something that it imports was not
+        raise ValueError(f"{path!r}: there is no module {module_name!r}") from error
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise ValueError(f"{path!r}: module {module_name!r} has no {name!r}; it has {public}")
+    return getattr(module, name)
+
+
+def load_task(task: Any) -> Any:
+    """A Task from an instance, a subclass, "module:Class", or a module that defines one subclass."""
+    from_module = isinstance(task, str) and ":" not in task
+    if from_module:
+        module = importlib.import_module(task)
+        classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        tasks = [c for c in classes if hasattr(c, "rows") and hasattr(c, "max_new_tokens")]
+        if len(tasks) != 1:
+            raise ValueError(f"{task!r} must define exactly one Task subclass, found {[c.__name__ for c in tasks]}")
+        task = tasks[0]
+    elif isinstance(task, str):
+        task = load_object(task)
+    return task() if isinstance(task, type) else task
+
+
+def load_agent_class(name: str) -> Any:
+    """The agent class of a file in agents/ ("ppo") or at "package.module:Class".
+
+    Raises:
+        ValueError: naming the agents that exist.
+    """
+    if ":" in name:
+        return load_object(name)
+    if name not in names("agents"):
+        raise ValueError(f"unknown agent {name!r}; allowed: {', '.join(names('agents'))}, or package.module:Class")
+    module = importlib.import_module(f"textrl_gym.agents.{name}")
+    return module.AGENT
