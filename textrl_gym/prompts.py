@@ -1,0 +1,230 @@
+"""Prompts: rows from the Hub or from local files in the published schemas, and their encoding under a token budget."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import gzip
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "validation", "test")
+FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_HEAD = re.compile(r"^POST:", re.MULTILINE)
+
+
+def encode_prompt(text: str, tokenizer: Any, max_prompt_tokens: int, keep_suffix: str = "") -> list[int]:
+    """Token ids of a prompt, at most max_prompt_tokens.
+
+    A prompt that fits is `tokenizer(text)`. A longer one loses tokens from the end of its body. What stands before the
+    body (everything up to a line's "POST:", where there is one, and the BOS) and keep_suffix behind it stay whole.
+
+    Raises:
+        ValueError: the kept parts leave no room for one token of the body, the text does not end in keep_suffix, or
+            the tokenizer puts an EOS behind the text.
+    """
+    ids = _encode(text, tokenizer)
+    if not ids:
+        raise ValueError(f"the prompt {text[:60]!r} encodes to no tokens: a policy needs at least one to start from")
+    if len(ids) <= max_prompt_tokens:
+        return ids
+    named = f"the prompt {text[:60]!r}... has {len(ids)} tokens, max_prompt_tokens is {max_prompt_tokens}"
+    if not text.endswith(keep_suffix):
+        raise ValueError(f"{named}, and it cannot be cut: it does not end in {keep_suffix!r}")
+    body = text[: len(text) - len(keep_suffix)]
+    suffix_ids = tokenizer(keep_suffix, add_special_tokens=False)["input_ids"] if keep_suffix else []
+    head_ids, body_ids = _split_head(body, tokenizer)
+    room = max_prompt_tokens - len(head_ids) - len(suffix_ids)
+    if room < 1 or not body_ids:
+        raise ValueError(
+            f"{named}, and it cannot be cut: {len(head_ids)} tokens before the body and {len(suffix_ids)} of "
+            f"{keep_suffix!r} are kept, which leaves no room for the body"
+        )
+    return head_ids + _whole_characters(body_ids[:room], tokenizer) + suffix_ids
+
+
+def _encode(text: str, tokenizer: Any, **kwargs: Any) -> Any:
+    """Ids of a text with the special tokens that the tokenizer puts before it, but never with a second BOS."""
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # as chat templates write it
+    encoded = tokenizer(text, add_special_tokens=not has_bos, **kwargs)
+    ids = encoded["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} puts EOS {tokenizer.eos_token!r} behind every text, so that a "
+            "prompt would already be at its end: load it with add_eos_token=False"
+        )
+    return encoded if kwargs else ids
+
+
+def _split_head(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that cutting keeps before the body, and those of the body."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"cutting a prompt needs the character offsets of a fast tokenizer, not {type(tokenizer)}")
+    match = _HEAD.search(text)
+    head_chars = match.end() if match else 0
+    encoded = _encode(text, tokenizer, return_offsets_mapping=True, return_special_tokens_mask=True)
+    kept = 0
+    for place, ((start, _), special) in enumerate(
+        zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+    ):
+        if start < head_chars or (special and place == kept):  # a BOS stands at offset (0, 0) even without a head
+            kept = place + 1
+    return encoded["input_ids"][:kept], encoded["input_ids"][kept:]
+
+
+def _whole_characters(ids: list[int], tokenizer: Any) -> list[int]:
+    """ids without a last character that was cut inside its bytes (it would read U+FFFD), but with at least one id."""
+    for cut in range(min(4, len(ids))):  # a character has at most 4 bytes, so at most 3 of its tokens can stand here
+        kept = len(ids) - cut
+        if not tokenizer.decode(ids[max(0, kept - 4) : kept]).endswith("\ufffd"):
+            return ids[:kept]
+    return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """One published form of a data set, and how its rows become prompts."""
+
+    name: str
+    """Where it is published."""
+    columns: tuple[str, ...]
+    """The columns that must be there, each a text in every row."""
+    convert: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """From a row to {"prompt", "completion"}; the row's remaining columns are added by `load_rows`."""
+
+
+def tldr_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The TL;DR prompt of a post, letter for letter as trl-lib/tldr has it."""
+    prompt = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: {row['post']}\n\nTL;DR:"
+    return {"prompt": prompt, "completion": " " + row["summary"]}
+
+
+PROMPT_COMPLETION = Schema(
+    "trl-lib/tldr",
+    ("prompt", "completion"),
+    lambda row: {"prompt": row["prompt"], "completion": row["completion"]},
+)
+TLDR_FILTERED = Schema(
+    "vwxyzjn/summarize_from_feedback_tldr_3_filtered", ("subreddit", "title", "post", "summary"), tldr_prompt
+)
+TLDR_SCHEMAS = (PROMPT_COMPLETION, TLDR_FILTERED)
+
+
+def load_rows(dataset: str | Path, split: str, schemas: Sequence[Schema] = TLDR_SCHEMAS) -> list[dict[str, Any]]:
+    """The prompts of a split, in memory: rows with `prompt`, `completion` and every other column of the data.
+
+    Args:
+        dataset: a file (.jsonl, .jsonl.gz, .json, .csv, .parquet), a folder with a file for each split (train.jsonl,
+            or shards as train-00000-of-00002.parquet), or a Hub id. A single file has no splits: it is every split,
+            and who wants held-out rows gives a folder.
+        split: train, validation or test.
+        schemas: the forms that are understood; the first whose columns are all there is taken.
+
+    Raises:
+        ValueError: no such data or split, no rows, columns of no schema, or a row with something else than a text.
+        ImportError: a Hub id or a parquet file without the extra "hub".
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        raw = _read_file(path)
+    elif path.is_dir():
+        raw = [row for file in _split_files(path, split) for row in _read_file(file)]
+    elif path.name.endswith(FORMATS) or _HUB_ID.fullmatch(str(dataset)) is None:
+        raise ValueError(f"dataset {str(dataset)!r}: there is no such file or folder, and it is no Hub id (owner/name)")
+    else:
+        raw = _read_hub(str(dataset), split)
+    return _to_rows(raw, f"dataset {str(dataset)!r}, split {split!r}", schemas)
+
+
+def _to_rows(raw: list[Any], where: str, schemas: Sequence[Schema]) -> list[dict[str, Any]]:
+    if not raw:
+        raise ValueError(f"{where} is empty: it has no rows")
+    for number, row in enumerate(raw):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}, row {number} is no object with columns but {str(row)[:60]!r}")
+    columns = list(dict.fromkeys(name for row in raw for name in row))
+    schema = next((s for s in schemas if set(s.columns) <= set(columns)), None)
+    if schema is None:
+        expected = "; or ".join(f"{', '.join(s.columns)} (as {s.name})" for s in schemas)
+        raise ValueError(f"{where} has the columns {', '.join(map(str, columns))}; expected: {expected}")
+    rows = []
+    for number, row in enumerate(raw):
+        for name in schema.columns:
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"{where}, row {number}: column {name!r} is {row.get(name)!r}, not a text")
+        # Rewards get whole columns, so every row has every column.
+        rows.append({name: row.get(name) for name in columns} | schema.convert(row))
+    return rows
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.endswith(FORMATS)]
+    found = [f for f in files if re.fullmatch(rf"{split}(-\d+(-of-\d+)?)?", f.name.split(".")[0])]
+    if not found:
+        names = ", ".join(f.name for f in files) or "no data file"
+        raise ValueError(f"folder {str(folder)!r} has no file for split {split!r} ({split}.jsonl, ...); it has {names}")
+    if len({f.name.split(".", 1)[1] for f in found}) > 1 or (len(found) > 1 and found[0].name.split(".")[0] == split):
+        names = ", ".join(f.name for f in found)
+        raise ValueError(f"folder {str(folder)!r} has more than one file for split {split!r}: {names}")
+    return found
+
+
+def _read_file(path: Path) -> list[Any]:
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _read_jsonl(path)
+    if path.suffix == ".json":
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
+        if not isinstance(data, list):
+            raise ValueError(f"{str(path)!r} must hold a list of objects, not {type(data).__name__}")
+        return data
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file, strict=True))
+    if path.suffix == ".parquet":
+        _require("pyarrow", f"reading {path.name}")
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    raise ValueError(f"{str(path)!r} is of no known format; allowed: {', '.join(FORMATS)}")
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    rows = []
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{str(path)!r}, line {number} is no JSON: {error}") from error
+    return rows
+
+
+def _read_hub(name: str, split: str) -> list[Any]:
+    _require("datasets", f"dataset {name!r} (no such file or folder, so a Hub id)")
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split).to_list()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"dataset {name!r}, split {split!r}: there is no such file or folder, and the Hub gave none: {reason}. "
+            "Without a network a local file works."
+        ) from error
+
+
+def _require(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{what} needs the package {package}: pip install textrl-gym[hub]")
