@@ -1,0 +1,48 @@
+# Everything runs in $(VENV), made from constraints.txt: what was tested together.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Two threads that spin collapse beside a busy neighbour, so waiting is passive everywhere.
+export OMP_WAIT_POLICY = PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help install demo test lint types check docs assets clean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+install: $(STAMP)  ## Make the virtual environment (once; again only where the files it is made from change).
+
+# Torch goes first and by its pin: a range could bring another build of it than the one that was tested.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
+	touch $@
+
+demo: $(STAMP)  ## Train PPO and GRPO on the embedded corpus and write runs/demo/report.html.
+	$(BIN)/python examples/demo.py --out runs/demo
+
+test: $(STAMP)  ## Run the tests: two workers, one thread each.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP)  ## Check style and format.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Check types.
+	$(BIN)/mypy
+
+docs: $(STAMP)  ## Build the documentation into site/, with warnings as errors.
+	$(BIN)/mkdocs build --strict --quiet
+
+check: lint types docs test  ## All that CI holds.
+
+assets: $(STAMP)  ## Rebuild the embedded tokenizer, language model and reward model.
+	$(BIN)/python -m textrl_gym.build_assets
+
+clean:  ## Remove what the other targets write, except the virtual environment and runs/.
+	rm -rf build dist site *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find textrl_gym agents envs tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
