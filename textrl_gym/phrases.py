@@ -1,7 +1,7 @@
 """How summaries are worded: the phrase bank and the grammar that both the references and the gold score use.
 
 A summary is clauses in any order (who did what; amount; feeling; question), joined into sentences. The templates
-live in assets/tldr/phrases.toml. Slots: "rel", "name", "she", "event", "when", "where", "amount", "role", "feeling", "ask".
+live in assets/tldr/phrases.toml. Slots: rel, name, she, event, when, where, amount, role, feeling, ask.
 """
 
 import random
@@ -25,7 +25,7 @@ def bank() -> dict[str, Any]:
 
 @cache
 def pronoun_of(name: str) -> str:
-    """ "she" or "he" for a name of the bank."""
+    """Returns "she" or "he" for a name of the bank."""
     return "she" if name in bank()["names"]["she"] else "he"
 
 

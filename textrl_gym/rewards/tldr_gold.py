@@ -4,8 +4,10 @@
 
 - coverage: the weight of the facts stated with their right values and in their right roles (WEIGHTS sums to 1).
 - precision: right / (right + wrong). Wrong: a value of a distractor, an invented value, a fact stated twice.
-- form: (1 - bad)^FORM_POWER, bad being the share of word bigrams and trigrams, values abstracted to typed slots, that
-  the summary grammar cannot produce. Any grammatical recombination of clauses with any values has form 1.
+- form: (1 - bad)^FORM_POWER * (1 - FRAGMENT_COST * broken). bad: the share of word bigrams and trigrams, values
+  abstracted to typed slots, that the summary grammar cannot produce; it falls smoothly. broken: the share of words in
+  sentences that do not parse as clauses and joints; it catches what n-grams cannot see, as a sentence with no verb
+  ("Anna, my sister, and I am sad."). Any grammatical recombination of clauses with any values has form 1.
 - brevity: 1 up to FREE_WORDS words, falling to 0 at MAX_WORDS.
 
 A fact counts only where the n-grams around its value belong to the grammar: a list of keywords states nothing.
@@ -16,7 +18,7 @@ grammar did not.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise, product
 from typing import Any
@@ -36,6 +38,7 @@ WEIGHTS = {
 }
 PRONOUN_WEIGHT = 0.05  # what a wrong "she" or "he" costs; a right one earns nothing
 FORM_POWER = 4
+FRAGMENT_COST = 0.3
 FREE_WORDS, MAX_WORDS = 32, 64
 
 START, CUT = "<start>", "<cut>"  # before a sentence; after one that does not end
@@ -86,20 +89,26 @@ def _ngrams(words: Sequence[str]) -> Iterator[Ngram]:
 
 
 @cache
+def clauses() -> dict[str, list[list[str]]]:
+    """Every clause of the summary grammar, values abstracted, by kind of clause."""
+    summary = bank()["summary"]
+    found: dict[str, list[list[str]]] = {"core": list(_cores())}
+    for kind in ("left", "feeling", "question", "wonder"):
+        found[kind] = [_words(variant) for template in summary[kind] for variant in _variants(template)]
+    found["amount"] = [_words(template) for templates in summary["amount"].values() for template in templates]
+    return found
+
+
+@cache
 def language() -> frozenset[Ngram]:
     """Every bigram and trigram of the summary grammar, values abstracted.
 
     A sentence is clause (joint clause)*. A clause has two words or more, and three where a joint comes before it, so
     the n-grams of all sentences are those of clauses, of clause ends and a full stop, and of ends joined to heads.
     """
-    summary = bank()["summary"]
-    clauses: dict[str, list[list[str]]] = {"core": list(_cores())}
-    for kind in ("left", "feeling", "question", "wonder"):
-        clauses[kind] = [_words(variant) for template in summary[kind] for variant in _variants(template)]
-    clauses["amount"] = [_words(template) for templates in summary["amount"].values() for template in templates]
     grams: set[Ngram] = set()
     tails: set[Ngram] = set()
-    for kind, versions in clauses.items():
+    for kind, versions in clauses().items():
         for words in versions:
             end = "?" if kind == "question" else "."
             for version in (words, _headed(words)):
@@ -108,11 +117,50 @@ def language() -> frozenset[Ngram]:
             grams.update(_ngrams([START, *_headed(words)[:2]]))
             if kind != "question":
                 tails.update((tuple(words[-2:]), tuple(_headed(words)[-2:])))  # they differ in a two-word clause
-    for kind, joints in summary["joints"].items():
-        heads = {tuple(words[:2]) for words in clauses[kind]}
+    for kind, joints in bank()["summary"]["joints"].items():
+        heads = {tuple(words[:2]) for words in clauses()[kind]}
         for tail, joint, head in product(tails, joints, heads):
             grams.update(_ngrams([*tail, *_words(joint), *head]))
     return frozenset(grams)
+
+
+@cache
+def _openings() -> dict[Ngram, bool]:
+    """Clauses as they stand at the head of a sentence -> whether it is a question."""
+    return {tuple(_headed(words)): kind == "question" for kind, versions in clauses().items() for words in versions}
+
+
+@cache
+def _continuations() -> dict[Ngram, bool]:
+    """Joints with the clause after them -> whether it is a question."""
+    return {
+        (*_words(joint), *words): kind == "question"
+        for kind, joints in bank()["summary"]["joints"].items()
+        for joint in joints
+        for words in clauses()[kind]
+    }
+
+
+@cache
+def _lengths(pieces: Callable[[], dict[Ngram, bool]]) -> tuple[int, ...]:
+    return tuple(sorted({len(piece) for piece in pieces()}))
+
+
+def parses(words: Sequence[str]) -> bool:
+    """Whether START, words ..., end is a sentence of the grammar: a clause, then joints with clauses."""
+    last = len(words) - 1
+    open_at = [(1, _openings)]  # where a piece may start, and of which kind
+    while open_at:
+        at, pieces = open_at.pop()
+        for length in _lengths(pieces):
+            question = pieces().get(tuple(words[at : at + length])) if at + length <= last else None
+            if question is None:
+                continue
+            if at + length == last and words[last] == ("?" if question else "."):
+                return True
+            if not question:
+                open_at.append((at + length, _continuations))
+    return False
 
 
 @cache
@@ -229,13 +277,15 @@ class _Ledger:
 def _score(facts: dict[str, dict[str, Any]], completion: str) -> dict[str, float]:
     allowed = language()
     ledger = _Ledger(facts)
-    total = bad = 0
+    total = bad = size = broken = 0
     for sentence in sentences(abstract(completion)):
         words = [word for word, _ in sentence]
         bigrams = [gram in allowed for gram in pairwise(words)]
         trigrams = [gram in allowed for gram in zip(words, words[1:], words[2:], strict=False)]
         total += len(bigrams) + len(trigrams)
         bad += bigrams.count(False) + trigrams.count(False)
+        size += len(words)
+        broken += 0 if parses(words) else len(words)
         for at, (word, value) in enumerate(sentence):
             if value is not None:
                 # The bigrams on both sides and the trigram centred on the value (START and an end are always there).
@@ -245,7 +295,7 @@ def _score(facts: dict[str, dict[str, Any]], completion: str) -> dict[str, float
     parts = {
         "coverage": min(1.0, ledger.right),  # the weights add up to 1 only nearly, in floating point
         "precision": ledger.right / stated if stated else 0.0,
-        "form": (1 - bad / total) ** FORM_POWER if total else 0.0,
+        "form": (1 - bad / total) ** FORM_POWER * (1 - FRAGMENT_COST * broken / size) if total else 0.0,
         "brevity": min(1.0, max(0.0, (MAX_WORDS - len(completion.split())) / (MAX_WORDS - FREE_WORDS))),
     }
     gold = parts["coverage"] * parts["precision"] * parts["form"] * parts["brevity"]
