@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from textrl_gym.core import StopReason as StopReason
     from textrl_gym.env import TextEnv as TextEnv
     from textrl_gym.env import TextVectorEnv as TextVectorEnv
-    from textrl_gym.evaluate import evaluate as evaluate
+    from textrl_gym.evaluation import evaluate as evaluate
     from textrl_gym.policy import Policy as Policy
     from textrl_gym.rollout import collect as collect
     from textrl_gym.tasks import Task as Task
@@ -29,7 +29,7 @@ _HOME = {
     "StopReason": "core",
     "TextEnv": "env",
     "TextVectorEnv": "env",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "Policy": "policy",
     "collect": "rollout",
     "Task": "tasks",

@@ -79,12 +79,7 @@ def load_task(task: Any) -> Any:
     """A Task from an instance, a subclass, "module:Class", or a module that defines one subclass."""
     from_module = isinstance(task, str) and ":" not in task
     if from_module:
-        module = importlib.import_module(task)
-        classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
-        tasks = [c for c in classes if hasattr(c, "rows") and hasattr(c, "max_new_tokens")]
-        if len(tasks) != 1:
-            raise ValueError(f"{task!r} must define exactly one Task subclass, found {[c.__name__ for c in tasks]}")
-        task = tasks[0]
+        task = class_in(importlib.import_module(task), "rows")
     elif isinstance(task, str):
         task = load_object(task)
     return task() if isinstance(task, type) else task
@@ -101,4 +96,21 @@ def load_agent_class(name: str) -> Any:
     if name not in names("agents"):
         raise ValueError(f"unknown agent {name!r}; allowed: {', '.join(names('agents'))}, or package.module:Class")
     module = importlib.import_module(f"textrl_gym.agents.{name}")
-    return module.AGENT
+    return class_in(module, "update")
+
+
+def class_in(module: Any, method: str) -> type:
+    """The one class that a plug-in's module defines with this method."""
+    classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    found = [c for c in classes if hasattr(c, method)]
+    if len(found) != 1:
+        raise ValueError(f"{module.__name__} must define one class with {method}(), found {[c.__name__ for c in found]}")
+    return found[0]
+
+
+def path_of(cls: type, kind: str) -> str:
+    """The name by which a plug-in class is found again: its file's stem, or "package.module:Class"."""
+    prefix = f"textrl_gym.{kind}."
+    if cls.__module__.startswith(prefix):
+        return cls.__module__.removeprefix(prefix)
+    return f"{cls.__module__}:{cls.__qualname__}"

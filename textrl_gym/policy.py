@@ -35,6 +35,8 @@ class Policy(nn.Module):
         value_model: a separate causal LM whose trunk carries the value head instead.
         temperature: divides every logit, in sampling, scoring and training alike.
         vocab_size: use only the first so many logits (a model's rows are often padded beyond its tokenizer).
+        dtype: of the forward passes: torch.float32, or torch.bfloat16 by autocast over float32 weights, so that small
+            updates are not rounded away. Log-probabilities are float32 in both.
     """
 
     def __init__(
@@ -46,12 +48,13 @@ class Policy(nn.Module):
         value_model: nn.Module | None = None,
         temperature: float = 1.0,
         vocab_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
         self.model: Any = model.eval()
-        self.temperature = temperature
+        self.temperature, self.dtype = temperature, dtype
         rows = self.model.get_output_embeddings().weight.shape[0]
         if vocab_size is not None and vocab_size > rows:
             raise ValueError(f"the tokenizer has {vocab_size} tokens, the model only {rows}")
@@ -73,7 +76,7 @@ class Policy(nn.Module):
             return reference
         model = copy.deepcopy(self.model) if isinstance(reference, str) and reference == "copy" else reference
         model.requires_grad_(False)
-        return Policy(model.to(self.device), temperature=self.temperature, vocab_size=self.vocab_size)
+        return Policy(model.to(self.device), temperature=self.temperature, vocab_size=self.vocab_size, dtype=self.dtype)
 
     @property
     def reference(self) -> Policy | None:
@@ -87,6 +90,9 @@ class Policy(nn.Module):
     def train(self, mode: bool = True) -> Policy:
         """Stay in eval mode: dropout must be off wherever log-probabilities are compared."""
         return super().train(False)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     # -- forward passes -----------------------------------------------------------------------------------------------
 
@@ -105,14 +111,15 @@ class Policy(nn.Module):
         caught: list[Tensor] = []
         hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: caught.append(args[0]))
         try:
-            out = self.model(
-                input_ids=input_BL,
-                attention_mask=mask_BL.long(),
-                position_ids=position_ids(mask_BL)[:, -input_BL.shape[1] :],
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=keep,
-            )
+            with self._autocast():
+                out = self.model(
+                    input_ids=input_BL,
+                    attention_mask=mask_BL.long(),
+                    position_ids=position_ids(mask_BL)[:, -input_BL.shape[1] :],
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                    logits_to_keep=keep,
+                )
         finally:
             hook.remove()
         logits = out.logits[:, -keep:, : self.vocab_size].float() / self.temperature
@@ -138,9 +145,13 @@ class Policy(nn.Module):
         if self.value_head is None:
             return hidden_BTD.new_zeros(hidden_BTD.shape[:2], dtype=torch.float32)
         if self.value_model is not None:
-            trunk = self.value_model.base_model(
-                input_ids=input_BL, attention_mask=mask_BL.long(), position_ids=position_ids(mask_BL), use_cache=False
-            )
+            with self._autocast():
+                trunk = self.value_model.base_model(
+                    input_ids=input_BL,
+                    attention_mask=mask_BL.long(),
+                    position_ids=position_ids(mask_BL),
+                    use_cache=False,
+                )
             hidden_BTD = trunk.last_hidden_state[:, -hidden_BTD.shape[1] :]
         return self.value_head(hidden_BTD.float()).squeeze(-1)
 
@@ -149,6 +160,11 @@ class Policy(nn.Module):
     def logprobs(self, rollout: Rollout) -> Tensor:
         """log pi of the rollout's actions, differentiable. float32 [B, T], 0 outside the mask."""
         logits_BTV, _ = self.response(rollout)
+        return self.token_logprobs(logits_BTV, rollout)
+
+    @staticmethod
+    def token_logprobs(logits_BTV: Tensor, rollout: Rollout) -> Tensor:
+        """log-probabilities of the rollout's actions from the logits of `response`. [B, T], 0 outside the mask."""
         return functional.token_logprobs(logits_BTV, rollout.token_BT) * rollout.mask_BT
 
     def values(self, rollout: Rollout) -> Tensor:

@@ -1,0 +1,148 @@
+"""GRPO: group relative policy optimization (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300, section 4.1).
+
+For a prompt x with G completions y_i of score R_i, one advantage for all tokens of y_i:
+
+    A_i = (R_i - mean(R)) / (std(R) + eps)                                                        (section 4.1.2)
+    L   = - 1/G sum_i 1/|y_i| sum_t [ min(rho_it A_i, clip(rho_it, 1 - e, 1 + e) A_i) - beta KL_it ]   (equation 3)
+    rho_it = pi(y_it | x, y_i<t) / pi_old(y_it | x, y_i<t)
+
+Departures from the paper, each a setting:
+    * The loss is averaged over all tokens of the batch (aggregation="token", as DAPO), since the paper's mean per
+      sequence favours short right and long wrong answers; aggregation="sequence" is the paper's.
+    * kl_in="reward" folds -beta KL into R_i before the group's mean is taken, as RLOO does.
+    * kl_loss="k2" has the right gradient of the reverse KL on-policy; the paper's "k3" (default) estimates the value
+      without bias, but its expected gradient is that of the forward KL (see docs/kl.md).
+    * scale_by_std=False leaves the division out (Dr. GRPO, Liu et al. 2025).
+No value network is built. The std is the unbiased one, as in TRL and verl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from textrl_gym import functional, kl
+from textrl_gym.agent import Agent, AgentConfig
+from textrl_gym.core import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig(AgentConfig):
+    """Settings of GRPO."""
+
+    group_size: int = 8
+    """G, completions of each prompt, at least 2."""
+    clip_low: float = 0.2
+    """The ratio is clipped to at least 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped to at most 1 + clip_high."""
+    scale_by_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    std_eps: float = 1e-4
+    """Added to the standard deviation; groups with no spread get advantage 0 whatever it is."""
+    aggregation: functional.Aggregation = "token"
+    """"token": mean over all tokens of the batch; "sequence": mean over each sequence first."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL penalty goes."""
+    kl_loss: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL in the loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size < 2:
+            raise ValueError(f"GRPO compares completions of a prompt: group_size must be at least 2, got {self.group_size}")
+        if self.aggregation not in ("token", "sequence"):
+            raise ValueError(f"aggregation must be 'token' or 'sequence', got {self.aggregation!r}")
+        if self.kl_in not in ("loss", "reward"):
+            raise ValueError(f"kl_in must be 'loss' or 'reward', got {self.kl_in!r}")
+        if self.kl_loss not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_loss must be k1, k2 or k3, got {self.kl_loss!r}")
+
+
+def group_advantages(return_B: Tensor, group_B: Tensor, scale_by_std: bool, std_eps: float) -> tuple[Tensor, Tensor]:
+    """A_i = R_i - mean of its group, divided by the group's unbiased std + eps where scale_by_std.
+
+    Returns:
+        advantage_B, and flat_B (bool): rows of groups without any spread, whose advantage is 0.
+    """
+    assert return_B.shape == group_B.shape and return_B.ndim == 1, (return_B.shape, group_B.shape)
+    advantage_B, flat_B = torch.zeros_like(return_B), torch.zeros_like(group_B, dtype=torch.bool)
+    for group in group_B.unique():
+        rows = group_B == group
+        centred = return_B[rows] - return_B[rows].mean()
+        flat_B[rows] = return_B[rows].max() == return_B[rows].min()
+        if scale_by_std:
+            centred = centred / (return_B[rows].std() + std_eps)
+        advantage_B[rows] = torch.where(flat_B[rows], 0.0, centred)
+    return advantage_B, flat_B
+
+
+def grpo_loss(
+    logp_BT: Tensor,
+    old_logp_BT: Tensor,
+    ref_logp_BT: Tensor,
+    advantage_B: Tensor,
+    mask_BT: Tensor,
+    config: GRPOConfig,
+    kl_coef: float,
+    rows: int,
+    tokens: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Equation 3 of the paper over a micro-batch, divided by the minibatch's counts `rows` and `tokens`."""
+    assert logp_BT.shape == old_logp_BT.shape == ref_logp_BT.shape == mask_BT.shape
+    assert advantage_B.shape == logp_BT.shape[:1]
+    advantage_BT = advantage_B[:, None].expand_as(logp_BT)
+    loss_BT, ratio_BT, clipped_BT = functional.clipped_surrogate(
+        logp_BT, old_logp_BT, advantage_BT, config.clip_low, config.clip_high
+    )
+    kl_BT = kl.estimate(config.kl_loss, logp_BT, ref_logp_BT)
+    if kl_coef:
+        loss_BT = loss_BT + kl_coef * kl_BT
+    loss = functional.aggregate(loss_BT, mask_BT, config.aggregation, rows, tokens)
+    metrics = {
+        "loss": loss.detach(),
+        "clip_fraction": (clipped_BT * mask_BT).sum() / tokens,
+        "ratio": (ratio_BT.detach() * mask_BT).sum() / tokens,
+        "kl_loss_token": (kl_BT.detach() * mask_BT).sum() / tokens,
+    }
+    return loss, metrics
+
+
+class GRPO(Agent):
+    """Group relative policy optimization; see the head of this file."""
+
+    Config = GRPOConfig
+    config: GRPOConfig
+
+    @property
+    def kl_in_reward(self) -> bool:  # type: ignore[override]
+        return self.config.kl_in == "reward"
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        config = self.config
+        # 1. One number for each completion, compared within its group.
+        return_B = rollout.reward_BT.sum(1)
+        advantage_B, flat_B = group_advantages(return_B, rollout.group_B, config.scale_by_std, config.std_eps)
+        advantage_BT = advantage_B[:, None].expand_as(rollout.logp_BT)
+        kl_coef = 0.0 if self.kl_in_reward else self.kl.coef
+
+        # 2. Clipped steps on minibatches.
+        def loss(
+            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            logp_BT = self.policy.logprobs(part)
+            return grpo_loss(
+                logp_BT, part.logp_BT, part.ref_logp_BT, pick(advantage_BT)[:, 0], part.mask_BT, config, kl_coef, rows, tokens
+            )
+
+        steps = [self.minimise(rollout, rows, loss) for rows in self.shuffled(len(rollout))]
+
+        # 3. What to log.
+        metrics: dict[str, Any] = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics["groups_without_spread"] = float(flat_B.float().mean())
+        metrics["advantage_std"] = float(advantage_B.std())
+        return metrics

@@ -1,0 +1,177 @@
+"""PPO on tokens, as RLHF does it (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593).
+
+    r_t   = [t = T] score - beta KL_t                                     the environment's token reward
+    A_t   = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                 (GAE)
+    L_pi  = mean_t max(-A_t ratio_t, -A_t clip(ratio_t, 1 - e, 1 + e))
+    L_V   = 1/2 mean_t max((V - R)^2, (clip(V, V_old - e_v, V_old + e_v) - R)^2),   R_t = A_t + V_old(s_t)
+    L     = L_pi + vf_coef L_V - entropy_coef H
+
+Details of the reference implementations that are in: one temperature everywhere and no top-k; dropout off; position ids
+under left padding; masks from lengths; the score on the last action, with V = 0 after it; values taken before each
+action; masked, biased-variance whitening of advantages, and optionally of rewards without shifting their mean; value
+clipping; zero-initialised value head; Adam's eps 1e-5; linear decay of the learning rate; KL per token by k1, unclamped,
+and fixed or adaptive by the sequence's sum; log-probabilities recomputed by the training forward below float32.
+
+Absent, with the reason:
+    * A critic initialised from the reward model: the reward model may be any function. `separate_value_model` starts it
+      from the policy's own weights instead.
+    * EOS forbidden and texts cut after sampling (lm-human-preferences): here EOS ends the episode, as in an MDP.
+    * TensorFlow's bias correction in Adam: PyTorch's takes larger first steps; target_kl and a smaller learning rate
+      are the practical replacement.
+    * Dual clipping for negative advantages: the ratio's gradient is bounded by target_kl here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textrl_gym import functional
+from textrl_gym.agent import Agent, AgentConfig
+from textrl_gym.core import Rollout
+from textrl_gym.env import TextVectorEnv
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig(AgentConfig):
+    """Settings of PPO."""
+
+    epochs: int = 2
+    """Passes over each rollout."""
+    minibatches: int = 2
+    """Optimizer steps in each pass."""
+    gamma: float = 1.0
+    """Discount of a token step."""
+    gae_lambda: float = 0.95
+    """Bias against variance in the advantage; 1 is return minus value."""
+    clip_range: float = 0.2
+    """The policy's ratio is clipped to 1 +- this."""
+    clip_range_value: float | None = 0.2
+    """The value's move from the rollout's value is clipped to +- this; None: not clipped."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    whiten_advantages: bool = True
+    """Scale advantages to mean 0 and variance 1 under the mask, over the whole rollout."""
+    whiten_rewards: bool = False
+    """Scale token rewards to variance 1 under the mask, keeping their mean."""
+    target_kl: float | None = None
+    """Stop a rollout's remaining minibatches once the policy is this many nats per token (k3) from the sampling one."""
+    separate_value_model: bool = False
+    """Give the critic its own copy of the model instead of a head on the policy's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("clip_range", "clip_range_value", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def ppo_loss(
+    logp_BT: Tensor,
+    old_logp_BT: Tensor,
+    value_BT: Tensor,
+    old_value_BT: Tensor,
+    advantage_BT: Tensor,
+    return_BT: Tensor,
+    entropy_BT: Tensor | None,
+    mask_BT: Tensor,
+    config: PPOConfig,
+    tokens: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss at the head of this file over a micro-batch, every mean divided by the minibatch's `tokens`."""
+    assert logp_BT.shape == old_logp_BT.shape == value_BT.shape == advantage_BT.shape == mask_BT.shape
+    policy_BT, ratio_BT, clipped_BT = functional.clipped_surrogate(
+        logp_BT, old_logp_BT, advantage_BT, config.clip_range, config.clip_range
+    )
+    error_BT = (value_BT - return_BT) ** 2
+    if config.clip_range_value is not None:
+        near_BT = old_value_BT + (value_BT - old_value_BT).clamp(-config.clip_range_value, config.clip_range_value)
+        error_BT = torch.maximum(error_BT, (near_BT - return_BT) ** 2)
+    policy_loss = functional.aggregate(policy_BT, mask_BT, "token", 0, tokens)
+    value_loss = 0.5 * functional.aggregate(error_BT, mask_BT, "token", 0, tokens)
+    loss = policy_loss + config.vf_coef * value_loss
+    log_ratio_BT = (logp_BT - old_logp_BT).detach()
+    metrics = {
+        "policy_loss": policy_loss.detach(),
+        "value_loss": value_loss.detach(),
+        "clip_fraction": (clipped_BT * mask_BT).sum() / tokens,
+        "ratio": (ratio_BT.detach() * mask_BT).sum() / tokens,
+        "approx_kl_token": ((ratio_BT.detach() - 1 - log_ratio_BT) * mask_BT).sum() / tokens,  # k3, Schulman 2020
+    }
+    if entropy_BT is not None:
+        bonus = functional.aggregate(entropy_BT, mask_BT, "token", 0, tokens)
+        loss = loss - config.entropy_coef * bonus
+        metrics["entropy"] = bonus.detach()
+    return loss, metrics | {"loss": loss.detach()}
+
+
+class PPO(Agent):
+    """Proximal policy optimization on tokens; see the head of this file."""
+
+    Config = PPOConfig
+    config: PPOConfig
+    uses_value = True
+
+    def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
+        return copy.deepcopy(model).to(self.device).float() if self.config.separate_value_model else None
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        config = self.config
+        # 1. Token rewards (score and KL are in them) to advantages and returns.
+        reward_BT = rollout.reward_BT
+        if config.whiten_rewards:
+            reward_BT = functional.whiten(reward_BT, rollout.mask_BT, shift_mean=False)
+        advantage_BT, return_BT = functional.gae(
+            reward_BT, rollout.value_BT, rollout.mask_BT, config.gamma, config.gae_lambda
+        )
+        if config.whiten_advantages:
+            advantage_BT = functional.whiten(advantage_BT, rollout.mask_BT)
+
+        # 2. Clipped steps on minibatches, until the policy has moved far enough.
+        def loss(
+            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            logits_BTV, value_BT = self.policy.response(part)
+            entropy_BT = functional.entropy(logits_BTV) if config.entropy_coef else None
+            return ppo_loss(
+                self.policy.token_logprobs(logits_BTV, part),
+                part.logp_BT,
+                value_BT,
+                part.value_BT,
+                pick(advantage_BT),
+                pick(return_BT),
+                entropy_BT,
+                part.mask_BT,
+                config,
+                tokens,
+            )
+
+        steps = []
+        for rows in self.shuffled(len(rollout)):
+            steps.append(self.minimise(rollout, rows, loss))
+            if config.target_kl is not None and steps[-1]["approx_kl_token"] > config.target_kl:
+                break
+
+        # 3. What to log.
+        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics["optimizer_steps"] = len(steps)
+        metrics["explained_variance"] = _explained_variance(rollout.value_BT, return_BT, rollout.mask_BT)
+        return metrics
+
+
+def _explained_variance(value_BT: Tensor, return_BT: Tensor, mask_BT: Tensor) -> float:
+    """1 - Var(return - value) / Var(return) over the masked places; 0 where returns do not vary."""
+    returns, errors = return_BT[mask_BT], (return_BT - value_BT)[mask_BT]
+    spread = float(returns.var(correction=0))
+    return 1.0 - float(errors.var(correction=0)) / spread if spread > 0 else 0.0

@@ -1,0 +1,427 @@
+"""Agent: the base of every algorithm. A subclass has a config and `update(rollout) -> metrics`; the rest is here.
+
+`learn`, `predict`, `save`, `load`, `set_env`, `get_env` and `logger` mean what they mean in Stable-Baselines3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from textrl_gym import checkpoint, models, plugins, train
+from textrl_gym.core import Rollout
+from textrl_gym.env import TextVectorEnv
+from textrl_gym.kl import AdaptiveKL, FixedKL, check_estimator
+from textrl_gym.policy import Policy
+from textrl_gym.rollout import collect, micro_batches, vector_env
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """Settings that every agent has."""
+
+    rollout_episodes: int = 64
+    """Episodes collected before each update: rows of the vector environment."""
+    group_size: int = 1
+    """Completions of each prompt."""
+    learning_rate: float = 3e-4
+    """Adam's step size. 3e-4 suits the embedded 1M-parameter model; 1e-6 to 1e-5 suits models of 100M and more."""
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    """"linear" goes to 0 over total_timesteps."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    minibatches: int = 1
+    """Optimizer steps in each pass."""
+    micro_batch_tokens: int = 8_192
+    """Prompt and response places in one forward and backward pass: memory, not result."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon (1e-5 as in OpenAI's code; PyTorch's default is 1e-8)."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    temperature: float = 1.0
+    """Divides every logit, in sampling, KL and update alike."""
+    kl_coef: float | None = None
+    """Coefficient of the KL to the reference; None: the task's own (0.05 on TLDRSummarize-v0)."""
+    kl_estimator: str = "k1"
+    """Estimator of the KL in the reward: k1, k2, k3 or full."""
+    kl_target: float | None = None
+    """Nats per sequence that an adaptive controller steers the KL to; None keeps kl_coef fixed."""
+    kl_horizon: int = 10_000
+    """Episodes over which the adaptive controller moves."""
+    missing_eos_penalty: float | None = None
+    """Taken off the score of an episode whose budget ran out; None: the environment's own (0)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward passes; weights stay float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("rollout_episodes", "group_size", "epochs", "minibatches", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "temperature", "max_grad_norm", "adam_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.rollout_episodes % self.group_size:
+            raise ValueError(
+                f"rollout_episodes={self.rollout_episodes} is no multiple of group_size={self.group_size}"
+            )
+        if self.lr_schedule not in ("linear", "constant"):
+            raise ValueError(f"lr_schedule must be 'linear' or 'constant', got {self.lr_schedule!r}")
+        if self.kl_coef is not None and self.kl_coef < 0:
+            raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
+        check_estimator(self.kl_estimator)
+        models.resolve_dtype(self.dtype)
+
+
+class Agent:
+    """A policy that learns on a text environment.
+
+    Args:
+        env: an id, a text environment, or a text vector environment (its rows are then the rollout's episodes).
+        model: a Hub id, a folder, or a loaded causal LM to start from; None: the task's own.
+        reference: the model that KL is measured to; None: a frozen copy of the start.
+        seed: of prompts, sampling and shuffling.
+        device: "auto", "cpu", "cuda".
+        out: folder for logs, samples and checkpoints; None: a new one under runs/, made by learn().
+        settings: fields of the config.
+
+    Raises:
+        ValueError: an unknown setting, with the allowed ones; a vocabulary that does not match the model.
+    """
+
+    Config: ClassVar[type[AgentConfig]] = AgentConfig
+    uses_value: ClassVar[bool] = False
+    """Whether the policy gets a value head."""
+    kl_in_reward: bool = True
+    """Whether the rollout's rewards carry the KL penalty."""
+
+    def __init__(
+        self,
+        env: Any,
+        model: Any = None,
+        reference: Any = None,
+        *,
+        seed: int = 0,
+        device: str = "auto",
+        out: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config: Any = make_config(self.Config, settings, type(self).__name__)
+        self.seed, self.out = seed, None if out is None else Path(out)
+        self.device = models.resolve_device(device)
+        self.model_spec = model if isinstance(model, str) else None
+        self.reference_spec = reference if isinstance(reference, str) else None
+        self.rebuilds_reference = isinstance(reference, str) or (reference is None and (model is None or isinstance(model, str)))
+        self.set_env(self._make_env(env, model))
+        mdp = self.env
+        self.kl = self._make_kl(mdp)
+        self.policy = self._make_policy(mdp, model, reference)
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=self.config.learning_rate,
+            eps=self.config.adam_eps,
+            weight_decay=self.config.weight_decay,
+        )
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.shuffler = np.random.default_rng(seed)
+        self.num_timesteps = 0
+        self.num_updates = 0
+        self._total_timesteps = 0
+        self._logger: Any = None
+        self.env.reset(seed=seed)
+
+    # -- what it is made of -------------------------------------------------------------------------------------------
+
+    def _make_env(self, env: Any, model: Any) -> TextVectorEnv:
+        config = self.config
+        wanted = {"array": "torch", "device": str(self.device), "autoreset_mode": AutoresetMode.DISABLED}
+        if isinstance(env, str):
+            tokenizer = {"tokenizer": model} if isinstance(model, str) else {}
+            made = gym.make_vec(
+                env, num_envs=config.rollout_episodes, group_size=config.group_size, **wanted, **tokenizer
+            )
+            return vector_env(made)
+        mdp = vector_env(env)
+        if isinstance(env.unwrapped, TextVectorEnv):
+            return mdp
+        return mdp.remake(config.rollout_episodes, group_size=config.group_size, **wanted)
+
+    def _make_kl(self, mdp: TextVectorEnv) -> FixedKL | AdaptiveKL:
+        config = self.config
+        coef = mdp.task.kl_coef if config.kl_coef is None else config.kl_coef
+        if config.kl_target is None:
+            return FixedKL(coef)
+        return AdaptiveKL(coef, config.kl_target, config.kl_horizon)
+
+    def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
+        loaded = model if isinstance(model, torch.nn.Module) else mdp.task.load_model(model)
+        models.check_vocab(mdp.tokenizer, loaded)
+        if isinstance(reference, str):
+            reference = mdp.task.load_model(reference)
+            models.check_vocab(mdp.tokenizer, reference)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return Policy(
+                loaded.to(self.device).float(),
+                reference="copy" if reference is None else reference,
+                value_head=self.uses_value,
+                value_model=self._make_value_model(mdp, loaded),
+                temperature=self.config.temperature,
+                vocab_size=len(mdp.tokenizer),
+                dtype=models.resolve_dtype(self.config.dtype),
+            )
+
+    def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
+        """A separate trunk for the critic; none unless a subclass says so."""
+        return None
+
+    # -- Stable-Baselines3's names ------------------------------------------------------------------------------------
+
+    @property
+    def logger(self) -> Any:
+        """Stable-Baselines3's Logger."""
+        if self._logger is None:
+            raise AttributeError("the logger is made by learn(), or given by set_logger()")
+        return self._logger
+
+    def set_logger(self, logger: Any) -> None:
+        """Use this Logger of Stable-Baselines3 from now on."""
+        self._logger = logger
+
+    def get_env(self) -> TextVectorEnv:
+        """The vector environment that rollouts are collected from."""
+        return self.env
+
+    def set_env(self, env: Any) -> None:
+        """Collect from another text vector environment (or text environment) from now on."""
+        mdp = vector_env(env)
+        if not isinstance(env.unwrapped, TextVectorEnv):
+            mdp = mdp.remake(self.config.rollout_episodes, group_size=self.config.group_size)
+        if self.config.group_size > 1 and mdp.group_size == 1:
+            raise ValueError(f"{type(self).__name__} compares completions of a prompt: make the environment with group_size > 1")
+        if self.config.missing_eos_penalty is not None:
+            mdp.missing_eos_penalty = self.config.missing_eos_penalty
+        mdp.kl_estimator = self.config.kl_estimator
+        self.env: TextVectorEnv = mdp
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: Any = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = True,
+        **options: Any,
+    ) -> Self:
+        """Train for at least total_timesteps generated tokens. One timestep is one token; the last rollout is whole.
+
+        Args:
+            callback: Stable-Baselines3's callbacks; on_step is called once a rollout.
+            log_interval: updates between two rows of the log.
+            tb_log_name: subfolder for TensorBoard's files under `out`.
+            reset_num_timesteps: False goes on counting (and with the learning-rate schedule) from before.
+            options: of textrl_gym.train.TrainOptions (evaluations, health card).
+        """
+        if reset_num_timesteps:
+            self.num_timesteps = 0
+            self._total_timesteps = total_timesteps
+        else:
+            self._total_timesteps = self.num_timesteps + total_timesteps
+        train.train(
+            self,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            progress_bar=progress_bar,
+            options=make_config(train.TrainOptions, options, "learn()"),
+        )
+        return self
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """Action of a single or batched observation; deterministic takes the most likely token."""
+        single = np.ndim(observation["input_ids"]) == 1
+        if single:
+            observation = {k: torch.as_tensor(v)[None] for k, v in observation.items()}
+        action_B, _ = self.policy.act(observation, deterministic, generator=self.generator)
+        actions = action_B.cpu().numpy()
+        return (actions[0] if single else actions), state
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    def collect(self) -> Rollout:
+        """One rollout: a complete episode in every row of the environment."""
+        coef = self.kl.coef if self.kl_in_reward else 0.0
+        return collect(self.env, self.policy, kl_coef=coef, generator=self.generator)
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """One update from one rollout; returns metrics to log. This is what a subclass writes."""
+        raise TypeError(f"{type(self).__name__} must define update(rollout) -> metrics")
+
+    def shuffled(self, rows: int) -> Iterator[Tensor]:
+        """The row indices of each minibatch of each epoch."""
+        for _ in range(self.config.epochs):
+            order = torch.as_tensor(self.shuffler.permutation(rows), device=self.device)
+            yield from order.tensor_split(min(self.config.minibatches, rows))
+
+    def minimise(
+        self,
+        rollout: Rollout,
+        rows: Tensor,
+        loss: Callable[[Rollout, Callable[[Tensor], Tensor], int, int], tuple[Tensor, dict[str, Tensor]]],
+    ) -> dict[str, float]:
+        """One optimizer step on the given rows, in micro-batches whose gradients add up to that of one batch.
+
+        Args:
+            loss: f(part, pick, rows, tokens) -> (scalar loss, metrics). `part` is a micro-batch; pick(x_BT) takes the
+                part's rows and places of a tensor made from the whole rollout; rows and tokens are the minibatch's
+                global counts, by which sums are divided. Metrics are sums divided by them too, so that they add up.
+        """
+        batch_tokens = int(rollout.mask_BT[rows].sum())
+        totals: dict[str, float] = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        for chosen in micro_batches(rollout.select(rows), self.config.micro_batch_tokens):
+            part_rows = rows[chosen]
+            part = rollout.select(part_rows)
+            width = part.token_BT.shape[1]
+
+            def pick(x_BT: Tensor, part_rows: Tensor = part_rows, width: int = width) -> Tensor:
+                return x_BT[part_rows][:, :width]
+
+            value, metrics = loss(part, pick, len(rows), batch_tokens)
+            value.backward()
+            for name, metric in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(metric)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.step()
+        return totals | {"grad_norm": float(norm)}
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate now, by the schedule over the timesteps done."""
+        if self.config.lr_schedule == "constant" or self._total_timesteps <= 0:
+            return self.config.learning_rate
+        return self.config.learning_rate * max(0.0, 1.0 - self.num_timesteps / self._total_timesteps)
+
+    # -- save and load ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint folder (safetensors and JSON) that `load` goes on from as if never stopped."""
+        checkpoint.write(path, self._fill)
+
+    def _fill(self, folder: Path) -> None:
+        self.policy.model.save_pretrained(folder / "model")
+        self.env.tokenizer.save_pretrained(folder / "model")
+        if self.policy.value_head is not None:
+            save_file(self.policy.value_head.state_dict(), folder / "value_head.safetensors")
+        if self.policy.value_model is not None:
+            self.policy.value_model.save_pretrained(folder / "value_model")
+        if not self.rebuilds_reference and self.policy.reference is not None:
+            self.policy.reference.model.save_pretrained(folder / "reference")
+        extra = {"generator": self.generator.get_state()}
+        checkpoint.save_optimizer(folder / "training.safetensors", self.optimizer, extra)
+        checkpoint.write_state(folder, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        mdp = self.env
+        settings = {k: v for k, v in mdp.settings.items() if k not in ("task", "autoreset_mode", "device")}
+        task_path = next((t for t in plugins.env_ids().values() if t == type(mdp.task).__module__), None)
+        return {
+            "agent": plugins.path_of(type(self), "agents"),
+            "task": task_path or f"{type(mdp.task).__module__}:{type(mdp.task).__qualname__}",
+            "env": {k: v for k, v in settings.items() if checkpoint.jsonable(v)},
+            "env_not_saved": sorted(k for k, v in settings.items() if not checkpoint.jsonable(v) and k != "tokenizer"),
+            "num_envs": mdp.num_envs,
+            "config": dataclasses.asdict(self.config),
+            "seed": self.seed,
+            "model": self.model_spec,
+            "reference": self.reference_spec,
+            "num_timesteps": self.num_timesteps,
+            "total_timesteps": self._total_timesteps,
+            "num_updates": self.num_updates,
+            "kl_coef": self.kl.coef,
+            "shuffler": self.shuffler.bit_generator.state,
+            "env_streams": mdp.streams(),
+        }
+
+    @classmethod
+    def load(
+        cls, path: str | Path, env: Any = None, *, device: str = "auto", out: str | Path | None = None, **settings: Any
+    ) -> Self:
+        """The agent that `save` wrote, ready to predict or to go on learning.
+
+        Args:
+            env: another environment; None makes the saved one again.
+            settings: config fields to change.
+
+        Raises:
+            ValueError: the folder holds no agent, or another class's; or the environment had settings that cannot be
+                written down (a callable reward, say), and no env was given.
+        """
+        folder, state = Path(path), checkpoint.read_state(path)
+        if plugins.load_agent_class(state["agent"]) is not cls:
+            raise ValueError(f"{str(path)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
+        if env is None and state["env_not_saved"]:
+            raise ValueError(f"{str(path)!r} was trained with {state['env_not_saved']}, which cannot be saved: give env=")
+        given = env is not None
+        if not given:
+            kept = state["env"] | {"tokenizer": str(folder / "model"), "array": "torch"}
+            chosen = models.resolve_device(device)
+            env = TextVectorEnv(
+                state["num_envs"],
+                task=state["task"],
+                autoreset_mode=AutoresetMode.DISABLED,
+                device=str(chosen),
+                **kept,
+            )
+        task = vector_env(env).task
+        saved_reference = folder / "reference"
+        reference = str(saved_reference) if saved_reference.is_dir() else task.load_model(state["reference"] or state["model"])
+        agent = cls(
+            env, str(folder / "model"), reference, seed=state["seed"], device=device, out=out, **(state["config"] | settings)
+        )
+        agent.model_spec, agent.reference_spec = state["model"], state["reference"]
+        agent.rebuilds_reference = not saved_reference.is_dir()
+        agent._restore(folder, state, streams=not given)
+        return agent
+
+    def _restore(self, folder: Path, state: dict[str, Any], streams: bool) -> None:
+        if self.policy.value_head is not None:
+            self.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors", str(self.device)))
+        if self.policy.value_model is not None:
+            saved = models.load_model(str(folder / "value_model"))
+            self.policy.value_model.load_state_dict(saved.state_dict())
+        extra = checkpoint.load_optimizer(folder / "training.safetensors", self.optimizer)
+        self.generator.set_state(extra["generator"])
+        self.shuffler.bit_generator.state = state["shuffler"]
+        self.num_timesteps, self._total_timesteps = state["num_timesteps"], state["total_timesteps"]
+        self.num_updates, self.kl.coef = state["num_updates"], state["kl_coef"]
+        if streams:
+            self.env.restore_streams(state["env_streams"])
+
+
+def make_config(config: type[Any], settings: dict[str, Any], whose: str) -> Any:
+    """A config from keyword settings.
+
+    Raises:
+        ValueError: naming the unknown key and the allowed ones.
+    """
+    allowed = [field.name for field in dataclasses.fields(config)]
+    unknown = sorted(set(settings) - set(allowed))
+    if unknown:
+        raise ValueError(f"{whose} has no setting {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}")
+    return config(**settings)

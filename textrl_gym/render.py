@@ -1,0 +1,45 @@
+"""Rendering of episodes: plain text, or coloured in the terminal as they happen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from textrl_gym.core import StopReason
+
+RENDER_MODES = ["ansi", "human"]
+
+# KL in nats of one token, and the colour from there on: how much more the policy likes it than the reference does.
+KL_COLOURS = ((2.0, "bold red"), (1.0, "red"), (0.3, "yellow"), (-0.3, "green"), (-float("inf"), "cyan"))
+
+
+class Renderer:
+    """Shows the prompt, the tokens (coloured by KL) and the score of one row."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.console = Console(highlight=False, soft_wrap=True)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+    def text(self, prompt: Sequence[int], completion: Sequence[int], stop: StopReason) -> str:
+        """Prompt and completion as the policy sees them, with the reason of the end if there was one."""
+        end = "" if stop is StopReason.RUNNING else f" [{stop.name}]"
+        return self._decode(prompt) + self._decode(completion) + end
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Print the prompt of a new episode."""
+        self.console.print(Text("\n" + self._decode(prompt), style="dim"), end="")
+
+    def token(self, token: int, kl: float) -> None:
+        """Print one generated token."""
+        style = next(colour for least, colour in KL_COLOURS if kl >= least)
+        self.console.print(Text(self._decode([token]), style=style), end="")
+
+    def end(self, score: float, stop: StopReason) -> None:
+        """Print how the episode ended."""
+        self.console.print(Text(f"\n[{stop.name}] score {score:.3f}", style="bold"))

@@ -1,0 +1,185 @@
+"""collect(): prompts -> tokens -> score -> KL-shaped reward, B complete episodes at once.
+
+The fast driver of the MDP that TextVectorEnv.step() defines: given the same uniform random numbers, both give the same
+tokens, rewards, ends and infos (a test). Shape legend: U unique prompts, B rows, P prompt places, T response places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textrl_gym import kl, sampler
+from textrl_gym.core import Rollout, StopReason
+from textrl_gym.env import TextEnv, TextVectorEnv
+from textrl_gym.mdp import initial_state, shape_reward
+from textrl_gym.policy import Policy
+
+MICRO_BATCH_TOKENS = 16_384
+"""Prompt and response places of one teacher-forced pass without gradients."""
+
+
+def collect(
+    env: Any,
+    policy: Policy,
+    *,
+    kl_coef: float | None = None,
+    greedy: bool = False,
+    uniform_BT: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    prompt_indices: Any = None,
+) -> Rollout:
+    """Play one complete episode in each row of an environment.
+
+    Args:
+        env: a text environment (TextVectorEnv or TextEnv, wrapped or not). Its rows' random streams give the prompts,
+            as reset() would; the episodes that it is stepping through are not touched otherwise.
+        policy: whose completions. The KL is measured to the policy's reference, or else to the environment's.
+        kl_coef: the penalty's coefficient; None for the environment's own.
+        greedy: take the most likely tokens.
+        uniform_BT: the random numbers in [0, 1) to sample with, T >= max_new_tokens; drawn where None.
+        generator: on the policy's device, to draw them from.
+        prompt_indices: fixes the prompts, as reset(options={"prompt_indices": ...}) does.
+
+    Returns:
+        a Rollout on the policy's device, cut to its longest prompt and completion.
+
+    Raises:
+        ValueError: kl_coef > 0 and neither the policy nor the environment has a reference.
+    """
+    mdp = vector_env(env)
+    kl_coef = mdp.kl_coef if kl_coef is None else kl_coef
+    reference = policy.reference or mdp.reference
+    if kl_coef > 0 and reference is None:
+        raise ValueError(f"kl_coef={kl_coef} needs a reference: Policy(model, reference=...) or the environment's")
+
+    # 1. Prompts, each unique one once.
+    rows, prompt_ids = mdp.draw(indices=prompt_indices)
+    first_of: dict[tuple[int, ...], int] = {}
+    source_B = torch.tensor([first_of.setdefault(tuple(ids), len(first_of)) for ids in prompt_ids])
+    longest = max(len(ids) for ids in prompt_ids)
+    prompt_BP, prompt_mask_BP = _pad_left(prompt_ids, longest, policy.device)
+    prompt_UP, prompt_mask_UP = _pad_left([list(ids) for ids in first_of], longest, policy.device)
+
+    # 2. Completions.
+    if uniform_BT is None and not greedy:
+        shape = (len(rows), mdp.max_new_tokens)
+        uniform_BT = torch.rand(shape, generator=generator, device=policy.device)
+    out = sampler.generate(
+        policy,
+        prompt_UP,
+        prompt_mask_UP,
+        source_B.to(policy.device),
+        None if greedy or uniform_BT is None else uniform_BT.to(policy.device),
+        max_new_tokens=mdp.max_new_tokens,
+        eos_id=mdp.eos_id,
+        stopped=mdp.stopped if mdp.stop else None,
+    )
+
+    # 3. Scores, by the same function as step().
+    completion_ids = [ids[:n] for ids, n in zip(out.token_BT.tolist(), out.mask_BT.sum(1).tolist(), strict=True)]
+    score, texts = mdp.score(rows, prompt_ids, completion_ids)
+    score_B = score.to(policy.device)
+    zeros_BT = torch.zeros_like(out.logp_BT)
+    rollout = Rollout(
+        prompt_BP=prompt_BP,
+        prompt_mask_BP=prompt_mask_BP,
+        token_BT=out.token_BT,
+        mask_BT=out.mask_BT,
+        logp_BT=out.logp_BT,
+        ref_logp_BT=out.logp_BT,
+        kl_BT=zeros_BT,
+        value_BT=zeros_BT,
+        score_B=score_B,
+        reward_BT=zeros_BT,
+        stop_B=out.stop_B,
+        group_B=torch.arange(len(rows), device=policy.device) // mdp.group_size,
+        prompts=[row["prompt"] for row in rows],
+        completions=texts,
+    ).trim()
+
+    # 4. One teacher-forced pass each for the policy (where something of it is missing) and the reference.
+    rollout = _with_passes(rollout, policy, reference, mdp.kl_estimator)
+    reward_BT = _reward(rollout, kl_coef, mdp.missing_eos_penalty)
+    return dataclasses.replace(rollout, reward_BT=reward_BT)
+
+
+def vector_env(env: Any) -> TextVectorEnv:
+    """The TextVectorEnv under any wrappers; a TextEnv's own one-row one.
+
+    Raises:
+        ValueError: it is not a text environment.
+    """
+    bare = env.unwrapped
+    if isinstance(bare, TextEnv):
+        return bare.vector
+    if not isinstance(bare, TextVectorEnv):
+        raise ValueError(f"{env!r} is not a text environment (TextEnv or TextVectorEnv)")
+    return bare
+
+
+def _pad_left(prompts: list[list[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    state = initial_state(prompts, width, 0, device)
+    return state.token_BL, state.mask_BL.bool()
+
+
+def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
+    """Rows of the rollout, sorted by length and filled up to a budget of places, so that little of it is padding.
+
+    Returns:
+        index tensors that together hold every row once.
+    """
+    length_B = rollout.prompt_mask_BP.sum(1) + rollout.mask_BT.sum(1)
+    order = length_B.argsort(stable=True)
+    batches: list[list[int]] = [[]]
+    for row, length in zip(order.tolist(), length_B[order].tolist(), strict=True):
+        if batches[-1] and (len(batches[-1]) + 1) * length > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return [torch.tensor(rows, device=length_B.device) for rows in batches]
+
+
+@torch.no_grad()
+def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str) -> Rollout:
+    """The rollout with reference log-probabilities, KL and values; and, below float32, the policy's recomputed."""
+    # The sampler's log-probabilities are the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
+    exact = policy.dtype == torch.float32
+    full = estimator == "full" and reference is not None
+    look_again = not exact or policy.value_head is not None or full
+    logp_BT, value_BT = rollout.logp_BT.clone(), rollout.value_BT.clone()
+    ref_logp_BT, kl_BT = rollout.logp_BT.clone(), rollout.kl_BT.clone()
+    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
+        part = rollout.select(rows)
+        width = part.token_BT.shape[1]
+        own_logits_BTV = None
+        if look_again:
+            own_logits_BTV, part_value_BT = policy.response(part)
+            value_BT[rows, :width] = part_value_BT * part.mask_BT
+            if not exact:
+                logp_BT[rows, :width] = policy.token_logprobs(own_logits_BTV, part)
+        if reference is not None:
+            ref_logits_BTV, _ = reference.response(part)
+            ref_logp_BT[rows, :width] = policy.token_logprobs(ref_logits_BTV, part)
+            if full:
+                assert own_logits_BTV is not None
+                full_BT = kl.estimate("full", own_logits_BTV.log_softmax(-1), ref_logits_BTV.log_softmax(-1))
+                kl_BT[rows, :width] = full_BT * part.mask_BT
+        elif not exact:
+            ref_logp_BT[rows, :width] = logp_BT[rows, :width]
+    if not full:
+        sampled_BT = kl.estimate("k1" if estimator == "full" else estimator, logp_BT, ref_logp_BT)
+        kl_BT = sampled_BT * rollout.mask_BT
+    return dataclasses.replace(rollout, logp_BT=logp_BT, ref_logp_BT=ref_logp_BT, kl_BT=kl_BT, value_BT=value_BT)
+
+
+def _reward(rollout: Rollout, kl_coef: float, missing_eos_penalty: float) -> Tensor:
+    """shape_reward of every step: the score on the last action. [B, T]."""
+    columns = []
+    last_B = rollout.mask_BT.sum(1) - 1
+    for t in range(rollout.mask_BT.shape[1]):
+        stop_B = torch.where(last_B == t, rollout.stop_B, StopReason.RUNNING.value)
+        columns.append(shape_reward(rollout.score_B, stop_B, rollout.kl_BT[:, t], kl_coef, missing_eos_penalty))
+    return torch.stack(columns, 1)

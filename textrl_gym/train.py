@@ -1,0 +1,237 @@
+"""The training loop: collect -> update -> log -> evaluate -> save. It knows an agent only by core.AgentLike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.logger import configure
+
+from textrl_gym import health
+from textrl_gym.core import Rollout, StopReason
+from textrl_gym.evaluation import Evaluator
+
+EVALUATIONS = "evaluations.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What happens around the updates."""
+
+    eval_every: int = 20
+    """Updates between two evaluations on the validation split; 0 for none but the first and the last."""
+    eval_episodes: int = 64
+    """Held-out prompts of an evaluation during training."""
+    show_samples: int = 2
+    """Sample completions printed at the first and the last evaluation; all of them are in samples.jsonl."""
+    save_every: int = 0
+    """Updates between two checkpoints; 0 saves only at the end, and when interrupted."""
+    on_bad_health: Literal["stop", "warn"] = "stop"
+    """What to do when a line of the health card fails before the first update."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_every", "show_samples", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.on_bad_health not in ("stop", "warn"):
+            raise ValueError(f"on_bad_health must be 'stop' or 'warn', got {self.on_bad_health!r}")
+
+
+def train(
+    agent: Any,
+    *,
+    callback: Any = None,
+    log_interval: int = 1,
+    tb_log_name: str | None = None,
+    progress_bar: bool = True,
+    options: TrainOptions | None = None,
+) -> None:
+    """Train an agent until its num_timesteps reach its total; see Agent.learn for the arguments.
+
+    Writes into agent.out: progress.json (a JSON object a line), TensorBoard's files, evaluations.jsonl, samples.jsonl
+    and, at the end or on Ctrl-C, a checkpoint.
+
+    Raises:
+        health.HealthError: a line of the health card failed and options.on_bad_health is "stop".
+    """
+    options = options or TrainOptions()
+    run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
+    try:
+        run.loop()
+    except KeyboardInterrupt:
+        run.console.print("\ninterrupted: saving a checkpoint")
+        agent.save(agent.out)
+        run.console.print(f"go on with: textrl-gym train --resume {agent.out}")
+        raise
+    finally:
+        run.close()
+
+
+class _Run:
+    """One call of train(): the agent and everything that watches it."""
+
+    def __init__(
+        self,
+        agent: Any,
+        callback: Any,
+        log_interval: int,
+        tb_log_name: str | None,
+        options: TrainOptions,
+        progress_bar: bool,
+    ) -> None:
+        self.agent, self.options, self.log_interval = agent, options, log_interval
+        self.console = Console(stderr=True, quiet=not progress_bar)
+        if agent.out is None:
+            agent.out = _new_folder(agent)
+        agent.out.mkdir(parents=True, exist_ok=True)
+        if agent._logger is None:
+            folder = agent.out / tb_log_name if tb_log_name else agent.out
+            agent.set_logger(configure(str(folder), ["json", "tensorboard"]))
+        self.callback = _callback(callback)
+        self.evaluator = Evaluator(agent.env, options.eval_episodes)
+        self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not progress_bar,
+        )
+
+    def loop(self) -> None:
+        agent, total = self.agent, self.agent._total_timesteps
+        self.callback.init_callback(agent)
+        self.callback.on_training_start(locals(), globals())
+        with self.bar:
+            task = self.bar.add_task(type(agent).__name__, total=total, completed=agent.num_timesteps, note="")
+            if agent.num_updates == 0:
+                self._evaluate(show=True)
+            while agent.num_timesteps < total:
+                # 1. Collect.
+                self.callback.on_rollout_start()
+                rollout = self._timed("collect", agent.collect)
+                if agent.num_updates == 0:
+                    self._check_health(rollout)
+                agent.num_timesteps += rollout.num_tokens
+                self.callback.update_locals(locals())
+                goes_on = self.callback.on_step()
+                self.callback.on_rollout_end()
+                if not goes_on:
+                    break
+                # 2. Update.
+                metrics = self._timed("update", lambda rollout=rollout: agent.update(rollout))
+                agent.num_updates += 1
+                # 3. Log.
+                facts = rollout_metrics(rollout)
+                agent.kl.update(facts["rollout/kl_sequence"], len(rollout))
+                if agent.num_updates % self.log_interval == 0:
+                    self._log(facts, metrics)
+                note = f"score {facts['rollout/score']:.3f}  KL {facts['rollout/kl_sequence']:.2f} nats/seq"
+                self.bar.update(task, completed=min(agent.num_timesteps, total), note=note)
+                # 4. Evaluate and save.
+                if self.options.eval_every and agent.num_updates % self.options.eval_every == 0:
+                    if agent.num_timesteps < total:
+                        self._evaluate()
+                if self.options.save_every and agent.num_updates % self.options.save_every == 0:
+                    agent.save(agent.out)
+            self._evaluate(show=True)
+        self.callback.on_training_end()
+        agent.save(agent.out)
+
+    def close(self) -> None:
+        self.agent.logger.close()
+        self.agent._logger = None  # a later learn() goes on in new files beside these
+
+    def _timed(self, phase: str, work: Any) -> Any:
+        begin = time.perf_counter()
+        result = work()
+        self.seconds[phase] += time.perf_counter() - begin
+        return result
+
+    def _check_health(self, rollout: Rollout) -> None:
+        agent = self.agent
+        lines = health.card(agent.policy, rollout, agent.env.eos_id, fresh=agent.num_timesteps == 0)
+        self.console.print(health.text(lines), highlight=False)
+        bad = [line for line in lines if not line.ok]
+        if bad and self.options.on_bad_health == "stop":
+            raise health.HealthError("; ".join(f"{line.name}: {line.value} (likely cause: {line.cause})" for line in bad))
+
+    def _log(self, facts: dict[str, float], metrics: dict[str, float]) -> None:
+        agent = self.agent
+        for name, value in facts.items():
+            agent.logger.record(name, value)
+        for name, value in metrics.items():
+            agent.logger.record(f"train/{name}", value)
+        agent.logger.record("train/learning_rate", agent.learning_rate)
+        agent.logger.record("train/kl_coef", agent.kl.coef)
+        agent.logger.record("train/updates", agent.num_updates)
+        for phase, seconds in self.seconds.items():
+            agent.logger.record(f"time/{phase}_seconds", seconds)
+        agent.logger.dump(agent.num_timesteps)
+
+    def _evaluate(self, show: bool = False) -> None:
+        agent = self.agent
+        metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent.policy, greedy=show))
+        row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
+        row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
+        with (agent.out / EVALUATIONS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        with (agent.out / SAMPLES).open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"timesteps": agent.num_timesteps} | sample) + "\n")
+        if show:
+            self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """What a rollout says of the policy that played it. Raw score and shaped return are both there."""
+    kl_B = ((rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT).sum(1)
+    return {
+        "rollout/score": float(rollout.score_B.mean()),
+        "rollout/score_std": float(rollout.score_B.std()) if len(rollout) > 1 else 0.0,
+        "rollout/return": float(rollout.reward_BT.sum(1).mean()),
+        "rollout/kl_sequence": float(kl_B.mean()),
+        "rollout/kl_token": float(kl_B.sum()) / max(rollout.num_tokens, 1),
+        "rollout/completion_tokens": rollout.num_tokens / len(rollout),
+        "rollout/eos_share": float((rollout.stop_B == StopReason.EOS).float().mean()),
+        "rollout/logprob_token": float(rollout.logp_BT.sum()) / max(rollout.num_tokens, 1),
+    }
+
+
+def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], timesteps: int) -> Table:
+    """A table of completions for the terminal, with the evaluation's means in its title."""
+    means = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    table = Table(title=f"after {timesteps:,} tokens: {means}", title_justify="left", show_lines=True)
+    table.add_column("prompt (its end)", ratio=3)
+    table.add_column("completion", ratio=3)
+    table.add_column("score", justify="right")
+    table.add_column("judge", justify="right")
+    for sample in samples:
+        judge = f"{sample['judge']:.2f}" if "judge" in sample else ""
+        table.add_row(sample["prompt"][-300:], sample["completion"].strip(), f"{sample['score']:.2f}", judge)
+    return table
+
+
+def _new_folder(agent: Any) -> Path:
+    task = type(agent.env.task).__name__
+    return Path("runs") / f"{type(agent).__name__}-{task}-seed{agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _callback(callback: Any) -> BaseCallback:
+    if callback is None:
+        return CallbackList([])
+    if isinstance(callback, list):
+        return CallbackList(callback)
+    return callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)
