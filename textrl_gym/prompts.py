@@ -14,7 +14,7 @@ from typing import Any
 
 SPLITS = ("train", "validation", "test")
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HEAD = re.compile(r"^POST:", re.MULTILINE)
 
 
@@ -43,7 +43,7 @@ def encode_prompt(text: str, tokenizer: Any, max_prompt_tokens: int, keep_suffix
     if room < 1 or not body_ids:
         raise ValueError(
             f"{named}, and it cannot be cut: {len(head_ids)} tokens before the body and {len(suffix_ids)} of "
-            f"{keep_suffix!r} are kept, which leaves no room for the body"
+            f"{keep_suffix!r} are kept, which leaves no room for the body; raise max_prompt_tokens"
         )
     return head_ids + _whole_characters(body_ids[:room], tokenizer) + suffix_ids
 
@@ -188,14 +188,28 @@ def _read_file(path: Path) -> list[Any]:
             raise ValueError(f"{str(path)!r} must hold a list of objects, not {type(data).__name__}")
         return data
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, strict=True))
+        return _read_csv(path)
     if path.suffix == ".parquet":
         _require("pyarrow", f"reading {path.name}")
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{str(path)!r} is no parquet file: {error}") from error
     raise ValueError(f"{str(path)!r} is of no known format; allowed: {', '.join(FORMATS)}")
+
+
+def _read_csv(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
+        try:
+            rows = list(csv.DictReader(file, restkey="", strict=True))
+        except csv.Error as error:
+            raise ValueError(f"{str(path)!r} is no CSV: {error}") from error
+    for number, row in enumerate(rows):
+        if "" in row:
+            raise ValueError(f"{str(path)!r}, row {number} has more fields than the header: {row['']}")
+    return rows
 
 
 def _read_jsonl(path: Path) -> list[Any]:

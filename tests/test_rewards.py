@@ -1,0 +1,390 @@
+"""Rewards: what a specification means, what is checked in a result, and each built-in reward."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from textrl_gym import plugins
+from textrl_gym.rewards import RewardFunction, load_reward
+from textrl_gym.rewards.reward_model import RewardModel, make, micro_batches
+
+PROMPTS, TEXTS = ["p", "p", "q"], ["x", "x y", "x y z"]
+
+
+def count_words(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[int]:
+    return [len(text.split()) for text in completions]
+
+
+NOT_CALLABLE = 3
+
+
+# -- what a specification means ---------------------------------------------------------------------------------------
+
+
+def test_every_file_is_a_named_reward() -> None:
+    assert {"exact_match", "length", "regex", "reward_model", "rouge", "tldr_gold"} <= set(plugins.names("rewards"))
+    needs_more = {"regex": "regex:x"}  # no pattern, no reward
+    for name in plugins.names("rewards"):
+        if name != "reward_model":  # needs a model: its own tests
+            assert load_reward(needs_more.get(name, name)).name.startswith(name)
+
+
+def test_a_callable_and_its_path() -> None:
+    function = load_reward(count_words)
+    score = function(PROMPTS, TEXTS, anything=[1, 2, 3])
+    assert score.tolist() == [1, 2, 3]
+    assert score.dtype == torch.float32
+    assert function.name == "count_words"
+    assert function.components == {}
+    assert load_reward(function) is function
+    assert load_reward("rouge_score.tokenize:tokenize").name == "rouge_score.tokenize:tokenize"
+
+
+def test_trl_functions_work_as_they_are_written() -> None:
+    def no_prompts(completions: list[str], **kwargs: Any) -> list[float]:
+        return [float(len(c)) for c in completions]
+
+    def column_first(completions: list[str], answer: list[str]) -> list[float]:
+        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    class Scorer:
+        def __call__(self, prompts: list[str], completions: list[str], **kwargs: Any) -> np.ndarray:
+            return np.ones(len(prompts), dtype=np.float64)
+
+    assert load_reward(no_prompts)(PROMPTS, TEXTS, answer=TEXTS).tolist() == [1, 3, 5]
+    assert load_reward(column_first)(PROMPTS, TEXTS, answer=["x", "", "x y z"], other=PROMPTS).tolist() == [1, 0, 1]
+    assert load_reward(lambda p, c: [len(text) for text in c])(PROMPTS, TEXTS, answer=TEXTS).tolist() == [1, 3, 5]
+    assert load_reward(Scorer())(PROMPTS, TEXTS).tolist() == [1, 1, 1]
+    assert load_reward(lambda p, c: [torch.tensor(1.0), True, 2])(PROMPTS, TEXTS).tolist() == [1, 1, 2]
+
+
+def test_a_mixture_is_a_weighted_sum_with_its_parts_at_hand() -> None:
+    mixture = load_reward({"length": -0.5, "regex:y": 2.0})
+    # words 1, 2, 3 and y in rows 1 and 2: -0.5 + 0, -1 + 2, -1.5 + 2
+    assert mixture(PROMPTS, TEXTS).tolist() == [-0.5, 1.0, 0.5]
+    assert {name: score.tolist() for name, score in mixture.components.items()} == {
+        "length": [1, 2, 3],
+        "regex:y": [0, 1, 1],
+    }
+    assert mixture.name == "-0.5*length +2*regex:y"
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("lenght", "unknown reward 'lenght'; allowed: .*exact_match, length.*package.module:name"),
+        ("lenght:3", "unknown reward 'lenght:3'.*no module 'lenght'.*allowed: .*length"),
+        ("rouge_score.tokenize:nothing", "has no 'nothing'.*allowed: .*length"),
+        ("math:pi", "reward 'math:pi' is 3.14.*not a callable"),
+        ("length:3", "reward 'length' takes no argument, given '3'"),
+        (3, "unknown reward 3; allowed"),
+        (None, "unknown reward None; allowed"),
+        ({}, "a mixture of rewards must name at least one"),
+        ({"length": math.nan}, "weight of reward 'length' must be a finite number, not nan"),
+        ({"length": "1"}, "weight of reward 'length' must be a finite number, not '1'"),
+        ({"lenght": 1.0}, "unknown reward 'lenght'"),
+        ("regex", "needs a pattern: regex:PATTERN"),
+        ("regex:(", r"'\(' is no regular expression"),
+        ("rouge:bleu", "unknown kind of rouge 'bleu'; allowed: rouge1 to rouge9, rougeL, rougeLsum"),
+        ("reward_model", "task NoneType has no reward model of its own"),
+        ("reward_model:./nothing", "there is no folder './nothing'"),
+    ],
+)
+def test_a_wrong_specification_is_named(spec: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        load_reward(spec)
+
+
+# -- what is checked --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ([1.0, math.nan, 0.0], r"reward 'mine' gave nan for row 1, completion 'x y': every row needs a finite number"),
+        (torch.tensor([0.0, 0.0, -math.inf]), r"reward 'mine' gave -inf for row 2, completion 'x y z'"),
+        ([1e39, 0.0, 0.0], r"reward 'mine' gave 1e\+39 for row 0.*finite"),  # finite as a double only
+        ([0.0, None, 0.0], r"reward 'mine' gave None for row 1, completion 'x y'"),
+        ([0.0, 0.0, "1"], r"reward 'mine' gave '1' for row 2"),
+        ([0.0, [1.0], 0.0], r"reward 'mine' gave \[1.0\] for row 1"),
+        ([1.0, 2.0], r"reward 'mine' gave 2 values for 3 completions"),
+        (torch.zeros(4), r"reward 'mine' gave 4 values for 3 completions"),
+        (torch.zeros(3, 1), r"reward 'mine' gave a tensor of shape \[3, 1\], not \[3\]"),
+        (1.0, r"reward 'mine' gave 1.0, not a list or tensor of 3 numbers"),
+        (None, r"reward 'mine' gave None, not a list or tensor of 3 numbers"),
+        ("abc", r"reward 'mine' gave 'abc', not a list"),
+        ({"a": 1, "b": 2, "c": 3}, r"reward 'mine' gave \{.*not a list"),
+    ],
+)
+def test_a_wrong_result_names_the_reward_and_the_row(values: Any, named: str) -> None:
+    def mine(prompts: list[str], completions: list[str], **columns: list[Any]) -> Any:
+        return values
+
+    with pytest.raises(ValueError, match=named):
+        load_reward(mine)(PROMPTS, TEXTS)
+
+
+def test_a_wrong_part_of_a_mixture_is_named() -> None:
+    def mine(prompts: list[str], completions: list[str]) -> list[float]:
+        return [math.nan] * len(prompts)
+
+    parts: dict[str, tuple[float, Any]] = {"length": (1.0, load_reward("length")), "mine": (1.0, mine)}
+    with pytest.raises(ValueError, match="reward 'mine' gave nan for row 0"):
+        RewardFunction("both", parts)(PROMPTS, TEXTS)
+
+
+def test_an_exception_names_the_reward_and_the_row() -> None:
+    def mine(completions: list[str], limit: list[int], **columns: list[Any]) -> list[float]:
+        return [1 / (len(text) - 3) for text in completions]
+
+    with pytest.raises(
+        RuntimeError, match=r"reward 'mine' raised on row 1, completion 'x y': ZeroDivisionError: .*division"
+    ) as caught:
+        load_reward(mine)(PROMPTS, TEXTS, limit=[1, 2, 3])
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+    def all_at_once(prompts: list[str], completions: list[str]) -> list[float]:
+        assert len(prompts) == 1, "one only"
+        return [0.0]
+
+    with pytest.raises(RuntimeError, match=r"'all_at_once' raised on the batch of 3, but on no row alone: .*one only"):
+        load_reward(all_at_once)(PROMPTS, TEXTS)
+
+
+def test_columns_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="reward 'length': answer has 2 items for 3 prompts"):
+        load_reward("length")(PROMPTS, TEXTS, answer=["a", "b"])
+    with pytest.raises(ValueError, match="completions has 2 items for 3 prompts"):
+        load_reward("length")(PROMPTS, TEXTS[:2])
+
+
+# -- the simple ones --------------------------------------------------------------------------------------------------
+
+
+def test_length_counts_tokens_or_else_words() -> None:
+    assert load_reward("length")(PROMPTS, TEXTS, completion_ids=[[1], [], [1, 2, 3, 0]]).tolist() == [1, 0, 4]
+    assert load_reward("length")(PROMPTS, TEXTS).tolist() == [1, 2, 3]
+
+
+def test_exact_match_ignores_white_space_around() -> None:
+    assert load_reward("exact_match")(PROMPTS, TEXTS, completion=[" x\n", "x  y", "X y z"]).tolist() == [1, 0, 0]
+
+
+def test_regex_searches() -> None:
+    assert load_reward("regex:y")(PROMPTS, TEXTS).tolist() == [0, 1, 1]
+    assert load_reward("regex:^x.y$")(PROMPTS, TEXTS).tolist() == [0, 1, 0]
+    assert load_reward("regex:(?:x|:)$")(PROMPTS, TEXTS).tolist() == [1, 0, 0]  # a colon is part of the pattern
+
+
+def test_rouge() -> None:
+    # Reference "a b c d", completion "a c x": longest common subsequence a c. P = 2/3, R = 2/4, F = 4/7.
+    # rouge2: no bigram in common. rouge1 of "b a": P = 1, R = 1/2, F = 2/3; ROUGE-L: P = 1/2, R = 1/4, F = 1/3.
+    reference = [" a b c d", " a b c d"]
+    texts = ["a c x", "b a"]
+
+    def score(spec: str) -> list[float]:
+        return load_reward(spec)(["p", "p"], texts, completion=reference).tolist()
+
+    assert score("rouge") == pytest.approx([4 / 7, 1 / 3], abs=1e-6)
+    assert score("rouge:rougeL") == score("rouge")
+    assert score("rouge:rouge1") == pytest.approx([4 / 7, 2 / 3], abs=1e-6)
+    assert score("rouge:rouge2") == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["rouge", "exact_match"])
+def test_a_missing_reference_is_an_error(name: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"reward '{name}' raised.*column 'completion'; the rows have \['answer'\]"):
+        load_reward(name)(PROMPTS, TEXTS, answer=TEXTS)
+
+
+def test_rouge_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install rouge-score"):
+        load_reward("rouge")
+
+
+# -- reward models ----------------------------------------------------------------------------------------------------
+
+EOS = 0
+SIZES: dict[str, Any] = {"vocab_size": 257, "num_labels": 1, "pad_token_id": EOS}  # pad equals EOS, as is usual
+
+
+def byte_tokenizer(order: int = 1, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """One token a byte; order -1 gives another tokenizer of the same size."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[::order]
+    inner = Tokenizer(models.BPE(vocab={"<eos>": EOS} | {c: i for i, c in enumerate(letters, start=1)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", **kwargs)
+
+
+def classifier(family: str, **changes: Any) -> Any:
+    """A random tiny classifier, with a spread of scores that a wrong place or mask would change by far over 1e-5."""
+    sizes = SIZES | changes
+    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    if family == "gpt2":
+        model: Any = GPT2ForSequenceClassification(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **sizes))
+    elif family == "llama":
+        model = LlamaForSequenceClassification(LlamaConfig(**shape, **sizes))
+    else:
+        model = BertForSequenceClassification(BertConfig(**shape, **sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "pad"), [("llama", EOS), ("llama", None), ("gpt2", EOS), ("gpt2", None), ("bert", EOS)]
+)
+def test_a_batch_of_unequal_lengths_scores_as_one_by_one(family: str, pad: int | None) -> None:
+    model = classifier(family, pad_token_id=pad)
+    reward = RewardModel(model, byte_tokenizer())
+    generator = torch.Generator().manual_seed(1)
+    # ends in EOS, is EOS, has EOS = pad inside: none may be taken for padding
+    rows = [torch.randint(1, 257, (n,), generator=generator).tolist() for n in (30, 1, 64, 7, 7)]
+    rows += [[5, 6, EOS], [EOS], [5, EOS, EOS, 9]]
+    scores = reward.score_ids(rows)
+    # The classifier's own forward on one row without padding reads its last place.
+    model.config.pad_token_id = None if family != "bert" else EOS
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=torch.tensor([row])).logits[:, 0] for row in rows])
+    torch.testing.assert_close(scores, alone, atol=1e-5, rtol=0)
+    assert alone.std() > 0.1
+    assert scores.dtype == torch.float32
+
+
+@given(lengths=st.lists(st.integers(1, 40), max_size=20), limit=st.integers(1, 100))
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], limit: int) -> None:
+    sequences = [[1] * n for n in lengths]
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    batches = micro_batches(sequences, order, limit)
+    assert [row for batch in batches for row in batch] == order
+    assert all(len(batch) == 1 or len(batch) * max(lengths[r] for r in batch) <= limit for batch in batches)
+    joined = [len(batch) + 1 for batch in batches[:-1]]  # no batch could have taken the next row as well
+    assert all(n * lengths[after[0]] > limit for n, after in zip(joined, batches[1:], strict=True))
+
+
+def test_micro_batches_change_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = RewardModel(classifier("llama"), byte_tokenizer())
+    rows = [[1 + (i * j) % 256 for j in range(1 + i * 7 % 40)] for i in range(20)]
+    whole = reward.score_ids(rows)
+    monkeypatch.setattr(micro_batches, "__defaults__", (50,))
+    torch.testing.assert_close(reward.score_ids(rows), whole, atol=1e-5, rtol=0)
+    assert reward.score_ids([]).shape == (0,)
+
+
+def test_a_saved_reward_model_is_loaded_from_its_folder(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    plain = RewardModel(classifier("llama"), tokenizer)
+    RewardModel(plain.model, tokenizer, bias=0.5, scale=-2.0).save(tmp_path)
+    assert json.loads((tmp_path / "reward_model.json").read_text()) == {"bias": 0.5, "scale": -2.0}
+    ids = {"prompt_ids": [[9, 8], [9]], "completion_ids": [[7, EOS], [7, 6, 5]]}
+    expected = (plain.score_ids([[9, 8, 7, EOS], [9, 7, 6, 5]]) - 0.5) * -2
+    task = SimpleNamespace(reward_model_path=str(tmp_path), load_tokenizer=lambda: tokenizer)
+    ways: list[tuple[Any, dict[str, Any]]] = [
+        (str(tmp_path), {"tokenizer": tokenizer}),
+        (f"reward_model:{tmp_path}", {"tokenizer": tokenizer}),
+        (f"reward_model:{tmp_path}", {"task": task}),  # the environment has its task's tokenizer
+        ("reward_model", {"task": task}),
+        ({str(tmp_path): 1.0}, {"task": task}),
+    ]
+    for spec, given_ in ways:
+        score = load_reward(spec, device="cpu", **given_)(["p", "q"], ["no", "text"], **ids)
+        torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
+
+
+def test_the_ids_are_scored_where_the_tokenizer_is_shared_and_else_the_text() -> None:
+    model = classifier("llama")
+    own, other = byte_tokenizer(), byte_tokenizer(order=-1)
+    ids = {"prompt_ids": [own("ab")["input_ids"]], "completion_ids": [[*own("c")["input_ids"], EOS]]}
+    foreign = {"prompt_ids": [other("ab")["input_ids"]], "completion_ids": [[*other("c")["input_ids"], EOS]]}
+    text = own("abc")["input_ids"]
+
+    def score(env_tokenizer: Any, columns: dict[str, Any], appends_eos: bool = True) -> float:
+        reward = RewardModel(model, own, appends_eos=appends_eos, env_tokenizer=env_tokenizer)
+        return reward(["ab"], ["c"], **columns).item()
+
+    def of(sequence: list[int]) -> Any:
+        return pytest.approx(RewardModel(model, own).score_ids([sequence]).item(), abs=1e-5)
+
+    assert of(text) != of([*text, EOS]).expected
+    assert score(own, ids) == of([*text, EOS])
+    assert score(own, {}) == of([*text, EOS])  # texts from elsewhere are finished ones
+    assert score(other, foreign) == of([*text, EOS])  # not the foreign ids
+    assert score(None, foreign) == of([*text, EOS])
+    cut_off = {**foreign, "completion_ids": [other("c")["input_ids"]]}
+    assert score(other, cut_off) == of(text)  # the budget ran out: no EOS
+    assert score(other, foreign, appends_eos=False) == of(text)  # another project's classifier: the plain text
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="has one label, this LlamaForSequenceClassification has 2"):
+        RewardModel(classifier("llama", num_labels=2), tokenizer)
+    with pytest.raises(ValueError, match="tokenizer has 257 tokens but the model's vocabulary has 100 rows"):
+        RewardModel(classifier("llama", vocab_size=100), tokenizer)
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=257)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no whole sequence classifier: it has no weights for score\.weight"):
+        load_reward(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ['{"bias": 1}', '{"bias": 1, "scale": NaN}', '{"bias": 1, "scale": "2"}'])
+def test_a_wrong_normalisation_is_refused(tmp_path: Path, text: str) -> None:
+    RewardModel(classifier("llama"), byte_tokenizer()).save(tmp_path)
+    (tmp_path / "reward_model.json").write_text(text)
+    with pytest.raises(ValueError, match=r'reward_model\.json.* must hold \{"bias": number, "scale": number\}'):
+        load_reward(str(tmp_path))
+
+
+def test_a_sequence_out_of_range_is_an_error() -> None:
+    reward = RewardModel(classifier("llama"), byte_tokenizer())
+    for wrong in ([], [1] * 65):
+        with pytest.raises(ValueError, match=f"row 1 has {len(wrong)} tokens; the reward model takes 1 to 64"):
+            reward.score_ids([[1], wrong])
+    assert RewardModel(classifier("llama"), byte_tokenizer(model_max_length=9)).score_ids([[1] * 9]).shape == (1,)
+    with pytest.raises(ValueError, match="takes 1 to 9"):
+        RewardModel(classifier("llama"), byte_tokenizer(model_max_length=9)).score_ids([[1] * 10])
+
+
+def test_a_reward_model_in_bfloat16_scores_in_float32(tmp_path: Path) -> None:
+    RewardModel(classifier("llama"), byte_tokenizer()).save(tmp_path)
+    full = make(str(tmp_path), task=None, device="cpu", tokenizer=None)
+    half = make(str(tmp_path), task=None, device="cpu", tokenizer=None, dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    assert half.score_ids([[1, 2, 3]]).dtype == torch.float32
+    # bfloat16 has 8 bits: a relative error of about 2^-8 an operation, on values of the order of 1 to 10
+    torch.testing.assert_close(half.score_ids([[1, 2, 3]]), full.score_ids([[1, 2, 3]]), atol=0.3, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_reward_model_on_the_gpu_scores_as_on_the_cpu(tmp_path: Path) -> None:
+    RewardModel(classifier("llama"), byte_tokenizer()).save(tmp_path)
+    rows = [[1 + (i * j) % 256 for j in range(1 + i * 7 % 40)] for i in range(20)]
+    places = [make(str(tmp_path), task=None, device=name, tokenizer=None) for name in ("cpu", "cuda")]
+    cpu, gpu = (model.score_ids(rows) for model in places)
+    torch.testing.assert_close(cpu, gpu, atol=1e-3, rtol=0)
