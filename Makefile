@@ -36,7 +36,7 @@ types: $(STAMP)  ## Check types.
 	$(BIN)/mypy
 
 docs: $(STAMP)  ## Build the documentation into site/, with warnings as errors.
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint types docs test  ## All that CI holds.
 

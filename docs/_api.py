@@ -21,7 +21,7 @@ FIRST = (
     "functional",
     "agent",
     "train",
-    "evaluate",
+    "evaluation",
 )
 """The order in which the data flows; modules that are not named here follow by name."""
 FOLDERS = {"envs": ROOT / "envs", "agents": ROOT / "agents", "rewards": ROOT / "textrl_gym" / "rewards"}

@@ -10,11 +10,13 @@ import pytest
 # (agents, envs, rewards) stands on one floor with all its files. A new module goes on the lowest floor it can.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "plugins"}),
-    frozenset({"models", "tokenizer", "prompts", "kl", "checkpoint", "corpus", "phrases", "annotators", "render"}),
+    frozenset(
+        {"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases", "annotators", "render"}
+    ),
     frozenset({"tasks", "rewards", "mdp", "tiny"}),
-    frozenset({"env", "policy", "sampler", "sft", "reward_training"}),
+    frozenset({"env", "policy", "sampler", "sft", "comparisons", "reward_training"}),
     frozenset({"rollout", "health"}),
-    frozenset({"evaluate"}),
+    frozenset({"evaluation"}),
     frozenset({"train"}),
     frozenset({"agent"}),
     frozenset({"envs", "agents"}),
