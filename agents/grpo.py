@@ -54,7 +54,9 @@ class GRPOConfig(AgentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group_size < 2:
-            raise ValueError(f"GRPO compares completions of a prompt: group_size must be at least 2, got {self.group_size}")
+            raise ValueError(
+                f"GRPO compares completions of a prompt: group_size must be at least 2, got {self.group_size}"
+            )
         if self.aggregation not in ("token", "sequence"):
             raise ValueError(f"aggregation must be 'token' or 'sequence', got {self.aggregation!r}")
         if self.kl_in not in ("loss", "reward"):
@@ -136,7 +138,15 @@ class GRPO(Agent):
         ) -> tuple[Tensor, dict[str, Tensor]]:
             logp_BT = self.policy.logprobs(part)
             return grpo_loss(
-                logp_BT, part.logp_BT, part.ref_logp_BT, pick(advantage_BT)[:, 0], part.mask_BT, config, kl_coef, rows, tokens
+                logp_BT,
+                part.logp_BT,
+                part.ref_logp_BT,
+                pick(advantage_BT)[:, 0],
+                part.mask_BT,
+                config,
+                kl_coef,
+                rows,
+                tokens,
             )
 
         steps = [self.minimise(rollout, rows, loss) for rows in self.shuffled(len(rollout))]

@@ -17,7 +17,9 @@ LENGTH = 2
 EOS_ID = 0
 
 
-def copied(prompts: list[str], completions: list[str], *, completion_ids: list[list[int]], **columns: Any) -> list[float]:
+def copied(
+    prompts: list[str], completions: list[str], *, completion_ids: list[list[int]], **columns: Any
+) -> list[float]:
     """Half for ending after exactly as many symbols as the prompt has, half for the share of symbols that are right.
 
     The end counts that much because it must be learnt before the policy has forgotten EOS: with a mere share of right
@@ -67,9 +69,9 @@ class CopyText(Task):
 
     max_prompt_tokens = LENGTH
     max_new_tokens = LENGTH + 1
-    model = "a random Llama made in code"
+    model = "a random GPT-2 made in code"
     reward = "textrl_gym.envs.copy_text:copied"
-    kl_coef = 0.0
+    kl_coef = 0.02
 
     def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
         """All 16 prompts, in every split: the task is to solve them, not to generalise."""
@@ -82,4 +84,4 @@ class CopyText(Task):
         return tiny.symbol_tokenizer(SYMBOLS) if name is None else super().load_tokenizer(name)
 
     def load_model(self, name: str | None = None, **kwargs: Any) -> Any:
-        return tiny.llama(len(SYMBOLS) + 1, scale=0.2) if name is None else super().load_model(name, **kwargs)
+        return tiny.gpt2(len(SYMBOLS) + 1, 2 * LENGTH + 1) if name is None else super().load_model(name, **kwargs)

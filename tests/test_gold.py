@@ -96,6 +96,12 @@ def test_a_wrong_pronoun_costs() -> None:
     assert gold(row, f" He owes me {amount}.") < gold(row, f" She owes me {amount}.")
 
 
+def test_a_value_outside_a_clause_states_nothing() -> None:
+    for row in POSTS:
+        for name in ("keywords", "bare values"):
+            assert explain(row, ATTACKS[name](row, random.Random(0)))["coverage"] <= WEIGHTS["rel"]
+
+
 # --------------------------------------------------------------------------------------------- what must not fool it
 
 ATTACKS: dict[str, Callable[[dict, random.Random], str]] = {

@@ -72,9 +72,7 @@ class AgentConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if self.rollout_episodes % self.group_size:
-            raise ValueError(
-                f"rollout_episodes={self.rollout_episodes} is no multiple of group_size={self.group_size}"
-            )
+            raise ValueError(f"rollout_episodes={self.rollout_episodes} is no multiple of group_size={self.group_size}")
         if self.lr_schedule not in ("linear", "constant"):
             raise ValueError(f"lr_schedule must be 'linear' or 'constant', got {self.lr_schedule!r}")
         if self.kl_coef is not None and self.kl_coef < 0:
@@ -121,7 +119,9 @@ class Agent:
         self.device = models.resolve_device(device)
         self.model_spec = model if isinstance(model, str) else None
         self.reference_spec = reference if isinstance(reference, str) else None
-        self.rebuilds_reference = isinstance(reference, str) or (reference is None and (model is None or isinstance(model, str)))
+        self.rebuilds_reference = isinstance(reference, str) or (
+            reference is None and (model is None or isinstance(model, str))
+        )
         self.set_env(self._make_env(env, model))
         mdp = self.env
         self.kl = self._make_kl(mdp)
@@ -208,7 +208,9 @@ class Agent:
         if not isinstance(env.unwrapped, TextVectorEnv):
             mdp = mdp.remake(self.config.rollout_episodes, group_size=self.config.group_size)
         if self.config.group_size > 1 and mdp.group_size == 1:
-            raise ValueError(f"{type(self).__name__} compares completions of a prompt: make the environment with group_size > 1")
+            raise ValueError(
+                f"{type(self).__name__} compares completions of a prompt: make the environment with group_size > 1"
+            )
         if self.config.missing_eos_penalty is not None:
             mdp.missing_eos_penalty = self.config.missing_eos_penalty
         mdp.kl_estimator = self.config.kl_estimator
@@ -376,7 +378,9 @@ class Agent:
         if plugins.load_agent_class(state["agent"]) is not cls:
             raise ValueError(f"{str(path)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
         if env is None and state["env_not_saved"]:
-            raise ValueError(f"{str(path)!r} was trained with {state['env_not_saved']}, which cannot be saved: give env=")
+            raise ValueError(
+                f"{str(path)!r} was trained with {state['env_not_saved']}, which cannot be saved: give env="
+            )
         given = env is not None
         if not given:
             kept = state["env"] | {"tokenizer": str(folder / "model"), "array": "torch"}
@@ -390,9 +394,17 @@ class Agent:
             )
         task = vector_env(env).task
         saved_reference = folder / "reference"
-        reference = str(saved_reference) if saved_reference.is_dir() else task.load_model(state["reference"] or state["model"])
+        reference = (
+            str(saved_reference) if saved_reference.is_dir() else task.load_model(state["reference"] or state["model"])
+        )
         agent = cls(
-            env, str(folder / "model"), reference, seed=state["seed"], device=device, out=out, **(state["config"] | settings)
+            env,
+            str(folder / "model"),
+            reference,
+            seed=state["seed"],
+            device=device,
+            out=out,
+            **(state["config"] | settings),
         )
         agent.model_spec, agent.reference_spec = state["model"], state["reference"]
         agent.rebuilds_reference = not saved_reference.is_dir()

@@ -1,10 +1,10 @@
 """Checkpoints: safetensors and JSON in a folder, nothing pickled.
 
-    agent.json              which agent, its config and environment, counters, random streams
-    model/                  the language model and tokenizer, as transformers saves them
-    value_head.safetensors, value_model/      the critic, where there is one
-    reference/              only where the reference cannot be loaded again by name
-    training.safetensors    the optimizer's moments and the sampler's generator
+agent.json              which agent, its config and environment, counters, random streams
+model/                  the language model and tokenizer, as transformers saves them
+value_head.safetensors, value_model/      the critic, where there is one
+reference/              only where the reference cannot be loaded again by name
+training.safetensors    the optimizer's moments and the sampler's generator
 """
 
 from __future__ import annotations

@@ -195,7 +195,11 @@ class TextVectorEnv(VectorEnv):
     def _seed(self, seed: int | Sequence[int | None] | None) -> None:
         if seed is None and self._rngs is not None:
             return
-        seeds = list(seed) if isinstance(seed, Sequence) else [None if seed is None else seed + i for i in range(self.num_envs)]
+        seeds = (
+            list(seed)
+            if isinstance(seed, Sequence)
+            else [None if seed is None else seed + i for i in range(self.num_envs)]
+        )
         if len(seeds) != self.num_envs:
             raise ValueError(f"a list of seeds needs num_envs={self.num_envs} entries, got {len(seeds)}")
         rngs = self._rngs or [np.random.default_rng()] * self.num_envs
@@ -443,7 +447,11 @@ class TextVectorEnv(VectorEnv):
         for key in [k for k in infos if not k.startswith("_")]:
             # An ended row's last kl belongs to its final_info; its place in `infos` is of the new episode.
             value, mask = infos[key], infos["_" + key] & ~ended
-            ongoing[key] = torch.where(torch.as_tensor(mask, device=self.device), value, 0.0) if isinstance(value, Tensor) else np.where(mask, value, 0.0)
+            ongoing[key] = (
+                torch.where(torch.as_tensor(mask, device=self.device), value, 0.0)
+                if isinstance(value, Tensor)
+                else np.where(mask, value, 0.0)
+            )
             ongoing["_" + key] = mask
         for b, final in zip(np.flatnonzero(ended), finals, strict=True):
             step_info = {k: float(infos[k][b]) for k in infos if not k.startswith("_")}

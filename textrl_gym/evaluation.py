@@ -51,9 +51,7 @@ class Evaluator:
         for first in range(0, self.episodes, self.mdp.num_envs):
             indices = self.indices[first : first + self.mdp.num_envs]
             wanted = np.resize(indices, self.mdp.num_envs)  # the last batch is filled up, and cut again
-            rollout = collect(
-                self.mdp, policy, kl_coef=0.0, greedy=greedy, generator=generator, prompt_indices=wanted
-            )
+            rollout = collect(self.mdp, policy, kl_coef=0.0, greedy=greedy, generator=generator, prompt_indices=wanted)
             rollouts.append(rollout.select(torch.arange(len(indices), device=policy.device)))
         return rollouts
 
@@ -66,7 +64,9 @@ class Evaluator:
                 continue
             first = number * self.mdp.num_envs
             rows = [self.mdp.source[int(i)] for i in self.indices[first : first + len(rollout)]]
-            prompt_ids = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)]
+            prompt_ids = [
+                ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)
+            ]
             completion_ids = [ids[mask].tolist() for ids, mask in zip(rollout.token_BT, rollout.mask_BT, strict=True)]
             scores.append(self.mdp.score(rows, prompt_ids, completion_ids, self.judge)[0].cpu())
         return torch.cat(scores)
@@ -105,7 +105,9 @@ class Evaluator:
         samples: list[dict[str, Any]] = []
         for rollout in rollouts:
             scores, stops = rollout.score_B.tolist(), rollout.stop_B.tolist()
-            for prompt, completion, score, stop in zip(rollout.prompts, rollout.completions, scores, stops, strict=True):
+            for prompt, completion, score, stop in zip(
+                rollout.prompts, rollout.completions, scores, stops, strict=True
+            ):
                 index = int(self.indices[len(samples)])
                 sample = {"index": index, "prompt": prompt, "completion": completion, "score": score}
                 sample |= {"stop_reason": StopReason(stop).name, "reference": self.mdp.source[index].get("completion")}

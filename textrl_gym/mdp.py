@@ -14,7 +14,6 @@ from torch import Tensor
 from textrl_gym.core import StopReason
 
 
-
 @dataclass
 class State:
     """s_t of B rows: prompt and prefix, how many tokens were generated, and why a row ended."""

@@ -49,9 +49,7 @@ def register(env_id: str, task: str) -> None:
         env_id: such as "Mine-v0".
         task: "package.module:TaskClass", or a module that holds exactly one Task subclass.
     """
-    gymnasium.register(
-        id=env_id, entry_point=ENV_ENTRY, vector_entry_point=VECTOR_ENTRY, kwargs={"task": task}
-    )
+    gymnasium.register(id=env_id, entry_point=ENV_ENTRY, vector_entry_point=VECTOR_ENTRY, kwargs={"task": task})
 
 
 def load_object(path: str) -> Any:
@@ -104,7 +102,9 @@ def class_in(module: Any, method: str) -> type:
     classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
     found = [c for c in classes if hasattr(c, method)]
     if len(found) != 1:
-        raise ValueError(f"{module.__name__} must define one class with {method}(), found {[c.__name__ for c in found]}")
+        raise ValueError(
+            f"{module.__name__} must define one class with {method}(), found {[c.__name__ for c in found]}"
+        )
     return found[0]
 
 

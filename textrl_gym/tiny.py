@@ -21,7 +21,9 @@ def symbol_tokenizer(symbols: Sequence[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS)
 
 
-def llama(vocab_size: int, *, width: int = 32, layers: int = 2, heads: int = 2, seed: int = 0, scale: float = 0.02) -> Any:
+def llama(
+    vocab_size: int, *, width: int = 32, layers: int = 2, heads: int = 2, seed: int = 0, scale: float = 0.02
+) -> Any:
     """A random Llama of transformers, the same for the same arguments whatever was drawn before.
 
     Args:
@@ -45,3 +47,26 @@ def llama(vocab_size: int, *, width: int = 32, layers: int = 2, heads: int = 2, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
+
+
+def gpt2(vocab_size: int, places: int, *, width: int = 32, layers: int = 2, heads: int = 2, seed: int = 0) -> Any:
+    """A random GPT-2 of transformers with `places` learned positions, the same for the same arguments.
+
+    Learned positions make "the third token" known from the start; a random rotary model has to find it out.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=places,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config).eval()

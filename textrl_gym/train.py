@@ -166,7 +166,9 @@ class _Run:
         self.console.print(health.text(lines), highlight=False)
         bad = [line for line in lines if not line.ok]
         if bad and self.options.on_bad_health == "stop":
-            raise health.HealthError("; ".join(f"{line.name}: {line.value} (likely cause: {line.cause})" for line in bad))
+            raise health.HealthError(
+                "; ".join(f"{line.name}: {line.value} (likely cause: {line.cause})" for line in bad)
+            )
 
     def _log(self, facts: dict[str, float], metrics: dict[str, float]) -> None:
         agent = self.agent
