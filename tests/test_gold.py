@@ -17,7 +17,7 @@ from textrl_gym.rewards.tldr_gold import WEIGHTS, explain, reward
 POSTS = list(TLDRCorpus("validation", seed=11, size=300))
 PARTS = {"who": ("rel", "name"), "event": ("act", "thing")}
 JUNK = ("Thanks for reading.", "please like and subscribe", "the the the", "lol wow ok", "xqz 77 ##")
-quick = settings(max_examples=200, derandomize=True, deadline=None)
+quick = settings(max_examples=100, derandomize=True, deadline=None)
 rows = st.builds(lambda seed, index: TLDRCorpus("train", seed)[index], st.integers(0, 2**40), st.integers(0, 999))
 
 
@@ -98,8 +98,9 @@ def test_a_wrong_pronoun_costs() -> None:
 
 def test_a_value_outside_a_clause_states_nothing() -> None:
     for row in POSTS:
-        for name in ("keywords", "bare values"):
-            assert explain(row, ATTACKS[name](row, random.Random(0)))["coverage"] <= WEIGHTS["rel"]
+        assert explain(row, ATTACKS["bare values"](row, random.Random(0)))["coverage"] == 0
+        # In a list some neighbours look like a clause by chance: ", broke my lamp, in May, and" may follow "my sister".
+        assert explain(row, ATTACKS["keywords"](row, random.Random(0)))["coverage"] < 0.5
 
 
 # --------------------------------------------------------------------------------------------- what must not fool it
@@ -163,7 +164,7 @@ def test_a_sentence_without_a_verb_is_no_sentence() -> None:
     assert explain(POSTS[0], f" {who['name']}, my {who['relation']}, and I am {feeling}.")["form"] < 0.75
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=200, derandomize=True, deadline=None)
 @given(rows, st.text(max_size=200))
 def test_any_text_has_a_score(row: dict, text: str) -> None:
     parts = explain(row, text)
