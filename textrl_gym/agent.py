@@ -334,7 +334,7 @@ class Agent:
             self.policy.value_model.save_pretrained(folder / "value_model")
         if not self.rebuilds_reference and self.policy.reference is not None:
             self.policy.reference.model.save_pretrained(folder / "reference")
-        extra = {"generator": self.generator.get_state()}
+        extra = {"generator": self.streams()[1]}
         checkpoint.save_optimizer(folder / "training.safetensors", self.optimizer, extra)
         checkpoint.write_state(folder, self._state())
 
@@ -352,13 +352,28 @@ class Agent:
             "seed": self.seed,
             "model": self.model_spec,
             "reference": self.reference_spec,
-            "num_timesteps": self.num_timesteps,
             "total_timesteps": self._total_timesteps,
             "num_updates": self.num_updates,
             "kl_coef": self.kl.coef,
-            "shuffler": self.shuffler.bit_generator.state,
-            "env_streams": mdp.streams(),
+            "streams": self.streams()[0],
         }
+
+    def streams(self) -> tuple[dict[str, Any], Tensor]:
+        """Where prompts, shuffling and sampling stand, and the timesteps done: a JSON part and the generator's state."""
+        numbers = {
+            "num_timesteps": self.num_timesteps,
+            "shuffler": self.shuffler.bit_generator.state,
+            "env": self.env.streams(),
+        }
+        return numbers, self.generator.get_state()
+
+    def restore_streams(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
+        """Go back to where `streams()` was taken (with env=False, not the environment's prompts)."""
+        self.num_timesteps = numbers["num_timesteps"]
+        self.shuffler.bit_generator.state = numbers["shuffler"]
+        self.generator.set_state(generator)
+        if env:
+            self.env.restore_streams(numbers["env"])
 
     @classmethod
     def load(
@@ -418,12 +433,9 @@ class Agent:
             saved = models.load_model(str(folder / "value_model"))
             self.policy.value_model.load_state_dict(saved.state_dict())
         extra = checkpoint.load_optimizer(folder / "training.safetensors", self.optimizer)
-        self.generator.set_state(extra["generator"])
-        self.shuffler.bit_generator.state = state["shuffler"]
-        self.num_timesteps, self._total_timesteps = state["num_timesteps"], state["total_timesteps"]
+        self.restore_streams(state["streams"], extra["generator"], env=streams)
+        self._total_timesteps = state["total_timesteps"]
         self.num_updates, self.kl.coef = state["num_updates"], state["kl_coef"]
-        if streams:
-            self.env.restore_streams(state["env_streams"])
 
 
 def make_config(config: type[Any], settings: dict[str, Any], whose: str) -> Any:

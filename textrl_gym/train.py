@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,14 +69,35 @@ def train(
     options = options or TrainOptions()
     run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
     try:
-        run.loop()
+        with _finish_first() as stop:
+            run.loop(stop)
     except KeyboardInterrupt:
-        run.console.print("\ninterrupted: saving a checkpoint")
+        if run.before_rollout is not None:  # collected but not learnt from: go back, so that resuming collects it again
+            agent.restore_streams(*run.before_rollout)
+        run.console.print(f"\ninterrupted after {agent.num_updates} updates: saving a checkpoint to {agent.out}")
         agent.save(agent.out)
-        run.console.print(f"go on with: textrl-gym train --resume {agent.out}")
         raise
     finally:
         run.close()
+
+
+@contextlib.contextmanager
+def _finish_first() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that the update under way is finished and its checkpoint whole; twice stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals reach only the main thread
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Run:
@@ -97,6 +122,7 @@ class _Run:
             agent.set_logger(configure(str(folder), ["json", "tensorboard"]))
         self.callback = _callback(callback)
         self.evaluator = Evaluator(agent.env, options.eval_episodes)
+        self.before_rollout: Any = None
         self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -110,7 +136,7 @@ class _Run:
             disable=not progress_bar,
         )
 
-    def loop(self) -> None:
+    def loop(self, stop: threading.Event) -> None:
         agent, total = self.agent, self.agent._total_timesteps
         self.callback.init_callback(agent)
         self.callback.on_training_start(locals(), globals())
@@ -119,7 +145,10 @@ class _Run:
             if agent.num_updates == 0:
                 self._evaluate(show=True)
             while agent.num_timesteps < total:
+                if stop.is_set():
+                    raise KeyboardInterrupt
                 # 1. Collect.
+                self.before_rollout = agent.streams()
                 self.callback.on_rollout_start()
                 rollout = self._timed("collect", agent.collect)
                 if agent.num_updates == 0:
@@ -133,6 +162,7 @@ class _Run:
                 # 2. Update.
                 metrics = self._timed("update", lambda rollout=rollout: agent.update(rollout))
                 agent.num_updates += 1
+                self.before_rollout = None
                 # 3. Log.
                 facts = rollout_metrics(rollout)
                 agent.kl.update(facts["rollout/kl_sequence"], len(rollout))
@@ -141,9 +171,9 @@ class _Run:
                 note = f"score {facts['rollout/score']:.3f}  KL {facts['rollout/kl_sequence']:.2f} nats/seq"
                 self.bar.update(task, completed=min(agent.num_timesteps, total), note=note)
                 # 4. Evaluate and save.
-                if self.options.eval_every and agent.num_updates % self.options.eval_every == 0:
-                    if agent.num_timesteps < total:
-                        self._evaluate()
+                due = self.options.eval_every and agent.num_updates % self.options.eval_every == 0
+                if due and agent.num_timesteps < total:
+                    self._evaluate()
                 if self.options.save_every and agent.num_updates % self.options.save_every == 0:
                     agent.save(agent.out)
             self._evaluate(show=True)

@@ -1,0 +1,347 @@
+"""PPO and GRPO: losses against numbers worked by hand, equivalences, known optima, resume and determinism."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import textrl_gym
+from textrl_gym import functional, health, plugins
+from textrl_gym.agent import Agent
+from textrl_gym.agents import GRPO, PPO
+from textrl_gym.agents.grpo import GRPOConfig, group_advantages, grpo_loss
+from textrl_gym.agents.ppo import PPOConfig, ppo_loss
+from textrl_gym.envs import known_optimum
+from textrl_gym.evaluation import load_agent
+
+QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}
+AGENTS = [plugins.load_agent_class(name) for name in plugins.names("agents")]
+
+
+def weights(agent: Agent) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
+
+
+# -- advantages and losses against numbers ----------------------------------------------------------------------------
+
+
+def test_group_advantages_by_hand() -> None:
+    # group 0: 1, 2, 6: mean 3, unbiased variance (4 + 1 + 9) / 2 = 7; group 1: no spread
+    return_B = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0], dtype=torch.float64)
+    group_B = torch.tensor([0, 0, 0, 1, 1, 1])
+    advantage_B, flat_B = group_advantages(return_B, group_B, scale_by_std=False, std_eps=1e-4)
+    torch.testing.assert_close(advantage_B, torch.tensor([-2.0, -1.0, 3.0, 0, 0, 0]).double(), atol=1e-12, rtol=0)
+    assert flat_B.tolist() == [False] * 3 + [True] * 3
+    scaled_B, _ = group_advantages(return_B, group_B, scale_by_std=True, std_eps=0.5)
+    expected = torch.tensor([-2.0, -1.0, 3.0, 0, 0, 0]).double() / (7**0.5 + 0.5)
+    torch.testing.assert_close(scaled_B, expected, atol=1e-12, rtol=0)
+
+
+def test_group_advantages_do_not_depend_on_where_the_rows_stand() -> None:
+    return_B = torch.tensor([1.0, 5.0, 2.0, 6.0])
+    advantage_B, _ = group_advantages(return_B, torch.tensor([0, 1, 0, 1]), scale_by_std=False, std_eps=0.0)
+    assert advantage_B.tolist() == [-0.5, -0.5, 0.5, 0.5]
+
+
+def ragged() -> dict[str, Tensor]:
+    """Two rows of 3 and 1 tokens; 9s where the mask is False, to be ignored."""
+    mask_BT = torch.tensor([[True, True, True], [True, False, False]])
+    ratio_BT = torch.tensor([[1.0, 2.0, 0.5], [1.0, 9.0, 9.0]], dtype=torch.float64)
+    old_BT = torch.full((2, 3), -1.0, dtype=torch.float64)
+    return {"mask": mask_BT, "old": old_BT, "logp": old_BT + ratio_BT.log()}
+
+
+def test_grpo_loss_by_hand() -> None:
+    # advantages 1 and -2, clip 0.2: row 0 gives -min(1, 1) = -1, -min(2, 1.2) = -1.2 (clipped), -min(0.5, 0.8) = -0.5;
+    # row 1 gives -min(-2, -2) = 2. Token mean: (-1 - 1.2 - 0.5 + 2) / 4 = -0.175;
+    # mean of row means: (-0.9 + 2) / 2 = 0.55
+    d, advantage_B = ragged(), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    for aggregation, expected in (("token", -0.175), ("sequence", 0.55)):
+        config = GRPOConfig(aggregation=aggregation)  # type: ignore[arg-type]
+        loss, metrics = grpo_loss(d["logp"], d["old"], d["logp"], advantage_B, d["mask"], config, 0.0, 2, 4)
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
+        assert metrics["clip_fraction"].item() == 0.25
+    # with beta 0.1 and k2 against a reference 1 nat below: + 0.1 * 1/2 everywhere
+    config = GRPOConfig(kl_loss="k2")
+    loss, _ = grpo_loss(d["logp"], d["old"], d["logp"] - 1, advantage_B, d["mask"], config, 0.1, 2, 4)
+    assert loss.item() == pytest.approx(-0.175 + 0.05, abs=1e-12)
+
+
+def test_ppo_loss_by_hand() -> None:
+    # policy: advantages 1, 1, -1 | 2: -1, -1.2, -min(-0.5, -0.8) = 0.8 | -2, mean -3.4 / 4 = -0.85
+    # value: V_old 0, V = 0.5, 0.1, 0 | 1, returns 1, 0, 0 | 1, clip 0.2:
+    #   max(0.25, (0.2 - 1)^2 = 0.64) = 0.64, max(0.01, 0.01) = 0.01, 0 | max(0, 0.64) = 0.64; half the mean 1.29 / 8
+    d = ragged()
+    advantage_BT = torch.tensor([[1.0, 1, -1], [2, 9, 9]], dtype=torch.float64)
+    value_BT = torch.tensor([[0.5, 0.1, 0], [1, 9, 9]], dtype=torch.float64)
+    return_BT = torch.tensor([[1.0, 0, 0], [1, 9, 9]], dtype=torch.float64)
+    zero = torch.zeros_like(value_BT)
+    config = PPOConfig(vf_coef=0.5)
+    loss, metrics = ppo_loss(
+        d["logp"], d["old"], value_BT, zero, advantage_BT, return_BT, None, d["mask"], config, tokens=4
+    )
+    assert metrics["policy_loss"].item() == pytest.approx(-0.85, abs=1e-12)
+    assert metrics["value_loss"].item() == pytest.approx(1.29 / 8, abs=1e-12)
+    assert loss.item() == pytest.approx(-0.85 + 0.5 * 1.29 / 8, abs=1e-12)
+    with_bonus, _ = ppo_loss(
+        d["logp"], d["old"], value_BT, zero, advantage_BT, return_BT, zero + 2.0, d["mask"],
+        dataclasses.replace(config, entropy_coef=0.1), tokens=4,
+    )  # fmt: skip
+    assert with_bonus.item() == pytest.approx(loss.item() - 0.1 * 2.0, abs=1e-12)
+
+
+def test_losses_pass_gradcheck() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logp, value = (torch.randn(2, 3, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    d, advantage_BT = ragged(), torch.randn(2, 3, dtype=torch.float64, generator=generator)
+
+    def ppo(logp_BT: Tensor, value_BT: Tensor) -> Tensor:
+        args = (d["old"], value_BT, torch.zeros_like(value_BT), advantage_BT, advantage_BT * 2, None, d["mask"])
+        return ppo_loss(logp_BT, *args, PPOConfig(), tokens=4)[0]
+
+    def grpo(logp_BT: Tensor) -> Tensor:
+        args = (d["old"], d["old"] - 0.3, advantage_BT[:, 0], d["mask"], GRPOConfig(), 0.1, 2, 4)
+        return grpo_loss(logp_BT, *args)[0]
+
+    assert torch.autograd.gradcheck(ppo, (logp, value))
+    assert torch.autograd.gradcheck(grpo, (logp,))
+
+
+# -- equivalences -----------------------------------------------------------------------------------------------------
+
+
+def gradient(agent: Agent) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None])
+
+
+def test_first_minibatch_of_ppo_is_reinforce_with_the_same_advantages(tmp_path: Path) -> None:
+    agent = PPO("CopyText-v0", epochs=1, minibatches=1, vf_coef=0.0, max_grad_norm=1e9, out=tmp_path)
+    rollout = agent.collect()
+    agent.update(rollout)
+    ours = torch.cat([p.grad.flatten() for p in agent.policy.model.parameters()])
+
+    fresh = PPO("CopyText-v0", out=tmp_path)
+    advantage_BT, _ = functional.gae(rollout.reward_BT, rollout.value_BT, rollout.mask_BT, 1.0, 0.95)
+    advantage_BT = functional.whiten(advantage_BT, rollout.mask_BT)
+    # Williams 1992: the gradient of -E[A log pi]
+    (-(advantage_BT * fresh.policy.logprobs(rollout)).sum() / rollout.num_tokens).backward()
+    reinforce = torch.cat([p.grad.flatten() for p in fresh.policy.model.parameters()])
+    torch.testing.assert_close(ours, reinforce, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("cls", AGENTS)
+def test_micro_batches_are_one_batch(cls: type[Agent], tmp_path: Path) -> None:
+    gradients = []
+    for places in (1_000_000, 40):
+        agent = cls("CopyText-v0", seed=1, micro_batch_tokens=places, epochs=1, minibatches=1, out=tmp_path)
+        agent.update(agent.collect())
+        gradients.append(gradient(agent))
+    norm = gradients[0].norm()
+    assert norm > 0
+    assert (gradients[0] - gradients[1]).norm() / norm < 1e-5
+
+
+@pytest.mark.parametrize("cls", AGENTS)
+def test_same_seed_same_weights_and_another_seed_others(cls: type[Agent], tmp_path: Path) -> None:
+    runs = [
+        weights(cls("CopyText-v0", seed=seed, out=tmp_path / str(i)).learn(600, **QUIET))
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("cls", AGENTS)
+def test_resume_is_never_stopped(cls: type[Agent], tmp_path: Path) -> None:
+    class Stop:
+        """Interrupts after the third update, as a user would."""
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self, local: dict[str, Any], _: dict[str, Any]) -> bool:
+            self.calls += 1
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            return True
+
+    options = QUIET | {"eval_episodes": 8}
+    whole = cls("CopyText-v0", seed=3, out=tmp_path / "whole", kl_target=1.0).learn(1500, **options)
+    parted = cls("CopyText-v0", seed=3, out=tmp_path / "parted", kl_target=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        parted.learn(1500, callback=Stop(), **options)
+    again = load_agent(tmp_path / "parted", out=tmp_path / "parted")
+    assert again.num_updates == 3
+    again.learn(1500 - again.num_timesteps, reset_num_timesteps=False, **options)
+    assert again.num_timesteps == whole.num_timesteps
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_save_and_load_predict_the_same(tmp_path: Path) -> None:
+    agent = PPO("CopyText-v0", seed=0, out=tmp_path, separate_value_model=True)
+    agent.learn(400, **QUIET)
+    other = PPO.load(tmp_path)
+    assert torch.equal(weights(agent), weights(other))
+    observation, _ = agent.env.reset(seed=5)
+    assert (agent.predict(observation, deterministic=True)[0] == other.predict(observation, deterministic=True)[0]).all()
+    assert not list(tmp_path.rglob("*.pkl")) + list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.bin"))
+    with pytest.raises(ValueError, match="holds the agent 'ppo', not GRPO"):
+        GRPO.load(tmp_path)
+    with pytest.raises(ValueError, match=r"no saved agent.*agent\.json"):
+        PPO.load(tmp_path / "nowhere")
+
+
+def test_an_interrupted_step_is_not_counted_and_nothing_is_lost(tmp_path: Path) -> None:
+    def stop(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        raise KeyboardInterrupt
+
+    agent = GRPO("CopyText-v0", out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(1000, callback=stop, **QUIET)
+    assert load_agent(tmp_path).num_timesteps == 0
+
+
+# -- optima -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [(PPO, {}), (GRPO, {"kl_in": "reward", "scale_by_std": False, "epochs": 2})],
+    ids=["ppo", "grpo"],
+)
+def test_known_optimum_is_reached(cls: type[Agent], settings: dict[str, Any], tmp_path: Path) -> None:
+    agent = cls("KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path, **settings)
+    reference = agent.policy.reference
+    assert reference is not None
+    before = known_optimum.distance(agent.policy, reference, agent.kl.coef)
+    agent.learn(45_000, **QUIET)
+    after = known_optimum.distance(agent.policy, reference, agent.kl.coef)
+    assert before > 0.1
+    assert after < 0.02
+
+
+def test_optimum_is_the_best_of_all_policies() -> None:
+    # The objective J(pi) = E[r] - beta KL(pi || ref) of pi* is beta log Z, and no other distribution's is larger.
+    task = known_optimum.KnownOptimum()
+    reference = textrl_gym.Policy(task.load_model())
+    tokenizer = task.load_tokenizer()
+    texts = [tokenizer.decode(y, skip_special_tokens=True) for y in known_optimum.completions()]
+    for prompt in known_optimum.PROMPTS:
+        ref_Y = known_optimum.sequence_logprobs(reference, prompt)
+        assert ref_Y.exp().sum().item() == pytest.approx(1.0, abs=1e-5)  # the completions are all there are
+        reward_Y = torch.tensor(known_optimum.table([prompt] * len(texts), texts), dtype=torch.float64)
+
+        def objective(logp_Y: Tensor, ref_Y: Tensor = ref_Y, reward_Y: Tensor = reward_Y) -> float:
+            return float((logp_Y.exp() * (reward_Y - 0.5 * (logp_Y - ref_Y))).sum())
+
+        best_Y = known_optimum.optimum(reference, prompt, 0.5)
+        log_z = float((ref_Y + reward_Y / 0.5).logsumexp(0))
+        assert objective(best_Y) == pytest.approx(0.5 * log_z, abs=1e-6)
+        for other_Y in (ref_Y, (best_Y + 0.1 * torch.randn(len(best_Y))).log_softmax(0)):
+            assert objective(other_Y) < objective(best_Y)
+
+
+@pytest.mark.parametrize("cls", [PPO, GRPO])
+def test_copy_text_is_solved(cls: type[Agent], tmp_path: Path) -> None:
+    agent = cls("CopyText-v0", seed=0, learning_rate=3e-3, out=tmp_path)
+    agent.learn(12_000, **QUIET)
+    metrics = textrl_gym.evaluate(agent, episodes=64)
+    assert metrics["score_greedy"] == 1.0
+    assert metrics["score"] > 0.9
+
+
+# -- errors and health ------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_name_themselves() -> None:
+    with pytest.raises(ValueError, match="PPO has no setting 'learning_rat'; allowed: rollout_episodes"):
+        PPO("CopyText-v0", learning_rat=1.0)
+    with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
+        GRPO("CopyText-v0", group_size=1)
+    with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
+        PPO("CopyText-v0", temperature=0.0)
+    with pytest.raises(ValueError, match=r"kl_estimator 'k9'.*k1, k2, k3, full"):
+        PPO("CopyText-v0", kl_estimator="k9")
+    with pytest.raises(ValueError, match="unknown agent 'pppo'; allowed: "):
+        plugins.load_agent_class("pppo")
+    with pytest.raises(ValueError, match="no setting 'eval_evry'"):
+        PPO("CopyText-v0").learn(10, eval_evry=1)
+
+
+def test_a_vocabulary_that_does_not_match_the_model_is_refused() -> None:
+    from textrl_gym import tiny
+
+    with pytest.raises(ValueError, match="5.*3|3.*5"):
+        PPO("CopyText-v0", tiny.gpt2(3, 5))
+
+
+def test_health_card_finds_a_reference_that_is_another_model(tmp_path: Path) -> None:
+    from textrl_gym import tiny
+
+    agent = PPO("CopyText-v0", reference=tiny.gpt2(5, 5, seed=9), out=tmp_path)
+    with pytest.raises(health.HealthError, match="KL to the reference at step 0"):
+        agent.learn(100, **QUIET)
+    agent.learn(100, on_bad_health="warn", **QUIET)
+
+
+def test_health_card_finds_dropout_and_a_second_eos(tmp_path: Path) -> None:
+    agent = GRPO("CopyText-v0", out=tmp_path)
+    rollout = agent.collect()
+    assert all(line.ok for line in health.card(agent.policy, rollout, agent.env.eos_id, fresh=True))
+    shifted = dataclasses.replace(rollout, logp_BT=rollout.logp_BT - 0.1 * rollout.mask_BT)
+    bad = [line.name for line in health.card(agent.policy, shifted, agent.env.eos_id, fresh=True) if not line.ok]
+    assert any("ratio 1" in name for name in bad)
+    longer = dataclasses.replace(rollout, mask_BT=torch.ones_like(rollout.mask_BT), token_BT=rollout.token_BT * 0)
+    bad = [line.name for line in health.card(agent.policy, longer, agent.env.eos_id, fresh=False) if not line.ok]
+    assert "EOS counted once" in bad
+    same = dataclasses.replace(rollout, score_B=torch.ones_like(rollout.score_B))
+    bad = [line.name for line in health.card(agent.policy, same, agent.env.eos_id, fresh=True) if not line.ok]
+    assert bad == ["groups with no spread of scores"]
+
+
+def test_logs_samples_and_callbacks(tmp_path: Path) -> None:
+    from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+
+    class Count(BaseCallback):
+        steps = 0
+
+        def _on_step(self) -> bool:
+            self.steps += 1
+            return self.num_timesteps < 500
+
+    count = Count()
+    saver = CheckpointCallback(save_freq=2, save_path=str(tmp_path / "checkpoints"))
+    agent = GRPO("CopyText-v0", out=tmp_path)
+    agent.learn(100_000, callback=[count, saver], **QUIET)
+    assert 500 <= agent.num_timesteps < 1000  # the callback ended it
+    rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+    assert len(rows) == count.steps - 1
+    for key in ("rollout/score", "rollout/return", "rollout/kl_sequence", "rollout/kl_token", "train/loss"):
+        assert key in rows[0]
+    evaluations = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["timesteps"] for row in evaluations] == [0, agent.num_timesteps]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 32
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_custom_agent_needs_only_update(tmp_path: Path) -> None:
+    class Reinforce(Agent):
+        def update(self, rollout: textrl_gym.Rollout) -> dict[str, float]:
+            return_BT = (rollout.reward_BT.sum(1) - rollout.reward_BT.sum(1).mean())[:, None].expand_as(rollout.logp_BT)
+
+            def loss(part: Any, pick: Any, rows: int, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+                value = -(pick(return_BT) * self.policy.logprobs(part)).sum() / rows
+                return value, {"loss": value.detach()}
+
+            return self.minimise(rollout, torch.arange(len(rollout)), loss)
+
+    agent = Reinforce("CopyText-v0", learning_rate=3e-3, out=tmp_path)
+    agent.learn(6_000, **QUIET)
+    rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert rows[-1]["score"] > rows[0]["score"] + 0.2
