@@ -14,7 +14,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases", "annotators", "render"}
     ),
     frozenset({"tasks", "rewards", "mdp", "tiny"}),
-    frozenset({"env", "policy", "sampler", "sft", "comparisons", "reward_training"}),
+    frozenset({"env", "policy", "sampler", "induction", "sft", "comparisons", "reward_training"}),
     frozenset({"rollout", "health"}),
     frozenset({"evaluation"}),
     frozenset({"train"}),
