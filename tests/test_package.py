@@ -111,13 +111,20 @@ def test_plugin_folders_have_one_name(root: Path, folder: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of what it is made of, so that the checkout stays clean."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the wheel is made of, so that building it leaves the checkout clean."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, source / name)
     for name in ("textrl_gym", "agents", "envs"):
         shutil.copytree(root / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel as a user would get it."""
+    target = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--quiet"]
     done = subprocess.run([*pip, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -125,13 +132,13 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_every_source_file_and_asset(root: Path, wheel: Path) -> None:
+def test_wheel_holds_every_source_file_and_asset(source: Path, wheel: Path) -> None:
     expected = {"textrl_gym/py.typed"}
-    for name, folder in packages_on_disk(root).items():
+    for name, folder in packages_on_disk(source).items():
         expected |= {f"{name.replace('.', '/')}/{p.name}" for p in folder.glob("*.py")}
-    for path in (root / "textrl_gym" / "assets").rglob("*"):
+    for path in (source / "textrl_gym" / "assets").rglob("*"):
         if path.is_file():
-            expected.add(str(path.relative_to(root)))
+            expected.add(str(path.relative_to(source)))
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert held == expected
     for kind in ("agents", "envs"):
