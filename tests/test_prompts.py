@@ -113,7 +113,14 @@ def test_a_character_is_never_cut_inside() -> None:
 def test_a_prompt_without_head_or_suffix_is_cut_at_its_end() -> None:
     text = "steals socks " * 30
     assert prompts.encode_prompt(text, WITH_BOS, 9) == WITH_BOS(text)["input_ids"][:9]
-    assert prompts.encode_prompt(text, WITH_BOS, 9)[0] == WITH_BOS.bos_token_id
+    assert prompts.encode_prompt(text, WITH_BOS, 2)[0] == WITH_BOS.bos_token_id
+    with pytest.raises(ValueError, match=r"1 tokens before the body.*no room"):  # a BOS alone is no prompt
+        prompts.encode_prompt(text, WITH_BOS, 1)
+
+
+def test_a_prompt_that_just_fits_is_not_touched() -> None:
+    text = "no suffix, so that cutting would raise"
+    assert prompts.encode_prompt(text, PLAIN, len(PLAIN(text)["input_ids"]), SUFFIX) == PLAIN(text)["input_ids"]
 
 
 def test_a_title_that_says_post_is_no_body() -> None:
@@ -204,9 +211,11 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
     assert prompts.load_rows(tmp_path, "validation") == ROWS[1:]
     with pytest.raises(ValueError, match=r"no file for split 'test'.*it has train\.jsonl, validation-00000"):
         prompts.load_rows(tmp_path, "test")
-    write(tmp_path / "train.csv", ROWS)
-    with pytest.raises(ValueError, match=r"more than one file for split 'train': train\.csv, train\.jsonl"):
-        prompts.load_rows(tmp_path, "train")
+    for other in ["train.csv", "train-00000-of-00001.jsonl"]:
+        path = write(tmp_path / other, ROWS)
+        with pytest.raises(ValueError, match=rf"more than one file for split 'train': {other}, train\.jsonl"):
+            prompts.load_rows(tmp_path, "train")
+        path.unlink()
 
 
 def test_a_wrong_schema_names_the_columns_found_and_expected(tmp_path: Path) -> None:

@@ -313,6 +313,9 @@ def test_a_saved_reward_model_is_loaded_from_its_folder(tmp_path: Path) -> None:
     for spec, given_ in ways:
         score = load_reward(spec, device="cpu", **given_)(["p", "q"], ["no", "text"], **ids)
         torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
+    # A text from elsewhere is encoded and, as the model was trained, ended by EOS.
+    alone = (plain.score_ids([[*tokenizer("pno")["input_ids"], EOS]]) - 0.5) * -2
+    torch.testing.assert_close(load_reward(str(tmp_path))(["p"], ["no"]), alone, atol=1e-6, rtol=0)
 
 
 def test_the_ids_are_scored_where_the_tokenizer_is_shared_and_else_the_text() -> None:

@@ -40,7 +40,7 @@ def encode_prompt(text: str, tokenizer: Any, max_prompt_tokens: int, keep_suffix
     suffix_ids = tokenizer(keep_suffix, add_special_tokens=False)["input_ids"] if keep_suffix else []
     head_ids, body_ids = _split_head(body, tokenizer)
     room = max_prompt_tokens - len(head_ids) - len(suffix_ids)
-    if room < 1 or not body_ids:
+    if room < 1:
         raise ValueError(
             f"{named}, and it cannot be cut: {len(head_ids)} tokens before the body and {len(suffix_ids)} of "
             f"{keep_suffix!r} are kept, which leaves no room for the body; raise max_prompt_tokens"
@@ -170,7 +170,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     if not found:
         names = ", ".join(f.name for f in files) or "no data file"
         raise ValueError(f"folder {str(folder)!r} has no file for split {split!r} ({split}.jsonl, ...); it has {names}")
-    if len({f.name.split(".", 1)[1] for f in found}) > 1 or (len(found) > 1 and found[0].name.split(".")[0] == split):
+    if len(found) > 1 and any(f.name.split(".")[0] == split for f in found):  # else they are shards
         names = ", ".join(f.name for f in found)
         raise ValueError(f"folder {str(folder)!r} has more than one file for split {split!r}: {names}")
     return found
