@@ -22,6 +22,8 @@ class Renderer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.console = Console(highlight=False, soft_wrap=True)
+        self._ids: list[int] = []
+        self._shown = ""
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
@@ -29,16 +31,22 @@ class Renderer:
     def text(self, prompt: Sequence[int], completion: Sequence[int], stop: StopReason) -> str:
         """Prompt and completion as the policy sees them, with the reason of the end if there was one."""
         end = "" if stop is StopReason.RUNNING else f" [{stop.name}]"
-        return self._decode(prompt) + self._decode(completion) + end
+        return self._decode([*prompt, *completion]) + end
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Print the prompt of a new episode."""
-        self.console.print(Text("\n" + self._decode(prompt), style="dim"), end="")
+        self._ids, self._shown = list(prompt), self._decode(prompt)
+        self.console.print(Text("\n" + self._shown, style="dim"), end="")
 
     def token(self, token: int, kl: float) -> None:
-        """Print one generated token."""
+        """Print what one generated token adds to the text: nothing while it ends inside a character's bytes."""
+        self._ids.append(token)
+        text = self._decode(self._ids)  # of the whole: a token alone may lose the space before it
+        if text.endswith("\ufffd"):
+            return
         style = next(colour for least, colour in KL_COLOURS if kl >= least)
-        self.console.print(Text(self._decode([token]), style=style), end="")
+        self.console.print(Text(text[len(self._shown) :], style=style), end="")
+        self._shown = text
 
     def end(self, score: float, stop: StopReason) -> None:
         """Print how the episode ended."""

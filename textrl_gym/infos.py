@@ -1,0 +1,63 @@
+"""The infos of episodes that end, in the form of gymnasium.vector.VectorEnv: `_key` masks, final_info, final_obs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from textrl_gym.core import Row, StopReason
+
+
+def final_info(row: Row, completion: str, score: float, stop_reason: StopReason) -> dict[str, Any]:
+    """What an episode's last info tells beside the step's own."""
+    final = {"score": score, "prompt": row["prompt"], "completion": completion, "stop_reason": stop_reason}
+    if row.get("completion") is not None:
+        final["reference"] = row["completion"]
+    return final
+
+
+def with_finals(
+    env: VectorEnv[Any, Any, Any],
+    infos: dict[str, Any],
+    ended_B: np.ndarray,
+    finals: list[dict[str, Any]],
+    final_obs: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The step's infos with those of the rows that ended.
+
+    Args:
+        env: whose rows they are.
+        infos: of the step, each an array [B] with its mask.
+        ended_B: bool.
+        finals: one for each True of ended_B, in order.
+        final_obs: None where the next episode begins later. In SAME_STEP mode the last observations, whose rows go to
+            "final_obs"; the finals and the step's own infos of those rows go to "final_info" then, because their places
+            in `infos` are those of the new episode.
+    """
+    ended = [int(b) for b in np.flatnonzero(ended_B)]
+    if final_obs is None:
+        for b, final in zip(ended, finals, strict=True):
+            infos = env._add_info(infos, final, b)
+        return infos
+    names = [name for name in infos if not name.startswith("_")]
+    ongoing: dict[str, Any] = {}
+    if not ended_B.all():  # as Gymnasium does, a name that no row has is left out
+        for name in names:
+            going_B = infos[f"_{name}"] & ~ended_B
+            ongoing[name], ongoing[f"_{name}"] = _keep(infos[name], going_B), going_B
+    for b, final in zip(ended, finals, strict=True):
+        step_info = {name: float(infos[name][b]) for name in names}
+        last = {"final_obs": {k: v[b] for k, v in final_obs.items()}, "final_info": step_info | final}
+        ongoing = env._add_info(ongoing, last, b)
+    return ongoing
+
+
+def _keep(value_B: Any, kept_B: np.ndarray) -> Any:
+    """The values where kept_B is True, 0 elsewhere."""
+    if isinstance(value_B, Tensor):
+        return torch.where(torch.as_tensor(kept_B, device=value_B.device), value_B, 0.0)
+    return np.where(kept_B, value_B, 0.0)

@@ -1,0 +1,59 @@
+"""The settings of a text environment: what is allowed, and the spaces that follow from them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from textrl_gym import kl
+from textrl_gym.render import RENDER_MODES
+
+ARRAYS = ("numpy", "torch")
+
+
+def check_settings(env: Any, autoreset_mode: AutoresetMode | str) -> AutoresetMode:
+    """Raise ValueError naming a setting with a value that is not allowed; return the autoreset mode."""
+    for name in ("num_envs", "group_size", "max_prompt_tokens", "max_new_tokens"):
+        value = getattr(env, name)
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if env.num_envs % env.group_size:
+        raise ValueError(f"num_envs={env.num_envs} is no multiple of group_size={env.group_size}")
+    for name in ("kl_coef", "missing_eos_penalty"):
+        value = getattr(env, name)
+        if not isinstance(value, int | float | np.number) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    kl.check_estimator(env.kl_estimator)
+    if env.array not in ARRAYS:
+        raise ValueError(f"array must be one of {', '.join(ARRAYS)}, got {env.array!r}")
+    if env.render_mode is not None and env.render_mode not in RENDER_MODES:
+        raise ValueError(f"render_mode must be None or one of {', '.join(RENDER_MODES)}, got {env.render_mode!r}")
+    if any(not isinstance(s, str) or not s for s in env.stop):
+        raise ValueError(f"stop must hold texts that are not empty, got {env.stop!r}")
+    if env.policy_logprob is not None and not callable(env.policy_logprob):
+        raise ValueError(f"policy_logprob must be fn(observation, action) or None, got {env.policy_logprob!r}")
+    modes = {name: mode for mode in AutoresetMode for name in (mode.name, mode.value, mode)}
+    if autoreset_mode not in modes:
+        allowed = ", ".join(mode.name for mode in AutoresetMode)
+        raise ValueError(f"autoreset_mode must be one of {allowed}, got {autoreset_mode!r}")
+    return modes[autoreset_mode]
+
+
+def spaces(env: Any) -> tuple[gym.spaces.Dict, gym.Space]:
+    """The observation and action spaces of one row."""
+    places, vocab = env.max_prompt_tokens + env.max_new_tokens, env.vocab_size
+    observation = gym.spaces.Dict(
+        {
+            "input_ids": gym.spaces.Box(0, vocab - 1, (places,), np.int64),
+            "attention_mask": gym.spaces.Box(0, 1, (places,), np.int8),
+        }
+    )
+    token = gym.spaces.Discrete(vocab)
+    if not env.wants_logprob:
+        return observation, token
+    shape = (vocab,) if env.kl_estimator == "full" else ()
+    return observation, gym.spaces.Dict({"token": token, "logprob": gym.spaces.Box(-np.inf, 0.0, shape, np.float32)})

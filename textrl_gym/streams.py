@@ -1,0 +1,124 @@
+"""Which prompt each episode gets: a seeded random stream for each row, and groups of rows that share their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium.utils import seeding
+
+from textrl_gym.core import PromptSource, Row
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One drawn prompt."""
+
+    index: int
+    """Its place in the source."""
+    row: Row
+    ids: list[int]
+    """Its tokens, as many as the budget allows."""
+
+
+class PromptStreams:
+    """B seeded streams of prompts.
+
+    The rows of a group step through the same stream, so that the j-th episode of each has the group's j-th prompt; and
+    where a whole group begins together it has one prompt, even if some of its rows have had more episodes than others.
+
+    Args:
+        source: the rows to draw from.
+        encode: a row's prompt as token ids.
+        num_envs: B.
+        group_size: so many neighbouring rows are a group; divides B.
+    """
+
+    def __init__(
+        self, source: PromptSource, encode: Callable[[Row], list[int]], num_envs: int, group_size: int
+    ) -> None:
+        self.source, self.encode = source, encode
+        self.num_envs, self.group_size = num_envs, group_size
+        self.rngs: list[np.random.Generator] = []
+        """One generator a row; empty until the first seed() or draw()."""
+
+    def seed(self, seed: int | Sequence[int | None] | None, chosen_B: np.ndarray | None = None) -> None:
+        """Start the streams of the chosen rows anew (None: of all).
+
+        Args:
+            seed: s seeds row i with s + i; or a list of B seeds, None for a row that goes on as it was; None lets all
+                rows go on. Rows of a group use their first row's seed. Rows never seeded get one from the system.
+
+        Raises:
+            ValueError: a list of another length.
+        """
+        seeds: list[int | None]
+        if seed is None:
+            seeds = [None] * self.num_envs
+        elif isinstance(seed, Sequence):
+            seeds = list(seed)
+        else:
+            seeds = [seed + i for i in range(self.num_envs)]
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"a list of seeds needs num_envs={self.num_envs} entries, got {len(seeds)}: {seeds}")
+        if not self.rngs:
+            for _ in range(self.num_envs // self.group_size):
+                _, entropy = seeding.np_random(None)
+                self.rngs += [seeding.np_random(entropy)[0] for _ in range(self.group_size)]
+        for row in range(self.num_envs):
+            start = seeds[row - row % self.group_size]
+            if start is not None and (chosen_B is None or chosen_B[row]):
+                self.rngs[row] = seeding.np_random(start)[0]
+
+    def states(self) -> list[Any]:
+        """The state of every row's stream, as JSON can hold it."""
+        return [rng.bit_generator.state for rng in self.rngs]
+
+    def restore(self, states: Sequence[Any]) -> None:
+        """Go on from where states() was taken."""
+        self.seed(0)
+        for rng, state in zip(self.rngs, states, strict=True):
+            rng.bit_generator.state = state
+
+    def draw(self, rows: Sequence[int], indices: Any = None) -> list[Prompt]:
+        """The next prompt of each of the given rows.
+
+        Args:
+            rows: in rising order.
+            indices: B integers that fix the prompts instead, leaving the streams where they are.
+
+        Raises:
+            ValueError: indices that are not B integers, or outside the source.
+        """
+        if not self.rngs:
+            self.seed(None)
+        if indices is None:
+            self._rejoin(rows)
+            wanted = [int(self.rngs[b].integers(len(self.source))) for b in rows]
+        else:
+            fixed_B = np.asarray(indices)
+            if fixed_B.shape != (self.num_envs,) or not np.issubdtype(fixed_B.dtype, np.integer):
+                raise ValueError(f"prompt_indices must be {self.num_envs} integers, got {indices!r}")
+            if fixed_B.min() < 0 or fixed_B.max() >= len(self.source):
+                raise ValueError(f"prompt_indices must lie in [0, {len(self.source)}), got {indices!r}")
+            wanted = [int(fixed_B[b]) for b in rows]
+        found: dict[int, Prompt] = {}  # rows of a group are read and encoded once
+        for index in wanted:
+            if index not in found:
+                row = self.source[index]
+                found[index] = Prompt(index, row, self.encode(row))
+        return [found[index] for index in wanted]
+
+    def _rejoin(self, rows: Sequence[int]) -> None:
+        """Let the rows of a group that begins together as a whole go on from its first row's place in the stream."""
+        if self.group_size == 1:
+            return
+        starting_B = np.zeros(self.num_envs, bool)
+        starting_B[rows] = True
+        for first in range(0, self.num_envs, self.group_size):
+            if starting_B[first : first + self.group_size].all():
+                state = self.rngs[first].bit_generator.state
+                for b in range(first + 1, first + self.group_size):
+                    self.rngs[b].bit_generator.state = state

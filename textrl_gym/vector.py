@@ -1,0 +1,422 @@
+"""The token MDP as a native Gymnasium vector environment: B rows on one device.
+
+Shape legend: B rows, P prompt places, T response places, L = P + T, V vocabulary. The prompt is left-padded into the
+first P places, so that generated token t always stands at place P + t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from textrl_gym import kl, models, plugins
+from textrl_gym.core import RewardSpec, Row, StopReason
+from textrl_gym.infos import final_info, with_finals
+from textrl_gym.mdp import State, append_, initial_state, restart_, shape_reward
+from textrl_gym.policy import Policy
+from textrl_gym.render import RENDER_MODES, Renderer
+from textrl_gym.rewards import RewardFunction, load_reward
+from textrl_gym.settings import check_settings, spaces
+from textrl_gym.streams import Prompt, PromptStreams
+
+
+class TextVectorEnv(VectorEnv[Any, Any, Any]):
+    """B token MDPs side by side, on one device. See the environment's card in textrl_gym/envs for a task's own text.
+
+    Args:
+        num_envs: B, the number of rows.
+        task: a Task, a Task subclass, "package.module:Class", or a module with one Task subclass.
+        split: "train", "validation" or "test".
+        dataset: None for the task's embedded prompts; else a Hub id, or a local file or folder in a published schema.
+        tokenizer: a Hub id, a folder or a loaded tokenizer; None for the task's own.
+        reward: a name, "name:argument", "package.module:name", a folder with a saved reward model, a callable with
+            TRL's signature, or a weighted mapping of such strings; None for the task's own.
+        max_prompt_tokens, max_new_tokens: the budgets P and T; None for the task's own.
+        stop: strings that end an episode; the text given to the reward ends before them. None for the task's own.
+        group_size: so many neighbouring rows get the same prompt.
+        kl_coef: coefficient of the per-token KL penalty; 0 turns it off.
+        kl_estimator: "k1", "k2", "k3" or "full".
+        reference: a causal LM, a Policy, a Hub id or a folder that the KL is measured to; None for the model that
+            `tokenizer` names, or else the task's.
+        policy_logprob: fn(observation, action) -> log pi(action | observation), [B] (for "full": the whole
+            distribution, [B, V]). None with kl_coef > 0: the log-probability comes with the action, as
+            {"token": a, "logprob": log pi}.
+        missing_eos_penalty: taken off the score of an episode whose budget ran out.
+        device: where the tensors live: "cpu", "cuda", "auto".
+        array: "numpy", or "torch" to keep tensors on the device.
+        render_mode: "ansi", "human" or None.
+        autoreset_mode: Gymnasium's NEXT_STEP, SAME_STEP or DISABLED.
+
+    Raises:
+        ValueError: naming the bad value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        task: Any,
+        split: str = "train",
+        dataset: str | None = None,
+        tokenizer: Any = None,
+        reward: RewardSpec | RewardFunction | None = None,
+        max_prompt_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        group_size: int = 1,
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k1",
+        reference: Any = None,
+        policy_logprob: Callable[[Any, Any], Any] | None = None,
+        missing_eos_penalty: float = 0.0,
+        device: str = "cpu",
+        array: str = "numpy",
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+    ) -> None:
+        self.settings = {k: v for k, v in locals().items() if k not in ("self", "num_envs", "__class__")}
+        """The keyword arguments as they were given, from which `remake` makes more of the same."""
+        self.task = plugins.load_task(task)
+        self.num_envs, self.group_size = num_envs, group_size
+        self.max_prompt_tokens = self.task.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens
+        self.max_new_tokens = self.task.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self.stop = tuple([stop] if isinstance(stop, str) else self.task.stop if stop is None else stop)
+        self.kl_coef, self.kl_estimator, self.policy_logprob = kl_coef, kl_estimator, policy_logprob
+        self.missing_eos_penalty, self.array, self.render_mode = missing_eos_penalty, array, render_mode
+        self._mode = check_settings(self, autoreset_mode)
+        self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
+        self.device = models.resolve_device(device)
+        self.tokenizer = self.task.load_tokenizer(tokenizer)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer {tokenizer or self.task.model!r} has no EOS token: no episode could end")
+        self.eos_id, self.vocab_size = int(self.tokenizer.eos_token_id), len(self.tokenizer)
+        self.source = self.task.rows(split, dataset)
+        if len(self.source) == 0:
+            raise ValueError(f"dataset {dataset!r} has no rows in split {split!r}")
+        self.streams_of_prompts = PromptStreams(self.source, self._encode, num_envs, group_size)
+        spec = self.task.reward if reward is None else reward
+        self.reward_model = load_reward(spec, task=self.task, device=self.device, tokenizer=self.tokenizer)
+        self._reference_spec = tokenizer if reference is None and isinstance(tokenizer, str) else reference
+        self._reference: Policy | None = None
+        self._prompts: list[Prompt] = []
+        self._state: State | None = None
+        self._over_B = np.zeros(num_envs, bool)  # what state.stop_B says, on the host
+        self._renderer = Renderer(self.tokenizer) if render_mode else None
+        self.single_observation_space, self.single_action_space = spaces(self)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def remake(self, num_envs: int, **changes: Any) -> TextVectorEnv:
+        """A vector environment with this one's settings but for `changes`; what is loaded already is shared."""
+        made = type(self)(num_envs, **self.keywords(**changes))
+        made.settings = self.settings | changes  # the names, which can be written down, not what they named
+        return made
+
+    def keywords(self, **changes: Any) -> dict[str, Any]:
+        """The keyword arguments of an environment like this one but for `changes`, with what is loaded already."""
+        loaded: dict[str, Any] = {"task": self.task, "tokenizer": self.tokenizer}
+        if "task" not in changes and "tokenizer" not in changes:
+            loaded["reference"] = self._reference_spec
+            if models.resolve_device(changes.get("device", self.device)) == self.device:
+                loaded |= {"reference": self._reference or self._reference_spec, "reward": self.reward_model}
+        return self.settings | loaded | changes
+
+    def _encode(self, row: Row) -> list[int]:
+        return self.task.encode(row, self.tokenizer, self.max_prompt_tokens)
+
+    @property
+    def wants_logprob(self) -> bool:
+        """Whether the policy's log-probability must come with the action."""
+        return self.kl_coef > 0 and self.policy_logprob is None
+
+    @property
+    def reference(self) -> Policy | None:
+        """The frozen policy that the KL penalty is measured to; loaded when first needed, None with no penalty."""
+        if self._reference is None and (self.settings["reference"] is not None or self.kl_coef > 0):
+            spec = self._reference_spec
+            if not isinstance(spec, Policy):
+                model = spec if isinstance(spec, torch.nn.Module) else self.task.load_model(spec)
+                models.check_vocab(self.tokenizer, model)
+                spec = Policy(model.to(self.device).requires_grad_(False), vocab_size=self.vocab_size)
+            self._reference = spec
+        return self._reference
+
+    # -- reset --------------------------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode in every row.
+
+        Args:
+            seed: s seeds row i with s + i, or a list of B seeds. Rows of a group use their first row's seed.
+            options: {"prompt_indices": B indices into the split} fixes the prompts; {"reset_mask": bool [B]} resets
+                (and seeds) only those rows.
+
+        Raises:
+            ValueError: an unknown option, or one of a wrong shape or range.
+        """
+        options = dict(options or {})
+        indices = options.pop("prompt_indices", None)
+        chosen = options.pop("reset_mask", None)
+        if options:
+            raise ValueError(f"unknown reset options {sorted(options)}; allowed: prompt_indices, reset_mask")
+        chosen_B = np.ones(self.num_envs, bool)
+        if chosen is not None:
+            chosen_B = np.asarray(chosen.cpu() if isinstance(chosen, Tensor) else chosen)
+            if chosen_B.shape != (self.num_envs,) or chosen_B.dtype != np.bool_ or not chosen_B.any():
+                raise ValueError(f"reset_mask must be {self.num_envs} booleans with at least one True, got {chosen!r}")
+            if self._state is None and not chosen_B.all():
+                raise gym.error.ResetNeeded("the first reset() must begin an episode in every row, without reset_mask")
+        self.streams_of_prompts.seed(seed, chosen_B)
+        self._begin(chosen_B, indices)
+        return self._observation(), self._reset_infos(chosen_B)
+
+    def streams(self) -> list[Any]:
+        """The state of every row's random stream, as JSON can hold it."""
+        return self.streams_of_prompts.states()
+
+    def restore_streams(self, streams: Sequence[Any]) -> None:
+        """Go on drawing prompts from where `streams()` was taken."""
+        self.streams_of_prompts.restore(streams)
+
+    def draw(self, indices: Any = None) -> tuple[list[Row], list[list[int]]]:
+        """The next prompt of every row, as reset() would draw it; the episodes being stepped stay as they are.
+
+        Returns:
+            B rows and their prompts' token ids.
+        """
+        prompts = self.streams_of_prompts.draw(range(self.num_envs), indices)
+        return [p.row for p in prompts], [p.ids for p in prompts]
+
+    def _begin(self, chosen_B: np.ndarray, indices: Any = None) -> None:
+        """New episodes in the chosen rows."""
+        rows = np.flatnonzero(chosen_B)
+        prompts = self.streams_of_prompts.draw(rows.tolist(), indices)
+        fresh = initial_state([p.ids for p in prompts], self.max_prompt_tokens, self.max_new_tokens, self.device)
+        if len(rows) == self.num_envs:
+            self._prompts, self._state = prompts, fresh
+        else:
+            assert self._state is not None
+            restart_(self._state, torch.as_tensor(rows, device=self.device), fresh)
+            for b, prompt in zip(rows, prompts, strict=True):
+                self._prompts[b] = prompt
+        self._over_B = self._over_B & ~chosen_B
+        if self._renderer is not None and self.render_mode == "human" and chosen_B[0]:
+            self._renderer.begin(prompts[0].ids)
+
+    def _reset_infos(self, chosen_B: np.ndarray) -> dict[str, Any]:
+        index_B = np.zeros(self.num_envs, np.int64)
+        for b in np.flatnonzero(chosen_B):
+            index_B[b] = self._prompts[b].index
+        return {"prompt_index": index_B, "_prompt_index": chosen_B.copy()}
+
+    # -- step ---------------------------------------------------------------------------------------------------------
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Append one token to every row. See Gymnasium's VectorEnv.step for the returned values.
+
+        Raises:
+            ValueError: an action outside the space, a log-probability that is missing, or a row that has ended (in the
+                modes other than NEXT_STEP).
+        """
+        if self._state is None:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        active_B = ~self._over_B
+        if self._mode is not AutoresetMode.NEXT_STEP and not active_B.all():
+            raise ValueError(
+                f"rows {np.flatnonzero(self._over_B).tolist()} have ended; reset them with "
+                "reset(options={'reset_mask': ...}) before the next step"
+            )
+        # 1. What the KL penalty needs is a matter of the state before the action.
+        action_B, logprob = self._parse(actions)
+        kl_B, infos = self._penalty(actions, action_B, logprob, active_B)
+        # 2. The transition.
+        append_(self._state, action_B, self.max_new_tokens, self.eos_id)
+        if self.stop:
+            self._apply_stop_strings(active_B)
+        stop_B = self._state.stop_B.cpu().numpy()
+        ended_B = active_B & (stop_B != StopReason.RUNNING.value)
+        truncated_B = active_B & (stop_B == StopReason.BUDGET.value)
+        terminated_B = ended_B & ~truncated_B
+        if self.max_new_tokens == 1:  # Gymnasium's checker refuses truncation at the first step
+            terminated_B, truncated_B = ended_B, np.zeros_like(truncated_B)
+        self._over_B = ended_B
+        # 3. Rows that ended now are scored together.
+        reward_B, finals = self._end(ended_B, kl_B)
+        if self._renderer is not None and self.render_mode == "human" and active_B[0]:
+            self._renderer.token(int(action_B[0]), 0.0 if kl_B is None else float(kl_B[0]))
+            if ended_B[0]:
+                self._renderer.end(finals[0]["score"], finals[0]["stop_reason"])
+        # 4. Infos of ended rows, and the next episodes.
+        if finals:
+            same_step = self._mode is AutoresetMode.SAME_STEP
+            infos = with_finals(self, infos, ended_B, finals, self._observation() if same_step else None)
+        starting_B = ~active_B if self._mode is AutoresetMode.NEXT_STEP else ended_B
+        if self._mode is not AutoresetMode.DISABLED and starting_B.any():
+            self._begin(starting_B)
+            infos |= self._reset_infos(starting_B)
+        reward = self._array(reward_B, np.float64)
+        return self._observation(), reward, self._flags(terminated_B), self._flags(truncated_B), infos
+
+    def _parse(self, actions: Any) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B] int64, and the log-probabilities that came with them."""
+        logprob = None
+        if isinstance(actions, Mapping):
+            if "token" not in actions or (self.wants_logprob and "logprob" not in actions):
+                raise ValueError(f"an action needs the keys 'token' and 'logprob', got {sorted(actions)}")
+            if self.wants_logprob:
+                logprob = self._tensor(actions["logprob"]).float()
+                shape = (self.num_envs, self.vocab_size) if self.kl_estimator == "full" else (self.num_envs,)
+                if tuple(logprob.shape) != shape or not bool(torch.isfinite(logprob).all()):
+                    raise ValueError(f"logprob must be finite numbers of shape {shape}, got {actions['logprob']!r}")
+            actions = actions["token"]
+        elif self.wants_logprob:
+            raise ValueError(
+                f"kl_coef={self.kl_coef} needs the policy's log-probability: send actions as "
+                "{'token': a, 'logprob': log pi(a|s)}, or make the environment with policy_logprob=fn"
+            )
+        action_B = self._tensor(actions)
+        if action_B.shape != (self.num_envs,) or action_B.dtype not in _INTEGERS:
+            raise ValueError(f"actions must be {self.num_envs} integers, got {actions!r}")
+        action_B = action_B.long()
+        low, high = action_B.aminmax()
+        if int(low) < 0 or int(high) >= self.vocab_size:
+            raise ValueError(f"actions must lie in [0, {self.vocab_size}), got {action_B.tolist()}")
+        return action_B, logprob
+
+    def _tensor(self, values: Any) -> Tensor:
+        if isinstance(values, Tensor):
+            return values.to(self.device)
+        return torch.tensor(np.asarray(values), device=self.device)  # a copy: arrays may be read-only
+
+    def _penalty(
+        self, actions: Any, action_B: Tensor, logprob: Tensor | None, active_B: np.ndarray
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Per-token KL estimate [B] (0 in rows that have ended) and the infos that tell it; None with no penalty."""
+        if self.kl_coef == 0:
+            return None, {}
+        if not active_B.any():  # in mode NEXT_STEP every row begins now
+            return torch.zeros(self.num_envs, device=self.device), {}
+        assert self._state is not None and self.reference is not None
+        ref_logp_BV = self.reference.next_logprobs(self._state.token_BL, self._state.mask_BL)
+        ref_logp_B = ref_logp_BV.gather(1, action_B[:, None]).squeeze(1)
+        ref = ref_logp_BV if self.kl_estimator == "full" else ref_logp_B
+        if logprob is None:
+            assert self.policy_logprob is not None
+            token = actions["token"] if isinstance(actions, Mapping) else actions
+            logprob = torch.as_tensor(self.policy_logprob(self._observation(), token), device=self.device).float()
+            if logprob.shape != ref.shape or not bool(torch.isfinite(logprob).all()):
+                raise ValueError(
+                    f"policy_logprob must return finite numbers of shape {tuple(ref.shape)}, got {logprob} of shape "
+                    f"{tuple(logprob.shape)}"
+                )
+        running_B = torch.as_tensor(active_B, device=self.device)
+        kl_B = torch.where(running_B, kl.estimate(self.kl_estimator, logprob.detach(), ref), 0.0)
+        told = {"kl": kl_B, "ref_logprob": torch.where(running_B, ref_logp_B, 0.0)}
+        infos = {name: self._array(value_B, np.float64) for name, value_B in told.items()}
+        return kl_B, infos | {f"_{name}": active_B.copy() for name in told}
+
+    # -- the end of an episode ----------------------------------------------------------------------------------------
+
+    def stopped(self, completions: list[list[int]]) -> list[bool]:
+        """Whether each list of generated ids completes a stop string."""
+        return [any(s in text for s in self.stop) for text in map(self.decode, completions)]
+
+    def _apply_stop_strings(self, active_B: np.ndarray) -> None:
+        assert self._state is not None
+        rows = np.flatnonzero(active_B)
+        hit_B = np.zeros(self.num_envs, bool)
+        hit_B[rows] = self.stopped(self._completion_ids(rows))
+        hit_B &= self._state.stop_B.cpu().numpy() != StopReason.EOS.value
+        self._state.stop_B.masked_fill_(torch.as_tensor(hit_B, device=self.device), StopReason.STOP_STRING.value)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated ids, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _completion_ids(self, rows: np.ndarray) -> list[list[int]]:
+        assert self._state is not None
+        chosen = torch.as_tensor(rows, device=self.device)
+        tokens = self._state.token_BL[chosen, self.max_prompt_tokens :].tolist()
+        return [ids[:count] for ids, count in zip(tokens, self._state.count_B[chosen].tolist(), strict=True)]
+
+    def score(
+        self,
+        rows: Sequence[Row],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        reward: RewardFunction | None = None,
+    ) -> tuple[Tensor, list[str]]:
+        """Raw scores of finished completions, float32 [len(rows)] on the device, and their texts.
+
+        Both drivers score by this, and evaluation, with the judge for `reward` (None: the environment's own). The text
+        ends before EOS and before a stop string; the ids are as generated.
+        """
+        texts = []
+        for ids in completion_ids:
+            text = self.decode(ids)
+            cuts = [text.index(s) for s in self.stop if s in text]
+            texts.append(text[: min(cuts)] if cuts else text)
+        names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "completion_ids"}
+        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
+        columns |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+        score = (reward or self.reward_model)([row["prompt"] for row in rows], texts, **columns)
+        return torch.as_tensor(score, dtype=torch.float32, device=self.device), texts
+
+    def _end(self, ended_B: np.ndarray, kl_B: Tensor | None) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The step's rewards, and the final info of each row that ended."""
+        assert self._state is not None
+        score_B = torch.zeros(self.num_envs, device=self.device)
+        finals: list[dict[str, Any]] = []
+        if not ended_B.any():
+            return (score_B if kl_B is None else -self.kl_coef * kl_B), finals
+        ended = np.flatnonzero(ended_B)
+        prompts, ids = [self._prompts[b] for b in ended], self._completion_ids(ended)
+        score, texts = self.score([p.row for p in prompts], [p.ids for p in prompts], ids)
+        score_B[torch.as_tensor(ended, device=self.device)] = score
+        stops = self._state.stop_B.tolist()
+        for b, prompt, value, text in zip(ended, prompts, score.tolist(), texts, strict=True):
+            finals.append(final_info(prompt.row, text, value, StopReason(stops[b])))
+        stop_B = self._state.stop_B * torch.as_tensor(ended_B, device=self.device)
+        kl_B = torch.zeros_like(score_B) if kl_B is None else kl_B
+        return shape_reward(score_B, stop_B, kl_B, self.kl_coef, self.missing_eos_penalty), finals
+
+    # -- what is returned ---------------------------------------------------------------------------------------------
+
+    def _array(self, tensor: Tensor, dtype: Any) -> Any:
+        return tensor if self.array == "torch" else tensor.cpu().numpy().astype(dtype)
+
+    def _flags(self, flag_B: np.ndarray) -> Any:
+        return torch.tensor(flag_B, device=self.device) if self.array == "torch" else flag_B.copy()
+
+    def _observation(self) -> dict[str, Any]:
+        """A copy: the state goes on being written to."""
+        assert self._state is not None
+        tensors = {"input_ids": self._state.token_BL, "attention_mask": self._state.mask_BL}
+        return {k: v.clone() if self.array == "torch" else v.cpu().numpy().copy() for k, v in tensors.items()}
+
+    def render(self) -> tuple[str, ...] | None:
+        """In mode "ansi", the text of every row; "human" prints the first row by itself, as the episode goes."""
+        if self._renderer is None:
+            gym.logger.warn('render() does nothing without a render_mode: make the environment with render_mode="ansi"')
+            return None
+        if self._state is None:
+            raise gym.error.ResetNeeded("call reset() before render()")
+        if self.render_mode == "human":
+            return None
+        ids = self._completion_ids(np.arange(self.num_envs))
+        stops = [StopReason(s) for s in self._state.stop_B.tolist()]
+        return tuple(
+            self._renderer.text(prompt.ids, c, s) for prompt, c, s in zip(self._prompts, ids, stops, strict=True)
+        )
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
