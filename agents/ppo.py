@@ -9,8 +9,8 @@
 Details of the reference implementations that are in: one temperature everywhere and no top-k; dropout off; position ids
 under left padding; masks from lengths; the score on the last action, with V = 0 after it; values taken before each
 action; masked, biased-variance whitening of advantages, and optionally of rewards without shifting their mean; value
-clipping; zero-initialised value head; Adam's eps 1e-5; linear decay of the learning rate; KL per token by k1, unclamped,
-and fixed or adaptive by the sequence's sum; log-probabilities recomputed by the training forward below float32.
+clipping; a zero-initialised value head; Adam's eps 1e-5; linear decay of the learning rate; KL per token by k1,
+unclamped, fixed or adaptive by the sequence's sum; log-probabilities recomputed by the training forward below float32.
 
 Absent, with the reason:
     * A critic initialised from the reward model: the reward model may be any function. `separate_value_model` starts it

@@ -144,17 +144,20 @@ class Agent:
 
     def _make_env(self, env: Any, model: Any) -> TextVectorEnv:
         config = self.config
-        wanted = {"array": "torch", "device": str(self.device), "autoreset_mode": AutoresetMode.DISABLED}
+        wanted: dict[str, Any] = {
+            "group_size": config.group_size,
+            "array": "torch",
+            "device": str(self.device),
+            "autoreset_mode": AutoresetMode.DISABLED,
+        }
         if isinstance(env, str):
-            tokenizer = {"tokenizer": model} if isinstance(model, str) else {}
-            made = gym.make_vec(
-                env, num_envs=config.rollout_episodes, group_size=config.group_size, **wanted, **tokenizer
-            )
-            return vector_env(made)
+            if isinstance(model, str):
+                wanted["tokenizer"] = model
+            return vector_env(gym.make_vec(env, num_envs=config.rollout_episodes, **wanted))
         mdp = vector_env(env)
         if isinstance(env.unwrapped, TextVectorEnv):
             return mdp
-        return mdp.remake(config.rollout_episodes, group_size=config.group_size, **wanted)
+        return mdp.remake(config.rollout_episodes, **wanted)
 
     def _make_kl(self, mdp: TextVectorEnv) -> FixedKL | AdaptiveKL:
         config = self.config
@@ -359,7 +362,7 @@ class Agent:
         }
 
     def streams(self) -> tuple[dict[str, Any], Tensor]:
-        """Where prompts, shuffling and sampling stand, and the timesteps done: a JSON part and the generator's state."""
+        """Where prompts, shuffling and sampling stand, and the timesteps done: JSON, and the generator's state."""
         numbers = {
             "num_timesteps": self.num_timesteps,
             "shuffler": self.shuffler.bit_generator.state,

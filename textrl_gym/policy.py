@@ -41,11 +41,11 @@ class Policy(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         reference: Any = None,
         value_head: bool = False,
         *,
-        value_model: nn.Module | None = None,
+        value_model: Any = None,
         temperature: float = 1.0,
         vocab_size: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -62,9 +62,8 @@ class Policy(nn.Module):
         self.value_model: Any = value_model.eval() if value_model is not None else None
         self.value_head: nn.Linear | None = None
         if value_head or value_model is not None:
-            width = self.model.get_output_embeddings().weight.shape[1]
-            if value_model is not None:
-                width = self.value_model.get_output_embeddings().weight.shape[1]
+            trunk = self.model if value_model is None else self.value_model
+            width = trunk.get_output_embeddings().weight.shape[1]
             self.value_head = nn.Linear(width, 1, device=self.device)  # float32 whatever the trunk's dtype
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)

@@ -35,7 +35,7 @@ class TrainOptions:
     eval_episodes: int = 64
     """Held-out prompts of an evaluation during training."""
     show_samples: int = 2
-    """Sample completions printed at the first and the last evaluation; all of them are in samples.jsonl."""
+    """Sample completions printed at each evaluation; all of them are in samples.jsonl."""
     save_every: int = 0
     """Updates between two checkpoints; 0 saves only at the end, and when interrupted."""
     on_bad_health: Literal["stop", "warn"] = "stop"
@@ -143,7 +143,7 @@ class _Run:
         with self.bar:
             task = self.bar.add_task(type(agent).__name__, total=total, completed=agent.num_timesteps, note="")
             if agent.num_updates == 0:
-                self._evaluate(show=True)
+                self._evaluate(greedy=True)
             while agent.num_timesteps < total:
                 if stop.is_set():
                     raise KeyboardInterrupt
@@ -176,7 +176,7 @@ class _Run:
                     self._evaluate()
                 if self.options.save_every and agent.num_updates % self.options.save_every == 0:
                     agent.save(agent.out)
-            self._evaluate(show=True)
+            self._evaluate(greedy=True)
         self.callback.on_training_end()
         agent.save(agent.out)
 
@@ -213,9 +213,9 @@ class _Run:
             agent.logger.record(f"time/{phase}_seconds", seconds)
         agent.logger.dump(agent.num_timesteps)
 
-    def _evaluate(self, show: bool = False) -> None:
+    def _evaluate(self, greedy: bool = False) -> None:
         agent = self.agent
-        metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent.policy, greedy=show))
+        metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent.policy, greedy=greedy))
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
         row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
         with (agent.out / EVALUATIONS).open("a", encoding="utf-8") as file:
@@ -223,7 +223,7 @@ class _Run:
         with (agent.out / SAMPLES).open("a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"timesteps": agent.num_timesteps} | sample) + "\n")
-        if show:
+        if self.options.show_samples:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
 
 
