@@ -26,8 +26,8 @@ class Prompt:
 class PromptStreams:
     """B seeded streams of prompts.
 
-    The rows of a group step through the same stream, so that the j-th episode of each has the group's j-th prompt; and
-    where a whole group begins together it has one prompt, even if some of its rows have had more episodes than others.
+    The rows of a group step through the same stream, so that the j-th episode of each has the group's j-th prompt.
+    Autoresets may leave some rows of a group more episodes ahead than others; `rejoin` ends that.
 
     Args:
         source: the rows to draw from.
@@ -95,7 +95,6 @@ class PromptStreams:
         if not self.rngs:
             self.seed(None)
         if indices is None:
-            self._rejoin(rows)
             wanted = [int(self.rngs[b].integers(len(self.source))) for b in rows]
         else:
             fixed_B = np.asarray(indices)
@@ -111,14 +110,12 @@ class PromptStreams:
                 found[index] = Prompt(index, row, self.encode(row))
         return [found[index] for index in wanted]
 
-    def _rejoin(self, rows: Sequence[int]) -> None:
-        """Let the rows of a group that begins together as a whole go on from its first row's place in the stream."""
-        if self.group_size == 1:
+    def rejoin(self, chosen_B: np.ndarray) -> None:
+        """Let the rows of every group that is chosen as a whole go on from its first row's place in the stream."""
+        if self.group_size == 1 or not self.rngs:
             return
-        starting_B = np.zeros(self.num_envs, bool)
-        starting_B[rows] = True
         for first in range(0, self.num_envs, self.group_size):
-            if starting_B[first : first + self.group_size].all():
+            if chosen_B[first : first + self.group_size].all():
                 state = self.rngs[first].bit_generator.state
                 for b in range(first + 1, first + self.group_size):
                     self.rngs[b].bit_generator.state = state

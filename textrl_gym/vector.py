@@ -176,6 +176,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             if self._state is None and not chosen_B.all():
                 raise gym.error.ResetNeeded("the first reset() must begin an episode in every row, without reset_mask")
         self.streams_of_prompts.seed(seed, chosen_B)
+        self.streams_of_prompts.rejoin(chosen_B)
         self._begin(chosen_B, indices)
         return self._observation(), self._reset_infos(chosen_B)
 
@@ -193,6 +194,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         Returns:
             B rows and their prompts' token ids.
         """
+        self.streams_of_prompts.rejoin(np.ones(self.num_envs, bool))
         prompts = self.streams_of_prompts.draw(range(self.num_envs), indices)
         return [p.row for p in prompts], [p.ids for p in prompts]
 
