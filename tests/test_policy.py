@@ -41,7 +41,7 @@ def test_left_padding_changes_neither_logprobs_nor_gradients(make: Any) -> None:
     r = rollout(policies[0])
     logps = [policies[0].logprobs(r), policies[1].logprobs(padded(r, 7))]
     torch.testing.assert_close(logps[0], logps[1], atol=1e-5, rtol=0)
-    for policy, logp_BT in zip(policies, logps, strict=True):
+    for logp_BT in logps:
         logp_BT.sum().backward()
     for one, two in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
         if one.grad is not None:
