@@ -1,0 +1,162 @@
+"""TLDRSummarize-v0: sum up a forum post in a sentence or three."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+from textrl_gym import prompts
+from textrl_gym.core import PromptSource, Row
+from textrl_gym.corpus import KINDS, TLDRCorpus, corrupted_summaries, mediocre_summary, slots_of
+from textrl_gym.phrases import compose
+from textrl_gym.tasks import Task
+
+ID = "TLDRSummarize-v0"
+ASSETS = str(files("textrl_gym") / "assets" / "tldr")
+MEDIOCRE = {"swap": 0.12, "generic": 0.2, "ask": 0.45, "detail": 0.7}
+"""How poor the summaries are that the start policy learns from: gold about 0.6, of which its own noise takes a third."""
+
+
+class MediocreRows:
+    """The posts of a corpus with poor summaries for completions: what the bundled start policy has learnt."""
+
+    def __init__(self, corpus: TLDRCorpus) -> None:
+        self.corpus = corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, index: int, /) -> Row:
+        """The row with four poor summaries."""
+        row = self.corpus[index]
+        rng = random.Random(f"mediocre/{self.corpus.split}/{self.corpus.seed}/{index}")
+        return {**row, "completions": [mediocre_summary(row, rng, **MEDIOCRE) for _ in range(4)]}
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+
+def _one_slip(row: dict[str, Any], rng: random.Random) -> str:
+    """A reference with one word lost, doubled or out of place, or one sentence more or less: what samples do."""
+    words = (" " + compose(slots_of(row["facts"]), rng)).split(" ")
+    at = rng.randrange(1, len(words) - 1)
+    slip = rng.choice(("lost", "doubled", "swapped", "cut", "more"))
+    if slip == "lost":
+        del words[at]
+    elif slip == "doubled":
+        words.insert(at, words[at])
+    elif slip == "swapped":
+        words[at], words[at + 1] = words[at + 1], words[at]
+    elif slip == "cut":
+        del words[max(4, at) :]
+    else:
+        words += mediocre_summary(row, rng, generic=0.5, ask=0.3, detail=0.2).strip().split(" ")
+    return " ".join(words)
+
+
+def _one_wrong(row: dict[str, Any], rng: random.Random) -> str:
+    """A summary with every fact, one or two of them wrong: nearly perfect, and what a careless reader lets pass."""
+    facts = {kind: dict(fact) for kind, fact in row["facts"].items()}
+    slots = slots_of(facts)
+    for kind in rng.sample(KINDS, rng.choice((1, 1, 2))):
+        wrong = rng.choice(row["distractors"][kind])
+        if kind == "who":
+            relation, name = wrong.rsplit(" ", 1)
+            slots |= rng.choice(({"rel": relation}, {"name": name}, {"rel": relation, "name": name}))
+        else:
+            slots[kind] = wrong
+    return " " + compose(slots, rng)
+
+
+class TLDRSummarize(Task):
+    """Sum up a forum post after "TL;DR:", as in "Learning to summarize from human feedback" (Stiennon et al. 2020).
+
+    ## Description
+    A post in the prompt format of the TL;DR data set (subreddit, title, post) ends in "TL;DR:"; the agent writes the
+    summary token by token. The embedded posts are procedural: each tells seven facts about one person (who, what
+    happened, when, where, an amount, a feeling, the question asked) among sentences that mention other people, amounts
+    and places. There are more than 10^6 of them, and no post of one split occurs in another. Real posts are given by
+    `dataset=`: a file, folder or Hub id in the schema of trl-lib/tldr or of
+    vwxyzjn/summarize_from_feedback_tldr_3_filtered.
+
+    ## Observation Space
+    `Dict(input_ids: Box int64 [L], attention_mask: Box int8 [L])`, L = max_prompt_tokens + max_new_tokens = 224. The
+    prompt is left-padded into the first 176 places, so generated token t always stands at place 176 + t.
+
+    ## Action Space
+    `Discrete(2048)`: the next token of the bundled byte-level BPE tokenizer (with `tokenizer=`, that one's vocabulary).
+
+    ## Reward
+    0 at each step but the last, then the score of the bundled reward model, which was trained on the pairwise choices
+    of simulated annotators and normalised: references have mean 0, the start policy's samples standard deviation 1.
+    With kl_coef > 0 each step costs kl_coef * KL of the policy to the reference.
+
+    ## Episode End
+    Terminated by "<|endoftext|>" or a stop string; truncated after max_new_tokens. A truncated text is still scored.
+
+    ## Information
+    At the end: `score`, `prompt`, `completion`, `reference` (the row's summary), `stop_reason`. The judge `tldr_gold`,
+    never trained on by default, is what `evaluate` reports beside the score: facts covered, nothing invented,
+    well-formed, brief, in [0, 1]; it reads the columns `facts` and `distractors` that only embedded rows have.
+
+    ## Arguments
+    Those of every text environment: `split`, `dataset`, `tokenizer`, `reward`, `max_prompt_tokens`, `max_new_tokens`,
+    `stop`, `group_size`, `kl_coef`, `kl_estimator`, `reference`, `policy_logprob`, `missing_eos_penalty`, `device`,
+    `array`, `render_mode`.
+
+    ```python
+    env = gym.make("TLDRSummarize-v0", reward="tldr_gold", split="validation")
+    ```
+
+    ## References
+    - Stiennon et al. 2020, Learning to summarize from human feedback, https://arxiv.org/abs/2009.01325
+    - Völske et al. 2017, TL;DR: Mining Reddit to Learn Automatic Summarization, https://aclanthology.org/W17-4508
+    - Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, https://arxiv.org/abs/2403.17031
+    - Dubois et al. 2023, AlpacaFarm (simulated annotators), https://arxiv.org/abs/2305.14387
+
+    ## Version History
+    - v0: the first version.
+    """
+
+    id = ID
+    max_prompt_tokens = 176  # holds 99.5% of the embedded prompts whole; the longest have 182
+    max_new_tokens = 48  # references have 28 to 50 tokens, the median is 36
+    model = f"{ASSETS}/policy"
+    reward_model_path = f"{ASSETS}/reward_model"
+    reward = "reward_model"
+    judge = "tldr_gold"
+    kl_coef = 0.05
+    keep_suffix = "\n\nTL;DR:"
+
+    def rows(self, split: str, dataset: str | None = None) -> PromptSource:
+        """The posts of a split with their reference summaries."""
+        return TLDRCorpus(split) if dataset is None else prompts.load_rows(dataset, split)
+
+    def demonstrations(self, split: str) -> Any:
+        """What the start policy is trained on: poor summaries, so that RL has room."""
+        return MediocreRows(TLDRCorpus(split))
+
+    def candidates(self, row: Row, rng: random.Random, n: int) -> list[str]:
+        """`n` summaries from perfect to poor, for annotators to compare beside the policy's samples.
+
+        They span what a policy that is optimised against the reward model may write: all facts in other words, all but
+        one right, poor to good in every degree, one slip, and the gross flaws of `corrupted_summaries`.
+        """
+        post = dict(row)
+
+        def graded() -> str:
+            good = rng.random()
+            swap, generic, detail = 0.4 * (1 - good) * rng.random(), 0.5 * (1 - good), 0.4 + 0.6 * good
+            return mediocre_summary(post, rng, swap=swap, generic=generic, ask=good, detail=detail)
+
+        makers = [
+            lambda: " " + compose(slots_of(post["facts"]), rng),
+            lambda: _one_wrong(post, rng),
+            graded,
+            lambda: _one_slip(post, rng),
+            lambda: corrupted_summaries(post, rng, 1)[0],
+            graded,
+        ]
+        return [makers[i % len(makers)]() for i in range(n)]

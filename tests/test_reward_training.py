@@ -1,0 +1,172 @@
+"""Reward models: the loss by hand, packed = alone, normalisation, users' pairs, and what the bundled one achieves."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from textrl_gym import comparisons, models, reward_training, sft
+from textrl_gym.comparisons import Comparer, Comparison
+from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
+from textrl_gym.policy import Policy
+from textrl_gym.reward_training import RewardModelConfig
+from textrl_gym.rewards import load_reward
+
+TINY_SFT = sft.SFTConfig(
+    steps=2, batch_size=2, copy_steps=0, hidden_size=16, intermediate_size=32, layers=2, eval_rows=2
+)
+TINY = RewardModelConfig(prompts=8, samples=2, candidates=3, batch_size=4, eval_prompts=8, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    sft.sft("TLDRSummarize-v0", TINY_SFT, folder)
+    return str(folder)
+
+
+# -- loss -------------------------------------------------------------------------------------------------------------
+
+
+def test_bradley_terry_by_hand() -> None:
+    raw_BK = torch.tensor([[1.0, 0.0, 3.0], [2.0, 2.0, 0.0]])
+    winner_N3 = torch.tensor([[0, 0, 1], [0, 1, 2], [1, 0, 1]])
+    # r_w - r_l = 1, -3, 0: -log sigmoid = log(1 + e^-1), log(1 + e^3), log 2
+    expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(3)) + math.log(2)) / 3
+    loss = reward_training.bradley_terry_loss(raw_BK, winner_N3)
+    torch.testing.assert_close(loss.item(), expected, atol=1e-6, rtol=0)
+
+
+def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str) -> None:
+    model = reward_training.new_reward_model(models.load_model(tiny_model), seed=0)
+    batch = [Comparison([5, 6, 7], [[8, 9, 0], [10, 0], [11]], []), Comparison([3], [[4, 5, 6, 7, 0]], [])]
+    with torch.no_grad():
+        raw_BK = reward_training.raw_rewards(model, batch)
+        for row, comparison in enumerate(batch):
+            for place, ids in enumerate(comparison.completion_ids):
+                hidden_LD = model.base_model(input_ids=torch.tensor([comparison.prompt_ids + ids]))[0][0]
+                torch.testing.assert_close(raw_BK[row, place], model.score(hidden_LD[-1])[0], atol=1e-5, rtol=0)
+    assert raw_BK[1, 1:].tolist() == [0.0, 0.0]  # no such completions
+
+
+def test_the_head_starts_with_the_published_spread() -> None:
+    model = reward_training.new_reward_model(models.load_model(f"{ASSETS}/policy"), seed=0)
+    width = model.score.weight.numel()
+    # The standard error of a standard deviation of n draws is about 1 / sqrt(2 n) of it: 6% of 128.
+    assert model.score.weight.std().item() == pytest.approx(1 / math.sqrt(width + 1), rel=0.25)
+
+
+# -- measures ---------------------------------------------------------------------------------------------------------
+
+
+def test_agreements_by_hand() -> None:
+    compared = [Comparison([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)], gold=[0.5, 0.6, 0.9], sampled=2)]
+    raw = [[1.0, 0.0, 2.0]]
+    assert reward_training.agreement(raw, compared) == pytest.approx(2 / 3)  # (1, 2) is lost: 0 < 2
+    # |0.5 - 0.6| is no clear difference; 0.5 < 0.9 and 0.6 < 0.9 are, and both are ordered so
+    assert reward_training.gold_agreement(raw, compared) == 1.0
+    assert math.isnan(reward_training.gold_agreement(raw, compared, samples_only=True))
+
+
+def test_normalisation_by_hand() -> None:
+    # mean of 1, 3 is 2; the unbiased variance of 0, 2, 4 is (4 + 0 + 4) / 2 = 4
+    assert reward_training.normalisation([1.0, 3.0], [0.0, 2.0, 4.0]) == {"bias": 2.0, "scale": 0.5}
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_training_on_annotators_saves_a_reward_with_mean_0_on_references(tiny_model: str, tmp_path: Path) -> None:
+    config = RewardModelConfig(**{**vars(TINY), "model": tiny_model})
+    record = reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+    assert json.loads((tmp_path / "rm" / "reward_training.json").read_text()) == record
+    task = TLDRSummarize()
+    tokenizer = models.load_tokenizer(tiny_model)
+    source = task.rows("validation")
+    rows = [source[i] for i in range(TINY.eval_prompts)]
+    reward = load_reward(f"reward_model:{tmp_path / 'rm'}", task=task, tokenizer=tokenizer)
+    encoded = [sft.encode_row(task, tokenizer, row) for row in rows]
+    score_B = reward(
+        [row["prompt"] for row in rows],
+        [row["completion"] for row in rows],
+        prompt_ids=[prompt for prompt, _ in encoded],
+        completion_ids=[texts[0] for _, texts in encoded],
+    )
+    torch.testing.assert_close(score_B.mean().item(), 0.0, atol=1e-3, rtol=0)
+
+
+def write_pairs(file: Path, rows: int) -> None:
+    pairs = [{"prompt": f"Post {i}\n\nTL;DR:", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(rows)]
+    file.write_text("\n".join(map(json.dumps, pairs)))
+
+
+def test_a_users_pairs_are_learnt_and_the_seed_decides_the_weights(tiny_model: str, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", 100)
+    config = RewardModelConfig(
+        model=tiny_model, dataset=str(tmp_path / "pairs.jsonl"), batch_size=4, learning_rate=1e-2, warmup_steps=5
+    )
+    records = [reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / name) for name in "ab"]
+    assert records[0]["measured"]["annotator_agreement"] == 1.0  # "yes" beats "no" in the ten pairs held out
+    a, b = (models.load_classifier(tmp_path / name) for name in "ab")
+    for key, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[key]), key
+
+
+def test_errors_name_what_was_found(tiny_model: str, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.jsonl"
+    file.write_text('{"prompt": "a", "good": "b"}\n')
+    config = RewardModelConfig(model=tiny_model, dataset=str(file))
+    with pytest.raises(ValueError, match=r"columns prompt, good; expected: prompt, chosen, rejected"):
+        reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+    write_pairs(tmp_path / "one.jsonl", 1)
+    config = RewardModelConfig(model=tiny_model, dataset=str(tmp_path / "one.jsonl"))
+    with pytest.raises(ValueError, match="too few pairs"):
+        reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+    task: Any = TLDRSummarize()
+    task.judge = None
+    with pytest.raises(ValueError, match="TLDRSummarize has no judge"):
+        Comparer(task, Policy(models.load_model(tiny_model)), models.load_tokenizer(tiny_model), TINY)
+
+
+# -- the bundled assets -----------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_numbers_are_what_is_promised() -> None:
+    policy = json.loads(Path(ASSETS, "policy", "sft.json").read_text())["measured"]
+    assert policy["sampled_gold"] <= 0.5
+    assert 0.45 <= policy["greedy_gold"] <= 0.7
+    assert policy["best_of_8_gold"] >= 0.65
+    assert policy["parameters"] <= 4_000_000
+    reward = json.loads(Path(ASSETS, "reward_model", "reward_training.json").read_text())["measured"]
+    assert 0.65 <= reward["annotator_agreement"] <= 0.85
+    assert reward["gold_agreement"] >= 0.85
+    assert reward["gold_agreement_samples"] >= 0.85
+
+
+def test_the_bundled_assets_still_do_what_was_measured() -> None:
+    task = TLDRSummarize()
+    tokenizer = task.load_tokenizer()
+    comparer = Comparer(task, Policy(task.load_model()), tokenizer, RewardModelConfig())
+    source = task.rows("validation")
+    compared = comparer.compare([source[1000 + i] for i in range(200)], seed=1, temperatures=[1.0, 1.0])
+    raw = reward_training.score_all(models.load_classifier(task.reward_model_path), compared)
+    sampled = [gold for c in compared for gold in c.gold[: c.sampled]]
+    assert sum(sampled) / len(sampled) <= 0.52
+    assert reward_training.agreement(raw, compared) >= 0.65
+    assert reward_training.gold_agreement(raw, compared) >= 0.85
+
+
+def test_the_bundled_assets_are_small() -> None:
+    assert sum(file.stat().st_size for file in Path(ASSETS).rglob("*") if file.is_file()) < 12e6
+
+
+def test_greedy_samples_have_temperature_0(tiny_model: str) -> None:
+    task = TLDRSummarize()
+    tokenizer = models.load_tokenizer(tiny_model)
+    rows = [task.rows("train")[0]] * 2
+    found = comparisons.sample_texts(Policy(models.load_model(tiny_model)), task, tokenizer, rows, [0.0, 0.0, 1.0], 0)
+    assert found[0][0] == found[0][1] == found[1][0]
+    assert found[0][2] != found[1][2]

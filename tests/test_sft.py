@@ -1,0 +1,159 @@
+"""Supervised training: the loss counts completion tokens only, packing changes nothing, the seed decides everything."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from textrl_gym import induction, models, sft, tiny
+from textrl_gym.envs.tldr_summarize import TLDRSummarize
+from textrl_gym.packing import pack
+from textrl_gym.sft import SFTConfig
+from textrl_gym.tokenizer import EOS, train_tokenizer
+
+TEXTS = ["Anna broke my lamp on Monday. It cost me $450.", "Is it right to tell her?", "My boss Tom lost 2 keys."]
+TINY = SFTConfig(
+    steps=3, batch_size=2, copy_steps=2, copy_run=8, hidden_size=16, intermediate_size=32, layers=2, eval_rows=4
+)
+
+
+# -- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=60))
+def test_any_text_comes_back(text: str) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    if EOS not in text:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size=100 is too small"):
+        train_tokenizer(TEXTS, 100)
+
+
+def test_values_of_the_embedded_world_are_a_few_tokens() -> None:
+    task = TLDRSummarize()
+    tokenizer = task.load_tokenizer()
+    source = task.rows("validation")
+    rows = [source[i] for i in range(100)]
+    for kind, most in {"amount": 2, "feeling": 1, "when": 3}.items():
+        assert max(len(tokenizer(" " + row["facts"][kind]["value"])["input_ids"]) for row in rows) <= most
+    whole = [len(tokenizer(row["prompt"])["input_ids"]) <= task.max_prompt_tokens for row in rows]
+    assert sum(whole) >= 98
+
+
+# -- loss -------------------------------------------------------------------------------------------------------------
+
+
+def alone(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """-log p of one completion by the plain forward pass, without any padding."""
+    logits_LV = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    places = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
+    return -torch.stack([logits_LV[at, token] for at, token in zip(places, completion, strict=True)])
+
+
+@pytest.mark.parametrize("model", [tiny.llama(20, scale=0.3), tiny.gpt2(20, 32)], ids=["llama", "gpt2"])
+def test_the_loss_is_the_mean_over_completion_tokens_only(model: Any) -> None:
+    items = [([3, 4, 5, 6], [[7, 8, 0], [9, 0]]), ([2], [[1, 2, 3, 4, 0]])]
+    expected = torch.cat([alone(model, prompt, text) for prompt, texts in items for text in texts])
+    assert len(expected) == 3 + 2 + 5  # EOS (0) of each completion included, once
+    loss = sft.sft_loss(model, pack(items))
+    torch.testing.assert_close(loss, expected.mean(), atol=1e-5, rtol=0)
+
+
+def test_eos_once_and_none_after_a_cut() -> None:
+    task = TLDRSummarize()
+    tokenizer = task.load_tokenizer()
+    _, (short, long) = sft.encode_row(task, tokenizer, {"prompt": "a\n\nTL;DR:", "completions": [" b", " b" * 99]})
+    assert short.count(tokenizer.eos_token_id) == 1
+    assert short[-1] == tokenizer.eos_token_id
+    assert len(long) == task.max_new_tokens
+    assert tokenizer.eos_token_id not in long
+
+
+# -- induction --------------------------------------------------------------------------------------------------------
+
+
+def test_the_initialisation_attends_to_what_followed_this_token() -> None:
+    config = SFTConfig(hidden_size=64, intermediate_size=64, heads=1)
+    model = sft.new_model(config, train_tokenizer(TEXTS, 300), 64)
+    run_N = torch.randperm(290, generator=torch.Generator().manual_seed(0))[:12]
+    logits_LV = model(input_ids=run_N.repeat(2)[None]).logits[0]
+    # In the second run place 12 + i holds token i, so token i + 1 comes next.
+    rank = [(logits_LV[12 + i] > logits_LV[12 + i, run_N[i + 1]]).sum().item() for i in range(11)]
+    assert sum(rank) / len(rank) < 30  # of 290 tokens; a random start gives about 145
+
+
+def test_the_curriculum_lowers_the_copying_loss() -> None:
+    config = SFTConfig(hidden_size=64, intermediate_size=64)
+    model = sft.new_model(config, train_tokenizer(TEXTS, 300), 64)
+    losses: list[float] = []
+    found = induction.copy_curriculum(
+        model,
+        steps=60,
+        target_loss=0.0,
+        longest_run=8,
+        batch_size=16,
+        learning_rate=3e-3,
+        generator=torch.Generator().manual_seed(0),
+        report=losses.append,
+    )
+    assert found["copy_steps"] == 60
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_decides_the_weights_and_the_folder_is_complete(tmp_path: Path) -> None:
+    for name in "ab":
+        sft.sft("TLDRSummarize-v0", TINY, tmp_path / name)
+    a, b = (models.load_model(tmp_path / name) for name in "ab")
+    for key, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[key]), key
+    record = json.loads((tmp_path / "a" / "sft.json").read_text())
+    assert record["config"]["steps"] == 3
+    assert record["measured"]["heldout_loss"] > 0
+    assert models.load_tokenizer(tmp_path / "a").eos_token == EOS
+
+
+def test_a_users_file_and_a_given_model(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"Say {i}.\n\nTL;DR:", "completion": f" {i}"} for i in range(8)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    sft.sft("TLDRSummarize-v0", TINY, tmp_path / "first")
+    config = SFTConfig(model=str(tmp_path / "first"), dataset=str(file), steps=30, batch_size=4, learning_rate=1e-2)
+    record = sft.sft("TLDRSummarize-v0", config, tmp_path / "second")
+    assert record["measured"]["heldout_loss"] < 4.0  # ln 2048 = 7.6 nats before
+
+
+def test_errors_name_what_was_found(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown environment 'Nothing-v0'; allowed: .*TLDRSummarize-v0"):
+        sft.sft("Nothing-v0", TINY, tmp_path)
+    file = tmp_path / "wrong.jsonl"
+    file.write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(ValueError, match=r"columns question, answer; expected: .*prompt, completion"):
+        sft.sft("TLDRSummarize-v0", SFTConfig(dataset=str(file)), tmp_path)
+    with pytest.raises(ValueError, match=r"found .*prompt"):
+        sft.demonstrations(_NoTexts(), "train", None)
+
+
+class _NoTexts(TLDRSummarize):
+    def demonstrations(self, split: str) -> list[dict[str, str]]:
+        return [{"prompt": "a"}]
+
+
+def test_batches_hold_prompts_of_about_one_length() -> None:
+    task = TLDRSummarize()
+    stream = sft.batches(task, task.load_tokenizer(), task.demonstrations("train"), 4, random.Random(0))
+    padding = []
+    for _ in range(8):
+        batch = next(stream)
+        padding.append((~batch.sees_BLL[:, -1, : batch.prompt_places]).float().mean().item())
+    assert sum(padding) / 8 < 0.1

@@ -1,0 +1,114 @@
+"""Induction for tiny models: an initialisation that can copy, and a curriculum that practises it.
+
+A model of a few million parameters that is trained on summaries from a random start never learns to take a name or an
+amount out of the post: it has no induction heads ("this token stood there; copy what followed"), and none form.
+
+Shape legend: B rows, N tokens of a run, L places, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+
+@torch.no_grad()
+def induction_init(model: LlamaForCausalLM, generator: torch.Generator) -> None:
+    """Start a Llama's first two layers as an induction circuit: find where this token stood, copy what followed it.
+
+    Layer 0 looks one token back: its query bias q and key bias k = R(1) q meet at distance 1 under rotary positions R.
+    It writes a rotation M of that token's embedding beside the token's own. In layer 1 a query A x meets keys A M^T x,
+    so that a token attends to the places whose predecessor was the same token, and copies them. Everything else is
+    random, and all of it is trained. (Olsson et al. 2022, "In-context Learning and Induction Heads", for the circuit.)
+
+    Why: from a random start, 800 updates of the copying curriculum got to 2 nats a token and no further (the entropy of
+    "one of the recent tokens"), under seven settings of width, learning rate and positions; from here 150 get to 0.12.
+    """
+    decoder: Any = model.model
+    width = model.config.hidden_size
+    head = width // model.config.num_attention_heads
+
+    def rotation() -> Tensor:
+        return torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+
+    embedding_std = width**-0.5  # tied embeddings of norm 1: a token's logit for itself is sqrt(width)
+    embedding = decoder.embed_tokens.weight
+    embedding.copy_(torch.randn(embedding.shape, generator=generator) * embedding_std)
+
+    back = decoder.layers[0].self_attn
+    query = torch.full((head,), 3.0)
+    cos, sin = decoder.rotary_emb(query[None, None], torch.tensor([[1]]))
+    half_turned = torch.cat([-query[head // 2 :], query[: head // 2]])
+    key = query * cos[0, 0] + half_turned * sin[0, 0]
+    back.q_proj.bias.copy_(query.repeat(width // head))
+    back.k_proj.bias.copy_(key.repeat(width // head))
+    read, write = rotation(), rotation()
+    back.v_proj.weight.copy_(read)
+    back.o_proj.weight.copy_(embedding_std * write)
+
+    match = decoder.layers[1].self_attn
+    same, copied = rotation(), rotation()
+    match.q_proj.weight.copy_(same)
+    match.k_proj.weight.copy_(same @ (write @ read).T)
+    match.v_proj.weight.copy_(copied)
+    match.o_proj.weight.copy_(0.3 * copied.T)
+
+
+def copy_curriculum(
+    model: Any,
+    *,
+    steps: int,
+    target_loss: float,
+    longest_run: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    report: Callable[[float], None] = lambda loss: None,
+) -> dict[str, float]:
+    """Practise induction: predict runs of random tokens while they repeat; a quarter of a length, then all of it.
+
+    Args:
+        steps: at most so many updates.
+        target_loss: it ends when the running mean on the longest runs is below this, in nats a token.
+        report: called with the running mean of the loss at every update.
+
+    Returns:
+        {"copy_steps", "copy_loss"}: updates taken, and the last running mean of the loss in nats a token.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    longest, smooth, step = max(2, longest_run // 4), math.nan, 0
+    for step in range(1, steps + 1):
+        width = longest + max(longest // 2, 8)
+        run_B1 = torch.randint(max(2, longest // 4), longest + 1, (batch_size, 1), generator=generator)
+        fresh_BN = torch.randint(model.config.vocab_size, (batch_size, longest), generator=generator)
+        place_L = torch.arange(width)
+        ids_BL = fresh_BN.gather(1, place_L % run_B1)
+        again_BL = (place_L > run_B1)[:, 1:]  # the first token of a second run cannot be foreseen
+        logits_BLV = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits_BLV[again_BL].float(), ids_BL[:, 1:][again_BL])
+        descend(model, optimizer, loss, learning_rate * min(1.0, step / 50))
+        smooth = loss.item() if math.isnan(smooth) else 0.9 * smooth + 0.1 * loss.item()
+        report(smooth)
+        if smooth < target_loss:
+            if longest == longest_run:
+                break
+            longest = longest_run
+    return {"copy_steps": step, "copy_loss": smooth}
+
+
+def descend(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, max_norm: float = 1.0
+) -> None:
+    """One step down the gradient, scaled down to at most this norm, at this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()

@@ -1,0 +1,84 @@
+"""Several completions of one prompt in one sequence: the prompt is computed once, and no completion sees another.
+
+
+Shape legend: B prompts, P prompt places, K completions a prompt, T places a completion, L = P + K T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prompts, left-padded, each followed by K blocks with a right-padded completion; 0 outside the masks."""
+
+    input_BL: Tensor
+    """int64."""
+    sees_BLL: Tensor
+    """bool: which places (last dimension) a place attends to."""
+    position_BL: Tensor
+    """int64, counting real tokens of the prompt and of the own completion only."""
+    token_BKT: Tensor
+    """int64, the completions again."""
+    mask_BKT: Tensor
+    """bool, made from lengths."""
+
+    @property
+    def prompt_places(self) -> int:
+        """P."""
+        return self.input_BL.shape[1] - self.token_BKT[0].numel()
+
+    def inputs(self, model: Any) -> dict[str, Any]:
+        """Keyword arguments of a transformers decoder, on its device."""
+        dtype = model.dtype
+        mask_B1LL = torch.zeros(self.sees_BLL.shape, dtype=dtype).masked_fill_(~self.sees_BLL, torch.finfo(dtype).min)
+        return {
+            "input_ids": self.input_BL.to(model.device),
+            "attention_mask": mask_B1LL.unsqueeze(1).to(model.device),
+            "position_ids": self.position_BL.to(model.device),
+            "use_cache": False,
+        }
+
+
+def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+    """Ids [N, S] padded with 0 on the "left" or "right", and their bool mask."""
+    width = max(map(len, rows))
+    length_N1 = torch.tensor([[len(row)] for row in rows])
+    place_S = torch.arange(width)
+    if side == "left":
+        ids_NS = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+        return ids_NS, place_S >= width - length_N1
+    ids_NS = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
+    return ids_NS, place_S < length_N1
+
+
+def pack(items: Sequence[tuple[list[int], list[list[int]]]]) -> Packed:
+    """One batch of (prompt ids, ids of its completions); where a prompt has fewer than K, the rest is masked."""
+    most = max(len(completions) for _, completions in items)
+    prompt_BP, prompt_mask_BP = pad([prompt for prompt, _ in items], "left")
+    texts = [ids for _, completions in items for ids in [*completions, *[[]] * (most - len(completions))]]
+    token_XT, mask_XT = pad(texts, "right")
+    rows, prompt_places, width = len(items), prompt_BP.shape[1], token_XT.shape[1]
+
+    place_L = torch.arange(prompt_places + most * width)
+    block_L = torch.where(place_L < prompt_places, -1, (place_L - prompt_places) // width)
+    related_LL = (block_L == -1) | (block_L[:, None] == block_L)
+    real_BL = torch.cat([prompt_mask_BP, mask_XT.view(rows, -1)], 1)
+    length_B1 = prompt_mask_BP.sum(1, keepdim=True)
+    return Packed(
+        input_BL=torch.cat([prompt_BP, token_XT.view(rows, -1)], 1),
+        sees_BLL=(place_L[:, None] >= place_L) & related_LL & real_BL[:, None, :],
+        position_BL=torch.where(
+            block_L == -1,
+            (place_L - prompt_places + length_B1).clamp(min=0),
+            length_B1 + (place_L - prompt_places) % width,
+        ),
+        token_BKT=token_XT.view(rows, most, width),
+        mask_BKT=mask_XT.view(rows, most, width),
+    )

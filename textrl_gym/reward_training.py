@@ -1,0 +1,252 @@
+"""Reward models: a language model's body with a scalar head, trained on preferences by -log sigmoid(r_w - r_l).
+
+The K completions of one prompt go through the model as one sequence, prompt first: each sees the prompt and itself, so
+that the prompt is computed once and all pairs among the K are compared (Stiennon et al. 2020, arXiv:2009.01325; their
+batches hold all comparisons of a post too, which are seen for one epoch only, or the model overfits).
+
+Shape legend: B prompts, P prompt places, K completions a prompt, T places a completion, L = P + K T, N pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from textrl_gym.annotators import Annotators
+from textrl_gym.comparisons import Comparer, Comparison, read_pairs
+from textrl_gym.induction import descend
+from textrl_gym.packing import pack
+from textrl_gym.policy import Policy
+from textrl_gym.rewards.reward_model import FILE
+from textrl_gym.sft import cosine, load_env_task, progress_bar
+
+CLEAR = 0.2  # a difference of the judge's scores from which on the reward model should agree with it
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """Settings of reward-model training. One epoch: every prompt is seen once."""
+
+    model: str | None = None
+    """The causal LM whose body and tokenizer are taken and whose samples are compared; None: the task's own."""
+    dataset: str | None = None
+    """Pairs to learn (a Hub id, a local file or folder; columns prompt, chosen, rejected); None: simulated annotators
+    compare samples of the model and texts of the task's `candidates`."""
+    prompts: int = 6000
+    """Prompts to compare completions of; of a dataset, at most so many pairs."""
+    samples: int = 3
+    """Completions that the model samples for each prompt, one greedily, the others at temperatures of 0.6 to 1.2."""
+    candidates: int = 6
+    """Completions that the task makes for each prompt, from perfect to poor."""
+    batch_size: int = 8
+    """Prompts of an update."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth."""
+    warmup_steps: int = 50
+    """Updates until the peak learning rate."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to at most this global norm."""
+    eval_prompts: int = 256
+    """Held-out prompts for the normalisation and the agreement."""
+    annotators: Annotators = dataclasses.field(default_factory=Annotators)
+    """Who compares, where no dataset is given."""
+    seed: int = 0
+    """Seeds the head, the samples, the candidates and the annotators."""
+
+
+# -- model and loss ---------------------------------------------------------------------------------------------------
+
+
+def bradley_terry_loss(raw_BK: Tensor, winner_N3: Tensor) -> Tensor:
+    """Mean of -log sigmoid(r_w - r_l) over N pairs (Bradley and Terry 1952; Stiennon et al. 2020, eq. 1).
+
+    Args:
+        raw_BK: float32 rewards.
+        winner_N3: int64 (prompt, chosen, rejected).
+    """
+    assert raw_BK.ndim == 2
+    assert winner_N3.shape[1] == 3
+    prompt_N, chosen_N, rejected_N = winner_N3.unbind(1)
+    return -F.logsigmoid(raw_BK[prompt_N, chosen_N] - raw_BK[prompt_N, rejected_N]).mean()
+
+
+def raw_rewards(model: Any, batch: Sequence[Comparison]) -> Tensor:
+    """Rewards of every completion before normalisation, float32 [B, K]; 0 where a prompt has fewer than K.
+
+    Equal to scoring each prompt + completion alone at its last token, at a fraction of the cost.
+    """
+    packed = pack([(c.prompt_ids, c.completion_ids) for c in batch])
+    width = packed.token_BKT.shape[2]
+    length_BK = packed.mask_BKT.sum(2)
+    start_K = packed.prompt_places + torch.arange(packed.token_BKT.shape[1]) * width
+    last_BK = (start_K + length_BK - 1).to(model.device)
+    hidden_BLD = model.base_model(**packed.inputs(model))[0]
+    last_BKD = hidden_BLD[torch.arange(len(batch), device=model.device)[:, None], last_BK]
+    return model.score(last_BKD).squeeze(2).float() * (length_BK > 0).to(model.device)
+
+
+def winners(batch: Sequence[Comparison]) -> Tensor:
+    """The pairs of a batch, int64 [N, 3]: prompt, chosen, rejected."""
+    return torch.tensor([(row, *pair) for row, c in enumerate(batch) for pair in c.pairs]).view(-1, 3)
+
+
+def new_reward_model(language_model: Any, seed: int) -> Any:
+    """The body of a causal LM with a fresh head N(0, 1 / sqrt(d + 1)) (Stiennon et al. 2020, appendix B.1)."""
+    config = copy.deepcopy(language_model.config)
+    config.num_labels = 1
+    model: Any = AutoModelForSequenceClassification.from_config(config)
+    model.base_model.load_state_dict(language_model.base_model.state_dict())
+    width = model.score.weight.shape[1]
+    nn.init.normal_(model.score.weight, 0.0, 1 / math.sqrt(width + 1), torch.Generator().manual_seed(seed))
+    return model.eval()  # no dropout: rewards must not depend on chance
+
+
+def batched(stream: Iterator[Comparison], size: int) -> Iterator[list[Comparison]]:
+    """Lists of `size` items, the last one shorter."""
+    while batch := list(itertools.islice(stream, size)):
+        yield batch
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_epoch(model: Any, stream: Iterator[Comparison], total: int, config: RewardModelConfig) -> float:
+    """One epoch over the comparisons; the running mean of the loss at its end, in nats a pair."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    steps = math.ceil(total / config.batch_size)
+    smooth = math.nan
+    with progress_bar() as bar:
+        row = bar.add_task("reward model", total=steps, note="")
+        for step, batch in enumerate(batched(stream, config.batch_size)):
+            winner_N3 = winners(batch).to(model.device)
+            if len(winner_N3) == 0:  # every prompt had one distinct completion
+                continue
+            loss = bradley_terry_loss(raw_rewards(model, batch), winner_N3)
+            rate = config.learning_rate * cosine(step, steps, config.warmup_steps)
+            descend(model, optimizer, loss, rate, config.max_grad_norm)
+            smooth = loss.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss.item()
+            bar.update(row, advance=1, note=f"loss {smooth:.3f}")
+    return smooth
+
+
+@torch.no_grad()
+def score_all(model: Any, comparisons: Sequence[Comparison], batch_size: int = 8) -> list[list[float]]:
+    """Raw rewards of every completion."""
+    found: list[list[float]] = []
+    for start in range(0, len(comparisons), batch_size):
+        batch = comparisons[start : start + batch_size]
+        raw_BK = raw_rewards(model, batch)
+        found += [row[: len(c.completion_ids)] for row, c in zip(raw_BK.tolist(), batch, strict=True)]
+    return found
+
+
+def agreement(raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison]) -> float:
+    """The share of pairs in which the preferred completion has the higher reward."""
+    right = [raw[row][chosen] > raw[row][rejected] for row, c in enumerate(comparisons) for chosen, rejected in c.pairs]
+    return sum(right) / len(right)
+
+
+def gold_agreement(
+    raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison], samples_only: bool = False, gap: float = CLEAR
+) -> float:
+    """The share of pairs whose judge's scores differ by at least `gap` which the rewards put in the judge's order.
+
+    With samples_only, of pairs of the model's own samples. NaN where there is no such pair.
+    """
+    right = []
+    for row, c in enumerate(comparisons):
+        places = range(c.sampled if samples_only else len(c.completion_ids))
+        for a, b in itertools.combinations(places, 2):
+            if abs(c.gold[a] - c.gold[b]) >= gap:
+                right.append((raw[row][a] > raw[row][b]) == (c.gold[a] > c.gold[b]))
+    return sum(right) / len(right) if right else math.nan
+
+
+def normalisation(reference_N: Sequence[float], sample_N: Sequence[float]) -> dict[str, float]:
+    """{"bias", "scale"} with which references have mean 0 and samples of the start policy standard deviation 1.
+
+    The scale is taken on samples, so that a KL coefficient buys as much of the policy's spread under any reward model.
+    """
+    deviation = torch.tensor(sample_N).std().item()
+    return {"bias": sum(reference_N) / len(reference_N), "scale": 1 / max(deviation, 1e-6)}
+
+
+def references(task: Any, tokenizer: Any, rows: Sequence[Any]) -> list[Comparison]:
+    """The rows' reference texts, as comparisons of one completion each."""
+    found = []
+    for row in rows:
+        ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
+        found.append(Comparison(prompt_ids, [ids[: task.max_new_tokens]], []))
+    return found
+
+
+def measure(model: Any, comparer: Comparer, config: RewardModelConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """The normalisation and the agreements on held-out prompts, for simulated annotators."""
+    mixed = list(comparer.stream("validation", config.eval_prompts, config.seed))
+    source = comparer.task.rows("validation")
+    rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
+    at_one = comparer.compare(rows, config.seed, temperatures=[1.0] * 4)
+    raw, own = score_all(model, mixed), score_all(model, at_one)
+    reference = [row[0] for row in score_all(model, references(comparer.task, comparer.tokenizer, rows))]
+    samples = [value for values, c in zip(own, at_one, strict=True) for value in values[: c.sampled]]
+    sample_gold = [value for c in at_one for value in c.gold[: c.sampled]]
+    norm = normalisation(reference, samples)
+    return norm, {
+        "annotator_agreement": agreement(raw, mixed),
+        "gold_agreement": gold_agreement(raw, mixed),
+        "gold_agreement_samples": gold_agreement(own, at_one, samples_only=True),
+        "sample_score": (sum(samples) / len(samples) - norm["bias"]) * norm["scale"],
+        "sample_gold": sum(sample_gold) / len(sample_gold),
+    }
+
+
+def train_reward_model(env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:
+    """Train a reward model and save it with its tokenizer, `reward_model.json` and `reward_training.json`.
+
+    Args:
+        env_id: a registered environment, whose task says how prompts are cut and how long completions may be.
+        out: the folder to write; `reward="reward_model:FOLDER"` scores with it.
+
+    Returns:
+        What is in reward_training.json: settings and measurements.
+
+    Raises:
+        ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
+    """
+    task = load_env_task(env_id)
+    start = config.model or task.model
+    tokenizer = task.load_tokenizer(start)
+    language_model = task.load_model(start)
+    model = new_reward_model(language_model, config.seed)
+    if config.dataset is None:
+        comparer = Comparer(task, Policy(language_model), tokenizer, config)
+        loss = train_epoch(model, comparer.stream("train", config.prompts, config.seed + 1), config.prompts, config)
+        norm, measured = measure(model, comparer, config)
+    else:
+        pairs, heldout = (read_pairs(config.dataset, split, task, tokenizer) for split in ("train", "validation"))
+        random.Random(config.seed).shuffle(pairs)
+        pairs = pairs[: config.prompts]
+        loss = train_epoch(model, iter(pairs), len(pairs), config)
+        raw = score_all(model, heldout[: config.eval_prompts])
+        norm = normalisation([row[0] for row in raw], [value for row in raw for value in row])
+        measured = {"annotator_agreement": agreement(raw, heldout[: config.eval_prompts])}
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
+    record = {"environment": env_id, "config": dataclasses.asdict(config), "measured": {"train_loss": loss, **measured}}
+    (out / "reward_training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
