@@ -7,6 +7,7 @@ first P places, so that generated token t always stands at place P + t.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -93,7 +94,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._mode = check_settings(self, autoreset_mode)
         self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
         self.device = models.resolve_device(device)
-        self.tokenizer = self.task.load_tokenizer(tokenizer)
+        named = tokenizer is None or isinstance(tokenizer, str | Path)
+        self.tokenizer = self.task.load_tokenizer(tokenizer) if named else models.load_tokenizer(tokenizer)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer {tokenizer or self.task.model!r} has no EOS token: no episode could end")
         self.eos_id, self.vocab_size = int(self.tokenizer.eos_token_id), len(self.tokenizer)
