@@ -149,7 +149,7 @@ class GRPO(Agent):
                 tokens,
             )
 
-        steps = [self.minimise(rollout, rows, loss) for rows in self.shuffled(len(rollout))]
+        steps = [self.minimise(rollout, rows, loss) for rows in self.shuffled(rollout)]
 
         # 3. What to log.
         metrics: dict[str, Any] = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}

@@ -158,7 +158,7 @@ class PPO(Agent):
             )
 
         steps = []
-        for rows in self.shuffled(len(rollout)):
+        for rows in self.shuffled(rollout):
             steps.append(self.minimise(rollout, rows, loss))
             if config.target_kl is not None and steps[-1]["approx_kl_token"] > config.target_kl:
                 break

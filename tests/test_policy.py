@@ -130,8 +130,36 @@ def test_bfloat16_recomputes_logprobs_by_the_training_forward() -> None:
 
 def test_micro_batches_hold_every_row_once_within_the_budget() -> None:
     r = rollout(Policy(tiny.gpt2(V, 20)), rows=30)
-    batches = micro_batches(r, 12)
-    assert sorted(torch.cat(batches).tolist()) == list(range(30))
-    length_B = r.prompt_mask_BP.sum(1) + r.mask_BT.sum(1)
-    assert all(len(rows) * int(length_B[rows].max()) <= 12 for rows in batches)
+    for groups_of in (1, 5):
+        r.group_B = torch.arange(30) // groups_of
+        for budget in (12, 25):
+            batches = micro_batches(r, budget)
+            assert sorted(torch.cat(batches).tolist()) == list(range(30))
+            for rows in batches:
+                part = r.select(rows)
+                prompts = len(part.group_B.unique())
+                places = prompts * part.prompt_BP.shape[1] + len(part) * part.token_BT.shape[1]
+                assert places <= budget or len(part) == 1
     assert len(micro_batches(r, 1)) == 30  # a row that alone passes the budget still goes
+
+
+@pytest.mark.parametrize("make", [lambda: tiny.gpt2(V, 20), lambda: tiny.llama(V, scale=0.3)], ids=["gpt2", "llama"])
+def test_prompts_computed_once_are_prompts_computed_for_each_row(make: Any) -> None:
+    shared, apart = (Policy(make().double(), value_head=True) for _ in range(2))
+    for policy in (shared, apart):
+        torch.nn.init.ones_(policy.value_head.weight)  # type: ignore[union-attr]
+    r = rollout(shared, rows=12)
+    r.prompt_BP, r.prompt_mask_BP = r.prompt_BP[:3].repeat(4, 1), r.prompt_mask_BP[:3].repeat(4, 1)
+    r.prompt_mask_BP[1::3, 0] = False  # one of the three prompts is shorter
+    r.prompt_BP[1::3, 0] = 0
+    together = shared.response(r)
+    rows = [r.select(torch.tensor([b])) for b in range(12)]
+    for b, row in enumerate(rows):
+        logits_1TV, value_1T = apart.response(row)
+        width = row.token_BT.shape[1]
+        torch.testing.assert_close(together[0][b, :width], logits_1TV[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together[1][b, :width], value_1T[0], atol=1e-5, rtol=0)
+        (apart.logprobs(row).sum() + (value_1T * row.mask_BT).sum()).backward()
+    (shared.logprobs(r).sum() + (together[1] * r.mask_BT).sum()).backward()
+    for one, two in zip(shared.parameters(), apart.parameters(), strict=True):
+        assert (one.grad - two.grad).norm() <= 1e-5 * (1e-3 + two.grad.norm())

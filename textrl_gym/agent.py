@@ -275,11 +275,13 @@ class Agent:
         """One update from one rollout; returns metrics to log. This is what a subclass writes."""
         raise TypeError(f"{type(self).__name__} must define update(rollout) -> metrics")
 
-    def shuffled(self, rows: int) -> Iterator[Tensor]:
-        """The row indices of each minibatch of each epoch."""
+    def shuffled(self, rollout: Rollout) -> Iterator[Tensor]:
+        """The row indices of each minibatch of each epoch. Groups stay together: they share the cost of their prompt."""
+        groups = rollout.group_B.unique()
         for _ in range(self.config.epochs):
-            order = torch.as_tensor(self.shuffler.permutation(rows), device=self.device)
-            yield from order.tensor_split(min(self.config.minibatches, rows))
+            order = groups[torch.as_tensor(self.shuffler.permutation(len(groups)), device=self.device)]
+            for chosen in order.tensor_split(min(self.config.minibatches, len(groups))):
+                yield torch.isin(rollout.group_B, chosen).nonzero().squeeze(1)
 
     def minimise(
         self,

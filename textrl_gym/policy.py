@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
@@ -125,25 +126,37 @@ class Policy(nn.Module):
         return logits, caught[0][:, -keep:], out.past_key_values
 
     def response(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """One teacher-forced pass over prompts and completions.
+        """One teacher-forced pass over prompts and completions, each unique prompt once; gradients flow through both.
 
         Returns:
             logits_BTV float32, the distribution that each action was taken from, and value_BT float32, V before each
             action (0 without a value head).
         """
-        prompts = rollout.prompt_BP.shape[1]
-        responses = rollout.token_BT.shape[1]
         # The last action is never an input: nothing comes after it.
-        input_BL = torch.cat([rollout.prompt_BP, rollout.token_BT[:, :-1]], 1)
-        mask_BL = torch.cat([rollout.prompt_mask_BP, rollout.mask_BT[:, :-1]], 1)
-        assert input_BL.shape[1] == prompts + responses - 1
-        logits_BTV, hidden_BTD, _ = self(input_BL, mask_BL, keep=responses)
-        return logits_BTV, self._values(hidden_BTD, input_BL, mask_BL)
+        action_BT, action_mask_BT = rollout.token_BT[:, :-1], rollout.mask_BT[:, :-1]
+        prompts_B2P = torch.stack([rollout.prompt_BP, rollout.prompt_mask_BP.long()], 1)
+        unique_U2P, source_B = prompts_B2P.unique(dim=0, return_inverse=True)
+        if len(unique_U2P) == len(rollout) or action_BT.shape[1] == 0:
+            input_BL = torch.cat([rollout.prompt_BP, action_BT], 1)
+            mask_BL = torch.cat([rollout.prompt_mask_BP, action_mask_BT], 1)
+            logits_BTV, hidden_BTD, _ = self(input_BL, mask_BL, keep=rollout.token_BT.shape[1])
+        else:
+            cache = DynamicCache(config=self.model.config)
+            prompt_UP, mask_UP = unique_U2P[:, 0], unique_U2P[:, 1].bool()
+            first_U1V, first_U1D, cache = self(prompt_UP, mask_UP, keep=1, cache=cache)
+            cache.batch_select_indices(source_B)
+            mask_BL = torch.cat([mask_UP[source_B], action_mask_BT], 1)
+            rest_BTV, rest_BTD, _ = self(action_BT, mask_BL, keep=action_BT.shape[1], cache=cache)
+            logits_BTV = torch.cat([first_U1V[source_B], rest_BTV], 1)
+            hidden_BTD = torch.cat([first_U1D[source_B], rest_BTD], 1)
+        return logits_BTV, self._values(hidden_BTD, rollout)
 
-    def _values(self, hidden_BTD: Tensor, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    def _values(self, hidden_BTD: Tensor, rollout: Rollout) -> Tensor:
         if self.value_head is None:
             return hidden_BTD.new_zeros(hidden_BTD.shape[:2], dtype=torch.float32)
         if self.value_model is not None:
+            input_BL = torch.cat([rollout.prompt_BP, rollout.token_BT[:, :-1]], 1)
+            mask_BL = torch.cat([rollout.prompt_mask_BP, rollout.mask_BT[:, :-1]], 1)
             with self._autocast():
                 trunk = self.value_model.base_model(
                     input_ids=input_BL,

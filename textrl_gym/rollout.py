@@ -127,19 +127,29 @@ def _pad_left(prompts: list[list[int]], width: int, device: torch.device) -> tup
 
 
 def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
-    """Rows of the rollout, sorted by length and filled up to a budget of places, so that little of it is padding.
+    """Rows of the rollout by length, groups together, filled up to a budget of places, so that little is padding.
+
+    A group's prompt is computed once (Policy.response), so a micro-batch of U prompts and B rows has
+    U * longest prompt + B * longest response places. Only a single row may pass the budget.
 
     Returns:
         index tensors that together hold every row once.
     """
-    length_B = rollout.prompt_mask_BP.sum(1) + rollout.mask_BT.sum(1)
-    order = length_B.argsort(stable=True)
-    batches: list[list[int]] = [[]]
-    for row, length in zip(order.tolist(), length_B[order].tolist(), strict=True):
-        if batches[-1] and (len(batches[-1]) + 1) * length > max_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return [torch.tensor(rows, device=length_B.device) for rows in batches]
+    prompt_B, response_B = rollout.prompt_mask_BP.sum(1).tolist(), rollout.mask_BT.sum(1).tolist()
+    groups = rollout.group_B.tolist()
+    longest: dict[int, int] = {}
+    for group, prompt, response in zip(groups, prompt_B, response_B, strict=True):
+        longest[group] = max(longest.get(group, 0), prompt + response)
+    batches: list[list[int]] = []
+    for row in sorted(range(len(groups)), key=lambda b: (longest[groups[b]], groups[b], response_B[b])):
+        rows = [*batches[-1], row] if batches else [row]
+        prompts = len({groups[b] for b in rows})
+        places = prompts * max(prompt_B[b] for b in rows) + len(rows) * max(response_B[b] for b in rows)
+        if batches and places <= max_tokens:
+            batches[-1] = rows
+        else:
+            batches.append([row])
+    return [torch.tensor(rows, device=rollout.group_B.device) for rows in batches]
 
 
 @torch.no_grad()
