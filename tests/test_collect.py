@@ -76,7 +76,7 @@ def make_model(name: str, seed: int = 0) -> Any:
 
 
 def make_env(rows: int, **settings: Any) -> TextVectorEnv:
-    mode = {"autoreset_mode": AutoresetMode.DISABLED, "array": "torch"}
+    mode: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED, "array": "torch"}
     return TextVectorEnv(rows, task=Letters, reward=spread, **(mode | settings))
 
 

@@ -158,8 +158,8 @@ def test_micro_batches_add_up(lens: list[int], seed: int, cut: int) -> None:
     tokens = int(mask_BT.sum())
     parts = [part for part in (slice(0, cut), slice(cut, None)) if len(loss_BT[part])]
     for how in ("token", "sequence"):
-        whole = F.aggregate(loss_BT, mask_BT, how, len(lens), tokens)  # type: ignore[arg-type]
-        sums = [F.aggregate(loss_BT[p], mask_BT[p], how, len(lens), tokens) for p in parts]  # type: ignore[arg-type]
+        whole = F.aggregate(loss_BT, mask_BT, how, len(lens), tokens)
+        sums = [F.aggregate(loss_BT[p], mask_BT[p], how, len(lens), tokens) for p in parts]
         close(torch.stack(sums).sum(), whole)
 
 

@@ -103,13 +103,13 @@ def test_vector_is_singles(mode: AutoresetMode, stop: list[str], tokens: list[li
             # Gymnasium takes the option out of the dict it is given, so each gets its own.
             new_seed = seed if t % 2 else None
             resets = [e.reset(seed=new_seed, options={"reset_mask": ended_B.copy()}) for e in (envs, singles)]
-            assert_equal(*resets, f"reset after step {t}")
+            assert_equal(resets[0], resets[1], f"reset after step {t}")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_vector_is_singles_under_a_penalty(mode: AutoresetMode) -> None:
     """Here to 1e-5: the reference's forward sums its floats in another order for another batch size."""
-    penalty = {"kl_coef": 0.3, "reference": Policy(tiny.llama(V, scale=0.3))}
+    penalty: dict[str, Any] = {"kl_coef": 0.3, "reference": Policy(tiny.llama(V, scale=0.3))}
     envs = make(mode=mode, **penalty)
     singles = SyncVectorEnv([lambda: TextEnv(**KEYWORDS, **penalty)] * 3, autoreset_mode=mode)
     envs.reset(seed=0)
@@ -283,9 +283,9 @@ def test_groups(tokens: list[list[int]], seed: int) -> None:
         infos = envs.step(np.array(token_B))[4]
         for b in np.flatnonzero(infos.get("_prompt_index", [])):
             drawn[b].append(int(infos["prompt_index"][b]))
-    for a, b in ((0, 1), (2, 3)):
-        both = min(len(drawn[a]), len(drawn[b]))
-        assert drawn[a][:both] == drawn[b][:both]
+    for first, second in ((drawn[0], drawn[1]), (drawn[2], drawn[3])):
+        both = min(len(first), len(second))
+        assert first[:both] == second[:both]
     # A reset of all rows ends any difference.
     index_B = envs.reset()[1]["prompt_index"]
     assert index_B[0] == index_B[1] and index_B[2] == index_B[3]
@@ -444,7 +444,7 @@ def test_action_and_callable_agree_and_the_single_env_with_them(estimator: str) 
         _, two_B, *_ = called.step(np.array(tokens))
         _, three, *_ = single.step(tokens[0])
         np.testing.assert_allclose(one_B, two_B, atol=1e-6, rtol=0)
-        np.testing.assert_allclose(one_B[0], three, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(one_B[0], float(three), atol=1e-5, rtol=0)
         assert (np.abs(infos["kl"]) > 1e-4).all()
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-
 from textrl_gym.core import StopReason
 
 RENDER_MODES = ["ansi", "human"]
@@ -20,7 +17,11 @@ class Renderer:
     """Shows the prompt, the tokens (coloured by KL) and the score of one row."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        # Here, not above: 0.2 s that an environment without a render mode need not wait for.
+        from rich.console import Console
+        from rich.text import Text
+
+        self.tokenizer, self._text = tokenizer, Text
         self.console = Console(highlight=False, soft_wrap=True)
         self._ids: list[int] = []
         self._shown = ""
@@ -36,7 +37,7 @@ class Renderer:
     def begin(self, prompt: Sequence[int]) -> None:
         """Print the prompt of a new episode."""
         self._ids, self._shown = list(prompt), self._decode(prompt)
-        self.console.print(Text("\n" + self._shown, style="dim"), end="")
+        self.console.print(self._text("\n" + self._shown, style="dim"), end="")
 
     def token(self, token: int, kl: float) -> None:
         """Print what one generated token adds to the text: nothing while it ends inside a character's bytes."""
@@ -45,9 +46,9 @@ class Renderer:
         if text.endswith("\ufffd"):
             return
         style = next(colour for least, colour in KL_COLOURS if kl >= least)
-        self.console.print(Text(text[len(self._shown) :], style=style), end="")
+        self.console.print(self._text(text[len(self._shown) :], style=style), end="")
         self._shown = text
 
     def end(self, score: float, stop: StopReason) -> None:
         """Print how the episode ended."""
-        self.console.print(Text(f"\n[{stop.name}] score {score:.3f}", style="bold"))
+        self.console.print(self._text(f"\n[{stop.name}] score {score:.3f}", style="bold"))
