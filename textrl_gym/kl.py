@@ -3,8 +3,8 @@
 With d = log pi(a|s) - log pi_ref(a|s) of a sampled token (Schulman 2020, "Approximating KL divergence"):
 
     k1 = d                 unbiased, may be negative; the one used in rewards, never clamped
-    k2 = d^2 / 2           biased as a value; its gradient is the right one on-policy
-    k3 = exp(-d) - 1 + d   unbiased and never negative; as a loss its gradient is that of the reverse direction
+    k2 = d^2 / 2           biased as a value; on-policy, its expected gradient is that of KL(pi || pi_ref)
+    k3 = exp(-d) - 1 + d   unbiased and never negative; as a loss its expected gradient is that of KL(pi_ref || pi)
     full                   sum_v pi(v|s) (log pi(v|s) - log pi_ref(v|s)): exact, given both distributions
 """
 
