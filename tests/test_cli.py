@@ -1,0 +1,280 @@
+"""The command line: in this process where that shows the same, in one of its own where the process matters."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from textrl_gym import checkpoint, cli
+from textrl_gym.evaluation import load_agent
+
+TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    code = cli.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def one_error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one line that a wrong input gives, with exit code 2."""
+    code, out, err = run(capsys, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of GRPO on CopyText-v0."""
+    out = tmp_path_factory.mktemp("runs") / "grpo"
+    assert cli.main(["train", "grpo", "CopyText-v0", *TINY, "--seed", "3", "--out", str(out)]) == 0
+    return out
+
+
+# -- help and names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--help"], [], ["trian"]])
+def test_help_is_quick_and_loads_no_torch(args: list[str], root: Path) -> None:
+    code = f"import sys; from textrl_gym import cli; code = cli.main({args!r}); print('torch' in sys.modules, code)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == ("False 2" if args == ["trian"] else "False 0"), done.stderr
+
+
+def test_threads_are_set_before_torch(root: Path) -> None:
+    code = "import os, textrl_gym.cli; print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["PASSIVE", str(min(8, len(os.sched_getaffinity(0))))], done.stderr
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(f"  {name}" in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, command, "--help")
+    assert code == 0
+    assert f"textrl-gym {command}" in out
+    assert err == ""
+
+
+def test_help_of_train_lists_the_agents_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "train", "grpo", "CopyText-v0", "--help")
+    for flag in ("--total-timesteps", "--scale-by-std", "--eval-every", "--env.reward", "--config", "--device"):
+        assert flag in out
+    assert "standard deviation" in out  # a field's own sentence
+    _, out, _ = run(capsys, "train", "ppo", "CopyText-v0", "--help")
+    assert "--gae-lambda" in out
+    assert "--scale-by-std" not in out
+
+
+def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown command 'trian' (did you mean 'train'?); allowed: check, " in one_error(capsys, "trian")
+    line = one_error(capsys, "train", "grop", "CopyText-v0", *TINY)
+    assert "unknown agent 'grop' (did you mean 'grpo'?); allowed: grpo, ppo" in line
+    line = one_error(capsys, "train", "grpo", "copytext", *TINY)
+    assert "unknown environment 'copytext' (did you mean 'CopyText-v0'?); allowed: " in line
+    assert "unknown environment 'Cart'" in one_error(capsys, "check", "Cart")
+    assert "there is no module 'nowhere'" in one_error(capsys, "train", "nowhere:Agent", "CopyText-v0", *TINY)
+    assert "not a subclass" in one_error(capsys, "train", "json:dumps", "CopyText-v0", *TINY)
+    assert "AGENT and ENV first" in one_error(capsys, "train", "--seed", "1", "grpo", "CopyText-v0")
+
+
+def test_wrong_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # tyro wraps its words
+    start = ["train", "grpo", "CopyText-v0", "--out", tmp_path / "run"]
+    for more, words in [
+        (["--total-timesteps", "x"], "--total-timesteps"),
+        ([*TINY, "--learning-rat", "1"], "--learning-rate"),  # what was meant
+        ([*TINY, "--group-size", "1"], "group_size must be at least 2, got 1"),
+        (["--total-timesteps", "0"], "total_timesteps must be at least 1, got 0"),
+        ([], "--total-timesteps"),
+    ]:
+        code, _, err = run(capsys, *start, *more)
+        assert code == 2
+        assert words in err
+        assert "Traceback" not in err
+    assert "reward" in one_error(capsys, *start, *TINY, "--env.reward", "nothing")
+    assert "NAME=WEIGHT" in one_error(capsys, *start, *TINY, "--env.reward", "length=x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="unknown command"):
+        cli.main(["--debug", "trian"])
+
+
+# -- TOML -------------------------------------------------------------------------------------------------------------
+
+
+def test_toml_and_the_command_line_wins(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        """
+        [train]
+        total_timesteps = 100
+        seed = 7
+        eval_episodes = 8
+        [agent]
+        rollout_episodes = 12  # no multiple of the default group_size 8: the file is not checked alone
+        learning_rate = 1
+        scale_by_std = false
+        [env]
+        stop = ["--", "x"]
+        [env.reward]
+        exact_match = 1
+        length = -0.01
+        """
+    )
+    out = tmp_path / "run"
+    args = ["--config", file, "--group-size", "4", "--learning-rate", "0.01", "--out", out]
+    code, printed, _ = run(capsys, "train", "grpo", "CopyText-v0", *args)
+    assert code == 0
+    assert str(out) in printed
+    state = checkpoint.read_state(out)
+    assert state["seed"] == 7
+    assert state["total_timesteps"] == 100
+    config = {k: state["config"][k] for k in ("rollout_episodes", "group_size", "learning_rate", "scale_by_std")}
+    assert config == {"rollout_episodes": 12, "group_size": 4, "learning_rate": 0.01, "scale_by_std": False}
+    assert state["env"]["reward"] == {"exact_match": 1.0, "length": -0.01}
+    assert state["env"]["stop"] == ["--", "x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[agent]\nlearning_rat = 1", "[agent]: unknown key 'learning_rat' (did you mean 'learning_rate'?); allowed: "),
+        ("[agent]\nlearning_rate = 'x'", "[agent]: learning_rate must be a number, got 'x'"),
+        ("[agent]\nscale_by_std = 1", "[agent]: scale_by_std must be true or false, got 1"),
+        ("[agent]\nepochs = 1.5", "[agent]: epochs must be an integer, got 1.5"),
+        ("[agent]\nepochs = true", "[agent]: epochs must be an integer, got True"),
+        ("[agent]\nkl_in = 'x'", "[agent]: kl_in must be one of 'loss', 'reward', got 'x'"),
+        ("[env]\nstop = 'x'", "[env]: stop must be a list, each item a string, got 'x'"),
+        ("[env.reward]\nlength = 'x'", "NAME=WEIGHT"),
+        ("[train]\nconfig = 'x'", "[train]: unknown key 'config'"),
+        ("[agents]\nepochs = 1", "unknown table 'agents' (did you mean 'agent'?); allowed: agent, env, train"),
+        ("seed = 1", "unknown table 'seed'"),
+        ("[agent", "Expected ']'"),
+    ],
+)
+def test_toml_errors(text: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    line = one_error(capsys, "train", "grpo", "CopyText-v0", *TINY, "--config", file)
+    assert words in line
+    if "NAME" not in words:
+        assert str(file) in line
+
+
+def test_toml_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    line = one_error(capsys, "train", "grpo", "CopyText-v0", *TINY, "--config", "no.toml")
+    assert "cannot read --config 'no.toml': No such file" in line
+
+
+# -- what the commands do ---------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_run(trained: Path) -> None:
+    state = checkpoint.read_state(trained)
+    assert (state["agent"], state["seed"], state["total_timesteps"]) == ("grpo", 3, 400)
+    assert load_agent(trained, device="cpu").num_timesteps >= 400
+    assert {"evaluations.jsonl", "samples.jsonl", "progress.json", "run.json"} <= {p.name for p in trained.iterdir()}
+
+
+def test_a_used_folder_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = one_error(capsys, "train", "grpo", "CopyText-v0", *TINY, "--out", trained)
+    assert "holds a run already" in line
+    assert f"--resume {trained}" in line
+
+
+def test_evaluate(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    before = sorted(p.name for p in trained.iterdir())
+    code, out, _ = run(capsys, "evaluate", trained, "--episodes", 16, "--json", tmp_path / "numbers.json")
+    assert code == 0
+    assert "nats per sequence" in out
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert 0.0 <= numbers["score"] <= 1.0
+    assert sorted(p.name for p in trained.iterdir()) == before
+    code, out, _ = run(capsys, "evaluate", trained, "--episodes", 16, "--env", "CopyText-v0")
+    assert code == 0
+    assert f"{numbers['score']:.3f}" in out  # the same prompts and the same random numbers
+    assert "holds no agent.json" in one_error(capsys, "evaluate", tmp_path)
+    assert run(capsys, "evaluate", trained, "--split", "x")[0] == 2
+
+
+def test_report(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "report", trained)
+    assert (code, out.strip()) == (0, str(trained / "report.html"))
+    assert (trained / "report.html").is_file()
+    assert "holds no run" in one_error(capsys, "report", tmp_path)
+
+
+def test_envs(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "envs")
+    assert code == 0
+    assert all(env_id in out for env_id in cli.text_envs())
+
+
+def test_resume_of_a_finished_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "ppo"
+    assert run(capsys, "train", "ppo", "CopyText-v0", *TINY, "--eval-every", 3, "--out", out)[0] == 0
+    done = load_agent(out, device="cpu").num_timesteps
+    assert f"has {done} of 400 tokens" in one_error(capsys, "train", "--resume", out)
+    code, _, _ = run(capsys, "train", "--resume", out, "--total-timesteps", 200)
+    assert code == 0
+    assert checkpoint.read_state(out)["total_timesteps"] == done + 200
+    now = load_agent(out, device="cpu").num_timesteps
+    assert now >= done + 200
+    rows = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+    assert any(done < row["timesteps"] < now for row in rows)  # eval_every 3 is remembered
+    assert "is no saved agent" in one_error(capsys, "train", "--resume", tmp_path)
+
+
+def test_resume_goes_on_to_the_runs_own_total(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    shutil.copytree(trained, out)
+    state = checkpoint.read_state(out)
+    checkpoint.write_state(out, state | {"total_timesteps": 700})  # as if it had been stopped on the way there
+    assert cli.main(["train", "--resume", str(out)]) == 0
+    assert load_agent(out, device="cpu").num_timesteps >= 700
+    assert checkpoint.read_state(out)["total_timesteps"] == 700
+
+
+def test_ctrl_c_leaves_a_checkpoint(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = ["train", "grpo", "CopyText-v0", "--total-timesteps", "100000000", "--rollout-episodes", "16"]
+    more = ["--out", str(out), "--eval-episodes", "8", "--eval-every", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "textrl_gym", *args, *more],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "progress.json").is_file() or (out / "progress.json").stat().st_size == 0:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"textrl-gym train --resume {out}" in err
+    agent = load_agent(out, device="cpu")
+    assert agent.num_updates >= 1
+    assert checkpoint.read_state(out)["total_timesteps"] == 100_000_000

@@ -1,0 +1,349 @@
+"""The command line: `textrl-gym COMMAND ...`. What a command needs is imported when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+
+# Read by OpenMP when torch loads. Threads that wait by spinning collapse beside a busy neighbour: two of them fell from
+# 6,300 to 170 tokens/s where passive ones kept 3,000. Matrices as small as the embedded ones gain nothing from over 8.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", str(min(8, len(os.sched_getaffinity(0)))))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads above are all there are to share
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses that are not ours
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from textrl_gym.run_settings import (
+    EnvSettings,
+    RunSettings,
+    as_arguments,
+    flag,
+    flat,
+    make_env,
+    parse,
+    place,
+    read_toml,
+    unknown,
+)
+
+RUN_FILE = "run.json"
+"""How a run was started; `train --resume` takes its options from there."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0; 1 for a failed check; 2 for a wrong input; 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = [arg for arg in given if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # module:Class may name a file of the folder that the user is in
+    try:
+        if args[0] not in COMMANDS:
+            raise unknown("command", args[0], COMMANDS)
+        return COMMANDS[args[0]](args[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stopped:  # tyro has printed the help, or what is wrong with a flag
+        return stopped.code if isinstance(stopped.code, int) else 2
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        if "--debug" in given:
+            raise
+        return show_error(error)
+
+
+def help_text() -> str:
+    """One line for each command: the first of its docstring."""
+    rows = [f"  {name:<14}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return (
+        "textrl-gym: text generation as Gymnasium environments, and the agents that learn in them.\n\n"
+        "usage: textrl-gym COMMAND ...\n\n"
+        + "\n".join(rows)
+        + "\n\n`textrl-gym COMMAND --help` lists a command's settings; --debug shows the traceback of an error."
+    )
+
+
+def show_error(error: Exception) -> int:
+    """Print an error as one red line; returns the exit code."""
+    from rich.console import Console
+
+    text = str(error) or type(error).__name__
+    Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="bold red", markup=False, highlight=False)
+    health = sys.modules.get("textrl_gym.health")  # not imported for this: that would load torch for a wrong word
+    return 1 if health is not None and isinstance(error, health.HealthError) else 2
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def text_envs() -> dict[str, Any]:
+    """Environment id -> the task that it was registered with."""
+    import gymnasium
+
+    return {env_id: spec.kwargs["task"] for env_id, spec in gymnasium.registry.items() if "task" in spec.kwargs}
+
+
+def find_env(name: str) -> str:
+    """A registered id; "module:ID" imports the module that registers it, as gymnasium.make does."""
+
+    module, _, env_id = name.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if env_id not in text_envs():
+        raise unknown("environment", env_id, text_envs(), ", or module:ID, where module registers ID")
+    return env_id
+
+
+def find_agent(name: str) -> Any:
+    """The agent class of a file in agents/, or at module:Class."""
+    from textrl_gym import plugins
+    from textrl_gym.agent import Agent
+
+    if ":" not in name and name not in plugins.names("agents"):
+        raise unknown("agent", name, plugins.names("agents"), ", or module:Class")
+    found = plugins.load_agent_class(name)
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise ValueError(f"{name!r} is {found!r}, not a subclass of textrl_gym.agents.Agent")
+    return found
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def envs(args: Sequence[str]) -> int:
+    """List every registered environment, one row each."""
+    parse("envs", envs.__doc__, [], args)
+    from rich.console import Console
+    from rich.table import Table
+
+    from textrl_gym import plugins
+
+    table = Table()
+    for heading in ("id", "task", "prompt tokens", "new tokens", "reward"):
+        table.add_column(heading, no_wrap=heading == "id", justify="right" if "tokens" in heading else "left")
+    for env_id, path in sorted(text_envs().items()):
+        task = plugins.load_task(path)
+        lines = (type(task).__doc__ or "").strip().splitlines() or [""]
+        budgets = (str(task.max_prompt_tokens), str(task.max_new_tokens))
+        reward = task.reward if isinstance(task.reward, str) else repr(task.reward)
+        table.add_row(env_id, lines[0], *budgets, reward.rpartition(":")[2] if ":" in reward else reward)
+    Console().print(table)
+    return 0
+
+
+def check(args: Sequence[str]) -> int:
+    """Check an environment, and print the health card of its task's model."""
+    parsed = parse("check", check.__doc__, [("env", place(str, "an environment id, or module:ID"))], args)
+    env_id = find_env(parsed.env)
+    from textrl_gym import health
+    from textrl_gym.agent import Agent
+    from textrl_gym.check import check_env
+
+    try:
+        held = check_env(env_id)
+    except AssertionError as error:
+        show_error(error)
+        return 1
+    print("Environment\n" + "\n".join(f"  ok   {line}" for line in held))
+    agent = Agent(env_id, rollout_episodes=16, group_size=4, device="cpu")
+    lines = health.card(agent.policy, agent.collect(), agent.env.eos_id, fresh=True)
+    print(health.text(lines))
+    return 0 if all(line.ok for line in lines) else 1
+
+
+TRAIN = """Train an agent: textrl-gym train AGENT ENV --total-timesteps N --out DIR; --resume DIR goes on.
+
+AGENT is the name of a file in agents/, or module:Class; ENV is an environment id, or module:ID. They come first. The
+settings of AGENT are among those below. A TOML file given by --config holds the tables [agent], [train] and [env]."""
+
+
+def train(args: Sequence[str]) -> int:
+    """Train an agent: AGENT ENV --total-timesteps N --out DIR, or --resume DIR."""
+    if any(arg.partition("=")[0] == "--resume" for arg in args):
+        return resume(args)
+    names = [arg for arg in args[:2] if not arg.startswith("-")]
+    if len(names) < 2 and not {"-h", "--help"} & set(args):
+        raise ValueError("train needs AGENT and ENV first: textrl-gym train AGENT ENV --total-timesteps N --out DIR")
+    from textrl_gym.agent import Agent
+    from textrl_gym.train import TrainOptions
+
+    agent_class = find_agent(names[0]) if names else Agent
+    env_id = find_env(names[1]) if len(names) == 2 else ""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config", type=Path)
+    file = flags.parse_known_args(args[2:])[0].config
+    schema = {"agent": (agent_class.Config,), "train": (RunSettings, TrainOptions), "env": (EnvSettings,)}
+    tables = read_toml(file, schema) if file else {name: {} for name in schema}
+    parts = [
+        ("run", flat(RunSettings)),
+        ("options", flat(TrainOptions)),
+        ("agent", flat(agent_class.Config)),
+        ("env", EnvSettings, EnvSettings(**tables["env"])),
+    ]
+    # The agent's settings are checked together, so the file's are given as flags and not as a finished default.
+    before = [*as_arguments(tables["train"]), *as_arguments(tables["agent"])]
+    parsed = parse(" ".join(["train", *names]), TRAIN, parts, [*before, *args[len(names) :]])
+
+    run = parsed.run
+    out = run.out or Path("runs") / f"{names[0].rpartition(':')[2]}-{env_id}-seed{run.seed}"
+    refuse_used(out)
+    config = dataclasses.asdict(parsed.agent)
+    agent = agent_class(
+        make_env(env_id, parsed.env, run.model, run.device, config),
+        run.model,
+        seed=run.seed,
+        device=run.device,
+        out=out,
+        **config,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"command": list(args), "environment": env_id, "options": dataclasses.asdict(parsed.options)}
+    (out / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return learn(agent, run.total_timesteps, parsed.options, goes_on=False)
+
+
+def refuse_used(out: Path) -> None:
+    """Raise where a folder holds a run already: two runs' logs would mix."""
+    if any((out / name).exists() for name in ("agent.json", "evaluations.jsonl")):
+        raise ValueError(f"{str(out)!r} holds a run already: go on with --resume {out}, or name another --out")
+
+
+def learn(agent: Any, timesteps: int, options: Any, goes_on: bool) -> int:
+    """Train and say where the results are; Ctrl-C leaves a checkpoint."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()  # what may be downloaded is here; a checkpoint's bar breaks into training's own
+    try:
+        agent.learn(timesteps, reset_num_timesteps=not goes_on, **dataclasses.asdict(options))
+    except KeyboardInterrupt:
+        print(f"go on with: textrl-gym train --resume {agent.out}", file=sys.stderr)
+        raise
+    print(f"saved in {agent.out}; plots: textrl-gym report {agent.out}")
+    return 0
+
+
+def resume(args: Sequence[str]) -> int:
+    """Go on with an interrupted run, or with a finished one for more tokens."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--resume", type=Path, nargs="?")
+    folder = peek.parse_known_args(args)[0].resume
+    from textrl_gym import checkpoint
+    from textrl_gym.evaluation import load_agent
+    from textrl_gym.train import TrainOptions
+
+    saved = {}
+    if folder is not None and (folder / RUN_FILE).is_file():
+        saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["options"]
+    more = "tokens more than now; None: up to the run's own total"
+    parts = [
+        ("resume", flag(Path, "the run's folder")),
+        ("total_timesteps", flag(int | None, more), None),
+        ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
+        ("options", flat(TrainOptions), TrainOptions(**saved)),
+    ]
+    parsed = parse("train", resume.__doc__, parts, args)
+    total = checkpoint.read_state(parsed.resume)["total_timesteps"]
+    agent = load_agent(parsed.resume, device=parsed.device, out=parsed.resume)
+    left = total - agent.num_timesteps if parsed.total_timesteps is None else parsed.total_timesteps
+    if left < 1:
+        done = f"{str(parsed.resume)!r} has {agent.num_timesteps:,} of {total:,} tokens"
+        raise ValueError(f"{done}: give --total-timesteps N, at least 1, to train for N more")
+    return learn(agent, left, parsed.options, goes_on=True)
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Evaluate a saved agent on held-out prompts."""
+    parts = [
+        ("folder", place(Path, "what training saved")),
+        ("env", flag(str | None, "another environment id; None: the agent's own, with its settings"), None),
+        ("episodes", flag(int, "prompts, one completion of each"), 256),
+        ("seed", flag(int, "of prompts and sampling"), 0),
+        ("split", flag(Literal["train", "validation", "test"], "of the prompts"), "validation"),
+        ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
+        ("json", flag(Path | None, "also write the numbers to this file"), None),
+    ]
+    parsed = parse("evaluate", evaluate.__doc__, parts, args)
+    import gymnasium
+
+    from textrl_gym import checkpoint
+    from textrl_gym import evaluation as home
+    from textrl_gym.report import METRICS
+
+    checkpoint.read_state(parsed.folder)
+    env = None
+    if parsed.env is not None:
+        env = gymnasium.make(find_env(parsed.env), tokenizer=str(parsed.folder / "model"))
+    agent = home.load_agent(parsed.folder, env, device=parsed.device)
+    metrics = home.evaluate(agent, None, parsed.episodes, parsed.seed, parsed.split)
+    rows = {METRICS[name][0]: f"{metrics[name]:.{METRICS[name][1]}f}" for name in METRICS if name in metrics}
+    print_rows(f"{parsed.folder}: {parsed.episodes} prompts of {parsed.split}, seed {parsed.seed}", rows)
+    if parsed.json is not None:
+        parsed.json.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def print_rows(title: str, rows: dict[str, str]) -> None:
+    """A table of two columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("measure", title=title, title_justify="left")
+    table.add_column("value", justify="right")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def report(args: Sequence[str]) -> int:
+    """Write DIR/report.html, one self-contained file, about a run or the runs in DIR's subfolders."""
+    parsed = parse("report", report.__doc__, [("folder", place(Path, "a run, or a folder of runs"))], args)
+    from textrl_gym import report as home
+
+    print(home.report([parsed.folder], parsed.folder / "report.html"))
+    return 0
+
+
+def sft(args: Sequence[str]) -> int:
+    """Fine-tune a language model on a task's prompts and completions."""
+    from textrl_gym import sft as home
+
+    return _make_model("sft", home.SFTConfig, home.sft, args)
+
+
+def reward_model(args: Sequence[str]) -> int:
+    """Train a reward model on preferences between completions."""
+    from textrl_gym import reward_training as home
+
+    return _make_model("reward-model", home.RewardModelConfig, home.train_reward_model, args)
+
+
+def _make_model(command: str, config: type[Any], work: Callable[..., dict[str, Any]], args: Sequence[str]) -> int:
+    parts = [
+        ("env", place(str, "an environment id, or module:ID")),
+        ("out", flag(Path, "the folder to write")),
+        ("config", flat(config)),
+    ]
+    parsed = parse(command, COMMANDS[command].__doc__, parts, args)
+    record = work(find_env(parsed.env), parsed.config, parsed.out)
+    print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in record["measured"].items()})
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "envs": envs,
+    "check": check,
+    "train": train,
+    "evaluate": evaluate,
+    "report": report,
+    "sft": sft,
+    "reward-model": reward_model,
+}

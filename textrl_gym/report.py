@@ -1,0 +1,395 @@
+"""report(): one self-contained HTML file from what training wrote; no script, no network, no dependency.
+
+The curves are inline SVG made here: a plotting library's script would be 4 MB for four lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+METRICS = {
+    "judge": ("Judge (gold), sampled", 3),
+    "judge_greedy": ("Judge (gold), greedy", 3),
+    "win_rate": ("Win rate against the start", 3),
+    "score": ("Score (training reward), sampled", 3),
+    "score_greedy": ("Score (training reward), greedy", 3),
+    "kl_sequence": ("KL to the reference, nats per sequence", 2),
+    "kl_token": ("KL to the reference, nats per token", 4),
+    "completion_tokens": ("Completion, tokens", 1),
+    "eos_share": ("Share ended by EOS", 3),
+    "train_seconds": ("Training, seconds", 0),
+}
+"""Names of an evaluation's numbers -> words, and decimals to print. The order is that of the tables."""
+
+SAMPLES_SHOWN = 6
+FALL = 0.05
+"""A fall of the judge from its best evaluation that is more than noise over 64 prompts."""
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What training wrote into one folder."""
+
+    name: str
+    evaluations: list[dict[str, Any]]
+    """By timesteps; the first is the start."""
+    rollouts: list[dict[str, Any]]
+    """Rows of the log, of training rollouts."""
+    samples: list[dict[str, Any]]
+    state: dict[str, Any]
+    """agent.json, empty where no checkpoint was written."""
+
+    @property
+    def start(self) -> dict[str, Any]:
+        return self.evaluations[0]
+
+    @property
+    def end(self) -> dict[str, Any]:
+        return self.evaluations[-1]
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself if it holds a run, else its subfolders that do.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    if (folder / "evaluations.jsonl").is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/evaluations.jsonl"))
+    if not found:
+        raise ValueError(f"{str(folder)!r} holds no run, and none of its subfolders does: no evaluations.jsonl")
+    return found
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's logs. What was evaluated twice, before and after a resumption, counts once."""
+    evaluations = sorted(
+        {row["timesteps"]: row for row in _read(folder / "evaluations.jsonl")}.values(),
+        key=lambda row: row["timesteps"],
+    )
+    if not evaluations:
+        raise ValueError(f"{str(folder)!r} holds no evaluation yet")
+    rollouts = [row for file in sorted(folder.glob("progress*.json")) for row in _read(file)]
+    state_file = folder / "agent.json"
+    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
+    return Run(folder.resolve().name, evaluations, rollouts, _read(folder / "samples.jsonl"), state)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{str(file)!r}, line {number} is no JSON: {error}") from error
+    return rows
+
+
+def hacking(run: Run) -> str | None:
+    """Words for a run whose training score rose while the judge fell, with the numbers; None for any other.
+
+    Compared are the last evaluation and the start, and the last and the one that the judge liked best.
+    """
+    judged = [row for row in run.evaluations if "judge" in row and "score" in row]
+    if len(judged) < 2:
+        return None
+    last, best = judged[-1], max(judged, key=lambda row: row["judge"])
+    for before, fall, where in ((judged[0], 0.0, "the start"), (best, FALL, f"{best['timesteps']:,} tokens")):
+        if last["score"] > before["score"] and before["judge"] - last["judge"] > fall:
+            return (
+                f"From {where} to {last['timesteps']:,} tokens the score that was trained on rose from "
+                f"{before['score']:.3f} to {last['score']:.3f}, while the judge fell from {before['judge']:.3f} to "
+                f"{last['judge']:.3f}: the policy exploits the reward."
+            )
+    return None
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 520, 250
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One run's points in a chart."""
+
+    label: str
+    color: int
+    points: list[tuple[float, float]]
+    style: str = "eval"
+    """"eval" (line and dots), "rollout" (faint line) or "greedy" (rings)."""
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round numbers within [low, high], which must differ."""
+    rough = (high - low) / count
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(title: str, series: Sequence[Series], zero: bool = False) -> str:
+    """An SVG chart over generated tokens; the empty string where there is nothing to draw.
+
+    Args:
+        zero: the vertical axis includes 0.
+    """
+    finite = [dataclasses.replace(s, points=[p for p in s.points if math.isfinite(p[1])]) for s in series]
+    drawn = [s for s in finite if s.points]
+    if not drawn:
+        return ""
+    values = [y for s in drawn for _, y in s.points] + ([0.0] if zero else [])
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.5
+    low, high = low - margin, high + margin
+    x_most = max(x for s in drawn for x, _ in s.points) or 1.0
+
+    def at(x: float, y: float) -> tuple[str, str]:
+        across = LEFT + (WIDTH - LEFT - RIGHT) * x / x_most
+        up = (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low)
+        return f"{across:.1f}", f"{HEIGHT - BOTTOM - up:.1f}"
+
+    parts = []
+    for y in ticks(low, high):
+        _, v = at(0, y)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{v}" y2="{v}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{v}" dy="4" text-anchor="end">{y:g}</text>')
+    for x in ticks(0, x_most):
+        h, _ = at(x, low)
+        parts.append(f'<text x="{h}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{_short(x)}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">generated tokens</text>')
+    for s in sorted(drawn, key=lambda s: ("rollout", "eval", "greedy").index(s.style)):
+        parts += _draw(s, at)
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def _draw(series: Series, at: Callable[[float, float], tuple[str, str]]) -> list[str]:
+    kind = f"s{series.color} {series.style}"
+    places = [at(x, y) for x, y in series.points]
+    parts = []
+    if series.style != "greedy" and len(places) > 1:
+        line = " ".join(",".join(place) for place in places)
+        parts.append(f'<polyline class="{kind}" points="{line}"/>')
+    if series.style != "rollout":
+        for (h, v), (x, y) in zip(places, series.points, strict=True):
+            title = f"{series.label}, {x:,.0f} tokens: {y:.4g}"
+            parts.append(f'<circle class="{kind}" cx="{h}" cy="{v}" r="4"><title>{escape(title)}</title></circle>')
+    return parts
+
+
+def _short(number: float) -> str:
+    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e3 else f"{number:g}"
+
+
+def curves(runs: Sequence[Run]) -> str:
+    """The four learning curves, every run in each."""
+
+    def held_out(key: str, style: str = "eval") -> list[Series]:
+        suffix = " (greedy)" if style == "greedy" else ""
+        return [
+            Series(r.name + suffix, i % 6, [(e["timesteps"], e[key]) for e in r.evaluations if key in e], style)
+            for i, r in enumerate(runs)
+        ]
+
+    def rollouts(key: str) -> list[Series]:
+        x = "time/total_timesteps"
+        return [
+            Series(r.name, i % 6, [(row[x], row[key]) for row in r.rollouts if x in row and key in row], "rollout")
+            for i, r in enumerate(runs)
+        ]
+
+    charts = [
+        chart("Judge (gold)", held_out("judge") + held_out("judge_greedy", "greedy")),
+        chart("Score (training reward)", held_out("score") + rollouts("rollout/score")),
+        chart(
+            "KL to the reference, nats per sequence",
+            held_out("kl_sequence") + rollouts("rollout/kl_sequence"),
+            zero=True,
+        ),
+        chart(
+            "Completion length, tokens",
+            held_out("completion_tokens") + rollouts("rollout/completion_tokens"),
+            zero=True,
+        ),
+    ]
+    names = "".join(f'<span><i class="swatch s{i % 6}"></i>{escape(run.name)}</span>' for i, run in enumerate(runs))
+    styles = ["dots: held-out prompts, sampled at the training temperature"]
+    if any("judge_greedy" in e for r in runs for e in r.evaluations):
+        styles.append("rings: greedy decoding")
+    if any("time/total_timesteps" in row for r in runs for row in r.rollouts):
+        styles.append("faint lines: training rollouts")
+    legend = f'<p class="legend">{names}<span class="muted">{"; ".join(styles)}</span></p>'
+    return f'{legend}<div class="charts">{"".join(charts)}</div>'
+
+
+# -- tables and samples -----------------------------------------------------------------------------------------------
+
+
+def number(row: dict[str, Any], key: str) -> str:
+    """An evaluation's number in the decimals of its kind; a dash where it was not measured."""
+    return f"{row[key]:,.{METRICS[key][1]}f}" if key in row else "-"
+
+
+def training_seconds(run: Run) -> float:
+    """Seconds of collection and updates; the clock starts again where a run was resumed."""
+    total = last = 0.0
+    for row in run.evaluations:
+        now = row.get("train_seconds", 0.0)
+        total += now - last if now >= last else now
+        last = now
+    return total
+
+
+def overview(runs: Sequence[Run]) -> str:
+    """One row for each run's start and one for its end."""
+    keys = [key for key in METRICS if any(key in run.end for run in runs) and key != "kl_token"]
+    head = "".join(f"<th>{escape(METRICS[key][0])}</th>" for key in keys)
+    rows = []
+    for i, run in enumerate(runs):
+        ends = run.end | {"train_seconds": training_seconds(run)}
+        for when, row in (("start", run.start | {"train_seconds": 0.0}), (f"{run.end['timesteps']:,} tokens", ends)):
+            cells = "".join(f"<td>{number(row, key)}</td>" for key in keys)
+            name = f'<i class="swatch s{i % 6}"></i>{escape(run.name)}' if when == "start" else ""
+            kind = ' class="first"' if when == "start" else ' class="last"'
+            rows.append(f"<tr{kind}><th>{name}</th><td class=when>{when}</td>{cells}</tr>")
+    return (
+        f'<div class="wide"><table class="numbers"><thead><tr><th>run</th><th>after</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _completion(sample: dict[str, Any] | None) -> str:
+    if sample is None:
+        return '<td class="muted">-</td>'
+    marks = [f"score {sample['score']:.2f}"]
+    if "judge" in sample:
+        marks.insert(0, f"judge {sample['judge']:.2f}")
+    if sample.get("stop_reason", "EOS") != "EOS":
+        marks.append(str(sample["stop_reason"]).lower().replace("_", " "))
+    text = escape(sample["completion"].strip()) or '<span class="muted">(empty)</span>'
+    return f'<td><div class="text">{text}</div><div class="marks">{escape(" · ".join(marks))}</div></td>'
+
+
+def samples(run: Run) -> str:
+    """Completions of the same prompts before and after, side by side."""
+    before = {s["index"]: s for s in run.samples if s["timesteps"] == run.start["timesteps"]}
+    after = {s["index"]: s for s in run.samples if s["timesteps"] == run.end["timesteps"]}
+    rows = []
+    for index in list(before)[:SAMPLES_SHOWN]:
+        prompt, reference = re.sub(r"\n\s*\n", "\n", before[index]["prompt"].strip()), before[index].get("reference")
+        wanted = f'<div class="marks">reference: {escape(reference.strip())}</div>' if reference else ""
+        rows.append(
+            f'<tr><td><div class="text prompt">{escape(prompt)}</div>{wanted}</td>'
+            f"{_completion(before[index])}{_completion(after.get(index))}</tr>"
+        )
+    if not rows:
+        return ""
+    return (
+        f"<h3>Samples</h3><p class=muted>The first {len(rows)} held-out prompts, not picked; one sample of each.</p>"
+        f'<div class="wide"><table class="samples"><thead><tr><th>prompt</th><th>at the start</th>'
+        f"<th>after {run.end['timesteps']:,} tokens</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def settings(run: Run) -> str:
+    """What the run was started with, folded away."""
+    if not run.state:
+        return ""
+    kept = {k: run.state[k] for k in ("agent", "task", "model", "seed", "config", "env") if k in run.state}
+    return f"<details><summary>Settings</summary><pre>{escape(json.dumps(kept, indent=1))}</pre></details>"
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f6f6f4; --card: #ffffff; --ink: #16181d; --soft: #5b5f66; --line: #e3e3df;
+  --warn: #fff3e0; --warn-ink: #8a3b00; --warn-line: #e07b1a;
+  --c0: #2a6fd0; --c1: #d9541e; --c2: #16916a; --c3: #b07d00; --c4: #8a4fc7; --c5: #c73a75; }
+@media (prefers-color-scheme: dark) { :root { --page: #131416; --card: #1c1e21; --ink: #eceded; --soft: #a2a6ad;
+  --line: #33363b; --warn: #35240f; --warn-ink: #ffc68a; --warn-line: #d27c2c;
+  --c0: #5b9bf0; --c1: #f0803f; --c2: #35b98c; --c3: #d7a52a; --c4: #b48ae6; --c5: #ec6f9f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 32px 24px 64px; max-width: 1180px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 40px 0 12px; }
+h3 { font-size: 15px; margin: 24px 0 0; } p { margin: 0 0 12px; }
+.muted, .marks, .when { color: var(--soft); } .marks { font-size: 13px; margin-top: 6px; }
+.warning { background: var(--warn); color: var(--warn-ink); border-left: 4px solid var(--warn-line); padding: 12px 16px;
+  border-radius: 4px; margin: 16px 0; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; align-items: baseline; }
+.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 16px; }
+figure { margin: 0; padding: 14px 16px 10px; } figcaption { font-weight: 600; margin-bottom: 6px; }
+figure, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
+.grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+polyline.rollout { stroke-width: 1.5; opacity: 0.4; } circle.eval { stroke: var(--card); stroke-width: 1.5; }
+circle.greedy { fill: var(--card); stroke-width: 2; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: 9px 14px; } thead th { font-size: 13px; font-weight: 600;
+  color: var(--soft); vertical-align: bottom; border-bottom: 1px solid var(--line); }
+.numbers td:nth-child(n+3), .numbers thead th:nth-child(n+3) { text-align: right; font-variant-numeric: tabular-nums; }
+.numbers tbody th, .when { white-space: nowrap; } .numbers .first td { color: var(--soft); }
+.numbers tr.first + tr td, .numbers tr.last td { font-weight: 600; } .numbers tr.last td.when { font-weight: 400; }
+tr.first:not(:first-child) > *, .samples tr:not(:first-child) > * { border-top: 1px solid var(--line); }
+.samples { table-layout: fixed; min-width: 720px; } .samples th:first-child { width: 42%; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt { max-height: 20em; overflow-y: auto; font-size: 13.5px; }
+details { margin-top: 16px; } summary { cursor: pointer; color: var(--soft); }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px; overflow-x: auto; }
+""" + "\n".join(
+    f"polyline.s{i}, circle.s{i}.greedy {{ stroke: var(--c{i}); }} circle.s{i}.eval {{ fill: var(--c{i}); }} "
+    f".swatch.s{i} {{ background: var(--c{i}); }}"
+    for i in range(6)
+)
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole page; every text of a run is escaped."""
+    title = "textrl-gym: " + ", ".join(run.name for run in runs)
+    warnings = "".join(
+        f'<div class="warning" role="alert"><b>Reward hacking in {escape(run.name)}.</b> {escape(words)}</div>'
+        for run in runs
+        if (words := hacking(run))
+    )
+    sections = "".join(f"<section><h2>{escape(run.name)}</h2>{samples(run)}{settings(run)}</section>" for run in runs)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
+        f"<h1>Training report</h1><p class=muted>{escape(', '.join(run.name for run in runs))}. Held-out prompts; the "
+        f"judge is never trained on unless it was named as the reward.</p>{warnings}"
+        f"<h2>Before and after</h2>{overview(runs)}<h2>Learning curves</h2>{curves(runs)}{sections}</body></html>\n"
+    )
+
+
+def report(dirs: Sequence[Path], out: Path) -> Path:
+    """Write one HTML file about the runs in some folders.
+
+    Args:
+        dirs: folders that hold a run (what training wrote), or whose subfolders do.
+        out: the file to write.
+
+    Raises:
+        ValueError: a folder holds no run.
+    """
+    runs = [read_run(path) for folder in dirs for path in find_runs(Path(folder))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(runs), encoding="utf-8")
+    return out
