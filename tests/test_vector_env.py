@@ -199,6 +199,7 @@ def test_a_stop_string_as_text() -> None:
 
 def test_eos_goes_before_a_stop_string() -> None:
     envs = make(1, stop=["a"])
+    envs.stopped = lambda completions: [True] * len(completions)  # type: ignore[method-assign]
     envs.reset(seed=0)
     *_, infos = envs.step(np.array([EOS_ID]))
     assert infos["stop_reason"][0] is StopReason.EOS
