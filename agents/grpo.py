@@ -10,8 +10,8 @@ Departures from the paper, each a setting:
     * The loss is averaged over all tokens of the batch (aggregation="token", as DAPO), since the paper's mean per
       sequence favours short right and long wrong answers; aggregation="sequence" is the paper's.
     * kl_in="reward" folds -beta KL into R_i before the group's mean is taken, as RLOO does.
-    * kl_loss="k2" has the gradient of KL(pi || pi_ref) on-policy; the paper's "k3" (default) estimates its value without
-      bias, but its expected gradient is that of KL(pi_ref || pi) (see docs/kl.md).
+    * kl_loss="k2" has the gradient of KL(pi || pi_ref) on-policy; the paper's "k3" (default) estimates its value
+      without bias, but its expected gradient is that of KL(pi_ref || pi) (see docs/kl.md).
     * scale_by_std=False leaves the division out (Dr. GRPO, Liu et al. 2025).
 No value network is built. The std is the unbiased one, as in TRL and verl.
 """

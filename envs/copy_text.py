@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from textrl_gym import tiny
+from textrl_gym import prompts, tiny
 from textrl_gym.core import Row
 from textrl_gym.tasks import Task
 
@@ -75,6 +75,7 @@ class CopyText(Task):
 
     def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
         """All 16 prompts, in every split: the task is to solve them, not to generalise."""
+        prompts.check_split(split)
         if dataset is not None:
             raise ValueError(f"CopyText-v0 has only its own prompts; dataset must be None, got {dataset!r}")
         texts = [" ".join(symbols) for symbols in itertools.product(SYMBOLS, repeat=LENGTH)]

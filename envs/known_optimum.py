@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textrl_gym import tiny
+from textrl_gym import prompts, tiny
 from textrl_gym.core import Row
 from textrl_gym.policy import Policy
 from textrl_gym.tasks import Task
@@ -119,6 +119,7 @@ class KnownOptimum(Task):
 
     def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
         """The two prompts, in every split."""
+        prompts.check_split(split)
         if dataset is not None:
             raise ValueError(f"KnownOptimum-v0 has only its own prompts; dataset must be None, got {dataset!r}")
         return [{"prompt": prompt} for prompt in PROMPTS]

@@ -20,7 +20,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"train"}),
     frozenset({"agent"}),
     frozenset({"envs", "agents"}),
-    frozenset({"check", "compare", "report", "build_assets"}),
+    frozenset({"check", "compare", "report", "run_settings", "build_assets"}),
     frozenset({"cli", "__main__"}),
 )
 STRANGERS = frozenset({"envs", "agents"})  # these two never import each other

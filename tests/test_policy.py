@@ -45,7 +45,7 @@ def test_left_padding_changes_neither_logprobs_nor_gradients(make: Any) -> None:
         logp_BT.sum().backward()
     for one, two in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
         if one.grad is not None:
-            assert torch.isfinite(two.grad).all()
+            assert two.grad is not None and torch.isfinite(two.grad).all()
             torch.testing.assert_close(one.grad, two.grad, atol=2e-4, rtol=0)
 
 
@@ -162,4 +162,5 @@ def test_prompts_computed_once_are_prompts_computed_for_each_row(make: Any) -> N
         (apart.logprobs(row).sum() + (value_1T * row.mask_BT).sum()).backward()
     (shared.logprobs(r).sum() + (together[1] * r.mask_BT).sum()).backward()
     for one, two in zip(shared.parameters(), apart.parameters(), strict=True):
+        assert one.grad is not None and two.grad is not None
         assert (one.grad - two.grad).norm() <= 1e-5 * (1e-3 + two.grad.norm())

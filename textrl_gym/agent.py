@@ -137,6 +137,8 @@ class Agent:
         self.num_timesteps = 0
         self.num_updates = 0
         self._total_timesteps = 0
+        self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
+        """Wall-clock seconds spent so far in each phase of learn()."""
         self._logger: Any = None
         self.env.reset(seed=seed)
 
@@ -276,7 +278,7 @@ class Agent:
         raise TypeError(f"{type(self).__name__} must define update(rollout) -> metrics")
 
     def shuffled(self, rollout: Rollout) -> Iterator[Tensor]:
-        """The row indices of each minibatch of each epoch. Groups stay together: they share the cost of their prompt."""
+        """The row indices of each minibatch of each epoch; groups stay together, since they share a prompt's cost."""
         groups = rollout.group_B.unique()
         for _ in range(self.config.epochs):
             order = groups[torch.as_tensor(self.shuffler.permutation(len(groups)), device=self.device)]
@@ -331,14 +333,15 @@ class Agent:
         checkpoint.write(path, self._fill)
 
     def _fill(self, folder: Path) -> None:
-        self.policy.model.save_pretrained(folder / "model")
-        self.env.tokenizer.save_pretrained(folder / "model")
+        with models.no_bars():
+            self.policy.model.save_pretrained(folder / "model")
+            self.env.tokenizer.save_pretrained(folder / "model")
+            if self.policy.value_model is not None:
+                self.policy.value_model.save_pretrained(folder / "value_model")
+            if not self.rebuilds_reference and self.policy.reference is not None:
+                self.policy.reference.model.save_pretrained(folder / "reference")
         if self.policy.value_head is not None:
             save_file(self.policy.value_head.state_dict(), folder / "value_head.safetensors")
-        if self.policy.value_model is not None:
-            self.policy.value_model.save_pretrained(folder / "value_model")
-        if not self.rebuilds_reference and self.policy.reference is not None:
-            self.policy.reference.model.save_pretrained(folder / "reference")
         extra = {"generator": self.streams()[1]}
         checkpoint.save_optimizer(folder / "training.safetensors", self.optimizer, extra)
         checkpoint.write_state(folder, self._state())
@@ -360,6 +363,7 @@ class Agent:
             "total_timesteps": self._total_timesteps,
             "num_updates": self.num_updates,
             "kl_coef": self.kl.coef,
+            "seconds": self.seconds,
             "streams": self.streams()[0],
         }
 
@@ -440,7 +444,7 @@ class Agent:
         extra = checkpoint.load_optimizer(folder / "training.safetensors", self.optimizer)
         self.restore_streams(state["streams"], extra["generator"], env=streams)
         self._total_timesteps = state["total_timesteps"]
-        self.num_updates, self.kl.coef = state["num_updates"], state["kl_coef"]
+        self.num_updates, self.kl.coef, self.seconds = state["num_updates"], state["kl_coef"], state["seconds"]
 
 
 def make_config(config: type[Any], settings: dict[str, Any], whose: str) -> Any:

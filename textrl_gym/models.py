@@ -84,7 +84,7 @@ def _load(auto: Any, what: str, spec: Any, device: str | torch.device, dtype: to
         raise ValueError(f"a {what} is a folder, a Hub id or a loaded model, not {type(spec).__name__}")
     source = _resolve(spec)
     try:
-        with _no_bars() if Path(source).is_dir() else contextlib.nullcontext():
+        with no_bars() if Path(source).is_dir() else contextlib.nullcontext():
             model, info = auto.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
@@ -97,7 +97,7 @@ def _load(auto: Any, what: str, spec: Any, device: str | torch.device, dtype: to
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without transformers' bar over the weights: from a folder it takes milliseconds. Downloads keep theirs."""
     shown = hf_logging.is_progress_bar_enabled()
     if shown:

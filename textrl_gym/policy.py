@@ -63,7 +63,7 @@ class Policy(nn.Module):
         self.value_model: Any = value_model.eval() if value_model is not None else None
         self.value_head: nn.Linear | None = None
         if value_head or value_model is not None:
-            trunk = self.model if value_model is None else self.value_model
+            trunk: Any = self.model if value_model is None else self.value_model
             width = trunk.get_output_embeddings().weight.shape[1]
             self.value_head = nn.Linear(width, 1, device=self.device)  # float32 whatever the trunk's dtype
             nn.init.zeros_(self.value_head.weight)

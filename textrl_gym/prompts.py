@@ -115,6 +115,12 @@ TLDR_FILTERED = Schema(
 TLDR_SCHEMAS = (PROMPT_COMPLETION, TLDR_FILTERED)
 
 
+def check_split(split: str) -> None:
+    """Raise ValueError for a name that is no split."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+
+
 def load_rows(dataset: str | Path, split: str, schemas: Sequence[Schema] = TLDR_SCHEMAS) -> list[dict[str, Any]]:
     """The prompts of a split, in memory: rows with `prompt`, `completion` and every other column of the data.
 
@@ -129,8 +135,7 @@ def load_rows(dataset: str | Path, split: str, schemas: Sequence[Schema] = TLDR_
         ValueError: no such data or split, no rows, columns of no schema, or a row with something else than a text.
         ImportError: a Hub id or a parquet file without the extra "hub".
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+    check_split(split)
     path = Path(dataset).expanduser()
     if path.is_file():
         raw = _read_file(path)

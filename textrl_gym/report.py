@@ -247,24 +247,13 @@ def number(row: dict[str, Any], key: str) -> str:
     return f"{row[key]:,.{METRICS[key][1]}f}" if key in row else "-"
 
 
-def training_seconds(run: Run) -> float:
-    """Seconds of collection and updates; the clock starts again where a run was resumed."""
-    total = last = 0.0
-    for row in run.evaluations:
-        now = row.get("train_seconds", 0.0)
-        total += now - last if now >= last else now
-        last = now
-    return total
-
-
 def overview(runs: Sequence[Run]) -> str:
     """One row for each run's start and one for its end."""
     keys = [key for key in METRICS if any(key in run.end for run in runs) and key != "kl_token"]
     head = "".join(f"<th>{escape(METRICS[key][0])}</th>" for key in keys)
     rows = []
     for i, run in enumerate(runs):
-        ends = run.end | {"train_seconds": training_seconds(run)}
-        for when, row in (("start", run.start | {"train_seconds": 0.0}), (f"{run.end['timesteps']:,} tokens", ends)):
+        for when, row in (("start", run.start), (f"{run.end['timesteps']:,} tokens", run.end)):
             cells = "".join(f"<td>{number(row, key)}</td>" for key in keys)
             name = f'<i class="swatch s{i % 6}"></i>{escape(run.name)}' if when == "start" else ""
             kind = ' class="first"' if when == "start" else ' class="last"'

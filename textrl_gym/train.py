@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger, make_output_format
 
 from textrl_gym import health
 from textrl_gym.core import Rollout, StopReason
@@ -119,11 +119,11 @@ class _Run:
         agent.out.mkdir(parents=True, exist_ok=True)
         if agent._logger is None:
             folder = agent.out / tb_log_name if tb_log_name else agent.out
-            agent.set_logger(configure(str(folder), ["json", "tensorboard"]))
+            agent.set_logger(_logger(folder))
         self.callback = _callback(callback)
         self.evaluator = Evaluator(agent.env, options.eval_episodes)
         self.before_rollout: Any = None
-        self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
+        self.seconds = agent.seconds  # kept by the agent, so that a resumed run goes on counting
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -209,6 +209,7 @@ class _Run:
         agent.logger.record("train/learning_rate", agent.learning_rate)
         agent.logger.record("train/kl_coef", agent.kl.coef)
         agent.logger.record("train/updates", agent.num_updates)
+        agent.logger.record("time/total_timesteps", agent.num_timesteps)
         for phase, seconds in self.seconds.items():
             agent.logger.record(f"time/{phase}_seconds", seconds)
         agent.logger.dump(agent.num_timesteps)
@@ -254,6 +255,14 @@ def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], time
         judge = f"{sample['judge']:.2f}" if "judge" in sample else ""
         table.add_row(sample["prompt"][-300:], sample["completion"].strip(), f"{sample['score']:.2f}", judge)
     return table
+
+
+def _logger(folder: Path) -> Logger:
+    """Stable-Baselines3's logger; a resumed run gets a file of its own, since its JSON writer empties what it opens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = len(list(folder.glob("progress*.json")))
+    json_format = make_output_format("json", str(folder), f"_{before}" if before else "")
+    return Logger(str(folder), [json_format, make_output_format("tensorboard", str(folder))])
 
 
 def _new_folder(agent: Any) -> Path:
