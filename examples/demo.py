@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers.utils import logging as hf_logging
 
 from textrl_gym import plugins
-from textrl_gym.report import METRICS, Run, number, read_run, report, training_seconds
+from textrl_gym.report import METRICS, Run, number, read_run, report
 
 # Each is about two to three minutes on two cores; the whole demo stays below eight.
 TOKENS = {"grpo": 250_000, "ppo": 250_000}
@@ -45,7 +45,7 @@ def comparison(runs: list[Run]) -> Table:
         if key in runs[0].end:
             table.add_row(METRICS[key][0], number(runs[0].start, key), *(number(run.end, key) for run in runs))
     table.add_row("Trained on, tokens", "0", *(f"{run.end['timesteps']:,}" for run in runs))
-    table.add_row("Training, seconds", "0", *(f"{training_seconds(run):.0f}" for run in runs))
+    table.add_row("Training, seconds", "0", *(f"{run.end['train_seconds']:.0f}" for run in runs))
     return table
 
 
