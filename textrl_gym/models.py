@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import tempfile
@@ -18,7 +19,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as hf_logging
 
 SMOLLM2 = "smollm2-135m"
@@ -41,7 +48,7 @@ def load_tokenizer(spec: Any) -> Any:
     if isinstance(spec, str | Path):
         source = _resolve(spec)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer = _tokenizer_class(source).from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(_cannot_load("tokenizer", spec, error)) from error
     if getattr(tokenizer, "eos_token_id", None) is None:
@@ -52,6 +59,18 @@ def load_tokenizer(spec: Any) -> Any:
             "folder"
         )
     return tokenizer
+
+
+def _tokenizer_class(source: str) -> Any:
+    """AutoTokenizer, or the plain fast tokenizer where the folder says that it is one.
+
+    AutoTokenizer reads the model's configuration first, and with it seconds of modules that a tokenizer never needs.
+    """
+    config = Path(source) / "tokenizer_config.json"
+    plain = ("PreTrainedTokenizerFast", "TokenizersBackend")  # its names before and from transformers 5 on
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in plain:
+        return PreTrainedTokenizerFast
+    return AutoTokenizer
 
 
 def load_model(spec: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:

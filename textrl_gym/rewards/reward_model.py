@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,29 @@ def micro_batches(sequences: list[list[int]], order: list[int], limit: int = MAX
     return batches
 
 
+class Bundled:
+    """A task's own reward model, read at the first score: making an environment must not wait for its modules."""
+
+    def __init__(self, load: Callable[[], RewardModel]) -> None:
+        self._load = load
+        self._model: RewardModel | None = None
+
+    @property
+    def loaded(self) -> RewardModel:
+        """The reward model, which the first call loads."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Tensor:
+        """Normalised scores, float32 [B] on the CPU."""
+        return self.loaded(prompts, completions, **columns)
+
+
 def make(
     argument: str | None, *, task: Any, device: str | torch.device, tokenizer: Any, dtype: torch.dtype = torch.float32
-) -> RewardModel:
-    """The reward model of a folder or Hub id; without an argument the task's own.
+) -> RewardModel | Bundled:
+    """The reward model of a folder or Hub id; without an argument the task's own, which is loaded when first needed.
 
     Raises:
         ValueError: the task has no reward model, or none can be loaded.
@@ -165,10 +185,16 @@ def make(
         )
     if tokenizer is None and task is not None:
         tokenizer = task.load_tokenizer()
-    own = models.load_tokenizer(source)
-    model = models.load_classifier(source, device=device, dtype=dtype)
-    normalisation = read_normalisation(Path(source).expanduser() / FILE)
-    return RewardModel(model, own, **normalisation, env_tokenizer=tokenizer)
+
+    def load() -> RewardModel:
+        own = models.load_tokenizer(source)
+        model = models.load_classifier(source, device=device, dtype=dtype)
+        normalisation = read_normalisation(Path(source).expanduser() / FILE)
+        return RewardModel(model, own, **normalisation, env_tokenizer=tokenizer)
+
+    if argument is None and (Path(source) / FILE).is_file():
+        return Bundled(load)
+    return load()
 
 
 def read_normalisation(path: Path) -> dict[str, Any]:
