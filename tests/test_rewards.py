@@ -26,7 +26,7 @@ from transformers import (
 
 from textrl_gym import plugins
 from textrl_gym.rewards import RewardFunction, load_reward
-from textrl_gym.rewards.reward_model import RewardModel, make, micro_batches
+from textrl_gym.rewards.reward_model import Bundled, RewardModel, make, micro_batches
 
 PROMPTS, TEXTS = ["p", "p", "q"], ["x", "x y", "x y z"]
 
@@ -377,6 +377,7 @@ def test_a_reward_model_in_bfloat16_scores_in_float32(tmp_path: Path) -> None:
     RewardModel(classifier("llama"), byte_tokenizer()).save(tmp_path)
     full = make(str(tmp_path), task=None, device="cpu", tokenizer=None)
     half = make(str(tmp_path), task=None, device="cpu", tokenizer=None, dtype=torch.bfloat16)
+    assert isinstance(full, RewardModel) and isinstance(half, RewardModel)
     assert half.model.dtype == torch.bfloat16
     assert half.score_ids([[1, 2, 3]]).dtype == torch.float32
     # bfloat16 has 8 bits: a relative error of about 2^-8 an operation, on values of the order of 1 to 10
@@ -389,5 +390,16 @@ def test_a_reward_model_on_the_gpu_scores_as_on_the_cpu(tmp_path: Path) -> None:
     RewardModel(classifier("llama"), byte_tokenizer()).save(tmp_path)
     rows = [[1 + (i * j) % 256 for j in range(1 + i * 7 % 40)] for i in range(20)]
     places = [make(str(tmp_path), task=None, device=name, tokenizer=None) for name in ("cpu", "cuda")]
-    cpu, gpu = (model.score_ids(rows) for model in places)
+    cpu, gpu = (model.score_ids(rows) for model in places if isinstance(model, RewardModel))
     torch.testing.assert_close(cpu, gpu, atol=1e-3, rtol=0)
+
+
+def test_a_tasks_own_reward_model_is_loaded_at_its_first_score(tmp_path: Path) -> None:
+    plain = RewardModel(classifier("llama"), byte_tokenizer(), bias=0.5, scale=2.0, env_tokenizer=byte_tokenizer())
+    plain.save(tmp_path)
+    task = type("Own", (), {"reward_model_path": str(tmp_path)})()
+    lazy = make(None, task=task, device="cpu", tokenizer=byte_tokenizer())
+    assert isinstance(lazy, Bundled) and lazy._model is None
+    ids: dict[str, Any] = {"prompt_ids": [[1, 2]], "completion_ids": [[3, 4]]}
+    assert lazy(["a"], ["b"], **ids).tolist() == plain(["a"], ["b"], **ids).tolist()
+    assert lazy.loaded is lazy.loaded
