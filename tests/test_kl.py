@@ -105,3 +105,24 @@ def test_adaptive_controller() -> None:
 def test_adaptive_controller_refuses(target: float, horizon: int) -> None:
     with pytest.raises(ValueError, match=f"target > 0 .* got {target}, {horizon}"):
         kl.AdaptiveKL(0.1, target, horizon)
+
+
+def test_expected_gradients_of_the_estimators_as_losses() -> None:
+    # E_pi[grad k] over a vocabulary of 5, in closed form: k1 gives 0, k2 the gradient of KL(pi || ref), k3 that of
+    # KL(ref || pi).
+    generator = torch.Generator().manual_seed(3)
+    logits_V = torch.randn(5, dtype=torch.float64, generator=generator).requires_grad_()
+    ref_V = torch.randn(5, dtype=torch.float64, generator=generator).log_softmax(0)
+
+    def expected(estimator: str) -> torch.Tensor:
+        logp_V = logits_V.log_softmax(0)
+        weighted = (logp_V.exp().detach() * kl.estimate(estimator, logp_V, ref_V)).sum()  # the sampling is not followed
+        return torch.autograd.grad(weighted, logits_V)[0]
+
+    logp_V = logits_V.log_softmax(0)
+    forward = torch.autograd.grad((logp_V.exp() * (logp_V - ref_V)).sum(), logits_V, retain_graph=True)[0]
+    backward = torch.autograd.grad((ref_V.exp() * (ref_V - logp_V)).sum(), logits_V)[0]
+    torch.testing.assert_close(expected("k1"), torch.zeros_like(forward), atol=1e-12, rtol=0)
+    torch.testing.assert_close(expected("k2"), forward, atol=1e-12, rtol=0)
+    torch.testing.assert_close(expected("k3"), backward, atol=1e-12, rtol=0)
+    assert (forward - backward).abs().max() > 0.1
