@@ -15,8 +15,8 @@ from textrl_gym.tasks import Task
 
 ID = "TLDRSummarize-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "tldr")
-MEDIOCRE = {"swap": 0.12, "generic": 0.2, "ask": 0.45, "detail": 0.7}
-"""How poor the summaries are that the start policy learns from: gold about 0.6, of which its own noise takes a third."""
+MEDIOCRE = {"swap": 0.15, "generic": 0.2, "ask": 0.45, "detail": 0.65}
+"""How poor the summaries are that the start policy learns from: gold about 0.6; its own noise takes a third of it."""
 
 
 class MediocreRows:
@@ -38,16 +38,22 @@ class MediocreRows:
         return (self[index] for index in range(len(self)))
 
 
-def _one_slip(row: dict[str, Any], rng: random.Random) -> str:
-    """A reference with one word lost, doubled or out of place, or one sentence more or less: what samples do."""
-    words = (" " + compose(slots_of(row["facts"]), rng)).split(" ")
-    at = rng.randrange(1, len(words) - 1)
+def wordings(row: Row, n: int, seed: int) -> list[str]:
+    """The row's reference and n - 1 summaries of the same facts in other words."""
+    rng = random.Random(seed)
+    return [row["completion"], *(" " + compose(slots_of(row["facts"]), rng) for _ in range(n - 1))]
+
+
+def _slip(text: str, row: dict[str, Any], rng: random.Random) -> str:
+    """The text with one word lost, doubled or out of place, cut off, or with a sentence more: what samples do."""
+    words = text.split(" ")
+    at = rng.randrange(1, max(2, len(words) - 1))
     slip = rng.choice(("lost", "doubled", "swapped", "cut", "more"))
     if slip == "lost":
         del words[at]
     elif slip == "doubled":
         words.insert(at, words[at])
-    elif slip == "swapped":
+    elif slip == "swapped" and at + 1 < len(words):
         words[at], words[at + 1] = words[at + 1], words[at]
     elif slip == "cut":
         del words[max(4, at) :]
@@ -56,18 +62,18 @@ def _one_slip(row: dict[str, Any], rng: random.Random) -> str:
     return " ".join(words)
 
 
-def _one_wrong(row: dict[str, Any], rng: random.Random) -> str:
-    """A summary with every fact, one or two of them wrong: nearly perfect, and what a careless reader lets pass."""
-    facts = {kind: dict(fact) for kind, fact in row["facts"].items()}
-    slots = slots_of(facts)
-    for kind in rng.sample(KINDS, rng.choice((1, 1, 2))):
+def _falsified(slots: dict[str, str], row: dict[str, Any], number: int, rng: random.Random) -> dict[str, str]:
+    """The slots with `number` of their values (at most as many as there are) taken from distractors."""
+    slots = dict(slots)
+    told = [kind for kind in KINDS if (kind in slots or (kind == "who" and "name" in slots))]
+    for kind in rng.sample(told, min(number, len(told))):
         wrong = rng.choice(row["distractors"][kind])
         if kind == "who":
             relation, name = wrong.rsplit(" ", 1)
             slots |= rng.choice(({"rel": relation}, {"name": name}, {"rel": relation, "name": name}))
         else:
             slots[kind] = wrong
-    return " " + compose(slots, rng)
+    return slots
 
 
 class TLDRSummarize(Task):
@@ -138,25 +144,43 @@ class TLDRSummarize(Task):
         """What the start policy is trained on: poor summaries, so that RL has room."""
         return MediocreRows(TLDRCorpus(split))
 
+    def falsified(self, row: Row, rng: random.Random, n: int) -> list[tuple[str, str]]:
+        """`n` pairs of a true summary and the same with 1 to 4 values from distractors, for a reward model to read."""
+        post = dict(row)
+        pairs = []
+        for _ in range(n):
+            slots = slots_of(post["facts"])
+            for slot in rng.sample(("when", "where", "amount", "feeling", "ask"), rng.randint(0, 3)):
+                del slots[slot]
+            wording = rng.getrandbits(32)
+            texts = (slots, _falsified(slots, post, rng.randint(1, 4), rng))
+            true, false = (" " + compose(some, random.Random(wording)) for some in texts)
+            pairs.append((true, false))
+        return pairs
+
     def candidates(self, row: Row, rng: random.Random, n: int) -> list[str]:
         """`n` summaries from perfect to poor, for annotators to compare beside the policy's samples.
 
-        They span what a policy that is optimised against the reward model may write: all facts in other words, all but
-        one right, poor to good in every degree, one slip, and the gross flaws of `corrupted_summaries`.
+        They span what a policy that is optimised against the reward model may write: every fact or most of them, in
+        other words; the same sentences with one value, or several, from a distractor (nothing else differs, so that
+        only reading the post can tell them apart); slips of a word; and the gross flaws of `corrupted_summaries`.
         """
         post = dict(row)
+        every = slots_of(post["facts"])
 
-        def graded() -> str:
-            good = rng.random()
-            swap, generic, detail = 0.4 * (1 - good) * rng.random(), 0.5 * (1 - good), 0.4 + 0.6 * good
-            return mediocre_summary(post, rng, swap=swap, generic=generic, ask=good, detail=detail)
+        def worded(slots: dict[str, str], wording: int) -> str:
+            return " " + compose(slots, random.Random(wording))
 
+        first, second = rng.getrandbits(32), rng.getrandbits(32)
+        most = dict(every)
+        for slot in rng.sample(("when", "where", "amount", "feeling", "ask"), rng.randint(1, 4)):
+            del most[slot]
         makers = [
-            lambda: " " + compose(slots_of(post["facts"]), rng),
-            lambda: _one_wrong(post, rng),
-            graded,
-            lambda: _one_slip(post, rng),
-            lambda: corrupted_summaries(post, rng, 1)[0],
-            graded,
+            lambda: worded(every, first),
+            lambda: worded(_falsified(every, post, 1, rng), first),
+            lambda: worded(most, second),
+            lambda: worded(_falsified(most, post, rng.choice((1, 1, 2, 3)), rng), second),
+            lambda: corrupted_summaries(post, rng, 1)[0] if rng.random() < 0.5 else mediocre_summary(post, rng),
+            lambda: _slip(worded(every if rng.random() < 0.5 else most, rng.getrandbits(32)), post, rng),
         ]
         return [makers[i % len(makers)]() for i in range(n)]

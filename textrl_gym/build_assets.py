@@ -1,15 +1,19 @@
-"""Rebuild the bundled files of TLDRSummarize-v0: `python -m textrl_gym.build_assets` (about 20 minutes on one core).
+"""Rebuild the bundled files of TLDRSummarize-v0: `python -m textrl_gym.build_assets` (about 30 minutes on one core).
 
-They are made in four steps, each with the function that the command line has for users: the start policy and its
-tokenizer (`textrl-gym sft`), what it can do (gold of its samples, greedy, best of 8), the reward model (`textrl-gym
-reward-model`), and the weights as float16, which halves the package. The same seed gives the same files on the same
-machine with the same number of threads; elsewhere sums are rounded differently and the measurements differ a little.
+Each step uses what the command line has for users (`textrl-gym sft`, `textrl-gym reward-model`):
+1. A fluent model learns the reference summaries, from scratch. It is not bundled.
+2. The start policy: the fluent model unlearns on poor summaries, so that RL has room but the model can do better.
+3. The reward model: the fluent model's body, taught to read and then trained on comparisons of the start policy's
+   samples and the task's candidates.
+Weights are stored as float16, which halves the package. The same seed gives the same files on the same machine with the
+same number of threads; elsewhere sums are rounded differently and the measurements differ a little.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,14 @@ import tyro
 
 from textrl_gym import models
 from textrl_gym.comparisons import sample_texts
+from textrl_gym.corpus import TLDRCorpus
 from textrl_gym.envs import tldr_summarize
 from textrl_gym.policy import Policy
 from textrl_gym.reward_training import RewardModelConfig, train_reward_model
 from textrl_gym.rewards import load_reward
 from textrl_gym.sft import SFTConfig, sft
+
+ENV = tldr_summarize.ID
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +37,28 @@ class BuildConfig:
 
     out: Path = Path(tldr_summarize.ASSETS)
     """The folder to write policy/ and reward_model/ to."""
+    work: Path | None = None
+    """Where the fluent model is kept, and found again by the next build; None: a temporary folder."""
+    fluent_steps: int = 1500
+    """Updates on reference summaries."""
+    policy_steps: int = 250
+    """Updates on poor summaries."""
     seed: int = 0
     """Seeds everything."""
+
+
+def write_references(folder: Path, rows: int) -> Path:
+    """The embedded posts with their reference summaries as a user's folder of data: train.jsonl, validation.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", rows), ("validation", 256)):
+        corpus = TLDRCorpus(split)
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for index in range(count):
+                row = corpus[index]
+                kept = {"prompt": row["prompt"], "completion": row["completion"]}
+                kept["completions"] = tldr_summarize.wordings(row, 3, index)
+                file.write(json.dumps(kept) + "\n")
+    return folder
 
 
 def start_quality(folder: Path, posts: int = 128, seed: int = 0) -> dict[str, float]:
@@ -40,41 +67,55 @@ def start_quality(folder: Path, posts: int = 128, seed: int = 0) -> dict[str, fl
     tokenizer = task.load_tokenizer(str(folder))
     source = task.rows("validation")
     rows = [source[i] for i in range(posts)]
-    ids = sample_texts(Policy(task.load_model(str(folder))), task, tokenizer, rows, [0.0] + [1.0] * 8, seed)
+    policy = Policy(task.load_model(str(folder)))
     judge = load_reward(task.judge, task=task, tokenizer=tokenizer)
-    gold_9: list[list[float]] = []
-    for place in range(9):
-        texts = [tokenizer.decode(some[place], skip_special_tokens=True) for some in ids]
-        gold_9.append(judge([row["prompt"] for row in rows], texts, facts=[row["facts"] for row in rows]).tolist())
-    best = [max(eight) for eight in zip(*gold_9[1:], strict=True)]
+
+    def gold(number: int, temperature: float) -> list[list[float]]:
+        found = sample_texts(policy, task, tokenizer, rows, number, temperature, seed)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for some in found for ids in some]
+        spread = [row for row in rows for _ in range(number)]
+        flat = judge([row["prompt"] for row in spread], texts, facts=[row["facts"] for row in spread]).tolist()
+        return [flat[start : start + number] for start in range(0, len(flat), number)]
+
+    sampled = gold(8, 1.0)
     return {
-        "greedy_gold": sum(gold_9[0]) / posts,
-        "sampled_gold": sum(map(sum, gold_9[1:])) / (8 * posts),
-        "best_of_8_gold": sum(best) / posts,
+        "greedy_gold": sum(map(sum, gold(1, 0.0))) / posts,
+        "sampled_gold": sum(map(sum, sampled)) / (8 * posts),
+        "best_of_8_gold": sum(map(max, sampled)) / posts,
     }
 
 
-def halve(folder: Path) -> None:
-    """Store a model's weights as float16; `textrl_gym.models` loads them as float32."""
+def finish(folder: Path, record_file: str, **measured: float) -> dict[str, Any]:
+    """Store the weights as float16, drop what is not needed, and complete the record; returns the record."""
     load: Any = models.load_classifier if (folder / "reward_model.json").is_file() else models.load_model
-    load(folder).half().save_pretrained(folder)
+    load(folder).half().save_pretrained(folder)  # textrl_gym.models loads them as float32
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    path = folder / record_file
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["measured"] |= measured
+    # Where the build happened to stand says nothing to anyone.
+    record["config"] |= {name: None for name in ("model", "policy", "dataset") if name in record["config"]}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps({str(folder): record["measured"]}, indent=2))
+    return record
 
 
 def build(config: BuildConfig) -> dict[str, Any]:
-    """Make both folders; what was measured."""
-    policy, reward_model = config.out / "policy", config.out / "reward_model"
-    started = sft(tldr_summarize.ID, SFTConfig(seed=config.seed), policy)
-    halve(policy)
-    quality = start_quality(policy)
-    record = {**started, "measured": started["measured"] | quality}
-    (policy / "sft.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record["measured"], indent=2))
-    trained = train_reward_model(
-        tldr_summarize.ID, RewardModelConfig(model=str(policy), seed=config.seed), reward_model
-    )
-    halve(reward_model)
-    print(json.dumps(trained["measured"], indent=2))
-    return {"policy": record, "reward_model": trained}
+    """Make both folders; returns their records."""
+    with tempfile.TemporaryDirectory() as scratch:
+        work = config.work or Path(scratch)
+        fluent = work / "fluent"
+        if not (fluent / "sft.json").is_file():
+            settings = SFTConfig(steps=config.fluent_steps, seed=config.seed)
+            data = write_references(work / "references", settings.steps * settings.batch_size)
+            sft(ENV, dataclasses.replace(settings, dataset=str(data)), fluent)
+        policy, reward_model = config.out / "policy", config.out / "reward_model"
+        settings = SFTConfig(model=str(fluent), steps=config.policy_steps, learning_rate=1e-3, seed=config.seed)
+        sft(ENV, settings, policy)
+        started = finish(policy, "sft.json", **start_quality(policy))
+        judging = RewardModelConfig(model=str(fluent), policy=str(policy), seed=config.seed)
+        train_reward_model(ENV, judging, reward_model)
+        return {"policy": started, "reward_model": finish(reward_model, "reward_training.json")}
 
 
 if __name__ == "__main__":

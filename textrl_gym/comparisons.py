@@ -42,27 +42,25 @@ class Comparison:
 
 
 def sample_texts(
-    policy: Policy, task: Task, tokenizer: Any, rows: Sequence[Row], temperatures: Sequence[float], seed: int
+    policy: Policy, task: Task, tokenizer: Any, rows: Sequence[Row], number: int, temperature: float, seed: int
 ) -> list[list[list[int]]]:
-    """Completions of each row's prompt, one at each temperature (0: greedy), as token ids with their EOS."""
+    """`number` completions of each row's prompt as token ids with their EOS; temperature 0 is greedy decoding."""
     prompt_BP, prompt_mask_BP = pad([task.encode(row, tokenizer, task.max_prompt_tokens) for row in rows], "left")
     generator = torch.Generator().manual_seed(seed)
-    found: list[list[list[int]]] = [[] for _ in rows]
-    for temperature in temperatures:
-        policy.temperature = temperature or 1.0
-        uniform_BT = torch.rand(len(rows), task.max_new_tokens, generator=generator) if temperature else None
-        done = sampler.generate(
-            policy,
-            prompt_BP.to(policy.device),
-            prompt_mask_BP.to(policy.device),
-            torch.arange(len(rows), device=policy.device),
-            uniform_BT if uniform_BT is None else uniform_BT.to(policy.device),
-            max_new_tokens=task.max_new_tokens,
-            eos_id=tokenizer.eos_token_id,
-        )
-        for ids, token_T, mask_T in zip(found, done.token_BT, done.mask_BT, strict=True):
-            ids.append(token_T[mask_T].tolist())
-    return found
+    uniform_BT = torch.rand(len(rows) * number, task.max_new_tokens, generator=generator).to(policy.device)
+    trained_at, policy.temperature = policy.temperature, temperature or 1.0
+    done = sampler.generate(
+        policy,
+        prompt_BP.to(policy.device),
+        prompt_mask_BP.to(policy.device),
+        torch.arange(len(rows), device=policy.device).repeat_interleave(number),
+        uniform_BT if temperature else None,
+        max_new_tokens=task.max_new_tokens,
+        eos_id=tokenizer.eos_token_id,
+    )
+    policy.temperature = trained_at
+    ids = [token_T[mask_T].tolist() for token_T, mask_T in zip(done.token_BT, done.mask_BT, strict=True)]
+    return [ids[start : start + number] for start in range(0, len(ids), number)]
 
 
 class Comparer:
@@ -78,17 +76,16 @@ class Comparer:
         self.task, self.policy, self.tokenizer, self.config = task, policy, tokenizer, config
         self.judge = load_reward(task.judge, task=task, tokenizer=tokenizer)
 
-    def compare(self, rows: Sequence[Row], seed: int, temperatures: Sequence[float] | None = None) -> list[Comparison]:
-        """All pairs among the completions of each row. Equal texts are compared once."""
+    def compare(
+        self, rows: Sequence[Row], seed: int, samples: int, temperature: float, candidates: int
+    ) -> list[Comparison]:
+        """All pairs among so many samples and candidates of each row. Equal texts are compared once."""
         rng, draw = random.Random(seed), np.random.default_rng(seed)
-        if temperatures is None:
-            warm = [rng.uniform(0.6, 1.2) for _ in range(self.config.samples - 1)]
-            temperatures = [0.0, *warm][: self.config.samples]
-        sampled = sample_texts(self.policy, self.task, self.tokenizer, rows, temperatures, seed)
+        sampled = sample_texts(self.policy, self.task, self.tokenizer, rows, samples, temperature, seed)
         made = []
         for row, own in zip(rows, sampled, strict=True):
             prompt_ids = self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens)
-            texts = self.task.candidates(row, rng, self.config.candidates)
+            texts = self.task.candidates(row, rng, candidates)
             given = [self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id] for text in texts]
             ids = [list(key) for key in dict.fromkeys(tuple(i[: self.task.max_new_tokens]) for i in own + given)]
             distinct = len({tuple(i) for i in own})
@@ -112,11 +109,14 @@ class Comparer:
         return self.judge([row["prompt"] for row in spread], flat, **columns).tolist()
 
     def stream(self, split: str, count: int, seed: int, chunk: int = 64) -> Iterator[Comparison]:
-        """Comparisons of `count` rows of a split."""
+        """Comparisons of `count` rows of a split; each chunk of rows is sampled at a temperature of 0.5 to 1.2."""
         source = self.task.rows(split)
-        order = random.Random(seed).sample(range(len(source)), min(count, len(source)))
+        rng = random.Random(seed)
+        order = rng.sample(range(len(source)), min(count, len(source)))
         for start in range(0, len(order), chunk):
-            yield from self.compare([source[i] for i in order[start : start + chunk]], seed + start + 1)
+            rows = [source[i] for i in order[start : start + chunk]]
+            temperature = rng.uniform(0.5, 1.2)
+            yield from self.compare(rows, seed + start + 1, self.config.samples, temperature, self.config.candidates)
 
 
 def read_pairs(dataset: str, split: str, task: Task, tokenizer: Any) -> list[Comparison]:

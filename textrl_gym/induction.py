@@ -112,3 +112,11 @@ def descend(
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     optimizer.step()
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """The share of the peak learning rate at update `step` (from 0) of `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))

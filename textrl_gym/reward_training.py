@@ -26,11 +26,12 @@ from transformers import AutoModelForSequenceClassification
 
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import Comparer, Comparison, read_pairs
-from textrl_gym.induction import descend
+from textrl_gym.induction import cosine, descend
 from textrl_gym.packing import pack
 from textrl_gym.policy import Policy
+from textrl_gym.reading import learn_to_read
 from textrl_gym.rewards.reward_model import FILE
-from textrl_gym.sft import cosine, load_env_task, progress_bar
+from textrl_gym.sft import load_env_task, progress_bar
 
 CLEAR = 0.2  # a difference of the judge's scores from which on the reward model should agree with it
 
@@ -40,14 +41,21 @@ class RewardModelConfig:
     """Settings of reward-model training. One epoch: every prompt is seen once."""
 
     model: str | None = None
-    """The causal LM whose body and tokenizer are taken and whose samples are compared; None: the task's own."""
+    """The causal LM whose body and tokenizer are taken (Hub id, folder); None: the task's own."""
+    policy: str | None = None
+    """The causal LM whose samples are compared, of the same tokenizer; None: the task's own."""
     dataset: str | None = None
     """Pairs to learn (a Hub id, a local file or folder; columns prompt, chosen, rejected); None: simulated annotators
     compare samples of the model and texts of the task's `candidates`."""
-    prompts: int = 6000
+    reading_steps: int = 900
+    """Updates of replaced-token detection before the comparisons (see `textrl_gym.reading`), where simulated annotators
+    compare and the task has `falsified` texts to read."""
+    reading_batch_size: int = 12
+    """Prompts of such an update, four falsified texts each."""
+    prompts: int = 5000
     """Prompts to compare completions of; of a dataset, at most so many pairs."""
-    samples: int = 3
-    """Completions that the model samples for each prompt, one greedily, the others at temperatures of 0.6 to 1.2."""
+    samples: int = 2
+    """Completions that the model samples for each prompt, at a temperature between 0.5 and 1.2."""
     candidates: int = 6
     """Completions that the task makes for each prompt, from perfect to poor."""
     batch_size: int = 8
@@ -122,6 +130,26 @@ def batched(stream: Iterator[Comparison], size: int) -> Iterator[list[Comparison
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
+def read_first(model: Any, task: Any, tokenizer: Any, config: RewardModelConfig) -> float | None:
+    """The reading step, where the task has texts for it; its last loss in nats a token."""
+    if not config.reading_steps or not hasattr(task, "falsified"):
+        return None
+    with progress_bar() as bar:
+        row = bar.add_task("reading", total=config.reading_steps, note="")
+        return learn_to_read(
+            model,
+            task,
+            tokenizer,
+            task.rows("train"),
+            steps=config.reading_steps,
+            batch_size=config.reading_batch_size,
+            learning_rate=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            seed=config.seed,
+            report=lambda loss: bar.update(row, advance=1, note=f"loss {loss:.3f}"),
+        )
+
+
 def train_epoch(model: Any, stream: Iterator[Comparison], total: int, config: RewardModelConfig) -> float:
     """One epoch over the comparisons; the running mean of the loss at its end, in nats a pair."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -160,10 +188,10 @@ def agreement(raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison])
 
 def gold_agreement(
     raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison], samples_only: bool = False, gap: float = CLEAR
-) -> float:
+) -> float | None:
     """The share of pairs whose judge's scores differ by at least `gap` which the rewards put in the judge's order.
 
-    With samples_only, of pairs of the model's own samples. NaN where there is no such pair.
+    With samples_only, of pairs of the policy's samples. None where there is no such pair.
     """
     right = []
     for row, c in enumerate(comparisons):
@@ -171,7 +199,7 @@ def gold_agreement(
         for a, b in itertools.combinations(places, 2):
             if abs(c.gold[a] - c.gold[b]) >= gap:
                 right.append((raw[row][a] > raw[row][b]) == (c.gold[a] > c.gold[b]))
-    return sum(right) / len(right) if right else math.nan
+    return sum(right) / len(right) if right else None
 
 
 def normalisation(reference_N: Sequence[float], sample_N: Sequence[float]) -> dict[str, float]:
@@ -193,12 +221,14 @@ def references(task: Any, tokenizer: Any, rows: Sequence[Any]) -> list[Compariso
     return found
 
 
-def measure(model: Any, comparer: Comparer, config: RewardModelConfig) -> tuple[dict[str, float], dict[str, float]]:
+def measure(
+    model: Any, comparer: Comparer, config: RewardModelConfig
+) -> tuple[dict[str, float], dict[str, float | None]]:
     """The normalisation and the agreements on held-out prompts, for simulated annotators."""
     mixed = list(comparer.stream("validation", config.eval_prompts, config.seed))
     source = comparer.task.rows("validation")
     rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
-    at_one = comparer.compare(rows, config.seed, temperatures=[1.0] * 4)
+    at_one = comparer.compare(rows, config.seed, samples=4, temperature=1.0, candidates=0)
     raw, own = score_all(model, mixed), score_all(model, at_one)
     reference = [row[0] for row in score_all(model, references(comparer.task, comparer.tokenizer, rows))]
     samples = [value for values, c in zip(own, at_one, strict=True) for value in values[: c.sampled]]
@@ -227,14 +257,14 @@ def train_reward_model(env_id: str, config: RewardModelConfig, out: Path) -> dic
         ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
     """
     task = load_env_task(env_id)
-    start = config.model or task.model
-    tokenizer = task.load_tokenizer(start)
-    language_model = task.load_model(start)
-    model = new_reward_model(language_model, config.seed)
+    tokenizer = task.load_tokenizer(config.model)
+    model = new_reward_model(task.load_model(config.model), config.seed)
     if config.dataset is None:
-        comparer = Comparer(task, Policy(language_model), tokenizer, config)
+        comparer = Comparer(task, Policy(task.load_model(config.policy)), tokenizer, config)
+        reading = read_first(model, task, tokenizer, config)
         loss = train_epoch(model, comparer.stream("train", config.prompts, config.seed + 1), config.prompts, config)
         norm, measured = measure(model, comparer, config)
+        measured["reading_loss"] = reading
     else:
         pairs, heldout = (read_pairs(config.dataset, split, task, tokenizer) for split in ("train", "validation"))
         random.Random(config.seed).shuffle(pairs)

@@ -40,7 +40,7 @@ class SFTConfig:
     """Rows to learn: a Hub id, a local file or folder; None: the task's embedded ones."""
     steps: int = 1500
     """Updates of supervised training."""
-    batch_size: int = 32
+    batch_size: int = 12
     """Rows of an update."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth."""
@@ -56,7 +56,7 @@ class SFTConfig:
     """The curriculum ends early when the copying loss of its longest runs is below this, in nats a token."""
     copy_run: int = 64
     """Longest random run of tokens to copy."""
-    copy_batch_size: int = 32
+    copy_batch_size: int = 12
     """Sequences of an update of the curriculum."""
     vocab_size: int = 2048
     """Tokens of a new tokenizer."""
@@ -164,14 +164,6 @@ def new_model(config: SFTConfig, tokenizer: Any, places: int) -> LlamaForCausalL
     return model
 
 
-def cosine(step: int, steps: int, warmup: int) -> float:
-    """The share of the peak learning rate at update `step` (from 0) of `steps`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
-
-
 @torch.no_grad()
 def heldout_loss(model: Any, task: Task, tokenizer: Any, source: PromptSource, rows: int) -> float:
     """Nats a completion token over the first `rows` rows."""
@@ -260,7 +252,7 @@ def sft(env_id: str, config: SFTConfig, out: Path) -> dict[str, Any]:
         smooth = math.nan
         for step, batch in zip(range(config.steps), stream, strict=False):
             loss = sft_loss(model, batch)
-            rate = config.learning_rate * cosine(step, config.steps, config.warmup_steps)
+            rate = config.learning_rate * induction.cosine(step, config.steps, config.warmup_steps)
             induction.descend(model, optimizer, loss, rate, config.max_grad_norm)
             smooth = loss.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss.item()
             bar.update(row, advance=1, note=f"loss {smooth:.3f}")
