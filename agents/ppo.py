@@ -41,20 +41,23 @@ from textrl_gym.env import TextVectorEnv
 class PPOConfig(AgentConfig):
     """Settings of PPO."""
 
+    group_size: int = 4
+    """Completions of each prompt. PPO needs no groups; they share the cost of their prompt. 1 is the classic."""
     epochs: int = 2
     """Passes over each rollout."""
     minibatches: int = 2
     """Optimizer steps in each pass."""
     gamma: float = 1.0
     """Discount of a token step."""
-    gae_lambda: float = 0.95
-    """Bias against variance in the advantage; 1 is return minus value."""
+    gae_lambda: float = 1.0
+    """Bias against variance in the advantage. 1 is return minus value; with one score at the end and a critic that
+    starts at 0, a smaller one hides the score from early tokens (0.95^30 = 0.2)."""
     clip_range: float = 0.2
     """The policy's ratio is clipped to 1 +- this."""
     clip_range_value: float | None = 0.2
     """The value's move from the rollout's value is clipped to +- this; None: not clipped."""
-    vf_coef: float = 0.1
-    """Weight of the value loss."""
+    vf_coef: float = 0.5
+    """Weight of the value loss (0.1 in lm-human-preferences, whose critic starts from the reward model)."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True

@@ -119,7 +119,7 @@ def gradient(agent: Agent) -> Tensor:
 
 
 def test_first_minibatch_of_ppo_is_reinforce_with_the_same_advantages(tmp_path: Path) -> None:
-    agent = PPO("CopyText-v0", epochs=1, minibatches=1, vf_coef=0.0, max_grad_norm=1e9, out=tmp_path)
+    agent = PPO("CopyText-v0", epochs=1, minibatches=1, vf_coef=0.0, gae_lambda=0.95, max_grad_norm=1e9, out=tmp_path)
     rollout = agent.collect()
     agent.update(rollout)
     ours = torch.cat([p.grad.flatten() for p in agent.policy.model.parameters()])
