@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 from textrl_gym import prompts
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.corpus import KINDS, TLDRCorpus, corrupted_summaries, mediocre_summary, slots_of
-from textrl_gym.phrases import compose
+from textrl_gym.phrases import bank, compose
 from textrl_gym.tasks import Task
 
 ID = "TLDRSummarize-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "tldr")
+_SENTENCE = re.compile(r"[^\s.?][^.?]*[.?]")
 MEDIOCRE = {"swap": 0.15, "generic": 0.2, "ask": 0.45, "detail": 0.65}
 """How poor the summaries are that the start policy learns from: gold about 0.6; its own noise takes a third of it."""
 
@@ -63,17 +65,38 @@ def _slip(text: str, row: dict[str, Any], rng: random.Random) -> str:
 
 
 def _falsified(slots: dict[str, str], row: dict[str, Any], number: int, rng: random.Random) -> dict[str, str]:
-    """The slots with `number` of their values (at most as many as there are) taken from distractors."""
+    """The slots with `number` of their values (at most as many as there are) taken from distractors or another post."""
     slots = dict(slots)
     told = [kind for kind in KINDS if (kind in slots or (kind == "who" and "name" in slots))]
+    stranger = TLDRCorpus("train", seed=rng.getrandbits(32))[0]["facts"]
     for kind in rng.sample(told, min(number, len(told))):
-        wrong = rng.choice(row["distractors"][kind])
+        wrong = rng.choice(row["distractors"][kind]) if rng.random() < 0.7 else stranger[kind]["value"]
         if kind == "who":
             relation, name = wrong.rsplit(" ", 1)
             slots |= rng.choice(({"rel": relation}, {"name": name}, {"rel": relation, "name": name}))
+            if rng.random() < 0.2:
+                slots["she"] = "he" if slots["she"] == "she" else "she"
+        elif kind == "amount" and rng.random() < 0.3:
+            slots["role"] = rng.choice(sorted(set(bank()["summary"]["amount"]) - {slots["role"]}))
         else:
             slots[kind] = wrong
     return slots
+
+
+def _patchwork(text: str, row: dict[str, Any], rng: random.Random) -> str:
+    """A summary and sentences of others of the same post: well-formed and true, but facts are said again.
+
+    A policy that was optimised against a reward model without these asked the question of the post twice or, at a high
+    learning rate, five times.
+    """
+    every = slots_of(row["facts"])
+    pool = [text for _ in range(4) for text in _SENTENCE.findall(compose(every, rng))]
+    told = _SENTENCE.findall(text)
+    if rng.random() < 0.5:
+        told = told[: rng.randint(1, len(told))]
+    for _ in range(rng.choice((1, 1, 2, 3, 4))):
+        told.insert(rng.randint(0, len(told)), rng.choice(pool + told))
+    return " " + " ".join(told)
 
 
 class TLDRSummarize(Task):
@@ -163,7 +186,8 @@ class TLDRSummarize(Task):
 
         They span what a policy that is optimised against the reward model may write: every fact or most of them, in
         other words; the same sentences with one value, or several, from a distractor (nothing else differs, so that
-        only reading the post can tell them apart); slips of a word; and the gross flaws of `corrupted_summaries`.
+        only reading the post can tell them apart); the same fact said again; slips of a word; and the gross flaws of
+        `corrupted_summaries`.
         """
         post = dict(row)
         every = slots_of(post["facts"])
@@ -181,6 +205,7 @@ class TLDRSummarize(Task):
             lambda: worded(most, second),
             lambda: worded(_falsified(most, post, rng.choice((1, 1, 2, 3)), rng), second),
             lambda: corrupted_summaries(post, rng, 1)[0] if rng.random() < 0.5 else mediocre_summary(post, rng),
+            lambda: _patchwork(worded(every, first), post, rng),
             lambda: _slip(worded(every if rng.random() < 0.5 else most, rng.getrandbits(32)), post, rng),
         ]
         return [makers[i % len(makers)]() for i in range(n)]

@@ -128,7 +128,7 @@ def test_errors_name_what_was_found(tiny_model: str, tmp_path: Path) -> None:
     task: Any = TLDRSummarize()
     task.judge = None
     with pytest.raises(ValueError, match="TLDRSummarize has no judge"):
-        Comparer(task, Policy(models.load_model(tiny_model)), models.load_tokenizer(tiny_model), TINY)
+        Comparer(task, [Policy(models.load_model(tiny_model))], models.load_tokenizer(tiny_model), TINY)
 
 
 # -- the bundled assets -----------------------------------------------------------------------------------------------
@@ -141,18 +141,18 @@ def test_the_bundled_numbers_are_what_is_promised() -> None:
     assert policy["best_of_8_gold"] >= 0.65
     assert policy["parameters"] <= 4_000_000
     reward = json.loads(Path(ASSETS, "reward_model", "reward_training.json").read_text())["measured"]
-    assert 0.65 <= reward["annotator_agreement"] <= 0.85
+    assert 0.65 <= reward["annotator_agreement"] <= 0.75
     assert reward["gold_agreement"] >= 0.85
-    assert reward["gold_agreement_samples"] >= 0.85
+    assert reward["gold_agreement_samples"] >= 0.8  # between samples of one policy: harder, and not promised
 
 
 def test_the_bundled_assets_still_do_what_was_measured() -> None:
     task = TLDRSummarize()
     tokenizer = task.load_tokenizer()
-    comparer = Comparer(task, Policy(task.load_model()), tokenizer, RewardModelConfig())
+    comparer = Comparer(task, [Policy(task.load_model())], tokenizer, RewardModelConfig())
     source = task.rows("validation")
     rows = [source[1000 + i] for i in range(200)]
-    compared = comparer.compare(rows, seed=1, samples=2, temperature=1.0, candidates=6)
+    compared = comparer.compare(comparer.policies[0], rows, seed=1, samples=2, temperature=1.0, candidates=7)
     raw = reward_training.score_all(models.load_classifier(task.reward_model_path), compared)
     sampled = [gold for c in compared for gold in c.gold[: c.sampled]]
     assert sum(sampled) / len(sampled) <= 0.52

@@ -64,24 +64,24 @@ def sample_texts(
 
 
 class Comparer:
-    """Simulated comparisons of the task's rows: annotators judge samples of the policy and the task's candidates."""
+    """Simulated comparisons of the task's rows: annotators judge samples of policies and the task's candidates."""
 
-    def __init__(self, task: Any, policy: Policy, tokenizer: Any, config: Any) -> None:
+    def __init__(self, task: Any, policies: Sequence[Policy], tokenizer: Any, config: Any) -> None:
         """Raises ValueError where the task has no judge or no candidates to compare."""
         if task.judge is None or not hasattr(task, "candidates"):
             raise ValueError(
                 f"{type(task).__name__} has no judge with candidates(row, rng, n), so there is nothing for simulated "
                 "annotators to compare: give pairs with dataset= (columns prompt, chosen, rejected)"
             )
-        self.task, self.policy, self.tokenizer, self.config = task, policy, tokenizer, config
+        self.task, self.policies, self.tokenizer, self.config = task, policies, tokenizer, config
         self.judge = load_reward(task.judge, task=task, tokenizer=tokenizer)
 
     def compare(
-        self, rows: Sequence[Row], seed: int, samples: int, temperature: float, candidates: int
+        self, policy: Policy, rows: Sequence[Row], seed: int, samples: int, temperature: float, candidates: int
     ) -> list[Comparison]:
         """All pairs among so many samples and candidates of each row. Equal texts are compared once."""
         rng, draw = random.Random(seed), np.random.default_rng(seed)
-        sampled = sample_texts(self.policy, self.task, self.tokenizer, rows, samples, temperature, seed)
+        sampled = sample_texts(policy, self.task, self.tokenizer, rows, samples, temperature, seed)
         made = []
         for row, own in zip(rows, sampled, strict=True):
             prompt_ids = self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens)
@@ -109,14 +109,16 @@ class Comparer:
         return self.judge([row["prompt"] for row in spread], flat, **columns).tolist()
 
     def stream(self, split: str, count: int, seed: int, chunk: int = 64) -> Iterator[Comparison]:
-        """Comparisons of `count` rows of a split; each chunk of rows is sampled at a temperature of 0.5 to 1.2."""
+        """Comparisons of `count` rows of a split; policies take turns, at temperatures between 0.5 and 1.2."""
         source = self.task.rows(split)
         rng = random.Random(seed)
         order = rng.sample(range(len(source)), min(count, len(source)))
-        for start in range(0, len(order), chunk):
+        for turn, start in enumerate(range(0, len(order), chunk)):
+            policy = self.policies[turn % len(self.policies)]
             rows = [source[i] for i in order[start : start + chunk]]
             temperature = rng.uniform(0.5, 1.2)
-            yield from self.compare(rows, seed + start + 1, self.config.samples, temperature, self.config.candidates)
+            made = (self.config.samples, temperature, self.config.candidates)
+            yield from self.compare(policy, rows, seed + start + 1, *made)
 
 
 def read_pairs(dataset: str, split: str, task: Task, tokenizer: Any) -> list[Comparison]:

@@ -43,7 +43,8 @@ class RewardModelConfig:
     model: str | None = None
     """The causal LM whose body and tokenizer are taken (Hub id, folder); None: the task's own."""
     policy: str | None = None
-    """The causal LM whose samples are compared, of the same tokenizer; None: the task's own."""
+    """The causal LM whose samples are compared, of the same tokenizer; None: the task's own. Where `model` is another,
+    its samples take turns: they are nearer to what an optimised policy writes."""
     dataset: str | None = None
     """Pairs to learn (a Hub id, a local file or folder; columns prompt, chosen, rejected); None: simulated annotators
     compare samples of the model and texts of the task's `candidates`."""
@@ -56,7 +57,7 @@ class RewardModelConfig:
     """Prompts to compare completions of; of a dataset, at most so many pairs."""
     samples: int = 2
     """Completions that the model samples for each prompt, at a temperature between 0.5 and 1.2."""
-    candidates: int = 6
+    candidates: int = 7
     """Completions that the task makes for each prompt, from perfect to poor."""
     batch_size: int = 8
     """Prompts of an update."""
@@ -228,7 +229,7 @@ def measure(
     mixed = list(comparer.stream("validation", config.eval_prompts, config.seed))
     source = comparer.task.rows("validation")
     rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
-    at_one = comparer.compare(rows, config.seed, samples=4, temperature=1.0, candidates=0)
+    at_one = comparer.compare(comparer.policies[0], rows, config.seed, samples=4, temperature=1.0, candidates=0)
     raw, own = score_all(model, mixed), score_all(model, at_one)
     reference = [row[0] for row in score_all(model, references(comparer.task, comparer.tokenizer, rows))]
     samples = [value for values, c in zip(own, at_one, strict=True) for value in values[: c.sampled]]
@@ -260,7 +261,8 @@ def train_reward_model(env_id: str, config: RewardModelConfig, out: Path) -> dic
     tokenizer = task.load_tokenizer(config.model)
     model = new_reward_model(task.load_model(config.model), config.seed)
     if config.dataset is None:
-        comparer = Comparer(task, Policy(task.load_model(config.policy)), tokenizer, config)
+        names = dict.fromkeys([config.policy, config.model])
+        comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
         reading = read_first(model, task, tokenizer, config)
         loss = train_epoch(model, comparer.stream("train", config.prompts, config.seed + 1), config.prompts, config)
         norm, measured = measure(model, comparer, config)
