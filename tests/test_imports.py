@@ -14,7 +14,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases", "annotators", "render"}
     ),
     frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
-    frozenset({"vector", "env", "policy", "sampler", "induction", "sft", "comparisons", "reward_training"}),
+    frozenset({"vector", "env", "policy", "sampler", "induction", "sft", "comparisons", "reading", "reward_training"}),
     frozenset({"rollout", "health"}),
     frozenset({"evaluation"}),
     frozenset({"train"}),
