@@ -156,7 +156,7 @@ class TLDRSummarize(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     judge = "tldr_gold"
-    kl_coef = 0.05
+    kl_coef = 0.1
     keep_suffix = "\n\nTL;DR:"
 
     def rows(self, split: str, dataset: str | None = None) -> PromptSource:

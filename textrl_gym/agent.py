@@ -52,7 +52,7 @@ class AgentConfig:
     temperature: float = 1.0
     """Divides every logit, in sampling, KL and update alike."""
     kl_coef: float | None = None
-    """Coefficient of the KL to the reference; None: the task's own (0.05 on TLDRSummarize-v0)."""
+    """Coefficient of the KL to the reference; None: the task's own (0.1 on TLDRSummarize-v0)."""
     kl_estimator: str = "k1"
     """Estimator of the KL in the reward: k1, k2, k3 or full."""
     kl_target: float | None = None
