@@ -1,4 +1,4 @@
-"""The words of the project: stop reasons, prompts, rewards, agents and the one record that flows between them.
+"""The words of the project: stop reasons, prompts, rewards and the one record that flows between them.
 
 Shape legend, used as the suffix of tensor names everywhere:
     B rows (episodes)      P prompt places       V vocabulary
@@ -129,16 +129,3 @@ class Rollout:
                 value = value[:, :longest]
             cut[field.name] = value
         return Rollout(**cut)
-
-
-class AgentLike(Protocol):
-    """What the training loop, evaluation and comparison know of an agent. `agents.Agent` is the base that has it."""
-
-    policy: Any
-    env: Any
-    num_timesteps: int
-    logger: Any
-
-    def update(self, rollout: Rollout) -> dict[str, float]: ...
-
-    def save(self, path: str) -> None: ...

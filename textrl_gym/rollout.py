@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textrl_gym import kl, sampler
+from textrl_gym import functional, kl, sampler
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 from textrl_gym.mdp import initial_state, shape_reward
@@ -188,7 +188,7 @@ def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, est
 def _reward(rollout: Rollout, kl_coef: float, missing_eos_penalty: float) -> Tensor:
     """shape_reward of every step: the score on the last action. [B, T]."""
     columns = []
-    last_B = rollout.mask_BT.sum(1) - 1
+    last_B = functional.last_places(rollout.mask_BT)
     for t in range(rollout.mask_BT.shape[1]):
         stop_B = torch.where(last_B == t, rollout.stop_B, StopReason.RUNNING.value)
         columns.append(shape_reward(rollout.score_B, stop_B, rollout.kl_BT[:, t], kl_coef, missing_eos_penalty))

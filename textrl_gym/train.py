@@ -1,4 +1,4 @@
-"""The training loop: collect -> update -> log -> evaluate -> save. It knows an agent only by core.AgentLike."""
+"""The training loop: collect -> update -> log -> evaluate -> save. It imports no agent."""
 
 from __future__ import annotations
 
