@@ -99,6 +99,17 @@ def _patchwork(text: str, row: dict[str, Any], rng: random.Random) -> str:
     return " " + " ".join(told)
 
 
+def _told_again(text: str, slots: dict[str, str], rng: random.Random) -> str:
+    """The summary of these slots with one of its sentences told twice or, at the end, told again in other words."""
+    told = _SENTENCE.findall(text)
+    if rng.random() < 0.5:
+        at = rng.randrange(len(told))
+        told.insert(rng.randint(at + 1, len(told)), told[at])
+    else:
+        told.append(rng.choice(_SENTENCE.findall(compose(slots, rng))))
+    return " " + " ".join(told)
+
+
 class TLDRSummarize(Task):
     """Sum up a forum post after "TL;DR:", as in "Learning to summarize from human feedback" (Stiennon et al. 2020).
 
@@ -168,7 +179,7 @@ class TLDRSummarize(Task):
         return MediocreRows(TLDRCorpus(split))
 
     def falsified(self, row: Row, rng: random.Random, n: int) -> list[tuple[str, str]]:
-        """`n` pairs of a true summary and the same with 1 to 4 values from distractors, for a reward model to read."""
+        """`n` pairs of a true summary and the same with false values or with facts told again, for a reward model."""
         post = dict(row)
         pairs = []
         for _ in range(n):
@@ -176,9 +187,9 @@ class TLDRSummarize(Task):
             for slot in rng.sample(("when", "where", "amount", "feeling", "ask"), rng.randint(0, 3)):
                 del slots[slot]
             wording = rng.getrandbits(32)
-            texts = (slots, _falsified(slots, post, rng.randint(1, 4), rng))
-            true, false = (" " + compose(some, random.Random(wording)) for some in texts)
-            pairs.append((true, false))
+            wrong = _falsified(slots, post, rng.choice((0, 0, 1, 1, 2, 3, 4)), rng)
+            true, false = (" " + compose(some, random.Random(wording)) for some in (slots, wrong))
+            pairs.append((true, _told_again(false, slots, rng) if rng.random() < 0.3 else false))
         return pairs
 
     def candidates(self, row: Row, rng: random.Random, n: int) -> list[str]:

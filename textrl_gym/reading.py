@@ -1,9 +1,10 @@
 """Reading before judging: a reward model's body first learns which tokens of a text are not what its prompt says.
 
-Replaced-token detection (Clark et al. 2020, "ELECTRA", arXiv:2003.10555), the task's own falsified texts being the
-generator: after every token the scalar head says whether it is the true one. Labels are dense and certain where
-preferences are one noisy bit a pair: without this step 5,000 prompts of comparisons taught a body of a million
-parameters to count facts and to see bad grammar, but not to check a value (53% right on pairs that differ in one).
+Replaced-token detection (Clark et al. 2020, "ELECTRA", arXiv:2003.10555): after every token the scalar head says
+whether it is the true one. False tokens come from the task's own falsified texts and, in half of them, from slips of
+the pen such as a language model makes that is sampled from. Labels are dense and certain where preferences are one
+noisy bit a pair: without this step 5,000 prompts of comparisons taught a body of a million parameters to count facts
+and to see bad grammar, but not to check a value (53% right on pairs that differ in one).
 
 Shape legend: B prompts, K texts a prompt, T places a text, N tokens of texts.
 """
@@ -46,14 +47,27 @@ def true_tokens(original_ids: Sequence[int], false_ids: Sequence[int]) -> list[b
     return true
 
 
+def slip(ids: Sequence[int], prompt_ids: Sequence[int], vocab_size: int, rng: random.Random) -> list[int]:
+    """The tokens with 1 to 3 replaced or put in: from the prompt, the text itself or anywhere in the vocabulary."""
+    slipped = list(ids)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(slipped))
+        wrong = rng.choice((rng.choice(prompt_ids), rng.choice(slipped), rng.randrange(vocab_size)))
+        slipped[at : at + rng.randint(0, 1)] = [wrong]
+    return slipped
+
+
 def falsify(task: Any, tokenizer: Any, row: Row, rng: random.Random) -> Reading:
-    """Some texts of a row with false values. Texts that share less than half with their original are left out."""
-    reading = Reading(task.encode(row, tokenizer, task.max_prompt_tokens), [], [])
+    """Some texts of a row with false tokens. Texts that share less than half with their original are left out."""
+    prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
+    reading = Reading(prompt_ids, [], [])
     for original, false in task.falsified(row, rng, TEXTS):
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (original, false)]
-        true = true_tokens(*ids)[: task.max_new_tokens]
+        true_ids, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (original, false))
+        if ids and rng.random() < 0.5:
+            ids = slip(ids, prompt_ids, len(tokenizer), rng)
+        true = true_tokens(true_ids, ids)[: task.max_new_tokens]
         if sum(true) > 0.5 * len(true):
-            reading.text_ids.append(ids[1][: task.max_new_tokens])
+            reading.text_ids.append(ids[: task.max_new_tokens])
             reading.true.append(true)
     return reading
 

@@ -1,0 +1,87 @@
+"""Reading: which tokens of falsified texts are labelled false, and the loss by hand."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from textrl_gym import models, reading, reward_training
+from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
+from textrl_gym.rewards.tldr_gold import explain
+
+
+@pytest.mark.parametrize(
+    ("original", "false", "expected"),
+    [
+        ([1, 2, 3], [1, 2, 3], [True, True, True]),
+        ([1, 2, 3], [1, 9, 3], [True, False, True]),  # replaced
+        ([1, 2, 3], [1, 2, 9, 3], [True, True, False, True]),  # put in
+        ([1, 2, 3], [1, 3], [True, True]),  # what is left out labels nothing
+        ([1, 2, 3], [], []),
+    ],
+)
+def test_true_tokens_by_hand(original: list[int], false: list[int], expected: list[bool]) -> None:
+    assert reading.true_tokens(original, false) == expected
+
+
+def test_slips_change_one_to_three_tokens_and_leave_the_rest() -> None:
+    rng, ids, prompt = random.Random(0), list(range(100, 120)), [7, 8]
+    changed = []
+    for _ in range(200):
+        slipped = reading.slip(ids, prompt, 2048, rng)
+        assert len(ids) <= len(slipped) <= len(ids) + 3
+        changed.append(reading.true_tokens(ids, slipped).count(False))
+    # A slip may put back the very token, or spoil an earlier slip, so 0 of three may show; more never do.
+    assert 0 <= min(changed) and max(changed) == 3
+    assert sum(changed) > 200
+
+
+@pytest.fixture(scope="module")
+def task() -> TLDRSummarize:
+    return TLDRSummarize()
+
+
+def test_the_labels_are_those_of_the_facts(task: TLDRSummarize) -> None:
+    """Falsified summaries are worse than their originals by the judge, unless the draw left them as they were."""
+    rng, source = random.Random(0), task.rows("train")
+    same = worse = 0
+    for i in range(60):
+        row = dict(source[i])
+        for true, false in task.falsified(row, rng, 4):
+            before, after = explain(row, true)["gold"], explain(row, false)["gold"]
+            same += true == false
+            worse += after < before
+            assert after <= before + 1e-9, (true, false)
+    assert worse > 0.7 * 240
+    assert same < 0.25 * 240
+
+
+def test_falsify_keeps_texts_that_are_mostly_true_within_the_budget(task: TLDRSummarize) -> None:
+    tokenizer, rng = task.load_tokenizer(), random.Random(0)
+    false = total = 0
+    for i in range(20):
+        read = reading.falsify(task, tokenizer, task.rows("train")[i], rng)
+        for ids, true in zip(read.text_ids, read.true, strict=True):
+            assert 0 < len(ids) == len(true) <= task.max_new_tokens
+            assert sum(true) > 0.5 * len(true)
+            false, total = false + true.count(False), total + len(true)
+    assert 0.05 < false / total < 0.4
+
+
+def test_reading_loss_by_hand() -> None:
+    model = reward_training.new_reward_model(models.load_model(f"{ASSETS}/policy"), seed=0)
+    batch = [
+        reading.Reading([5, 6, 7], [[8, 9], [10]], [[True, False], [True]]),
+        reading.Reading([3], [[4, 5, 6]], [[False, True, True]]),
+    ]
+    losses: list[float] = []
+    for one in batch:
+        for ids, true in zip(one.text_ids, one.true, strict=True):
+            hidden: Any = model.base_model(input_ids=torch.tensor([one.prompt_ids + ids]))[0][0]
+            scores = model.score(hidden)[len(one.prompt_ids) :, 0].tolist()
+            # -log sigmoid(s) for a true token, -log(1 - sigmoid(s)) = -log sigmoid(-s) for a false one
+            losses += [math.log1p(math.exp(-s if t else s)) for s, t in zip(scores, true, strict=True)]
+    found = reading.reading_loss(model, batch).item()
+    assert found == pytest.approx(sum(losses) / len(losses), abs=1e-5)
