@@ -11,7 +11,7 @@ import pytest
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "plugins"}),
     frozenset(
-        {"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases", "annotators", "render"}
+        {"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases", "annotators", "render", "prefix", "trunk"}
     ),
     frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
     frozenset({"vector", "env", "policy", "sampler", "induction", "sft", "comparisons", "reading", "reward_training"}),
