@@ -23,14 +23,13 @@ from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.trunk import Decoder, Trunk
 
-
 CHUNK_NUMBERS = 2**22
 """Logits that are held at a time, as numbers: 16 MiB of float32."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """What one teacher-forced pass says of a rollout's actions; float32 [B, T], 0 outside the mask."""
+    """What one teacher-forced pass says of a rollout's actions; [B, T], at least float32, 0 outside the mask."""
 
     logp_BT: Tensor
     """log pi of the action."""
@@ -119,8 +118,8 @@ class Policy(nn.Module):
         return self.trunk.hidden(*_inputs(rollout))
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits divided by the temperature, float32 [N, V]."""
-        return self.trunk.logits(hidden_ND)[:, : self.vocab_size].float() / self.temperature
+        """Logits divided by the temperature, [N, V], in at least float32."""
+        return functional.at_least_float32(self.trunk.logits(hidden_ND)[:, : self.vocab_size]) / self.temperature
 
     def response(self, rollout: Rollout, entropy: bool = False) -> Response:
         """One teacher-forced pass over prompts and completions; gradients flow through both.
@@ -158,7 +157,7 @@ class Policy(nn.Module):
             return hidden_BTD.new_zeros(hidden_BTD.shape[:2], dtype=torch.float32)
         if self.value_trunk is not None:
             hidden_BTD = self.value_trunk.hidden(*_inputs(rollout))
-        return self.value_head(hidden_BTD.float()).squeeze(-1)
+        return self.value_head(hidden_BTD.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """log pi of the rollout's actions, differentiable. float32 [B, T], 0 outside the mask."""

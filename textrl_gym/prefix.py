@@ -48,7 +48,8 @@ class Prefix:
     @staticmethod
     def of(cache: DynamicCache, mask_UP: Tensor, source_B: Tensor) -> Prefix:
         """The prompts in a cache."""
-        keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        layers: Any = cache.layers
+        keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         return Prefix(keys, values, mask_UP, source_B, *_slots(source_B, len(mask_UP)))
 
     @property

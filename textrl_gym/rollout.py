@@ -165,11 +165,11 @@ def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, est
         width = part.token_BT.shape[1]
         if not exact:
             own = policy.response(part)
-            logp_BT[rows, :width], value_BT[rows, :width] = own.logp_BT, own.value_BT
+            logp_BT[rows, :width], value_BT[rows, :width] = own.logp_BT.float(), own.value_BT.float()
         elif policy.value_head is not None:
-            value_BT[rows, :width] = policy.values(part)
+            value_BT[rows, :width] = policy.values(part).float()
         if reference is not None:
-            ref_logp_BT[rows, :width] = reference.logprobs(part)
+            ref_logp_BT[rows, :width] = reference.logprobs(part).float()
             if full:
                 kl_BT[rows, :width] = _full_kl(part, policy, reference)
         elif not exact:
@@ -189,7 +189,7 @@ def _full_kl(rollout: Rollout, policy: Policy, reference: Policy) -> Tensor:
         kl.estimate("full", policy.logits(own_nD).log_softmax(-1), reference.logits(ref_nD).log_softmax(-1))
         for own_nD, ref_nD in chunks
     ]
-    return torch.zeros_like(rollout.kl_BT).masked_scatter(mask_BT, torch.cat(found))
+    return torch.zeros_like(rollout.kl_BT).masked_scatter(mask_BT, torch.cat(found).float())
 
 
 def _reward(rollout: Rollout, kl_coef: float, missing_eos_penalty: float) -> Tensor:

@@ -17,6 +17,9 @@ from textrl_gym.policy import Policy
 
 POLL_EVERY = 8  # on a GPU, tokens between two questions "has every row ended?": each one waits for the device
 
+LEAVERS = 0.1
+"""Finished rows leave when they are at least this share of the batch: to leave, the others' caches are copied."""
+
 
 @dataclass(frozen=True)
 class Completions:
@@ -71,7 +74,7 @@ def generate(
         token_b = logp_bV.argmax(-1) if uniform_BT is None else functional.inverse_cdf(logp_bV, uniform_BT[row_b, t])
         alive_b = stop_B[row_b] == StopReason.RUNNING
         token_BT[row_b, t] = torch.where(alive_b, token_b, 0)
-        logp_BT[row_b, t] = torch.where(alive_b, logp_bV.gather(1, token_b[:, None]).squeeze(1), 0.0)
+        logp_BT[row_b, t] = torch.where(alive_b, logp_bV.gather(1, token_b[:, None]).squeeze(1).float(), 0.0)
 
         # 3. Who ended with this token?
         reason_b = torch.where(token_b == eos_id, StopReason.EOS.value, StopReason.RUNNING.value)
@@ -89,7 +92,7 @@ def generate(
             keep_k = (stop_B[row_b] == StopReason.RUNNING).nonzero().squeeze(1)
             if len(keep_k) == 0:
                 break
-            if len(keep_k) < len(row_b):
+            if len(keep_k) <= (1 - LEAVERS) * len(row_b):
                 decoder.keep(keep_k)
                 row_b, token_b = row_b[keep_k], token_b[keep_k]
 

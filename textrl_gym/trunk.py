@@ -70,6 +70,10 @@ class Trunk:
         self.body: Any = model.base_model
         self._configs = configs(model)
 
+    def _some_tokens(self) -> Tensor:
+        """Four tokens to try the model on: the smallest models here have places and tokens for no more."""
+        return torch.arange(4, device=self.device) % self.model.config.get_text_config().vocab_size
+
     @cached_property
     def shares_prompts(self) -> bool:
         """Whether the model's attention goes on from shared prompts; if not, it is said once, with the reason."""
@@ -83,18 +87,16 @@ class Trunk:
         return not obstacle
 
     def _obstacle(self) -> str:
-        """Why prompts cannot be shared; "" if they can. The last word has a comparison on five made-up tokens."""
+        """Why prompts cannot be shared; "" if they can. The last word has a comparison on made-up tokens."""
         if not getattr(self.model, "_supports_attention_backend", False):
             return "its attention cannot be replaced"
         kinds = {kind for config in self._configs for kind in getattr(config, "layer_types", None) or ()}
         if kinds - LAYERS:
             return f"it has layers of the kind {', '.join(sorted(kinds - LAYERS))}"
-        device = self.device
-        vocab = self.model.config.get_text_config().vocab_size
-        tokens = torch.arange(1, 9, device=device) % vocab
-        prompt_BP = torch.stack([tokens[[0, 0, 1]], tokens[2:5], tokens[2:5]])
-        mask_BP = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 1]], dtype=torch.bool, device=device)
-        action_BT = torch.stack([tokens[5:7], tokens[5:7], tokens[4:6]])
+        a, b, c, d = self._some_tokens()
+        prompt_BP = torch.stack([torch.stack([a, b]), torch.stack([a, c]), torch.stack([a, c])])
+        mask_BP = torch.tensor([[False, True], [True, True], [True, True]], device=self.device)
+        action_BT = torch.stack([torch.stack([c, d]), torch.stack([c, d]), torch.stack([d, b])])
         action_mask_BT = torch.ones_like(action_BT, dtype=torch.bool)
         with torch.no_grad(), self._precision():
             plain = self._whole(prompt_BP, mask_BP, action_BT, action_mask_BT)
@@ -172,7 +174,7 @@ class Trunk:
         Raises:
             ValueError: neither does: the logits are no function of the last hidden state.
         """
-        ids_1L = torch.arange(1, 5, device=self.device)[None]
+        ids_1L = self._some_tokens()[None]
         with torch.no_grad():
             hidden_LD = self.body(input_ids=ids_1L, use_cache=False)[0][0]
             logits_LV = self.model(input_ids=ids_1L, use_cache=False).logits[0]
