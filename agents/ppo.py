@@ -147,16 +147,15 @@ class PPO(Agent):
         def loss(
             part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            logits_BTV, value_BT = self.policy.response(part)
-            entropy_BT = functional.entropy(logits_BTV) if config.entropy_coef else None
+            now = self.policy.response(part, entropy=bool(config.entropy_coef))
             return ppo_loss(
-                self.policy.token_logprobs(logits_BTV, part),
+                now.logp_BT,
                 part.logp_BT,
-                value_BT,
+                now.value_BT,
                 part.value_BT,
                 pick(advantage_BT),
                 pick(return_BT),
-                entropy_BT,
+                now.entropy_BT,
                 part.mask_BT,
                 config,
                 tokens,

@@ -54,9 +54,11 @@ def sequence_logprobs(policy: Policy, prompt: str) -> Tensor:
     prompt_ids = tokenizer(prompt)["input_ids"]
     logps = []
     for y in completions():
-        input_1L = torch.tensor([prompt_ids + y], device=policy.device)
-        logits_1TV, _, _ = policy(input_1L, torch.ones_like(input_1L, dtype=torch.bool), keep=len(y) + 1)
-        logp_TV = logits_1TV[0, :-1].double().log_softmax(-1)
+        prompt_1P, y_1T = (torch.tensor([ids], device=policy.device) for ids in (prompt_ids, y))
+        hidden_1XD = policy.trunk.hidden(
+            prompt_1P, torch.ones_like(prompt_1P).bool(), y_1T, torch.ones_like(y_1T).bool()
+        )
+        logp_TV = policy.logits(hidden_1XD[0, :-1]).double().log_softmax(-1)
         logps.append(logp_TV[torch.arange(len(y)), torch.tensor(y)].sum())
     return torch.stack(logps)
 

@@ -10,9 +10,8 @@ import pytest
 # (agents, envs, rewards) stands on one floor with all its files. A new module goes on the lowest floor it can.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "plugins"}),
-    frozenset(
-        {"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases", "annotators", "render"}
-    ),
+    frozenset({"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases"})
+    | frozenset({"annotators", "render", "prefix", "trunk"}),
     frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
     frozenset({"vector", "env", "policy", "sampler", "induction", "sft", "comparisons", "reading", "reward_training"}),
     frozenset({"rollout", "health"}),

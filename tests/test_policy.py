@@ -9,8 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from textrl_gym import collect, tiny
 from textrl_gym.core import Rollout
-from textrl_gym.policy import Policy, position_ids
+from textrl_gym.policy import Policy
 from textrl_gym.rollout import micro_batches
+from textrl_gym.trunk import position_ids
 
 V = 5
 
@@ -19,6 +20,11 @@ def rollout(policy: Policy, seed: int = 0, rows: int = 6) -> Rollout:
     envs = gym.make_vec("CopyText-v0", num_envs=rows, array="torch", max_new_tokens=3, max_prompt_tokens=2)
     envs.reset(seed=seed)
     return collect(envs, policy, kl_coef=0.0, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(policy: Policy, r: Rollout) -> torch.Tensor:
+    """[B, T, V], which no pass of the package ever holds whole."""
+    return policy.logits(policy.hidden(r).flatten(0, 1)).unflatten(0, r.mask_BT.shape)
 
 
 def padded(r: Rollout, more: int) -> Rollout:
@@ -67,7 +73,7 @@ def test_temperature_is_everywhere() -> None:
     r = rollout(warm)
     assert (r.kl_BT.abs() < 1e-5).all()  # the reference is warm too
     torch.testing.assert_close(warm.logprobs(r), r.logp_BT, atol=1e-5, rtol=0)
-    logits_BTV, _ = plain.response(r)
+    logits_BTV = logits(plain, r)
     expected = (logits_BTV / 2).log_softmax(-1).gather(-1, r.token_BT[..., None]).squeeze(-1) * r.mask_BT
     torch.testing.assert_close(r.logp_BT, expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="temperature must be > 0, got -1"):
@@ -113,7 +119,7 @@ def test_rows_beyond_the_tokenizer_are_never_sampled() -> None:
     policy = Policy(tiny.gpt2(50, 20), vocab_size=V)
     r = rollout(policy, rows=30)
     assert int(r.token_BT.max()) < V
-    logits_BTV, _ = policy.response(r)
+    logits_BTV = logits(policy, r)
     assert logits_BTV.shape[-1] == V
     with pytest.raises(ValueError, match="60 tokens, the model only 50"):
         Policy(tiny.gpt2(50, 20), vocab_size=60)
@@ -155,12 +161,12 @@ def test_prompts_computed_once_are_prompts_computed_for_each_row(make: Any) -> N
     together = shared.response(r)
     rows = [r.select(torch.tensor([b])) for b in range(12)]
     for b, row in enumerate(rows):
-        logits_1TV, value_1T = apart.response(row)
+        alone = apart.response(row)
         width = row.token_BT.shape[1]
-        torch.testing.assert_close(together[0][b, :width], logits_1TV[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(together[1][b, :width], value_1T[0], atol=1e-5, rtol=0)
-        (apart.logprobs(row).sum() + (value_1T * row.mask_BT).sum()).backward()
-    (shared.logprobs(r).sum() + (together[1] * r.mask_BT).sum()).backward()
+        torch.testing.assert_close(together.logp_BT[b, :width], alone.logp_BT[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together.value_BT[b, :width], alone.value_BT[0], atol=1e-5, rtol=0)
+        (alone.logp_BT.sum() + alone.value_BT.sum()).backward()
+    (together.logp_BT.sum() + together.value_BT.sum()).backward()
     for one, two in zip(shared.parameters(), apart.parameters(), strict=True):
         assert one.grad is not None and two.grad is not None
         assert (one.grad - two.grad).norm() <= 1e-5 * (1e-3 + two.grad.norm())

@@ -89,16 +89,21 @@ def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: Aggregation, rows: int, tok
     return (kept_BT.sum(1) / mask_BT.sum(1).clamp(min=1)).sum() / max(rows, 1)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32; a float64 one as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def token_logprobs(logits_BTV: Tensor, token_BT: Tensor) -> Tensor:
-    """log softmax(logits)[token] in float32, without building the softmax. [B, T]."""
-    logits_BTV = logits_BTV.float()
+    """log softmax(logits)[token] in at least float32, without building the softmax. [B, T]."""
+    logits_BTV = at_least_float32(logits_BTV)
     chosen_BT = logits_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
     return chosen_BT - logits_BTV.logsumexp(-1)
 
 
 def entropy(logits_BTV: Tensor) -> Tensor:
-    """Entropy in nats of the next-token distribution, in float32. [B, T]."""
-    logp_BTV = logits_BTV.float().log_softmax(-1)
+    """Entropy in nats of the next-token distribution, in at least float32. [B, T]."""
+    logp_BTV = at_least_float32(logits_BTV).log_softmax(-1)
     return -(logp_BTV.exp() * logp_BTV).sum(-1)
 
 

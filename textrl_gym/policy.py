@@ -1,6 +1,7 @@
 """Policy: a causal LM of transformers as a token policy, its value head and its frozen reference.
 
-Shape legend: B rows, P prompt places, T response places, L = P + T, V vocabulary, D hidden width.
+Shape legend: B rows, U unique prompts, P prompt places, T response places, L = P + T, N places in any order, V
+vocabulary, D hidden width.
 
 One temperature everywhere: sampling, log-probabilities, the reference and the update all divide the logits by it. No
 top-k or top-p: what is sampled from is what is trained. Dropout is off (eval mode) in training too, so that the ratio
@@ -11,19 +12,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from torch.utils.checkpoint import checkpoint
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
+from textrl_gym.trunk import Decoder, Trunk
+
+CHUNK_NUMBERS = 2**22
+"""Logits that are held at a time, as numbers: 16 MiB of float32."""
 
 
-def position_ids(mask_BL: Tensor) -> Tensor:
-    """0, 1, 2, ... over the real tokens of each row; 0 on left padding. int64 [B, L]."""
-    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+@dataclass(frozen=True)
+class Response:
+    """What one teacher-forced pass says of a rollout's actions; [B, T], at least float32, 0 outside the mask."""
+
+    logp_BT: Tensor
+    """log pi of the action."""
+    entropy_BT: Tensor | None
+    """Entropy of the distribution that it was taken from, in nats, where it was asked for."""
+    value_BT: Tensor
+    """V before the action; 0 without a value head."""
+
+
+def _inputs(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a teacher-forced pass reads. The last action is never an input: nothing comes after it."""
+    return rollout.prompt_BP, rollout.prompt_mask_BP, rollout.token_BT[:, :-1], rollout.mask_BT[:, :-1]
 
 
 class Policy(nn.Module):
@@ -60,7 +78,9 @@ class Policy(nn.Module):
         if vocab_size is not None and vocab_size > rows:
             raise ValueError(f"the tokenizer has {vocab_size} tokens, the model only {rows}")
         self.vocab_size = vocab_size or rows
+        self.trunk = Trunk(self.model, dtype)
         self.value_model: Any = value_model.eval() if value_model is not None else None
+        self.value_trunk = Trunk(self.value_model, dtype) if value_model is not None else None
         self.value_head: nn.Linear | None = None
         if value_head or value_model is not None:
             trunk: Any = self.model if value_model is None else self.value_model
@@ -91,99 +111,70 @@ class Policy(nn.Module):
         """Stay in eval mode: dropout must be off wherever log-probabilities are compared."""
         return super().train(False)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    # -- teacher-forced passes ----------------------------------------------------------------------------------------
 
-    # -- forward passes -----------------------------------------------------------------------------------------------
+    def hidden(self, rollout: Rollout) -> Tensor:
+        """The hidden states below the logits that each action was taken from, [B, T, D]; each unique prompt once."""
+        return self.trunk.hidden(*_inputs(rollout))
 
-    def forward(self, input_BL: Tensor, mask_BL: Tensor, keep: int, cache: Any = None) -> tuple[Tensor, Tensor, Any]:
-        """Logits at the last `keep` places of input_BL, divided by the temperature, with the hidden states below them.
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits divided by the temperature, [N, V], in at least float32."""
+        return functional.at_least_float32(self.trunk.logits(hidden_ND)[:, : self.vocab_size]) / self.temperature
 
-        Args:
-            input_BL: int64 tokens; with a cache only the new ones.
-            mask_BL: bool over all places, cached ones included.
-            keep: how many places at the end get logits.
-            cache: a transformers Cache to read and extend.
+    def response(self, rollout: Rollout, entropy: bool = False) -> Response:
+        """One teacher-forced pass over prompts and completions; gradients flow through both.
 
-        Returns:
-            logits [B, keep, V] float32, hidden [B, keep, D] (what the language-model head reads), the cache.
+        The head is applied to the actions' places only and to few of them at a time, so that logits of the whole
+        rollout are never held, nor kept for the backward pass, which computes them again.
         """
-        caught: list[Tensor] = []
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-        try:
-            with self._autocast():
-                out = self.model(
-                    input_ids=input_BL,
-                    attention_mask=mask_BL.long(),
-                    position_ids=position_ids(mask_BL)[:, -input_BL.shape[1] :],
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                    logits_to_keep=keep,
-                )
-        finally:
-            hook.remove()
-        logits = out.logits[:, -keep:, : self.vocab_size].float() / self.temperature
-        return logits, caught[0][:, -keep:], out.past_key_values
+        hidden_BTD = self.hidden(rollout)
+        mask_BT, token_N = rollout.mask_BT, rollout.token_BT[rollout.mask_BT]
+        logp_N, entropy_N = self._statistics(hidden_BTD[mask_BT], token_N, entropy)
+        value_BT = self._values(hidden_BTD, rollout) * mask_BT
 
-    def response(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """One teacher-forced pass over prompts and completions, each unique prompt once; gradients flow through both.
+        def placed(flat_N: Tensor) -> Tensor:
+            return flat_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, flat_N)
 
-        Returns:
-            logits_BTV float32, the distribution that each action was taken from, and value_BT float32, V before each
-            action (0 without a value head).
-        """
-        # The last action is never an input: nothing comes after it.
-        action_BT, action_mask_BT = rollout.token_BT[:, :-1], rollout.mask_BT[:, :-1]
-        prompts_B2P = torch.stack([rollout.prompt_BP, rollout.prompt_mask_BP.long()], 1)
-        unique_U2P, source_B = prompts_B2P.unique(dim=0, return_inverse=True)
-        if len(unique_U2P) == len(rollout) or action_BT.shape[1] == 0:
-            input_BL = torch.cat([rollout.prompt_BP, action_BT], 1)
-            mask_BL = torch.cat([rollout.prompt_mask_BP, action_mask_BT], 1)
-            logits_BTV, hidden_BTD, _ = self(input_BL, mask_BL, keep=rollout.token_BT.shape[1])
-        else:
-            cache = DynamicCache(config=self.model.config)
-            prompt_UP, mask_UP = unique_U2P[:, 0], unique_U2P[:, 1].bool()
-            first_U1V, first_U1D, cache = self(prompt_UP, mask_UP, keep=1, cache=cache)
-            cache.batch_select_indices(source_B)
-            mask_BL = torch.cat([mask_UP[source_B], action_mask_BT], 1)
-            rest_BTV, rest_BTD, _ = self(action_BT, mask_BL, keep=action_BT.shape[1], cache=cache)
-            logits_BTV = torch.cat([first_U1V[source_B], rest_BTV], 1)
-            hidden_BTD = torch.cat([first_U1D[source_B], rest_BTD], 1)
-        return logits_BTV, self._values(hidden_BTD, rollout)
+        return Response(placed(logp_N), placed(entropy_N) if entropy else None, value_BT)
+
+    def _statistics(self, hidden_ND: Tensor, token_N: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        """log pi of tokens and, where asked for, the entropy (else an empty tensor), a chunk of places at a time."""
+
+        def of_chunk(hidden_nD: Tensor, token_n: Tensor) -> tuple[Tensor, Tensor]:
+            logits_nV = self.logits(hidden_nD)
+            empty_n = logits_nV.new_empty(0)
+            return functional.token_logprobs(logits_nV, token_n), functional.entropy(logits_nV) if entropy else empty_n
+
+        size = max(1, CHUNK_NUMBERS // self.vocab_size)
+        if len(token_N) <= size:
+            return of_chunk(hidden_ND, token_N)
+        chunks = zip(hidden_ND.split(size), token_N.split(size), strict=True)
+        found = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat([logp_n for logp_n, _ in found]), torch.cat([entropy_n for _, entropy_n in found])
 
     def _values(self, hidden_BTD: Tensor, rollout: Rollout) -> Tensor:
         if self.value_head is None:
             return hidden_BTD.new_zeros(hidden_BTD.shape[:2], dtype=torch.float32)
-        if self.value_model is not None:
-            input_BL = torch.cat([rollout.prompt_BP, rollout.token_BT[:, :-1]], 1)
-            mask_BL = torch.cat([rollout.prompt_mask_BP, rollout.mask_BT[:, :-1]], 1)
-            with self._autocast():
-                trunk = self.value_model.base_model(
-                    input_ids=input_BL,
-                    attention_mask=mask_BL.long(),
-                    position_ids=position_ids(mask_BL),
-                    use_cache=False,
-                )
-            hidden_BTD = trunk.last_hidden_state[:, -hidden_BTD.shape[1] :]
-        return self.value_head(hidden_BTD.float()).squeeze(-1)
-
-    # -- what rollouts need -------------------------------------------------------------------------------------------
+        if self.value_trunk is not None:
+            hidden_BTD = self.value_trunk.hidden(*_inputs(rollout))
+        return self.value_head(hidden_BTD.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """log pi of the rollout's actions, differentiable. float32 [B, T], 0 outside the mask."""
-        logits_BTV, _ = self.response(rollout)
-        return self.token_logprobs(logits_BTV, rollout)
-
-    @staticmethod
-    def token_logprobs(logits_BTV: Tensor, rollout: Rollout) -> Tensor:
-        """log-probabilities of the rollout's actions from the logits of `response`. [B, T], 0 outside the mask."""
-        return functional.token_logprobs(logits_BTV, rollout.token_BT) * rollout.mask_BT
+        return self.response(rollout).logp_BT
 
     def values(self, rollout: Rollout) -> Tensor:
         """V before each action, differentiable. float32 [B, T], 0 outside the mask and without a value head."""
         if self.value_head is None:
             return torch.zeros_like(rollout.logp_BT)
-        return self.response(rollout)[1] * rollout.mask_BT
+        hidden_BTD = self.hidden(rollout) if self.value_trunk is None else rollout.logp_BT
+        return self._values(hidden_BTD, rollout) * rollout.mask_BT
+
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
+    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Decoder:
+        """See Trunk.decoder."""
+        return self.trunk.decoder(prompt_UP, mask_UP, source_B, places)
 
     # -- what stepping needs ------------------------------------------------------------------------------------------
 
@@ -201,8 +192,9 @@ class Policy(nn.Module):
         place_BW = end_B[:, None] - width + torch.arange(width, device=input_BL.device)
         moved_mask_BW = torch.arange(width, device=input_BL.device) >= (width - length_B)[:, None]
         moved_BW = input_BL.gather(1, place_BW.clamp(min=0)) * moved_mask_BW
-        logits_B1V, _, _ = self(moved_BW, moved_mask_BW, keep=1)
-        return logits_B1V[:, 0].log_softmax(-1)
+        no_action_B0 = moved_BW[:, :0]
+        hidden_B1D = self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())
+        return self.logits(hidden_B1D[:, 0]).log_softmax(-1)
 
     @torch.no_grad()
     def act(

@@ -16,7 +16,7 @@ from textrl_gym import functional, kl, sampler
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 from textrl_gym.mdp import initial_state, shape_reward
-from textrl_gym.policy import Policy
+from textrl_gym.policy import CHUNK_NUMBERS, Policy
 
 MICRO_BATCH_TOKENS = 16_384
 """Prompt and response places of one teacher-forced pass without gradients."""
@@ -158,31 +158,38 @@ def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, est
     # The sampler's log-probabilities are the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
     exact = policy.dtype == torch.float32
     full = estimator == "full" and reference is not None
-    look_again = not exact or policy.value_head is not None or full
     logp_BT, value_BT = rollout.logp_BT.clone(), rollout.value_BT.clone()
     ref_logp_BT, kl_BT = rollout.logp_BT.clone(), rollout.kl_BT.clone()
     for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
         part = rollout.select(rows)
         width = part.token_BT.shape[1]
-        own_logits_BTV = None
-        if look_again:
-            own_logits_BTV, part_value_BT = policy.response(part)
-            value_BT[rows, :width] = part_value_BT * part.mask_BT
-            if not exact:
-                logp_BT[rows, :width] = policy.token_logprobs(own_logits_BTV, part)
+        if not exact:
+            own = policy.response(part)
+            logp_BT[rows, :width], value_BT[rows, :width] = own.logp_BT.float(), own.value_BT.float()
+        elif policy.value_head is not None:
+            value_BT[rows, :width] = policy.values(part).float()
         if reference is not None:
-            ref_logits_BTV, _ = reference.response(part)
-            ref_logp_BT[rows, :width] = policy.token_logprobs(ref_logits_BTV, part)
+            ref_logp_BT[rows, :width] = reference.logprobs(part).float()
             if full:
-                assert own_logits_BTV is not None
-                full_BT = kl.estimate("full", own_logits_BTV.log_softmax(-1), ref_logits_BTV.log_softmax(-1))
-                kl_BT[rows, :width] = full_BT * part.mask_BT
+                kl_BT[rows, :width] = _full_kl(part, policy, reference)
         elif not exact:
             ref_logp_BT[rows, :width] = logp_BT[rows, :width]
     if not full:
         sampled_BT = kl.estimate("k1" if estimator == "full" else estimator, logp_BT, ref_logp_BT)
         kl_BT = sampled_BT * rollout.mask_BT
     return dataclasses.replace(rollout, logp_BT=logp_BT, ref_logp_BT=ref_logp_BT, kl_BT=kl_BT, value_BT=value_BT)
+
+
+def _full_kl(rollout: Rollout, policy: Policy, reference: Policy) -> Tensor:
+    """The exact KL of every action's distribution, [B, T], with the logits of a few places at a time."""
+    mask_BT = rollout.mask_BT
+    size = max(1, CHUNK_NUMBERS // policy.vocab_size)
+    chunks = zip(*(pi.hidden(rollout)[mask_BT].split(size) for pi in (policy, reference)), strict=True)
+    found = [
+        kl.estimate("full", policy.logits(own_nD).log_softmax(-1), reference.logits(ref_nD).log_softmax(-1))
+        for own_nD, ref_nD in chunks
+    ]
+    return torch.zeros_like(rollout.kl_BT).masked_scatter(mask_BT, torch.cat(found).float())
 
 
 def _reward(rollout: Rollout, kl_coef: float, missing_eos_penalty: float) -> Tensor:

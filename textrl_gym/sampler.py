@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from textrl_gym import functional
 from textrl_gym.core import StopReason
 from textrl_gym.policy import Policy
 
 POLL_EVERY = 8  # on a GPU, tokens between two questions "has every row ended?": each one waits for the device
+
+LEAVERS = 0.1
+"""Finished rows leave when they are at least this share of the batch: to leave, the others' caches are copied."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +64,17 @@ def generate(
     stop_B = torch.full((rows,), StopReason.RUNNING.value, device=device)
     length_B = torch.full((rows,), max_new_tokens, device=device)
 
-    # 1. Prefill each unique prompt once; its group shares the cache.
-    cache = DynamicCache(config=policy.model.config)
-    logits_U1V, _, cache = policy(prompt_UP, prompt_mask_UP, keep=1, cache=cache)
-    mask_bL = prompt_mask_UP.bool()
-    row_b, logits_bV = torch.arange(rows, device=device), logits_U1V[:, 0]
-    if not torch.equal(source_B, torch.arange(len(prompt_UP), device=device)):
-        cache.batch_select_indices(source_B)
-        mask_bL, logits_bV = mask_bL[source_B], logits_bV[source_B]
+    # 1. Prefill each unique prompt once.
+    decoder = policy.decoder(prompt_UP, prompt_mask_UP.bool(), source_B, max_new_tokens)
+    row_b, hidden_bD = torch.arange(rows, device=device), decoder.first_BD
 
     for t in range(max_new_tokens):
         # 2. Choose a token for every row still in the batch (row_b); rows that ended since the last poll are ignored.
-        logp_bV = logits_bV.log_softmax(-1)
+        logp_bV = policy.logits(hidden_bD).log_softmax(-1)
         token_b = logp_bV.argmax(-1) if uniform_BT is None else functional.inverse_cdf(logp_bV, uniform_BT[row_b, t])
         alive_b = stop_B[row_b] == StopReason.RUNNING
         token_BT[row_b, t] = torch.where(alive_b, token_b, 0)
-        logp_BT[row_b, t] = torch.where(alive_b, logp_bV.gather(1, token_b[:, None]).squeeze(1), 0.0)
+        logp_BT[row_b, t] = torch.where(alive_b, logp_bV.gather(1, token_b[:, None]).squeeze(1).float(), 0.0)
 
         # 3. Who ended with this token?
         reason_b = torch.where(token_b == eos_id, StopReason.EOS.value, StopReason.RUNNING.value)
@@ -95,14 +92,12 @@ def generate(
             keep_k = (stop_B[row_b] == StopReason.RUNNING).nonzero().squeeze(1)
             if len(keep_k) == 0:
                 break
-            if len(keep_k) < len(row_b):
-                cache.batch_select_indices(keep_k)
-                row_b, token_b, mask_bL = row_b[keep_k], token_b[keep_k], mask_bL[keep_k]
+            if len(keep_k) <= (1 - LEAVERS) * len(row_b):
+                decoder.keep(keep_k)
+                row_b, token_b = row_b[keep_k], token_b[keep_k]
 
         # 5. One more place for each row.
-        mask_bL = torch.cat([mask_bL, mask_bL.new_ones(len(row_b), 1)], 1)
-        logits_b1V, _, cache = policy(token_b[:, None], mask_bL, keep=1, cache=cache)
-        logits_bV = logits_b1V[:, 0]
+        hidden_bD = decoder.step(token_b)
 
     stop_B = torch.where(stop_B == StopReason.RUNNING, StopReason.BUDGET.value, stop_B)
     mask_BT = torch.arange(max_new_tokens, device=device) < length_B[:, None]

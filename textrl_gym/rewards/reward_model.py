@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from textrl_gym import models
+from textrl_gym.packing import pad
+from textrl_gym.trunk import Trunk
 
 FILE = "reward_model.json"
 MAX_BATCH_TOKENS = 16384
@@ -61,6 +63,9 @@ class RewardModel:
         models.check_vocab(tokenizer, model)
         config.use_cache = False  # nothing is generated: keys and values of every layer would be kept for nothing
         self.model: Any = model
+        self.decodes = hasattr(model, "score") and not config.is_encoder_decoder
+        """Whether the score is a linear function of a decoder's hidden state at the last token."""
+        self.trunk = Trunk(model)
         self.tokenizer = tokenizer
         self.bias, self.scale = bias, scale
         self.appends_eos = appends_eos
@@ -78,7 +83,8 @@ class RewardModel:
     ) -> Tensor:
         """Normalised scores, float32 [B] on the CPU."""
         if self.shares_tokenizer and prompt_ids is not None and completion_ids is not None:
-            return self.score_ids([p + c for p, c in zip(prompt_ids, completion_ids, strict=True)])
+            sequences = [p + c for p, c in zip(prompt_ids, completion_ids, strict=True)]
+            return self.score_ids(sequences, [len(ids) for ids in prompt_ids])
         ends = [[] for _ in completions] if completion_ids is None else completion_ids
         texts = zip(prompts, completions, ends, strict=True)
         return self.score_ids([self._encode(prompt + completion, ids) for prompt, completion, ids in texts])
@@ -96,10 +102,11 @@ class RewardModel:
         return ids
 
     @torch.inference_mode()
-    def score_ids(self, sequences: list[list[int]]) -> Tensor:
+    def score_ids(self, sequences: list[list[int]], prompt_lengths: list[int] | None = None) -> Tensor:
         """Normalised scores of N token sequences (prompt and completion), float32 [N] on the CPU.
 
         They are scored in micro-batches of similar lengths, which changes nothing but the time: padding is masked.
+        Where it is known how many tokens of each sequence are its prompt, a decoder computes each prompt once.
 
         Raises:
             ValueError: a sequence is empty, or longer than the model has positions.
@@ -108,8 +115,14 @@ class RewardModel:
         for row, ids in enumerate(sequences):
             if not 0 < len(ids) <= limit:
                 raise ValueError(f"row {row} has {len(ids)} tokens; the reward model takes 1 to {limit}")
-        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-        batches = [self._raw([sequences[row] for row in rows]) for rows in micro_batches(sequences, order)]
+        rows_of = range(len(sequences))
+        if prompt_lengths is None or min(prompt_lengths, default=0) == 0 or not self.decodes:
+            order = sorted(rows_of, key=lambda row: len(sequences[row]))
+            batches = [self._raw([sequences[row] for row in rows]) for rows in micro_batches(sequences, order)]
+        else:
+            parts = [(ids[:n], ids[n:]) for ids, n in zip(sequences, prompt_lengths, strict=True)]
+            order = sorted(rows_of, key=lambda row: (len(parts[row][0]), parts[row][0]))  # a prompt's rows together
+            batches = [self._raw_parts([parts[row] for row in rows]) for rows in micro_batches(sequences, order)]
         sorted_N = torch.cat(batches).cpu() if batches else torch.zeros(0)
         raw_N = torch.empty_like(sorted_N)
         raw_N[torch.tensor(order, dtype=torch.int64)] = sorted_N
@@ -124,12 +137,21 @@ class RewardModel:
         length_B = torch.tensor([len(ids) for ids in sequences], device=device)
         # Padding stands on the right, so the model's own position ids are right (RoBERTa's do not start at 0).
         mask_BS = (torch.arange(longest, device=device) < length_B[:, None]).long()
-        if hasattr(self.model, "score") and not self.model.config.is_encoder_decoder:
-            # A decoder. Its own pooling finds the last token by pad_token_id, which may be unset or equal EOS.
+        if self.decodes:
+            # Its own pooling finds the last token by pad_token_id, which may be unset or equal EOS.
             hidden_BSD = self.model.base_model(input_ids=ids_BS, attention_mask=mask_BS)[0]
             last_BD = hidden_BSD[torch.arange(len(sequences), device=device), length_B - 1]
             return self.model.score(last_BD).squeeze(1).float()
         return self.model(input_ids=ids_BS, attention_mask=mask_BS).logits.squeeze(1).float()
+
+    def _raw_parts(self, parts: list[tuple[list[int], list[int]]]) -> Tensor:
+        """`_raw` of prompts and completions, each different prompt computed once."""
+        device = self.model.device
+        prompt_BP, prompt_mask_BP = (tensor.to(device) for tensor in pad([prompt for prompt, _ in parts], "left"))
+        token_BT, mask_BT = (tensor.to(device) for tensor in pad([completion for _, completion in parts], "right"))
+        hidden_BXD = self.trunk.hidden(prompt_BP, prompt_mask_BP, token_BT, mask_BT)  # X = T + 1
+        last_BD = hidden_BXD[torch.arange(len(parts), device=device), mask_BT.sum(1)]
+        return self.model.score(last_BD).squeeze(1).float()
 
     def save(self, folder: str | Path) -> None:
         """Write the model (safetensors), its tokenizer and the normalisation, for `"reward_model:FOLDER"`."""

@@ -1,0 +1,295 @@
+"""Trunk: a decoder's body run on prompts and completions, each prompt computed once for all its rows.
+
+Everything that reads a language model here goes through a Trunk: teacher-forced passes for training, for the reference,
+for values and for rewards, and the sampler's decoding. Where the model's attention can go on from shared prompts
+(textrl_gym.prefix) it does; where it cannot, prompts are copied for each row: slower, and the same numbers.
+
+Shape legend: U unique prompts, P prompt places, B rows, T response places, N places in any order, D hidden width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from textrl_gym.prefix import LAYERS, Prefix, attached, configs, own_cache
+
+
+def position_ids(mask_BL: Tensor) -> Tensor:
+    """0, 1, 2, ... over the real tokens of each row; 0 on left padding. int64 [B, L]."""
+    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def unique_prompts(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of each different prompt, [U], and which of these prompts each row has, [B].
+
+    Prompts are numbered in the order of their first rows, so that the rows of neighbouring groups stay in order.
+    """
+    _, code_B = torch.stack([prompt_BP, mask_BP.long()], 1).unique(dim=0, return_inverse=True)
+    rows = len(code_B)
+    first_of_code = code_B.new_full((rows,), rows).scatter_reduce_(
+        0, code_B, torch.arange(rows, device=code_B.device), "amin"
+    )
+    first_B = first_of_code[code_B]  # the first row with the same prompt
+    first_U, source_B = first_B.unique(return_inverse=True)
+    return first_U, source_B
+
+
+class Decoder(Protocol):
+    """Rows that go on from prompts, one token at a time."""
+
+    first_BD: Tensor
+    """The hidden state below the first token's logits."""
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Append a token to each row; the hidden state below the next one's logits, [B, D]."""
+        ...
+
+    def keep(self, keep_k: Tensor) -> None:
+        """Go on with these rows only."""
+        ...
+
+
+class Trunk:
+    """The body of a causal LM or of a decoder with another head; of a causal LM the head too.
+
+    Args:
+        model: of transformers. It is used as it stands, and never changed.
+        dtype: of the passes: torch.bfloat16 is autocast over the model's weights.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+        self.model, self.dtype = model, dtype
+        self.body: Any = model.base_model
+        self._configs = configs(model)
+
+    def _some_tokens(self) -> Tensor:
+        """Four tokens to try the model on: the smallest models here have places and tokens for no more."""
+        return torch.arange(4, device=self.device) % self.model.config.get_text_config().vocab_size
+
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """Whether the model's attention goes on from shared prompts; if not, it is said once, with the reason."""
+        obstacle = self._obstacle()
+        if obstacle:
+            warnings.warn(
+                f"{type(self.model).__name__} cannot share a prompt among its completions ({obstacle}): prompts are "
+                "computed for each completion, which is slower and gives the same results",
+                stacklevel=2,
+            )
+        return not obstacle
+
+    def _obstacle(self) -> str:
+        """Why prompts cannot be shared; "" if they can. The last word has a comparison on made-up tokens."""
+        if not getattr(self.model, "_supports_attention_backend", False):
+            return "its attention cannot be replaced"
+        kinds = {kind for config in self._configs for kind in getattr(config, "layer_types", None) or ()}
+        if kinds - LAYERS:
+            return f"it has layers of the kind {', '.join(sorted(kinds - LAYERS))}"
+        a, b, c, d = self._some_tokens()
+        prompt_BP = torch.stack([torch.stack([a, b]), torch.stack([a, c]), torch.stack([a, c])])
+        mask_BP = torch.tensor([[False, True], [True, True], [True, True]], device=self.device)
+        action_BT = torch.stack([torch.stack([c, d]), torch.stack([c, d]), torch.stack([d, b])])
+        action_mask_BT = torch.ones_like(action_BT, dtype=torch.bool)
+        with torch.no_grad(), self._precision():
+            plain = self._whole(prompt_BP, mask_BP, action_BT, action_mask_BT)
+            try:
+                shared = self._shared(prompt_BP, mask_BP, action_BT, action_mask_BT)
+            except NotImplementedError as reason:
+                return str(reason)
+        digits = 1e-3 if {self.dtype, plain.dtype} <= {torch.float32, torch.float64} else 5e-2
+        if not (plain - shared).abs().max() <= digits * plain.abs().max():
+            return "its numbers would change"
+        return ""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    # -- teacher-forced passes ----------------------------------------------------------------------------------------
+
+    def hidden(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
+        """The last hidden states below the logits of each action and of one action more, [B, T + 1, D].
+
+        Each different prompt is computed once; gradients flow through prompts and actions alike.
+
+        Args:
+            prompt_BP, mask_BP: int64 and bool, left-padded.
+            action_BT, action_mask_BT: the tokens that follow, right-padded.
+        """
+        repeated = action_BT.shape[1] > 0 and len(unique_prompts(prompt_BP, mask_BP)[0]) < len(prompt_BP)
+        run = self._shared if repeated and self.shares_prompts else self._whole
+        with self._precision():
+            return run(prompt_BP, mask_BP, action_BT, action_mask_BT)
+
+    def _whole(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
+        mask_BL = torch.cat([mask_BP, action_mask_BT], 1)
+        out = self.body(
+            input_ids=torch.cat([prompt_BP, action_BT], 1),
+            attention_mask=mask_BL.long(),
+            position_ids=position_ids(mask_BL),
+            use_cache=False,
+        )
+        return out[0][:, prompt_BP.shape[1] - 1 :]
+
+    def _shared(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
+        first_U, source_B = unique_prompts(prompt_BP, mask_BP)
+        last_UD, prefix = self._prefill(prompt_BP[first_U], mask_BP[first_U], source_B)
+        offset_T = torch.arange(action_BT.shape[1], device=action_BT.device)
+        with attached(self._configs, prefix):
+            rest_BTD = self.body(
+                input_ids=action_BT,
+                attention_mask=_no_mask(action_BT),
+                position_ids=prefix.positions + offset_T,
+                use_cache=False,
+            )[0]
+        return torch.cat([last_UD[source_B][:, None], rest_BTD], 1)
+
+    def _prefill(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> tuple[Tensor, Prefix]:
+        """The last hidden state of each prompt, [U, D], and what its rows go on from."""
+        last_UD, cache = _prefill(self.body, prompt_UP, mask_UP, DynamicCache())  # no config: whole sliding layers too
+        return last_UD, Prefix.of(cache, mask_UP, source_B)
+
+    # -- the head -----------------------------------------------------------------------------------------------------
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The language-model head on last hidden states, [N, V], with all that the model does to its logits after."""
+        with self._precision():
+            return self._head(hidden_ND)
+
+    @cached_property
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        """The first of two ways that gives the model's logits on made-up tokens.
+
+        Raises:
+            ValueError: neither does: the logits are no function of the last hidden state.
+        """
+        ids_1L = self._some_tokens()[None]
+        with torch.no_grad():
+            hidden_LD = self.body(input_ids=ids_1L, use_cache=False)[0][0]
+            logits_LV = self.model(input_ids=ids_1L, use_cache=False).logits[0]
+            for head in (self._forward_head, self.model.get_output_embeddings()):
+                if torch.allclose(head(hidden_LD), logits_LV, rtol=1e-4, atol=1e-4):
+                    return head
+        raise ValueError(f"the logits of {type(self.model).__name__} are no function of its last hidden state")
+
+    def _forward_head(self, hidden_ND: Tensor) -> Tensor:
+        """The model's own forward with the body's output given."""
+        self.body.forward = lambda *args, **kwargs: _Given(hidden_ND[None])
+        try:
+            ids_1N = torch.zeros((1, len(hidden_ND)), dtype=torch.long, device=hidden_ND.device)
+            return self.model(input_ids=ids_1N, use_cache=False).logits[0]
+        finally:
+            del self.body.forward
+
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
+    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Decoder:
+        """Rows that go on from prompts that are computed once.
+
+        Args:
+            prompt_UP, mask_UP: int64 and bool, left-padded.
+            source_B: int64, which prompt a row goes on from.
+            places: at most so many tokens will be appended to a row.
+        """
+        if self.shares_prompts:
+            return _SharedDecoder(self, prompt_UP, mask_UP, source_B, places)
+        return _RepeatedDecoder(self, prompt_UP, mask_UP, source_B)
+
+
+def _no_mask(like: Tensor) -> Tensor:
+    """A mask of four dimensions, which models pass on as it is: group-prefix attention makes its own."""
+    return torch.zeros(1, 1, 1, 1, device=like.device)
+
+
+def _prefill(body: Any, prompt_UP: Tensor, mask_UP: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The last hidden state of each prompt, [U, D], and the cache."""
+    out = body(
+        input_ids=prompt_UP,
+        attention_mask=mask_UP.long(),
+        position_ids=position_ids(mask_UP),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return out[0][:, -1], out.past_key_values
+
+
+class _Given:
+    """A body's output with nothing in it but the last hidden state, of any model family."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _SharedDecoder:
+    """Rows read their prompt's keys and values where they stand; their own are written into preallocated places."""
+
+    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> None:
+        self.trunk = trunk
+        with trunk._precision():
+            last_UD, self.prefix = trunk._prefill(prompt_UP, mask_UP, source_B)
+        self.first_BD = last_UD[source_B]
+        self.position_B1 = self.prefix.positions
+        self.own = own_cache(len(self.prefix.keys), places)
+        self.no_mask = _no_mask(prompt_UP)
+
+    def step(self, token_B: Tensor) -> Tensor:
+        with self.trunk._precision(), attached(self.trunk._configs, self.prefix):
+            out = self.trunk.body(
+                input_ids=token_B[:, None],
+                attention_mask=self.no_mask,
+                position_ids=self.position_B1,
+                past_key_values=self.own,
+                use_cache=True,
+            )
+        self.position_B1 = self.position_B1 + 1
+        return out[0][:, 0]
+
+    def keep(self, keep_k: Tensor) -> None:
+        self.prefix.keep(keep_k)
+        self.position_B1 = self.position_B1[keep_k]
+        if self.own.get_seq_length():
+            self.own.batch_select_indices(keep_k)
+
+
+class _RepeatedDecoder:
+    """Every row computes its own prompt and stays until the end: right for any model with a cache, and slow."""
+
+    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> None:
+        self.trunk, self.mask_BL = trunk, mask_UP[source_B]
+        self.row_k = torch.arange(len(source_B), device=source_B.device)
+        with trunk._precision():
+            # The cache of the model's own making: attention is not all that models keep.
+            self.first_BD, self.cache = _prefill(trunk.body, prompt_UP[source_B], self.mask_BL, None)
+
+    def step(self, token_B: Tensor) -> Tensor:
+        token_all = token_B.new_zeros(len(self.mask_BL)).index_copy_(0, self.row_k, token_B)
+        self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(self.mask_BL), 1)], 1)
+        with self.trunk._precision():
+            out = self.trunk.body(
+                input_ids=token_all[:, None],
+                attention_mask=self.mask_BL.long(),
+                position_ids=position_ids(self.mask_BL)[:, -1:],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        return out[0][self.row_k, 0]
+
+    def keep(self, keep_k: Tensor) -> None:
+        self.row_k = self.row_k[keep_k]
