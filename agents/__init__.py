@@ -10,14 +10,15 @@ from textrl_gym import plugins
 
 if TYPE_CHECKING:
     from textrl_gym.agent import Agent as Agent
-    from textrl_gym.agent import AgentConfig as AgentConfig
+    from textrl_gym.agent_config import AgentConfig as AgentConfig
     from textrl_gym.agents.grpo import GRPO as GRPO
     from textrl_gym.agents.ppo import PPO as PPO
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Agent", "AgentConfig"):
-        return getattr(importlib.import_module("textrl_gym.agent"), name)
+        module = "textrl_gym.agent" if name == "Agent" else "textrl_gym.agent_config"
+        return getattr(importlib.import_module(module), name)
     for stem in plugins.names("agents"):
         if stem.replace("_", "") == name.lower():  # GRPO in grpo.py, BestOfN in best_of_n.py
             return plugins.load_agent_class(stem)

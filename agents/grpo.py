@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from textrl_gym import functional, kl
-from textrl_gym.agent import Agent, AgentConfig
+from textrl_gym.agent import Agent
+from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout
 
 
@@ -119,6 +120,7 @@ class GRPO(Agent):
 
     Config = GRPOConfig
     config: GRPOConfig
+    needs_groups = True
 
     @property
     def kl_in_reward(self) -> bool:  # type: ignore[override]

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from textrl_gym import functional
-from textrl_gym.agent import Agent, AgentConfig
+from textrl_gym.agent import Agent
+from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout
 from textrl_gym.env import TextVectorEnv
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
 from torch import Tensor
@@ -133,6 +134,13 @@ def test_first_minibatch_of_ppo_is_reinforce_with_the_same_advantages(tmp_path: 
     torch.testing.assert_close(ours, reinforce, atol=1e-6, rtol=0)
 
 
+def test_only_agents_that_compare_completions_refuse_an_environment_without_groups(tmp_path: Path) -> None:
+    envs = gym.make_vec("CopyText-v0", num_envs=4, array="torch", autoreset_mode="Disabled")
+    with pytest.raises(ValueError, match=r"GRPO compares completions of a prompt: make .* with group_size > 1"):
+        GRPO(envs, out=tmp_path)
+    PPO(envs, out=tmp_path).learn(16, **QUIET)
+
+
 @pytest.mark.parametrize("cls", AGENTS)
 def test_micro_batches_are_one_batch(cls: type[Agent], tmp_path: Path) -> None:
     gradients = []
@@ -145,10 +153,13 @@ def test_micro_batches_are_one_batch(cls: type[Agent], tmp_path: Path) -> None:
     assert (gradients[0] - gradients[1]).norm() / norm < 1e-5
 
 
+@pytest.mark.parametrize(("env", "timesteps"), [("CopyText-v0", 600), ("TLDRSummarize-v0", 150)])
 @pytest.mark.parametrize("cls", AGENTS)
-def test_same_seed_same_weights_and_another_seed_others(cls: type[Agent], tmp_path: Path) -> None:
+def test_same_seed_same_weights_and_another_seed_others(
+    cls: type[Agent], env: str, timesteps: int, tmp_path: Path
+) -> None:
     runs = [
-        weights(cls("CopyText-v0", seed=seed, out=tmp_path / str(i)).learn(600, **QUIET))
+        weights(cls(env, seed=seed, out=tmp_path / str(i), rollout_episodes=8).learn(timesteps, **QUIET))
         for i, seed in enumerate((0, 0, 1))
     ]
     assert torch.equal(runs[0], runs[1])

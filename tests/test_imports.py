@@ -13,7 +13,20 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases"})
     | frozenset({"annotators", "render", "prefix", "trunk"}),
     frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
-    frozenset({"vector", "env", "policy", "sampler", "induction", "sft", "comparisons", "reading", "reward_training"}),
+    frozenset(
+        {
+            "vector",
+            "env",
+            "agent_config",
+            "policy",
+            "sampler",
+            "induction",
+            "sft",
+            "comparisons",
+            "reading",
+            "reward_training",
+        }
+    ),
     frozenset({"rollout", "health"}),
     frozenset({"evaluation"}),
     frozenset({"train"}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
@@ -18,67 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from textrl_gym import checkpoint, models, plugins, train
+from textrl_gym.agent_config import AgentConfig, make_config
 from textrl_gym.core import Rollout
 from textrl_gym.env import TextVectorEnv
-from textrl_gym.kl import AdaptiveKL, FixedKL, check_estimator
+from textrl_gym.kl import AdaptiveKL, FixedKL
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import collect, micro_batches, vector_env
-
-
-@dataclasses.dataclass(frozen=True)
-class AgentConfig:
-    """Settings that every agent has."""
-
-    rollout_episodes: int = 64
-    """Episodes collected before each update: rows of the vector environment."""
-    group_size: int = 1
-    """Completions of each prompt."""
-    learning_rate: float = 5e-4
-    """Adam's step size. 5e-4 suits the embedded 1M-parameter model; 1e-6 to 1e-5 suits models of 100M and more."""
-    lr_schedule: Literal["linear", "constant"] = "linear"
-    """"linear" goes to 0 over total_timesteps."""
-    epochs: int = 1
-    """Passes over each rollout."""
-    minibatches: int = 1
-    """Optimizer steps in each pass."""
-    micro_batch_tokens: int = 8_192
-    """Prompt and response places in one forward and backward pass: memory, not result."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    adam_eps: float = 1e-5
-    """Adam's epsilon (1e-5 as in OpenAI's code; PyTorch's default is 1e-8)."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    temperature: float = 1.0
-    """Divides every logit, in sampling, KL and update alike."""
-    kl_coef: float | None = None
-    """Coefficient of the KL to the reference; None: the task's own (0.1 on TLDRSummarize-v0)."""
-    kl_estimator: str = "k1"
-    """Estimator of the KL in the reward: k1, k2, k3 or full."""
-    kl_target: float | None = None
-    """Nats per sequence that an adaptive controller steers the KL to; None keeps kl_coef fixed."""
-    kl_horizon: int = 10_000
-    """Episodes over which the adaptive controller moves."""
-    missing_eos_penalty: float | None = None
-    """Taken off the score of an episode whose budget ran out; None: the environment's own (0)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward passes; weights stay float32."""
-
-    def __post_init__(self) -> None:
-        for name in ("rollout_episodes", "group_size", "epochs", "minibatches", "micro_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "temperature", "max_grad_norm", "adam_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        if self.rollout_episodes % self.group_size:
-            raise ValueError(f"rollout_episodes={self.rollout_episodes} is no multiple of group_size={self.group_size}")
-        if self.lr_schedule not in ("linear", "constant"):
-            raise ValueError(f"lr_schedule must be 'linear' or 'constant', got {self.lr_schedule!r}")
-        if self.kl_coef is not None and self.kl_coef < 0:
-            raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
-        check_estimator(self.kl_estimator)
-        models.resolve_dtype(self.dtype)
 
 
 class Agent:
@@ -100,6 +45,8 @@ class Agent:
     Config: ClassVar[type[AgentConfig]] = AgentConfig
     uses_value: ClassVar[bool] = False
     """Whether the policy gets a value head."""
+    needs_groups: ClassVar[bool] = False
+    """Whether the completions of a prompt are compared, so that an environment without groups is refused."""
     kl_in_reward: bool = True
     """Whether the rollout's rewards carry the KL penalty."""
 
@@ -134,7 +81,7 @@ class Agent:
         )
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.shuffler = np.random.default_rng(seed)
-        self.num_timesteps = 0
+        self.num_timesteps = self._collected_at = 0
         self.num_updates = 0
         self._total_timesteps = 0
         self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
@@ -212,7 +159,7 @@ class Agent:
         mdp = vector_env(env)
         if not isinstance(env.unwrapped, TextVectorEnv):
             mdp = mdp.remake(self.config.rollout_episodes, group_size=self.config.group_size)
-        if self.config.group_size > 1 and mdp.group_size == 1:
+        if self.needs_groups and mdp.group_size == 1:
             raise ValueError(
                 f"{type(self).__name__} compares completions of a prompt: make the environment with group_size > 1"
             )
@@ -271,6 +218,7 @@ class Agent:
     def collect(self) -> Rollout:
         """One rollout: a complete episode in every row of the environment."""
         coef = self.kl.coef if self.kl_in_reward else 0.0
+        self._collected_at = self.num_timesteps
         return collect(self.env, self.policy, kl_coef=coef, generator=self.generator)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
@@ -321,10 +269,10 @@ class Agent:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate now, by the schedule over the timesteps done."""
+        """The learning rate now, by the schedule over the timesteps before the rollout (else the last has none)."""
         if self.config.lr_schedule == "constant" or self._total_timesteps <= 0:
             return self.config.learning_rate
-        return self.config.learning_rate * max(0.0, 1.0 - self.num_timesteps / self._total_timesteps)
+        return self.config.learning_rate * max(0.0, 1.0 - self._collected_at / self._total_timesteps)
 
     # -- save and load ------------------------------------------------------------------------------------------------
 
@@ -445,16 +393,3 @@ class Agent:
         self.restore_streams(state["streams"], extra["generator"], env=streams)
         self._total_timesteps = state["total_timesteps"]
         self.num_updates, self.kl.coef, self.seconds = state["num_updates"], state["kl_coef"], state["seconds"]
-
-
-def make_config(config: type[Any], settings: dict[str, Any], whose: str) -> Any:
-    """A config from keyword settings.
-
-    Raises:
-        ValueError: naming the unknown key and the allowed ones.
-    """
-    allowed = [field.name for field in dataclasses.fields(config)]
-    unknown = sorted(set(settings) - set(allowed))
-    if unknown:
-        raise ValueError(f"{whose} has no setting {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}")
-    return config(**settings)

@@ -27,7 +27,7 @@ class Annotators:
 
     beta: float = 6.0
     """Logits per unit of gold: the larger, the sharper the eye. At least 0."""
-    noise: float = 0.1
+    noise: float = 0.12
     """Share of labels that are a coin flip. 0 to 1."""
     length_preference: float = 0.02
     """Logits per word of difference in length: above 0 the longer text is preferred, which an agent can hack."""

@@ -1,0 +1,78 @@
+"""The settings that every agent has, and how a config is made of keywords."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from textrl_gym import models
+from textrl_gym.kl import check_estimator
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """Settings that every agent has."""
+
+    rollout_episodes: int = 64
+    """Episodes collected before each update: rows of the vector environment."""
+    group_size: int = 1
+    """Completions of each prompt."""
+    learning_rate: float = 5e-4
+    """Adam's step size. 5e-4 suits the embedded 1M-parameter model; 1e-6 to 1e-5 suits models of 100M and more."""
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    """"linear" goes to 0 over total_timesteps."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    minibatches: int = 1
+    """Optimizer steps in each pass."""
+    micro_batch_tokens: int = 8_192
+    """Prompt and response places in one forward and backward pass: memory, not result."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon (1e-5 as in OpenAI's code; PyTorch's default is 1e-8)."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    temperature: float = 1.0
+    """Divides every logit, in sampling, KL and update alike."""
+    kl_coef: float | None = None
+    """Coefficient of the KL to the reference; None: the task's own (0.1 on TLDRSummarize-v0)."""
+    kl_estimator: str = "k1"
+    """Estimator of the KL in the reward: k1, k2, k3 or full."""
+    kl_target: float | None = None
+    """Nats per sequence that an adaptive controller steers the KL to; None keeps kl_coef fixed."""
+    kl_horizon: int = 10_000
+    """Episodes over which the adaptive controller moves."""
+    missing_eos_penalty: float | None = None
+    """Taken off the score of an episode whose budget ran out; None: the environment's own (0)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward passes; weights stay float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("rollout_episodes", "group_size", "epochs", "minibatches", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "temperature", "max_grad_norm", "adam_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.rollout_episodes % self.group_size:
+            raise ValueError(f"rollout_episodes={self.rollout_episodes} is no multiple of group_size={self.group_size}")
+        if self.lr_schedule not in ("linear", "constant"):
+            raise ValueError(f"lr_schedule must be 'linear' or 'constant', got {self.lr_schedule!r}")
+        if self.kl_coef is not None and self.kl_coef < 0:
+            raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
+        check_estimator(self.kl_estimator)
+        models.resolve_dtype(self.dtype)
+
+
+def make_config(config: type[Any], settings: dict[str, Any], whose: str) -> Any:
+    """A config from keyword settings.
+
+    Raises:
+        ValueError: naming the unknown key and the allowed ones.
+    """
+    allowed = [field.name for field in dataclasses.fields(config)]
+    unknown = sorted(set(settings) - set(allowed))
+    if unknown:
+        raise ValueError(f"{whose} has no setting {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}")
+    return config(**settings)
