@@ -38,10 +38,16 @@ def with_finals(
             "final_obs"; the finals and the step's own infos of those rows go to "final_info" then, because their places
             in `infos` are those of the new episode.
     """
-    ended = [int(b) for b in np.flatnonzero(ended_B)]
+    ended = np.flatnonzero(ended_B)
     if final_obs is None:
-        for b, final in zip(ended, finals, strict=True):
-            infos = env._add_info(infos, final, b)
+        for name in sorted({name for final in finals for name in final}):
+            values = [final.get(name) for final in finals]
+            is_number = isinstance(values[0], float)  # as Gymnasium does: others are kept as objects
+            infos[name] = np.zeros(len(ended_B), float) if is_number else np.full(len(ended_B), None, object)
+            infos[name][ended] = values
+            infos[f"_{name}"] = ended_B.copy()
+            if None in values:
+                infos[f"_{name}"][ended] = [name in final for final in finals]
         return infos
     names = [name for name in infos if not name.startswith("_")]
     ongoing: dict[str, Any] = {}
@@ -49,7 +55,7 @@ def with_finals(
         for name in names:
             going_B = infos[f"_{name}"] & ~ended_B
             ongoing[name], ongoing[f"_{name}"] = _keep(infos[name], going_B), going_B
-    for b, final in zip(ended, finals, strict=True):
+    for b, final in zip(ended.tolist(), finals, strict=True):
         step_info = {name: float(infos[name][b]) for name in names}
         last = {"final_obs": {k: v[b] for k, v in final_obs.items()}, "final_info": step_info | final}
         ongoing = env._add_info(ongoing, last, b)

@@ -122,7 +122,7 @@ def vector_env(env: Any) -> TextVectorEnv:
 
 
 def _pad_left(prompts: list[list[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    state = initial_state(prompts, width, 0, device)
+    state = initial_state(prompts, width, 0).to(device)
     return state.token_BL, state.mask_BL.bool()
 
 

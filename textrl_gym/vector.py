@@ -20,7 +20,7 @@ from torch import Tensor
 from textrl_gym import kl, models, plugins
 from textrl_gym.core import RewardSpec, Row, StopReason
 from textrl_gym.infos import final_info, with_finals
-from textrl_gym.mdp import State, append_, initial_state, restart_, shape_reward
+from textrl_gym.mdp import BUDGET, RUNNING, Array, State, append_, initial_state, restart_, shape_reward
 from textrl_gym.policy import Policy
 from textrl_gym.render import RENDER_MODES, Renderer
 from textrl_gym.rewards import RewardFunction, load_reward
@@ -94,6 +94,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._mode = check_settings(self, autoreset_mode)
         self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
         self.device = models.resolve_device(device)
+        self._on_host = self.device.type == "cpu"
         named = tokenizer is None or isinstance(tokenizer, str | Path)
         self.tokenizer = self.task.load_tokenizer(tokenizer) if named else models.load_tokenizer(tokenizer)
         if self.tokenizer.eos_token_id is None:
@@ -204,12 +205,13 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         """New episodes in the chosen rows."""
         rows = np.flatnonzero(chosen_B)
         prompts = self.streams_of_prompts.draw(rows.tolist(), indices)
-        fresh = initial_state([p.ids for p in prompts], self.max_prompt_tokens, self.max_new_tokens, self.device)
+        fresh = initial_state([p.ids for p in prompts], self.max_prompt_tokens, self.max_new_tokens)
+        fresh = fresh if self._on_host else fresh.to(self.device)
         if len(rows) == self.num_envs:
             self._prompts, self._state = prompts, fresh
         else:
             assert self._state is not None
-            restart_(self._state, torch.as_tensor(rows, device=self.device), fresh)
+            restart_(self._state, rows if self._on_host else torch.as_tensor(rows, device=self.device), fresh)
             for b, prompt in zip(rows, prompts, strict=True):
                 self._prompts[b] = prompt
         self._over_B = self._over_B & ~chosen_B
@@ -218,8 +220,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _reset_infos(self, chosen_B: np.ndarray) -> dict[str, Any]:
         index_B = np.zeros(self.num_envs, np.int64)
-        for b in np.flatnonzero(chosen_B):
-            index_B[b] = self._prompts[b].index
+        index_B[chosen_B] = [self._prompts[b].index for b in np.flatnonzero(chosen_B)]
         return {"prompt_index": index_B, "_prompt_index": chosen_B.copy()}
 
     # -- step ---------------------------------------------------------------------------------------------------------
@@ -246,9 +247,9 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         append_(self._state, action_B, self.max_new_tokens, self.eos_id)
         if self.stop:
             self._apply_stop_strings(active_B)
-        stop_B = self._state.stop_B.cpu().numpy()
-        ended_B = active_B & (stop_B != StopReason.RUNNING.value)
-        truncated_B = active_B & (stop_B == StopReason.BUDGET.value)
+        stop_B = self._host(self._state.stop_B)
+        ended_B = active_B & (stop_B != RUNNING)
+        truncated_B = active_B & (stop_B == BUDGET)
         terminated_B = ended_B & ~truncated_B
         if self.max_new_tokens == 1:  # Gymnasium's checker refuses truncation at the first step
             terminated_B, truncated_B = ended_B, np.zeros_like(truncated_B)
@@ -270,8 +271,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         reward = self._array(reward_B, np.float64)
         return self._observation(), reward, self._flags(terminated_B), self._flags(truncated_B), infos
 
-    def _parse(self, actions: Any) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B] int64, and the log-probabilities that came with them."""
+    def _parse(self, actions: Any) -> tuple[Array, Tensor | None]:
+        """Tokens [B], integers, and the log-probabilities that came with them."""
         logprob = None
         if isinstance(actions, Mapping):
             if "token" not in actions or (self.wants_logprob and "logprob" not in actions):
@@ -287,12 +288,15 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
                 f"kl_coef={self.kl_coef} needs the policy's log-probability: send actions as "
                 "{'token': a, 'logprob': log pi(a|s)}, or make the environment with policy_logprob=fn"
             )
-        action_B = self._tensor(actions)
-        if action_B.shape != (self.num_envs,) or action_B.dtype not in _INTEGERS:
+        if self._on_host:
+            action_B: Any = actions.numpy() if isinstance(actions, Tensor) else np.asarray(actions)
+            integers = action_B.dtype.kind in "iu"
+        else:
+            action_B = self._tensor(actions)
+            integers = action_B.dtype in _INTEGERS
+        if action_B.shape != (self.num_envs,) or not integers:
             raise ValueError(f"actions must be {self.num_envs} integers, got {actions!r}")
-        action_B = action_B.long()
-        low, high = action_B.aminmax()
-        if int(low) < 0 or int(high) >= self.vocab_size:
+        if action_B.min() < 0 or action_B.max() >= self.vocab_size:
             raise ValueError(f"actions must lie in [0, {self.vocab_size}), got {action_B.tolist()}")
         return action_B, logprob
 
@@ -302,16 +306,16 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         return torch.tensor(np.asarray(values), device=self.device)  # a copy: arrays may be read-only
 
     def _penalty(
-        self, actions: Any, action_B: Tensor, logprob: Tensor | None, active_B: np.ndarray
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+        self, actions: Any, action_B: Array, logprob: Tensor | None, active_B: np.ndarray
+    ) -> tuple[Array | None, dict[str, Any]]:
         """Per-token KL estimate [B] (0 in rows that have ended) and the infos that tell it; None with no penalty."""
         if self.kl_coef == 0:
             return None, {}
         if not active_B.any():  # in mode NEXT_STEP every row begins now
-            return torch.zeros(self.num_envs, device=self.device), {}
+            return self._zeros(), {}
         assert self._state is not None and self.reference is not None
-        ref_logp_BV = self.reference.next_logprobs(self._state.token_BL, self._state.mask_BL)
-        ref_logp_B = ref_logp_BV.gather(1, action_B[:, None]).squeeze(1)
+        ref_logp_BV = self.reference.next_logprobs(*map(self._tensor, (self._state.token_BL, self._state.mask_BL)))
+        ref_logp_B = ref_logp_BV.gather(1, self._tensor(action_B).long()[:, None]).squeeze(1)
         ref = ref_logp_BV if self.kl_estimator == "full" else ref_logp_B
         if logprob is None:
             assert self.policy_logprob is not None
@@ -325,8 +329,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         running_B = torch.as_tensor(active_B, device=self.device)
         kl_B = torch.where(running_B, kl.estimate(self.kl_estimator, logprob.detach(), ref), 0.0)
         told = {"kl": kl_B, "ref_logprob": torch.where(running_B, ref_logp_B, 0.0)}
-        infos = {name: self._array(value_B, np.float64) for name, value_B in told.items()}
-        return kl_B, infos | {f"_{name}": active_B.copy() for name in told}
+        infos: dict[str, Any] = {}
+        for name, value_B in told.items():
+            infos |= {name: self._array(value_B, np.float64), f"_{name}": active_B.copy()}
+        return kl_B.numpy() if self._on_host else kl_B, infos
 
     # -- the end of an episode ----------------------------------------------------------------------------------------
 
@@ -339,8 +345,9 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         rows = np.flatnonzero(active_B)
         hit_B = np.zeros(self.num_envs, bool)
         hit_B[rows] = self.stopped(self._completion_ids(rows))
-        hit_B &= self._state.stop_B.cpu().numpy() != StopReason.EOS.value
-        self._state.stop_B.masked_fill_(torch.as_tensor(hit_B, device=self.device), StopReason.STOP_STRING.value)
+        hit_B &= self._host(self._state.stop_B) != StopReason.EOS.value
+        where = hit_B if self._on_host else torch.as_tensor(hit_B, device=self.device)
+        self._state.stop_B[where] = StopReason.STOP_STRING.value
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
@@ -348,7 +355,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _completion_ids(self, rows: np.ndarray) -> list[list[int]]:
         assert self._state is not None
-        chosen = torch.as_tensor(rows, device=self.device)
+        chosen: Any = rows if self._on_host else torch.as_tensor(rows, device=self.device)
         tokens = self._state.token_BL[chosen, self.max_prompt_tokens :].tolist()
         return [ids[:count] for ids, count in zip(tokens, self._state.count_B[chosen].tolist(), strict=True)]
 
@@ -375,28 +382,40 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         score = (reward or self.reward_model)([row["prompt"] for row in rows], texts, **columns)
         return torch.as_tensor(score, dtype=torch.float32, device=self.device), texts
 
-    def _end(self, ended_B: np.ndarray, kl_B: Tensor | None) -> tuple[Tensor, list[dict[str, Any]]]:
+    def _end(self, ended_B: np.ndarray, kl_B: Array | None) -> tuple[Array, list[dict[str, Any]]]:
         """The step's rewards, and the final info of each row that ended."""
         assert self._state is not None
-        score_B = torch.zeros(self.num_envs, device=self.device)
+        score_B = self._zeros()
         finals: list[dict[str, Any]] = []
         if not ended_B.any():
             return (score_B if kl_B is None else -self.kl_coef * kl_B), finals
         ended = np.flatnonzero(ended_B)
         prompts, ids = [self._prompts[b] for b in ended], self._completion_ids(ended)
         score, texts = self.score([p.row for p in prompts], [p.ids for p in prompts], ids)
-        score_B[torch.as_tensor(ended, device=self.device)] = score
-        stops = self._state.stop_B.tolist()
+        stop_B = self._host(self._state.stop_B) * ended_B  # a row that ended before is not paid again
         for b, prompt, value, text in zip(ended, prompts, score.tolist(), texts, strict=True):
-            finals.append(final_info(prompt.row, text, value, StopReason(stops[b])))
-        stop_B = self._state.stop_B * torch.as_tensor(ended_B, device=self.device)
-        kl_B = torch.zeros_like(score_B) if kl_B is None else kl_B
+            finals.append(final_info(prompt.row, text, value, StopReason(stop_B[b])))
+        if self._on_host:
+            score_B[ended] = score.numpy()
+        else:
+            score_B[torch.as_tensor(ended, device=self.device)] = score
+            stop_B = torch.as_tensor(stop_B, device=self.device)
+        kl_B = self._zeros() if kl_B is None else kl_B
         return shape_reward(score_B, stop_B, kl_B, self.kl_coef, self.missing_eos_penalty), finals
 
     # -- what is returned ---------------------------------------------------------------------------------------------
 
-    def _array(self, tensor: Tensor, dtype: Any) -> Any:
-        return tensor if self.array == "torch" else tensor.cpu().numpy().astype(dtype)
+    def _zeros(self) -> Array:
+        """float32 [B]."""
+        return np.zeros(self.num_envs, np.float32) if self._on_host else torch.zeros(self.num_envs, device=self.device)
+
+    def _host(self, array: Array) -> np.ndarray:
+        return array if self._on_host else array.cpu().numpy()
+
+    def _array(self, array: Array, dtype: Any) -> Any:
+        if self.array == "torch":
+            return self._tensor(array)
+        return (array.cpu().numpy() if isinstance(array, Tensor) else array).astype(dtype)
 
     def _flags(self, flag_B: np.ndarray) -> Any:
         return torch.tensor(flag_B, device=self.device) if self.array == "torch" else flag_B.copy()
@@ -404,8 +423,12 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
     def _observation(self) -> dict[str, Any]:
         """A copy: the state goes on being written to."""
         assert self._state is not None
-        tensors = {"input_ids": self._state.token_BL, "attention_mask": self._state.mask_BL}
-        return {k: v.clone() if self.array == "torch" else v.cpu().numpy().copy() for k, v in tensors.items()}
+        token_BL, mask_BL = self._state.token_BL, self._state.mask_BL
+        if self._on_host:
+            observation = {"input_ids": token_BL.copy(), "attention_mask": mask_BL.copy()}
+            return {k: torch.from_numpy(v) for k, v in observation.items()} if self.array == "torch" else observation
+        tensors = {"input_ids": token_BL, "attention_mask": mask_BL}
+        return {k: v.clone() if self.array == "torch" else v.cpu().numpy() for k, v in tensors.items()}
 
     def render(self) -> tuple[str, ...] | None:
         """In mode "ansi", the text of every row; "human" prints the first row by itself, as the episode goes."""
