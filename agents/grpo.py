@@ -10,7 +10,7 @@ Departures from the paper, each a setting:
     * The loss is averaged over all tokens of the batch (aggregation="token", as DAPO), since the paper's mean per
       sequence favours short right and long wrong answers; aggregation="sequence" is the paper's.
     * kl_in="reward" folds -beta KL into R_i before the group's mean is taken, as RLOO does.
-    * kl_loss="k2" has the gradient of KL(pi || pi_ref) on-policy; the paper's "k3" (default) estimates its value
+    * kl_loss="k2" (default) has the gradient of KL(pi || pi_ref) on-policy; the paper's "k3" estimates its value
       without bias, but its expected gradient is that of KL(pi_ref || pi) (see docs/kl.md).
     * scale_by_std=False leaves the division out (Dr. GRPO, Liu et al. 2025).
 No value network is built. The std is the unbiased one, as in TRL and verl.
@@ -49,8 +49,8 @@ class GRPOConfig(AgentConfig):
     """"token": mean over all tokens of the batch; "sequence": mean over each sequence first."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL penalty goes."""
-    kl_loss: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL in the loss."""
+    kl_loss: Literal["k1", "k2", "k3"] = "k2"
+    """Estimator of the KL in the loss. On-policy "k1" has no gradient on average: it is there to be studied."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -82,7 +82,7 @@ def test_help_of_train_lists_the_agents_settings(capsys: pytest.CaptureFixture[s
 
 
 def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown command 'trian' (did you mean 'train'?); allowed: check, " in one_error(capsys, "trian")
+    assert "unknown command 'trian' (did you mean 'train'?); allowed: bench, check, " in one_error(capsys, "trian")
     line = one_error(capsys, "train", "grop", "CopyText-v0", *TINY)
     assert "unknown agent 'grop' (did you mean 'grpo'?); allowed: grpo, ppo" in line
     line = one_error(capsys, "train", "grpo", "copytext", *TINY)

@@ -1,6 +1,7 @@
 """Every example runs, with a small budget."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def example(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def test_every_example_is_tested(root: Path) -> None:
     names = {path.stem for path in (root / "examples").glob("*.py")}
-    assert names == {"gymnasium_loop", "train_grpo", "custom_reward", "custom_agent", "demo"}
+    assert names == {"gymnasium_loop", "train_grpo", "custom_reward", "custom_agent", "demo", "bench_vs_trl"}
 
 
 def test_gymnasium_loop(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,3 +62,22 @@ def test_demo(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "PPO" in out
         assert "report: runs/demo/report.html" in out
         assert (example / "runs" / "demo" / "report.html").is_file()
+
+
+def test_bench_vs_trl(example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Our side of it; TRL stands in for itself, since it is not installed here."""
+    module = importlib.import_module("bench_vs_trl")
+    small = ["grpo", "--prompts", "2", "--group", "2", "--prompt-tokens", "9", "--new-tokens", "4", "--iterations", "1"]
+    monkeypatch.setattr("sys.argv", ["bench_vs_trl.py", *small])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "--trl-python is needed" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["bench_vs_trl.py", *small, "--side", "ours"])
+    module.main()
+    ours = json.loads(capsys.readouterr().out)
+    assert ours["tokens_per_second"] > 0
+    half = {"tokens_per_second": ours["tokens_per_second"] / 2, "peak_bytes": 2 * ours["peak_bytes"] + 2}
+    monkeypatch.setattr(module, "measure", lambda python, side, argv: ours if side == "ours" else half)
+    monkeypatch.setattr("sys.argv", ["bench_vs_trl.py", *small, "--trl-python", "python"])
+    module.main()
+    assert "completion tokens/s: ours / TRL = 2.00 (2.00 to 2.00, 3 turns)" in capsys.readouterr().out

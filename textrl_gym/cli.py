@@ -338,6 +338,15 @@ def _make_model(command: str, config: type[Any], work: Callable[..., dict[str, A
     return 0
 
 
+def bench(args: Sequence[str]) -> int:
+    """Measure how fast rollout and update are on this machine."""
+    from textrl_gym import bench as home
+
+    parsed = parse("bench", bench.__doc__, [("config", flat(home.BenchConfig))], args)
+    print_rows("textrl-gym bench", home.rows(home.bench(parsed.config)))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "envs": envs,
     "check": check,
@@ -346,4 +355,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report,
     "sft": sft,
     "reward-model": reward_model,
+    "bench": bench,
 }

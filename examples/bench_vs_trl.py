@@ -1,0 +1,211 @@
+"""The same work on textrl-gym and on TRL, in turns, each turn in its own process: ratios with their spread.
+
+    pip install torch==2.13.0 trl==1.16.0        # in another virtual environment; for PPO trl==1.12.0, the last with it
+    python examples/bench_vs_trl.py grpo --trl-python ../trl/bin/python
+
+Equal on both sides: a random Llama (width 256, 4 layers, 2,048 tokens), prompts and their lengths, completions of each,
+new tokens, one epoch, one optimizer step, KL coefficient, temperature 1 and no top-k; float32, no gradient
+checkpointing, no logging. For GRPO the reward is the length of the text; for PPO both sides score with a reward model
+of the same shape and have a critic of their own trunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", str(min(8, len(os.sched_getaffinity(0)))))
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+KL_COEF = 0.04
+WARMUP = 1  # iterations that are not measured
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# -- textrl-gym -------------------------------------------------------------------------------------------------------
+
+
+def run_ours(args: argparse.Namespace) -> dict[str, float]:
+    from textrl_gym import bench
+
+    config = bench.BenchConfig(
+        agent=args.agent,
+        prompts=args.prompts,
+        group=args.group,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        vocab_size=args.vocab_size,
+        iterations=args.iterations,
+        scoring=args.agent == "ppo",
+        device="cpu",
+    )
+    found = bench.bench(config, **({"separate_value_model": True} if args.agent == "ppo" else {}))["measured"]
+    return {"tokens_per_second": found["completion_tokens_per_second"], "peak_bytes": found["peak_memory_bytes"]}
+
+
+# -- TRL, in its own environment, which has no textrl-gym -------------------------------------------------------------
+
+
+def make_parts(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and a data set of random prompts, as textrl_gym.bench makes them."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocab = {"<eos>": 0} | {f"t{i}": i for i in range(1, args.vocab_size)}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    ids = torch.randint(1, args.vocab_size, (4096, args.prompt_tokens)).tolist()
+    rows = Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in row) for row in ids], "input_ids": ids})
+    return LlamaForCausalLM(config), tokenizer, rows
+
+
+def run_trl(args: argparse.Namespace) -> dict[str, float]:
+    from transformers import TrainerCallback
+
+    model, tokenizer, data = make_parts(args)
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+    rows = args.prompts * args.group
+    folder = tempfile.mkdtemp()
+    common: dict[str, Any] = {"output_dir": folder, "per_device_train_batch_size": rows, "use_cpu": True, "bf16": False}
+    common |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False}
+    common |= {"learning_rate": 1e-6, "logging_strategy": "no"}
+    steps = WARMUP + args.iterations
+    if args.agent == "grpo":
+        from trl import GRPOConfig, GRPOTrainer
+
+        def length(completions: list[str], **_: Any) -> list[float]:
+            return [float(len(text)) for text in completions]
+
+        trainer: Any = GRPOTrainer(
+            model,
+            reward_funcs=length,
+            args=GRPOConfig(
+                max_steps=steps,
+                num_generations=args.group,
+                max_completion_length=args.new_tokens,
+                beta=KL_COEF,
+                temperature=1.0,
+                **common,
+            ),
+            train_dataset=data.remove_columns("input_ids"),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+    else:
+        from transformers import AutoModelForSequenceClassification
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+        shape = type(model.config)(**(model.config.to_dict() | {"num_labels": 1}))
+        scorers = [AutoModelForSequenceClassification.from_config(shape) for _ in range(2)]
+        if args.group > 1:  # TRL's PPO knows no groups: each prompt is repeated
+            data = data.select([i for i in range(len(data)) for _ in range(args.group)])
+        trainer = PPOTrainer(
+            PPOConfig(
+                total_episodes=steps * rows,
+                num_ppo_epochs=1,
+                num_mini_batches=1,
+                response_length=args.new_tokens,
+                kl_coef=KL_COEF,
+                temperature=1.0,
+                num_sample_generations=0,
+                local_rollout_forward_batch_size=rows,
+                **common,
+            ),
+            tokenizer,
+            model,
+            None,
+            scorers[0],
+            data.remove_columns("prompt"),
+            scorers[1],
+            eval_dataset=data.select(range(1)).remove_columns("prompt"),
+            callbacks=[Clock()],
+        )
+    before = peak_bytes()
+    trainer.train()
+    seconds = marks[-1] - marks[WARMUP - 1]
+    # A random model ends one row in fifty early; the full budget is counted, in TRL's favour.
+    return {
+        "tokens_per_second": rows * args.new_tokens * args.iterations / seconds,
+        "peak_bytes": peak_bytes() - before,
+    }
+
+
+# -- turns ------------------------------------------------------------------------------------------------------------
+
+
+def measure(python: str, side: str, argv: list[str]) -> dict[str, float]:
+    done = subprocess.run([python, __file__, *argv, "--side", side], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("agent", choices=["grpo", "ppo"])
+    parser.add_argument("--trl-python", help="the Python of a virtual environment with TRL")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=350)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--iterations", type=int, default=3, help="measured in each turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps({"ours": run_ours, "trl": run_trl}[args.side](args)))
+        return
+    if not args.trl_python:
+        parser.error("--trl-python is needed: the Python of a virtual environment with TRL")
+    turns: list[dict[str, dict[str, float]]] = []
+    for turn in range(args.turns):
+        pythons = {"ours": sys.executable, "trl": args.trl_python}
+        turns.append({side: measure(python, side, sys.argv[1:]) for side, python in pythons.items()})
+        line = "  ".join(
+            f"{side} {found['tokens_per_second']:,.0f} tokens/s, {found['peak_bytes'] / 2**20:,.0f} MiB"
+            for side, found in turns[-1].items()
+        )
+        print(f"turn {turn + 1}: {line}", flush=True)
+    speed = [turn["ours"]["tokens_per_second"] / turn["trl"]["tokens_per_second"] for turn in turns]
+    memory = [turn["ours"]["peak_bytes"] / turn["trl"]["peak_bytes"] for turn in turns]
+    for name, ratios in (("completion tokens/s", speed), ("peak memory", memory)):
+        middle = statistics.median(ratios)
+        print(f"{name}: ours / TRL = {middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} turns)")
+
+
+if __name__ == "__main__":
+    main()

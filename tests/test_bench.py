@@ -1,0 +1,38 @@
+"""bench: the phases add up, the settings are checked, and nothing of the package stays patched."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from textrl_gym import sampler
+from textrl_gym.bench import BenchConfig, bench, rows
+from textrl_gym.cli import main
+
+SMALL = {"prompts": 2, "group": 2, "prompt_tokens": 9, "new_tokens": 4, "iterations": 2, "device": "cpu"}
+
+
+@pytest.mark.parametrize("agent", ["grpo", "ppo"])
+def test_the_phases_are_parts_of_the_whole(agent: str, tmp_path: Path) -> None:
+    plain = sampler.generate
+    config = BenchConfig(agent=agent, out=tmp_path / "new" / "bench.json", **SMALL)  # type: ignore[arg-type]
+    record = bench(config)
+    assert sampler.generate is plain
+    measured = record["measured"]
+    expected = {"rollout", "scoring", "reference", "update", "other"} | ({"values"} if agent == "ppo" else set())
+    assert set(measured["share"]) == expected
+    assert sum(measured["share"].values()) == pytest.approx(1)
+    assert all(0 <= share < 1 for share in measured["share"].values())
+    assert 0 < measured["completion_tokens_per_second"] < measured["rollout_tokens_per_second"]
+    # The update's forward and backward of 4 rows alone are over 6 FLOP a parameter of the trunk (3.2M) and place (12).
+    assert measured["flop_per_iteration"] > 6 * 3.2e6 * 12
+    assert 0 < measured["utilisation"] < 1
+    assert json.loads((tmp_path / "new" / "bench.json").read_text()) == json.loads(json.dumps(record))
+    assert rows(record)["work"] == "2 prompts x 2, 9 + 4"
+
+
+def test_wrong_settings_name_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--group", "1"]) == 2
+    assert "group must be at least 2, got 1" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    with pytest.raises(ValueError, match="new_tokens must be at least 1, got 0"):
+        BenchConfig(new_tokens=0)
