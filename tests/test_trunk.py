@@ -131,10 +131,11 @@ def test_shared_prompts_give_the_numbers_and_gradients_of_each_row_alone(
         assert (mine.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm() + 1e-12, where
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_decoding_gives_the_hidden_states_of_the_full_pass(name: str) -> None:
+def test_decoding_gives_the_hidden_states_of_the_full_pass(name: str, static: bool) -> None:
     model = make_model(name)
-    trunk, r = Trunk(model), rollout()
+    trunk, r = Trunk(model, static=static), rollout()
     first_U, source_B = unique_prompts(r.prompt_BP, r.prompt_mask_BP)
     with torch.no_grad():
         mask_BL = torch.cat([r.prompt_mask_BP, torch.ones_like(r.mask_BT)], 1)
@@ -152,8 +153,31 @@ def test_decoding_gives_the_hidden_states_of_the_full_pass(name: str) -> None:
                 keep_k = torch.tensor({2: [0, 1, 2, 4, 5], 4: [2, 3, 4], 5: [1, 2]}[t])
                 decoder.keep(keep_k)
                 rows = rows[keep_k]
-            hidden_kD = decoder.step(r.token_BT[rows, t])
+            hidden_kD = decoder.step(r.token_BT[rows, t]).clone()
     assert trunk.shares_prompts and full_BLV.std() > 0.5
+
+
+def test_fixed_shapes_change_no_token() -> None:
+    uniform_BT = torch.rand((6, 30), generator=torch.Generator().manual_seed(2))
+    r, done = rollout(), []
+    for cuda_graphs in (False, True):
+        pi = Policy(make_model("llama"), cuda_graphs=cuda_graphs)
+        prompts = (r.prompt_BP[[0, 2, 3]], r.prompt_mask_BP[[0, 2, 3]], SOURCE)
+        done.append(generate(pi, *prompts, uniform_BT, max_new_tokens=30, eos_id=3))
+    assert torch.equal(done[0].token_BT, done[1].token_BT)
+    torch.testing.assert_close(done[0].logp_BT, done[1].logp_BT, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_cuda_graph_changes_no_token() -> None:
+    uniform_BT = torch.rand((6, 30), generator=torch.Generator().manual_seed(2)).cuda()
+    r, done = rollout(), []
+    for cuda_graphs in (False, True):
+        pi = Policy(make_model("llama").cuda(), cuda_graphs=cuda_graphs)
+        prompts = (r.prompt_BP[[0, 2, 3]].cuda(), r.prompt_mask_BP[[0, 2, 3]].cuda(), SOURCE.cuda())
+        done.append(generate(pi, *prompts, uniform_BT, max_new_tokens=30, eos_id=3))
+    assert torch.equal(done[0].token_BT, done[1].token_BT)
+    torch.testing.assert_close(done[0].logp_BT, done[1].logp_BT, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
@@ -185,7 +209,7 @@ def test_compaction_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix.Prefix, "keep", watched)
     with_compaction = sample()
     assert kept, "no row ended before another: the test shows nothing"
-    monkeypatch.setattr("textrl_gym.sampler.LEAVERS", 1.0)  # rows leave when all have ended
+    monkeypatch.setattr("textrl_gym.trunk._SharedDecoder.leavers", 1.0)  # rows leave when all have ended
     without = sample()
     assert torch.equal(with_compaction.token_BT, without.token_BT)
     assert torch.equal(with_compaction.mask_BT, without.mask_BT)

@@ -131,6 +131,7 @@ class Agent:
                 temperature=self.config.temperature,
                 vocab_size=len(mdp.tokenizer),
                 dtype=models.resolve_dtype(self.config.dtype),
+                cuda_graphs=self.config.cuda_graphs,
             )
 
     def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:

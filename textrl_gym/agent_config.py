@@ -47,6 +47,8 @@ class AgentConfig:
     """Taken off the score of an episode whose budget ran out; None: the environment's own (0)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward passes; weights stay float32."""
+    cuda_graphs: bool = False
+    """Decode at fixed shapes, on a GPU as CUDA graphs. Tested on a CPU; it has not been run on a GPU yet."""
 
     def __post_init__(self) -> None:
         for name in ("rollout_episodes", "group_size", "epochs", "minibatches", "micro_batch_tokens"):

@@ -56,6 +56,7 @@ class Policy(nn.Module):
         vocab_size: use only the first so many logits (a model's rows are often padded beyond its tokenizer).
         dtype: of the forward passes: torch.float32, or torch.bfloat16 by autocast over float32 weights, so that small
             updates are not rounded away. Log-probabilities are float32 in both.
+        cuda_graphs: decode at fixed shapes, on a GPU as CUDA graphs.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         vocab_size: int | None = None,
         dtype: torch.dtype = torch.float32,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -78,7 +80,7 @@ class Policy(nn.Module):
         if vocab_size is not None and vocab_size > rows:
             raise ValueError(f"the tokenizer has {vocab_size} tokens, the model only {rows}")
         self.vocab_size = vocab_size or rows
-        self.trunk = Trunk(self.model, dtype)
+        self.trunk = Trunk(self.model, dtype, static=cuda_graphs)
         self.value_model: Any = value_model.eval() if value_model is not None else None
         self.value_trunk = Trunk(self.value_model, dtype) if value_model is not None else None
         self.value_head: nn.Linear | None = None

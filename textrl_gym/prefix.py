@@ -44,6 +44,8 @@ class Prefix:
     """int64: the rows of each prompt, a short group filled up with row 0; None: row u * G + g is group u's g-th."""
     place_B: Tensor | None
     """int64: where row b stands in slot_UG, flattened."""
+    written: Tensor | None = None
+    """int64 [1], for decoding at fixed shapes: so many own places are written, and the rest of S is yet to come."""
 
     @staticmethod
     def of(cache: DynamicCache, mask_UP: Tensor, source_B: Tensor) -> Prefix:
@@ -154,8 +156,10 @@ def prefix_attention(
 
     # 1. What a query cannot see: later places of its own, the prompt's padding, what lies behind a sliding window.
     at_T = torch.arange(own - new, own, device=query.device)
+    if prefix.written is not None:
+        at_T = prefix.written + torch.arange(new, device=query.device)
     ahead_TS = at_T[:, None] - torch.arange(own, device=query.device)
-    own_hidden_TS = ahead_TS < 0 if new > 1 else None
+    own_hidden_TS = ahead_TS < 0 if new > 1 or prefix.written is not None else None
     prompt_hidden = ~prefix.mask_UP[:, None, None, None, :]
     if sliding_window is not None and own + places > sliding_window:
         own_hidden_TS = (ahead_TS < 0) | (ahead_TS >= sliding_window)
@@ -197,24 +201,32 @@ AttentionInterface.register(NAME, prefix_attention)
 
 
 class _OwnLayer(CacheLayerMixin):
-    """Keys and values of the rows' own tokens in preallocated tensors [B, K, W, D]; `length` of them are written."""
+    """Keys and values of the rows' own tokens in preallocated tensors [B, K, W, D]; `length` of them are written.
+
+    With `written` (int64 [1], on the device) the next place is read from there and all W places are handed out, so that
+    no shape changes from step to step.
+    """
 
     is_sliding = False
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, written: Tensor | None) -> None:
         super().__init__()
-        self.places, self.length = places, 0
+        self.places, self.length, self.written = places, 0, written
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, width = key_states.shape
-        self.keys = key_states.new_empty(rows, heads, self.places, width)
-        self.values = value_states.new_empty(rows, heads, self.places, value_states.shape[-1])
+        self.keys = key_states.new_zeros(rows, heads, self.places, width)
+        self.values = value_states.new_zeros(rows, heads, self.places, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
+        if self.written is not None:
+            self.keys.index_copy_(2, self.written, key_states)
+            self.values.index_copy_(2, self.written, value_states)
+            return self.keys, self.values
         end = self.length + key_states.shape[2]
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
@@ -223,10 +235,13 @@ class _OwnLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only what is written is copied."""
+        if not self.is_initialized:
+            return
+        end = self.places if self.written is not None else self.length
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_empty(len(indices), *old.shape[1:])
-            new[:, :, : self.length] = old[indices, :, : self.length]
+            new = old.new_zeros(len(indices), *old.shape[1:])
+            new[:, :, :end] = old[indices, :, :end]
             setattr(self, name, new)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -239,9 +254,9 @@ class _OwnLayer(CacheLayerMixin):
         return self.places
 
 
-def own_cache(layers: int, places: int) -> Cache:
+def own_cache(layers: int, places: int, written: Tensor | None = None) -> Cache:
     """An empty cache for at most `places` tokens of each row."""
-    return Cache(layers=[_OwnLayer(places) for _ in range(layers)])
+    return Cache(layers=[_OwnLayer(places, written) for _ in range(layers)])
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

@@ -17,9 +17,6 @@ from textrl_gym.policy import Policy
 
 POLL_EVERY = 8  # on a GPU, tokens between two questions "has every row ended?": each one waits for the device
 
-LEAVERS = 0.1
-"""Finished rows leave when they are at least this share of the batch: to leave, the others' caches are copied."""
-
 
 @dataclass(frozen=True)
 class Completions:
@@ -92,7 +89,7 @@ def generate(
             keep_k = (stop_B[row_b] == StopReason.RUNNING).nonzero().squeeze(1)
             if len(keep_k) == 0:
                 break
-            if len(keep_k) <= (1 - LEAVERS) * len(row_b):
+            if len(keep_k) < len(row_b) and len(keep_k) <= (1 - decoder.leavers) * len(row_b):
                 decoder.keep(keep_k)
                 row_b, token_b = row_b[keep_k], token_b[keep_k]
 

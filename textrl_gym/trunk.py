@@ -47,6 +47,8 @@ class Decoder(Protocol):
 
     first_BD: Tensor
     """The hidden state below the first token's logits."""
+    leavers: float
+    """Rows should leave when at least this share of the batch has ended; before, it costs more than it saves."""
 
     def step(self, token_B: Tensor) -> Tensor:
         """Append a token to each row; the hidden state below the next one's logits, [B, D]."""
@@ -63,10 +65,11 @@ class Trunk:
     Args:
         model: of transformers. It is used as it stands, and never changed.
         dtype: of the passes: torch.bfloat16 is autocast over the model's weights.
+        static: decode at fixed shapes, on a GPU as a CUDA graph.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
-        self.model, self.dtype = model, dtype
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, static: bool = False) -> None:
+        self.model, self.dtype, self.static = model, dtype, static
         self.body: Any = model.base_model
         self._configs = configs(model)
 
@@ -114,7 +117,9 @@ class Trunk:
         return next(self.model.parameters()).device
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        # What autocast caches while a CUDA graph is captured would be gone when it is replayed.
+        enabled, cache = self.dtype != torch.float32, not self.static
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=cache)
 
     # -- teacher-forced passes ----------------------------------------------------------------------------------------
 
@@ -203,7 +208,8 @@ class Trunk:
             places: at most so many tokens will be appended to a row.
         """
         if self.shares_prompts:
-            return _SharedDecoder(self, prompt_UP, mask_UP, source_B, places)
+            made = _StaticDecoder if self.static else _SharedDecoder
+            return made(self, prompt_UP, mask_UP, source_B, places)
         return _RepeatedDecoder(self, prompt_UP, mask_UP, source_B)
 
 
@@ -240,6 +246,8 @@ class _Given:
 class _SharedDecoder:
     """Rows read their prompt's keys and values where they stand; their own are written into preallocated places."""
 
+    leavers = 0.1  # those that stay have their caches copied
+
     def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> None:
         self.trunk = trunk
         with trunk._precision():
@@ -250,26 +258,76 @@ class _SharedDecoder:
         self.no_mask = _no_mask(prompt_UP)
 
     def step(self, token_B: Tensor) -> Tensor:
+        hidden_BD = self._run(token_B[:, None])
+        self.position_B1 = self.position_B1 + 1
+        return hidden_BD
+
+    def _run(self, token_B1: Tensor) -> Tensor:
         with self.trunk._precision(), attached(self.trunk._configs, self.prefix):
-            out = self.trunk.body(
-                input_ids=token_B[:, None],
+            return self.trunk.body(
+                input_ids=token_B1,
                 attention_mask=self.no_mask,
                 position_ids=self.position_B1,
                 past_key_values=self.own,
                 use_cache=True,
-            )
-        self.position_B1 = self.position_B1 + 1
-        return out[0][:, 0]
+            )[0][:, 0]
 
     def keep(self, keep_k: Tensor) -> None:
         self.prefix.keep(keep_k)
         self.position_B1 = self.position_B1[keep_k]
-        if self.own.get_seq_length():
-            self.own.batch_select_indices(keep_k)
+        self.own.batch_select_indices(keep_k)
+
+
+class _StaticDecoder(_SharedDecoder):
+    """The same at fixed shapes and addresses: a step on a GPU is one launch of a CUDA graph, captured at the first.
+
+    A decoder step of a small model is hundreds of kernels of microseconds, and launching them one by one takes longer
+    than running them.
+    """
+
+    leavers = 0.5  # each time a graph is captured anew
+
+    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> None:
+        super().__init__(trunk, prompt_UP, mask_UP, source_B, places)
+        self.written = torch.zeros(1, dtype=torch.long, device=source_B.device)
+        self.prefix.written = self.written
+        self.own = own_cache(len(self.prefix.keys), places, self.written)
+        self.token_B1 = torch.zeros_like(source_B)[:, None]
+        self.graph: Any = None
+
+    def step(self, token_B: Tensor) -> Tensor:
+        self.token_B1.copy_(token_B[:, None])
+        if self.token_B1.device.type == "cuda":
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+        else:
+            self.hidden_BD = self._run(self.token_B1)
+        self.written += 1
+        self.position_B1 += 1
+        return self.hidden_BD
+
+    def _capture(self) -> None:
+        """As PyTorch's notes on CUDA graphs ask: warm up on another stream. What that writes is written again."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._run(self.token_B1)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.hidden_BD = self._run(self.token_B1)
+
+    def keep(self, keep_k: Tensor) -> None:
+        super().keep(keep_k)
+        self.token_B1, self.graph = self.token_B1[keep_k], None
 
 
 class _RepeatedDecoder:
     """Every row computes its own prompt and stays until the end: right for any model with a cache, and slow."""
+
+    leavers = 0.0
 
     def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> None:
         self.trunk, self.mask_BL = trunk, mask_UP[source_B]
