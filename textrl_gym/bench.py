@@ -56,6 +56,8 @@ class BenchConfig:
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward passes."""
+    cuda_graphs: bool = False
+    """Decode at fixed shapes, on a GPU as CUDA graphs."""
     out: Path | None = None
     """Also write the numbers to this JSON file."""
 
@@ -150,7 +152,8 @@ def make_agent(config: BenchConfig, **settings: Any) -> Any:
         array="torch",
         autoreset_mode="Disabled",
     )
-    usual = {"epochs": 1, "minibatches": 1, "lr_schedule": "constant", "dtype": config.dtype}
+    usual: dict[str, Any] = {"epochs": 1, "minibatches": 1, "lr_schedule": "constant"}
+    usual |= {"dtype": config.dtype, "cuda_graphs": config.cuda_graphs}
     return plugins.load_agent_class(config.agent)(env, device=str(device), **(usual | settings))
 
 
