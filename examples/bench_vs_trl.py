@@ -84,7 +84,9 @@ def make_parts(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     )
     ids = torch.randint(1, args.vocab_size, (4096, args.prompt_tokens)).tolist()
     rows = Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in row) for row in ids], "input_ids": ids})
-    return LlamaForCausalLM(config), tokenizer, rows
+    folder = tempfile.mkdtemp()
+    LlamaForCausalLM(config).save_pretrained(folder)  # TRL loads the reference from where the model came from
+    return LlamaForCausalLM.from_pretrained(folder), tokenizer, rows
 
 
 def run_trl(args: argparse.Namespace) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Aggregation = Literal["token", "sequence"]
@@ -95,10 +96,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def token_logprobs(logits_BTV: Tensor, token_BT: Tensor) -> Tensor:
-    """log softmax(logits)[token] in at least float32, without building the softmax. [B, T]."""
-    logits_BTV = at_least_float32(logits_BTV)
-    chosen_BT = logits_BTV.gather(-1, token_BT[..., None]).squeeze(-1)
-    return chosen_BT - logits_BTV.logsumexp(-1)
+    """log softmax(logits)[token] in at least float32. [B, T]; any leading dimensions.
+
+    By PyTorch's fused cross entropy: its backward pass is one sweep over the logits, where gather and logsumexp take
+    four (12 against 46 ms, forward and backward, for 3,072 places of 2,048 tokens on two threads).
+    """
+    flat_NV = at_least_float32(logits_BTV).reshape(-1, logits_BTV.shape[-1])
+    return -F.cross_entropy(flat_NV, token_BT.reshape(-1), reduction="none").view(token_BT.shape)
 
 
 def entropy(logits_BTV: Tensor) -> Tensor:

@@ -121,7 +121,8 @@ class Policy(nn.Module):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits divided by the temperature, [N, V], in at least float32."""
-        return functional.at_least_float32(self.trunk.logits(hidden_ND)[:, : self.vocab_size]) / self.temperature
+        logits_NV = functional.at_least_float32(self.trunk.logits(hidden_ND)[:, : self.vocab_size])
+        return logits_NV if self.temperature == 1.0 else logits_NV / self.temperature
 
     def response(self, rollout: Rollout, entropy: bool = False) -> Response:
         """One teacher-forced pass over prompts and completions; gradients flow through both.

@@ -59,6 +59,41 @@ class Prefix:
         """The position of each row's first own token, int64 [B, 1]."""
         return self.mask_UP.sum(1)[self.source_B][:, None]
 
+    @property
+    def group(self) -> int:
+        """G."""
+        return len(self.source_B) // len(self.mask_UP) if self.slot_UG is None else self.slot_UG.shape[1]
+
+    def to_groups(self, tensor: Tensor, key_heads: int, fill: float | None = None) -> Tensor:
+        """[B, H, T, *] to [U, K, G R T, *]: what goes through one product with a prompt's keys.
+
+        Args:
+            fill: what stands in the places that only fill up a group; None: row 0.
+        """
+        _, heads, new, width = tensor.shape
+        prompts, repeats = len(self.mask_UP), heads // key_heads
+        if self.slot_UG is not None and self.place_B is not None:
+            if fill is None:
+                tensor = tensor[self.slot_UG.flatten()]
+            else:
+                filled = tensor.new_full((self.slot_UG.numel(), heads, new, width), fill)
+                tensor = filled.index_copy_(0, self.place_B, tensor)
+        grouped = tensor.reshape(prompts, self.group, key_heads, repeats, new, width).permute(0, 2, 1, 3, 4, 5)
+        return grouped.reshape(prompts, key_heads, self.group * repeats * new, width)
+
+    def to_rows(self, grouped: Tensor, heads: int) -> Tensor:
+        """[U, K, G R T, *] to [B, H, T, *], which `to_groups` came from."""
+        prompts, key_heads, _, width = grouped.shape
+        spread = grouped.view(prompts, key_heads, self.group, heads // key_heads, -1, width).permute(0, 2, 1, 3, 4, 5)
+        flat = spread.reshape(prompts * self.group, heads, -1, width)
+        return flat if self.place_B is None else flat[self.place_B]
+
+    def bias(self, grouped: Tensor) -> Tensor:
+        """What is added to scores so that a prompt's padding is not looked at, broadcast to [U, 1, G R T, P]."""
+        hidden_U11P = ~self.mask_UP[:, None, None, :]
+        zeros = torch.zeros(hidden_U11P.shape, dtype=grouped.dtype, device=grouped.device)
+        return zeros.masked_fill_(hidden_U11P, -1e30).expand(-1, -1, grouped.shape[2], -1)
+
     def keep(self, keep_b: Tensor) -> None:
         """Go on with some of the rows, in order. Prompts without rows are dropped when they are a quarter or more."""
         self.source_B = self.source_B[keep_b]
@@ -152,7 +187,7 @@ def prefix_attention(
     repeats = heads // key_heads
     scale = width**-0.5 if scaling is None else scaling
     prompt_key, prompt_value = prefix.keys[module.layer_idx], prefix.values[module.layer_idx]
-    prompts, _, places, _ = prompt_key.shape
+    places = prompt_key.shape[2]
 
     # 1. What a query cannot see: later places of its own, the prompt's padding, what lies behind a sliding window.
     at_T = torch.arange(own - new, own, device=query.device)
@@ -166,32 +201,90 @@ def prefix_attention(
         behind_TP = at_T[:, None] + places - torch.arange(places, device=query.device)
         prompt_hidden = prompt_hidden | (behind_TP >= sliding_window)
 
-    # 2. The rows' own places, each row apart.
+    # 2. Many queries at once on a CPU: PyTorch's flash kernel, which keeps no scores.
+    if new > 1 and query.device.type == "cpu" and sliding_window is None and softcap is None:
+        key, value = (tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in (key, value))
+        out = _FlashMerge.apply(query, key, value, prompt_key, prompt_value, prefix, scale)
+        return out.transpose(1, 2), None
+
+    # 3. Else plain products. The rows' own places, each row apart.
     own_query = query.view(rows, key_heads, repeats, new, width)
     mine = _attend(own_query, key[:, :, None], value[:, :, None], own_hidden_TS, scale, softcap)
 
-    # 3. The prompts, all rows of a group at once.
-    grouped = query if prefix.slot_UG is None else query[prefix.slot_UG.flatten()]
-    group = len(grouped) // prompts
-    grouped = grouped.view(prompts, group, key_heads, repeats, new, width).permute(0, 2, 1, 3, 4, 5)
-    grouped = grouped.reshape(prompts, key_heads, group * repeats * new, width)
+    # 4. The prompts, all rows of a group at once.
     if prompt_hidden.shape[3] > 1:  # what is hidden differs from query to query
-        prompt_hidden = prompt_hidden.expand(-1, -1, group * repeats, -1, -1)
+        prompt_hidden = prompt_hidden.expand(-1, -1, prefix.group * repeats, -1, -1)
+    grouped = prefix.to_groups(query, key_heads)
     theirs = _attend(grouped, prompt_key, prompt_value, prompt_hidden.flatten(2, 3), scale, softcap)
 
     def back(tensor: Tensor) -> Tensor:
-        """[U, K, G R T, *] to [B, K, R, T, *]."""
-        spread = tensor.view(prompts, key_heads, group, repeats, new, -1).permute(0, 2, 1, 3, 4, 5)
-        flat = spread.reshape(prompts * group, key_heads, repeats, new, -1)
-        return flat if prefix.place_B is None else flat[prefix.place_B]
+        return prefix.to_rows(tensor, heads).view(rows, key_heads, repeats, new, -1)
 
-    # 4. One softmax of the two.
+    # 5. One softmax of the two.
     prompt_top = back(theirs.top)
     top = torch.maximum(mine.top, prompt_top)
     own_weight, prompt_weight = (mine.top - top).exp(), (prompt_top - top).exp()
     total = own_weight * mine.total + prompt_weight * back(theirs.total)
     out = mine.out * (own_weight / total).to(value.dtype) + back(theirs.out) * (prompt_weight / total).to(value.dtype)
     return out.reshape(rows, heads, new, width).transpose(1, 2), None
+
+
+class _FlashMerge(torch.autograd.Function):
+    """The same by PyTorch's flash kernel for CPUs, which gives each part's log-sum-exp.
+
+    Backwards, a part's kernel that is given the merged output and the merged log-sum-exp computes its share of the
+    gradient of the whole softmax, as in ring attention (Liu et al. 2023, arXiv:2310.01889): no scores are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt_key: Tensor,
+        prompt_value: Tensor,
+        prefix: Prefix,
+        scale: float,
+    ) -> Tensor:
+        """query, key, value [B, H, T, D]; prompt_key, prompt_value [U, K, P, D]; returns [B, H, T, D]."""
+        heads, key_heads = query.shape[1], prompt_key.shape[1]
+        own_out, own_lse = _flash(query, key, value, is_causal=True, scale=scale)
+        grouped = prefix.to_groups(query, key_heads)
+        prompt_out, prompt_lse = _flash(grouped, prompt_key, prompt_value, attn_mask=prefix.bias(grouped), scale=scale)
+        prompt_out = prefix.to_rows(prompt_out, heads)
+        prompt_lse = prefix.to_rows(prompt_lse[..., None], heads)
+        own_lse = own_lse[..., None]
+        lse = torch.logaddexp(own_lse, prompt_lse)
+        out = own_out * (own_lse - lse).exp().to(value.dtype) + prompt_out * (prompt_lse - lse).exp().to(value.dtype)
+        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, out, lse)
+        ctx.prefix, ctx.scale = prefix, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        query, key, value, prompt_key, prompt_value, out, lse = ctx.saved_tensors
+        prefix, heads, key_heads = ctx.prefix, query.shape[1], prompt_key.shape[1]
+        grad = grad.contiguous()
+        own = _flash_backward(grad, query, key, value, out, lse[..., 0], 0.0, True, scale=ctx.scale)
+        grouped = prefix.to_groups(query, key_heads)
+        prompt = _flash_backward(
+            prefix.to_groups(grad, key_heads, fill=0.0),  # rows that only fill up a group have no gradient
+            grouped,
+            prompt_key,
+            prompt_value,
+            prefix.to_groups(out, key_heads),
+            prefix.to_groups(lse, key_heads)[..., 0],
+            0.0,
+            False,
+            attn_mask=prefix.bias(grouped),
+            scale=ctx.scale,
+        )
+        return own[0] + prefix.to_rows(prompt[0], heads), own[1], own[2], prompt[1], prompt[2], None, None
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 AttentionInterface.register(NAME, prefix_attention)
