@@ -19,7 +19,15 @@ def example(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def test_every_example_is_tested(root: Path) -> None:
     names = {path.stem for path in (root / "examples").glob("*.py")}
-    assert names == {"gymnasium_loop", "train_grpo", "custom_reward", "custom_agent", "demo", "bench_vs_trl"}
+    assert names == {
+        "gymnasium_loop",
+        "train_grpo",
+        "custom_reward",
+        "custom_agent",
+        "demo",
+        "bench_vs_trl",
+        "bench_vs_generate",
+    }
 
 
 def test_gymnasium_loop(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,3 +89,10 @@ def test_bench_vs_trl(example: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr("sys.argv", ["bench_vs_trl.py", *small, "--trl-python", "python"])
     module.main()
     assert "completion tokens/s: ours / TRL = 2.00 (2.00 to 2.00, 3 turns)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spread", [[], ["--spread"]])
+def test_bench_vs_generate(example: Path, spread: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--prompts", "2", "--group", "3", "--prompt-tokens", "9", "--new-tokens", "4", "--turns", "2"]
+    importlib.import_module("bench_vs_generate").main([*small, *spread])
+    assert "ours / generate = " in capsys.readouterr().out
