@@ -44,6 +44,8 @@ class Prefix:
     """int64: the rows of each prompt, a short group filled up with row 0; None: row u * G + g is group u's g-th."""
     place_B: Tensor | None
     """int64: where row b stands in slot_UG, flattened."""
+    padded: bool
+    """Whether any prompt is shorter than P."""
     written: Tensor | None = None
     """int64 [1], for decoding at fixed shapes: so many own places are written, and the rest of S is yet to come."""
 
@@ -52,7 +54,7 @@ class Prefix:
         """The prompts in a cache."""
         layers: Any = cache.layers
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
-        return Prefix(keys, values, mask_UP, source_B, *_slots(source_B, len(mask_UP)))
+        return Prefix(keys, values, mask_UP, source_B, *_slots(source_B, len(mask_UP)), not bool(mask_UP.all()))
 
     @property
     def positions(self) -> Tensor:
@@ -88,8 +90,27 @@ class Prefix:
         flat = spread.reshape(prompts * self.group, heads, -1, width)
         return flat if self.place_B is None else flat[self.place_B]
 
-    def bias(self, grouped: Tensor) -> Tensor:
+    def hidden(self, new: int, own: int, sliding_window: int | None) -> Tensor | None:
+        """What the last `new` of `own` places do not see, bool, broadcast to [B, 1, T, P + S]; None: they see all."""
+        if new == 1 and not self.padded and self.written is None and sliding_window is None:
+            return None
+        device, places = self.mask_UP.device, self.mask_UP.shape[1]
+        at_T = torch.arange(own - new, own, device=device)
+        if self.written is not None:
+            at_T = self.written + torch.arange(new, device=device)
+        ahead_TX = (at_T + places)[:, None] - torch.arange(places + own, device=device)  # X = P + S
+        hidden_TX = ahead_TX < 0
+        if sliding_window is not None:
+            hidden_TX |= ahead_TX >= sliding_window
+        if not self.padded:
+            return hidden_TX
+        padding_BP = ~self.mask_UP[self.source_B]
+        return hidden_TX | torch.nn.functional.pad(padding_BP, (0, own))[:, None, None, :]
+
+    def bias(self, grouped: Tensor) -> Tensor | None:
         """What is added to scores so that a prompt's padding is not looked at, broadcast to [U, 1, G R T, P]."""
+        if not self.padded:
+            return None
         hidden_U11P = ~self.mask_UP[:, None, None, :]
         zeros = torch.zeros(hidden_U11P.shape, dtype=grouped.dtype, device=grouped.device)
         return zeros.masked_fill_(hidden_U11P, -1e30).expand(-1, -1, grouped.shape[2], -1)
@@ -123,34 +144,6 @@ _active: ContextVar[Prefix | None] = ContextVar("prefix", default=None)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Attention over some of the keys, before division by its normaliser."""
-
-    out: Tensor
-    """sum_k exp(score_k - top) value_k."""
-    total: Tensor
-    """sum_k exp(score_k - top), float32."""
-    top: Tensor
-    """The largest score, without gradient: it cancels."""
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float, cap: float | None
-) -> _Part:
-    """Queries [..., N, D] against keys [..., S, D]; `hidden` (bool, broadcast to [..., N, S]) is not looked at."""
-    score = (query * scaling) @ key.transpose(-1, -2)
-    if cap is not None:
-        score = cap * torch.tanh(score / cap)
-    score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
-    if hidden is not None:
-        # Finite: a row that sees nothing here has weight exp(-1e30 - top of the other part) = 0, and no NaN.
-        score = score.masked_fill(hidden, -1e30)
-    top = score.detach().amax(-1, keepdim=True)
-    weight = (score - top).exp()
-    return _Part(weight.to(value.dtype) @ value, weight.sum(-1, keepdim=True), top)
 
 
 def prefix_attention(
@@ -189,44 +182,29 @@ def prefix_attention(
     prompt_key, prompt_value = prefix.keys[module.layer_idx], prefix.values[module.layer_idx]
     places = prompt_key.shape[2]
 
-    # 1. What a query cannot see: later places of its own, the prompt's padding, what lies behind a sliding window.
-    at_T = torch.arange(own - new, own, device=query.device)
-    if prefix.written is not None:
-        at_T = prefix.written + torch.arange(new, device=query.device)
-    ahead_TS = at_T[:, None] - torch.arange(own, device=query.device)
-    own_hidden_TS = ahead_TS < 0 if new > 1 or prefix.written is not None else None
-    prompt_hidden = ~prefix.mask_UP[:, None, None, None, :]
-    if sliding_window is not None and own + places > sliding_window:
-        own_hidden_TS = (ahead_TS < 0) | (ahead_TS >= sliding_window)
-        behind_TP = at_T[:, None] + places - torch.arange(places, device=query.device)
-        prompt_hidden = prompt_hidden | (behind_TP >= sliding_window)
-
-    # 2. Many queries at once on a CPU: PyTorch's flash kernel, which keeps no scores.
-    if new > 1 and query.device.type == "cpu" and sliding_window is None and softcap is None:
+    # 1. Many queries at once on a CPU: PyTorch's flash kernel for each part, which keeps no scores.
+    plain = softcap is None and (sliding_window is None or own + places <= sliding_window)
+    if new > 1 and plain and prefix.written is None and query.device.type == "cpu":
         key, value = (tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in (key, value))
         out = _FlashMerge.apply(query, key, value, prompt_key, prompt_value, prefix, scale)
         return out.transpose(1, 2), None
 
-    # 3. Else plain products. The rows' own places, each row apart.
-    own_query = query.view(rows, key_heads, repeats, new, width)
-    mine = _attend(own_query, key[:, :, None], value[:, :, None], own_hidden_TS, scale, softcap)
+    # 2. Else scores: of the rows' own places, each row apart, and of the prompts, all rows of a group at once.
+    query = query * scale
+    own_score = query.reshape(rows, key_heads, repeats * new, width) @ key.transpose(2, 3)
+    prompt_score = prefix.to_rows(prefix.to_groups(query, key_heads) @ prompt_key.transpose(2, 3), heads)
+    score = torch.cat([prompt_score, own_score.view(rows, heads, new, own)], 3)
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    hidden = prefix.hidden(new, own, None if plain else sliding_window)
+    if hidden is not None:
+        score = score.masked_fill(hidden, -1e30)
 
-    # 4. The prompts, all rows of a group at once.
-    if prompt_hidden.shape[3] > 1:  # what is hidden differs from query to query
-        prompt_hidden = prompt_hidden.expand(-1, -1, prefix.group * repeats, -1, -1)
-    grouped = prefix.to_groups(query, key_heads)
-    theirs = _attend(grouped, prompt_key, prompt_value, prompt_hidden.flatten(2, 3), scale, softcap)
-
-    def back(tensor: Tensor) -> Tensor:
-        return prefix.to_rows(tensor, heads).view(rows, key_heads, repeats, new, -1)
-
-    # 5. One softmax of the two.
-    prompt_top = back(theirs.top)
-    top = torch.maximum(mine.top, prompt_top)
-    own_weight, prompt_weight = (mine.top - top).exp(), (prompt_top - top).exp()
-    total = own_weight * mine.total + prompt_weight * back(theirs.total)
-    out = mine.out * (own_weight / total).to(value.dtype) + back(theirs.out) * (prompt_weight / total).to(value.dtype)
-    return out.reshape(rows, heads, new, width).transpose(1, 2), None
+    # 3. One softmax over both, and the values of each part.
+    share = score.softmax(3, torch.float32 if score.dtype in (torch.float16, torch.bfloat16) else None).to(value.dtype)
+    own_out = share[..., places:].reshape(rows, key_heads, repeats * new, own) @ value
+    prompt_out = prefix.to_rows(prefix.to_groups(share[..., :places], key_heads) @ prompt_value, heads)
+    return (own_out.view(rows, heads, new, width) + prompt_out).transpose(1, 2), None
 
 
 class _FlashMerge(torch.autograd.Function):
