@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Two threads that spin collapse beside a busy neighbour, so waiting is passive everywhere.
+# Two threads that spin collapse beside a busy neighbour, so waiting is passive everywhere, after a few microseconds.
 export OMP_WAIT_POLICY = PASSIVE
+export GOMP_SPINCOUNT = 1000
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help install demo test lint types check docs assets clean

@@ -23,6 +23,7 @@ import time
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(8, len(os.sched_getaffinity(0)))))
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 

@@ -4,6 +4,7 @@ import os
 
 # Before torch loads: two OpenMP threads that wait by spinning collapse beside a busy neighbour.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(8, len(os.sched_getaffinity(0)))))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -51,10 +51,11 @@ def test_help_is_quick_and_loads_no_torch(args: list[str], root: Path) -> None:
 
 
 def test_threads_are_set_before_torch(root: Path) -> None:
-    code = "import os, textrl_gym.cli; print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+    code = f"import os, textrl_gym.cli; print(*(os.environ[name] for name in {names}))"
+    env = {k: v for k, v in os.environ.items() if k not in names}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["PASSIVE", str(min(8, len(os.sched_getaffinity(0))))], done.stderr
+    assert done.stdout.split() == ["PASSIVE", "1000", str(min(8, len(os.sched_getaffinity(0))))], done.stderr
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
