@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 # Read by OpenMP when torch loads. Threads that wait by spinning collapse beside a busy neighbour: two of them fell from
-# 6,300 to 170 tokens/s where passive ones kept 3,000. Matrices as small as the embedded ones gain nothing from over 8.
+# 6,300 to 170 tokens/s where passive ones kept 3,000. But passive ones sleep between any two operations: a spin of some
+# microseconds first samples 1.5 times as fast alone and costs a quarter beside one busy process (docs/performance.md).
+# Matrices as small as the embedded ones gain nothing from over 8.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(8, len(os.sched_getaffinity(0)))))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads above are all there are to share
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses that are not ours

@@ -2,10 +2,11 @@
 
 transformers lets an attention function be registered by name. This one reads the keys and values of U prompts where
 they stand, once for each prompt: the queries of a prompt's G rows go through one matrix product with them, the rows'
-own completions through another, and the two softmaxes are merged by their normalisers (as in Hydragen, Juravsky et al.
-2024, arXiv:2402.05099, and cascade inference). No copy of a prompt's cache is made for its rows, in sampling or in
-training, and gradients flow into the prompt through all of them. It is plain differentiable PyTorch, and the same for
-rotary and learned positions, grouped-query attention, sliding windows and capped logits.
+own completions through another, and one softmax spans both (as in Hydragen, Juravsky et al. 2024, arXiv:2402.05099, and
+cascade inference). No copy of a prompt's cache is made for its rows, in sampling or in training, and gradients flow
+into the prompt through all of them. It is plain differentiable PyTorch, the same for rotary and learned positions,
+grouped-query attention, sliding windows and capped logits; training on a CPU takes PyTorch's flash kernel for each part
+and merges the two by their log-sum-exps.
 
 Shape legend: U prompts, P prompt places, G rows of the largest group, B rows, T new places, S own places so far (in
 training S = T), H query heads, K key-value heads, R = H / K, D head width, W T or more preallocated places.
@@ -113,7 +114,8 @@ class Prefix:
             return None
         hidden_U11P = ~self.mask_UP[:, None, None, :]
         zeros = torch.zeros(hidden_U11P.shape, dtype=grouped.dtype, device=grouped.device)
-        return zeros.masked_fill_(hidden_U11P, -1e30).expand(-1, -1, grouped.shape[2], -1)
+        lowest = torch.finfo(grouped.dtype).min / 2  # finite with any score added
+        return zeros.masked_fill_(hidden_U11P, lowest).expand(-1, -1, grouped.shape[2], -1)
 
     def keep(self, keep_b: Tensor) -> None:
         """Go on with some of the rows, in order. Prompts without rows are dropped when they are a quarter or more."""
@@ -186,7 +188,9 @@ def prefix_attention(
     plain = softcap is None and (sliding_window is None or own + places <= sliding_window)
     if new > 1 and plain and prefix.written is None and query.device.type == "cpu":
         key, value = (tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in (key, value))
-        out = _FlashMerge.apply(query, key, value, prompt_key, prompt_value, prefix, scale)
+        # Under autocast rotary positions leave queries and keys in float32; the kernel takes one type.
+        parts = (tensor.to(value.dtype) for tensor in (query, key, value, prompt_key, prompt_value))
+        out = _FlashMerge.apply(*parts, prefix, scale)
         return out.transpose(1, 2), None
 
     # 2. Else scores: of the rows' own places, each row apart, and of the prompts, all rows of a group at once.
@@ -194,14 +198,15 @@ def prefix_attention(
     own_score = query.reshape(rows, key_heads, repeats * new, width) @ key.transpose(2, 3)
     prompt_score = prefix.to_rows(prefix.to_groups(query, key_heads) @ prompt_key.transpose(2, 3), heads)
     score = torch.cat([prompt_score, own_score.view(rows, heads, new, own)], 3)
+    score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
     hidden = prefix.hidden(new, own, None if plain else sliding_window)
     if hidden is not None:
-        score = score.masked_fill(hidden, -1e30)
+        score = score.masked_fill(hidden, -1e30)  # finite, and nothing beside any real score
 
     # 3. One softmax over both, and the values of each part.
-    share = score.softmax(3, torch.float32 if score.dtype in (torch.float16, torch.bfloat16) else None).to(value.dtype)
+    share = score.softmax(3).to(value.dtype)
     own_out = share[..., places:].reshape(rows, key_heads, repeats * new, own) @ value
     prompt_out = prefix.to_rows(prefix.to_groups(share[..., :places], key_heads) @ prompt_value, heads)
     return (own_out.view(rows, heads, new, width) + prompt_out).transpose(1, 2), None
@@ -263,7 +268,6 @@ class _FlashMerge(torch.autograd.Function):
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
 
 AttentionInterface.register(NAME, prefix_attention)
 
