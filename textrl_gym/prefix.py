@@ -2,10 +2,10 @@
 
 transformers lets an attention function be registered by name. This one reads the keys and values of U prompts where
 they stand, once for each prompt: the queries of a prompt's G rows go through one matrix product with them, the rows'
-own completions through another, and the two softmaxes are merged by their normalisers (as in Hydragen, Juravsky et al.
-2024, arXiv:2402.05099, and cascade inference). No copy of a prompt's cache is made for its rows, in sampling or in
-training, and gradients flow into the prompt through all of them. It is plain differentiable PyTorch, and the same for
-rotary and learned positions, grouped-query attention, sliding windows and capped logits.
+own completions through another, and one softmax spans both (as in Hydragen, Juravsky et al. 2024, arXiv:2402.05099, and
+cascade inference). No copy of a prompt's cache is made for its rows, in sampling or in training, and gradients flow
+into the prompt through all of them. It is plain differentiable PyTorch, the same for rotary and learned positions,
+grouped-query attention, sliding windows and capped logits.
 
 Shape legend: U prompts, P prompt places, G rows of the largest group, B rows, T new places, S own places so far (in
 training S = T), H query heads, K key-value heads, R = H / K, D head width, W T or more preallocated places.
@@ -66,20 +66,12 @@ class Prefix:
         """G."""
         return len(self.source_B) // len(self.mask_UP) if self.slot_UG is None else self.slot_UG.shape[1]
 
-    def to_groups(self, tensor: Tensor, key_heads: int, fill: float | None = None) -> Tensor:
-        """[B, H, T, *] to [U, K, G R T, *]: what goes through one product with a prompt's keys.
-
-        Args:
-            fill: what stands in the places that only fill up a group; None: row 0.
-        """
+    def to_groups(self, tensor: Tensor, key_heads: int) -> Tensor:
+        """[B, H, T, *] to [U, K, G R T, *]: what goes through one product with a prompt's keys."""
         _, heads, new, width = tensor.shape
         prompts, repeats = len(self.mask_UP), heads // key_heads
-        if self.slot_UG is not None and self.place_B is not None:
-            if fill is None:
-                tensor = tensor[self.slot_UG.flatten()]
-            else:
-                filled = tensor.new_full((self.slot_UG.numel(), heads, new, width), fill)
-                tensor = filled.index_copy_(0, self.place_B, tensor)
+        if self.slot_UG is not None:
+            tensor = tensor[self.slot_UG.flatten()]
         grouped = tensor.reshape(prompts, self.group, key_heads, repeats, new, width).permute(0, 2, 1, 3, 4, 5)
         return grouped.reshape(prompts, key_heads, self.group * repeats * new, width)
 
@@ -92,9 +84,11 @@ class Prefix:
 
     def hidden(self, new: int, own: int, sliding_window: int | None) -> Tensor | None:
         """What the last `new` of `own` places do not see, bool, broadcast to [B, 1, T, P + S]; None: they see all."""
+        device, places = self.mask_UP.device, self.mask_UP.shape[1]
+        if sliding_window is not None and places + own <= sliding_window:
+            sliding_window = None
         if new == 1 and not self.padded and self.written is None and sliding_window is None:
             return None
-        device, places = self.mask_UP.device, self.mask_UP.shape[1]
         at_T = torch.arange(own - new, own, device=device)
         if self.written is not None:
             at_T = self.written + torch.arange(new, device=device)
@@ -106,14 +100,6 @@ class Prefix:
             return hidden_TX
         padding_BP = ~self.mask_UP[self.source_B]
         return hidden_TX | torch.nn.functional.pad(padding_BP, (0, own))[:, None, None, :]
-
-    def bias(self, grouped: Tensor) -> Tensor | None:
-        """What is added to scores so that a prompt's padding is not looked at, broadcast to [U, 1, G R T, P]."""
-        if not self.padded:
-            return None
-        hidden_U11P = ~self.mask_UP[:, None, None, :]
-        zeros = torch.zeros(hidden_U11P.shape, dtype=grouped.dtype, device=grouped.device)
-        return zeros.masked_fill_(hidden_U11P, -1e30).expand(-1, -1, grouped.shape[2], -1)
 
     def keep(self, keep_b: Tensor) -> None:
         """Go on with some of the rows, in order. Prompts without rows are dropped when they are a quarter or more."""
@@ -182,87 +168,23 @@ def prefix_attention(
     prompt_key, prompt_value = prefix.keys[module.layer_idx], prefix.values[module.layer_idx]
     places = prompt_key.shape[2]
 
-    # 1. Many queries at once on a CPU: PyTorch's flash kernel for each part, which keeps no scores.
-    plain = softcap is None and (sliding_window is None or own + places <= sliding_window)
-    if new > 1 and plain and prefix.written is None and query.device.type == "cpu":
-        key, value = (tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in (key, value))
-        out = _FlashMerge.apply(query, key, value, prompt_key, prompt_value, prefix, scale)
-        return out.transpose(1, 2), None
-
-    # 2. Else scores: of the rows' own places, each row apart, and of the prompts, all rows of a group at once.
+    # 1. Scores: of the rows' own places, each row apart, and of the prompts, all rows of a group at once.
     query = query * scale
     own_score = query.reshape(rows, key_heads, repeats * new, width) @ key.transpose(2, 3)
     prompt_score = prefix.to_rows(prefix.to_groups(query, key_heads) @ prompt_key.transpose(2, 3), heads)
     score = torch.cat([prompt_score, own_score.view(rows, heads, new, own)], 3)
+    score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
-    hidden = prefix.hidden(new, own, None if plain else sliding_window)
+    hidden = prefix.hidden(new, own, sliding_window)
     if hidden is not None:
-        score = score.masked_fill(hidden, -1e30)
+        score = score.masked_fill(hidden, -1e30)  # finite, and nothing beside any real score
 
-    # 3. One softmax over both, and the values of each part.
-    share = score.softmax(3, torch.float32 if score.dtype in (torch.float16, torch.bfloat16) else None).to(value.dtype)
+    # 2. One softmax over both, and the values of each part.
+    share = score.softmax(3).to(value.dtype)
     own_out = share[..., places:].reshape(rows, key_heads, repeats * new, own) @ value
     prompt_out = prefix.to_rows(prefix.to_groups(share[..., :places], key_heads) @ prompt_value, heads)
     return (own_out.view(rows, heads, new, width) + prompt_out).transpose(1, 2), None
-
-
-class _FlashMerge(torch.autograd.Function):
-    """The same by PyTorch's flash kernel for CPUs, which gives each part's log-sum-exp.
-
-    Backwards, a part's kernel that is given the merged output and the merged log-sum-exp computes its share of the
-    gradient of the whole softmax, as in ring attention (Liu et al. 2023, arXiv:2310.01889): no scores are kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prompt_key: Tensor,
-        prompt_value: Tensor,
-        prefix: Prefix,
-        scale: float,
-    ) -> Tensor:
-        """query, key, value [B, H, T, D]; prompt_key, prompt_value [U, K, P, D]; returns [B, H, T, D]."""
-        heads, key_heads = query.shape[1], prompt_key.shape[1]
-        own_out, own_lse = _flash(query, key, value, is_causal=True, scale=scale)
-        grouped = prefix.to_groups(query, key_heads)
-        prompt_out, prompt_lse = _flash(grouped, prompt_key, prompt_value, attn_mask=prefix.bias(grouped), scale=scale)
-        prompt_out = prefix.to_rows(prompt_out, heads)
-        prompt_lse = prefix.to_rows(prompt_lse[..., None], heads)
-        own_lse = own_lse[..., None]
-        lse = torch.logaddexp(own_lse, prompt_lse)
-        out = own_out * (own_lse - lse).exp().to(value.dtype) + prompt_out * (prompt_lse - lse).exp().to(value.dtype)
-        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, out, lse)
-        ctx.prefix, ctx.scale = prefix, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        query, key, value, prompt_key, prompt_value, out, lse = ctx.saved_tensors
-        prefix, heads, key_heads = ctx.prefix, query.shape[1], prompt_key.shape[1]
-        grad = grad.contiguous()
-        own = _flash_backward(grad, query, key, value, out, lse[..., 0], 0.0, True, scale=ctx.scale)
-        grouped = prefix.to_groups(query, key_heads)
-        prompt = _flash_backward(
-            prefix.to_groups(grad, key_heads, fill=0.0),  # rows that only fill up a group have no gradient
-            grouped,
-            prompt_key,
-            prompt_value,
-            prefix.to_groups(out, key_heads),
-            prefix.to_groups(lse, key_heads)[..., 0],
-            0.0,
-            False,
-            attn_mask=prefix.bias(grouped),
-            scale=ctx.scale,
-        )
-        return own[0] + prefix.to_rows(prompt[0], heads), own[1], own[2], prompt[1], prompt[2], None, None
-
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 AttentionInterface.register(NAME, prefix_attention)
