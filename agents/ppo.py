@@ -42,6 +42,8 @@ from textrl_gym.env import TextVectorEnv
 class PPOConfig(AgentConfig):
     """Settings of PPO."""
 
+    learning_rate: float = 3e-4
+    """Adam's step size. 3e-4 suits the embedded 1M-parameter model; 1e-6 to 1e-5 suits models of 100M and more."""
     group_size: int = 8
     """Completions of each prompt. PPO needs no groups; they share the cost of their prompt. 1 is the classic."""
     epochs: int = 2
