@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,15 +32,11 @@ from textrl_gym.core import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class GRPOConfig(AgentConfig):
-    """Settings of GRPO."""
+class GroupConfig(AgentConfig):
+    """Settings of GRPO and all its relatives."""
 
     group_size: int = 8
     """G, completions of each prompt, at least 2."""
-    clip_low: float = 0.2
-    """The ratio is clipped to at least 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped to at most 1 + clip_high."""
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
     std_eps: float = 1e-4
@@ -56,7 +52,7 @@ class GRPOConfig(AgentConfig):
         super().__post_init__()
         if self.group_size < 2:
             raise ValueError(
-                f"GRPO compares completions of a prompt: group_size must be at least 2, got {self.group_size}"
+                f"completions of a prompt are compared: group_size must be at least 2, got {self.group_size}"
             )
         if self.aggregation not in ("token", "sequence"):
             raise ValueError(f"aggregation must be 'token' or 'sequence', got {self.aggregation!r}")
@@ -64,6 +60,16 @@ class GRPOConfig(AgentConfig):
             raise ValueError(f"kl_in must be 'loss' or 'reward', got {self.kl_in!r}")
         if self.kl_loss not in ("k1", "k2", "k3"):
             raise ValueError(f"kl_loss must be k1, k2 or k3, got {self.kl_loss!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig(GroupConfig):
+    """Settings of GRPO."""
+
+    clip_low: float = 0.2
+    """The ratio is clipped to at least 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped to at most 1 + clip_high."""
 
 
 def group_advantages(return_B: Tensor, group_B: Tensor, scale_by_std: bool, std_eps: float) -> tuple[Tensor, Tensor]:
@@ -118,43 +124,55 @@ def grpo_loss(
 class GRPO(Agent):
     """Group relative policy optimization; see the head of this file."""
 
-    Config = GRPOConfig
-    config: GRPOConfig
+    Config: ClassVar[type[GroupConfig]] = GRPOConfig
+    config: Any  # a relative's may have no clips
     needs_groups = True
 
     @property
     def kl_in_reward(self) -> bool:  # type: ignore[override]
         return self.config.kl_in == "reward"
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
+    def advantages(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """One number for each completion, compared within its group, and what to log of them."""
         config = self.config
-        # 1. One number for each completion, compared within its group.
         return_B = rollout.reward_BT.sum(1)
         advantage_B, flat_B = group_advantages(return_B, rollout.group_B, config.scale_by_std, config.std_eps)
+        told = {"groups_without_spread": float(flat_B.float().mean()), "advantage_std": float(advantage_B.std())}
+        return advantage_B, told
+
+    def loss(
+        self, logp_BT: Tensor, part: Rollout, advantage_B: Tensor, rows: int, tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch; rows and tokens are the minibatch's."""
+        return grpo_loss(
+            logp_BT,
+            part.logp_BT,
+            part.ref_logp_BT,
+            advantage_B,
+            part.mask_BT,
+            self.config,
+            self.kl_coef_in_loss,
+            rows,
+            tokens,
+        )
+
+    @property
+    def kl_coef_in_loss(self) -> float:
+        """beta, where the penalty is in the loss."""
+        return 0.0 if self.kl_in_reward else self.kl.coef
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        # 1. Advantages.
+        advantage_B, told = self.advantages(rollout)
         advantage_BT = advantage_B[:, None].expand_as(rollout.logp_BT)
-        kl_coef = 0.0 if self.kl_in_reward else self.kl.coef
 
         # 2. Clipped steps on minibatches.
         def loss(
             part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            logp_BT = self.policy.logprobs(part)
-            return grpo_loss(
-                logp_BT,
-                part.logp_BT,
-                part.ref_logp_BT,
-                pick(advantage_BT)[:, 0],
-                part.mask_BT,
-                config,
-                kl_coef,
-                rows,
-                tokens,
-            )
+            return self.loss(self.policy.logprobs(part), part, pick(advantage_BT)[:, 0], rows, tokens)
 
         steps = [self.minimise(rollout, rows, loss) for rows in self.shuffled(rollout)]
 
         # 3. What to log.
-        metrics: dict[str, Any] = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        metrics["groups_without_spread"] = float(flat_B.float().mean())
-        metrics["advantage_std"] = float(advantage_B.std())
-        return metrics
+        return functional.mean_of(steps) | told

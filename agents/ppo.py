@@ -169,7 +169,7 @@ class PPO(Agent):
                 break
 
         # 3. What to log.
-        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics = functional.mean_of(steps)
         metrics["optimizer_steps"] = len(steps)
         metrics["explained_variance"] = _explained_variance(rollout.value_BT, return_BT, rollout.mask_BT)
         return metrics

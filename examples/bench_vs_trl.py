@@ -6,7 +6,8 @@
 Equal on both sides: a random Llama (width 256, 4 layers, 2,048 tokens), prompts and their lengths, completions of each,
 new tokens, one epoch, one optimizer step, KL coefficient, temperature 1 and no top-k; float32, no gradient
 checkpointing, no logging. For GRPO the reward is the length of the text; for PPO both sides score with a reward model
-of the same shape and have a critic of their own trunk.
+of the same shape. TRL's PPO always has a critic with a trunk of its own; ours, by default, is a head on the policy's
+trunk, and with --separate-critic as TRL's.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, float]:
         scoring=args.agent == "ppo",
         device="cpu",
     )
-    found = bench.bench(config, **({"separate_value_model": True} if args.agent == "ppo" else {}))["measured"]
+    found = bench.bench(config, **({"separate_value_model": True} if args.separate_critic else {}))["measured"]
     return {"tokens_per_second": found["completion_tokens_per_second"], "peak_bytes": found["peak_memory_bytes"]}
 
 
@@ -90,10 +91,66 @@ def make_parts(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return LlamaForCausalLM.from_pretrained(folder), tokenizer, rows
 
 
+def grpo_trainer(args: argparse.Namespace, common: dict[str, Any], callback: Any) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    def length(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    model, tokenizer, data = make_parts(args)
+    return GRPOTrainer(
+        model,
+        reward_funcs=length,
+        args=GRPOConfig(
+            max_steps=WARMUP + args.iterations,
+            num_generations=args.group,
+            max_completion_length=args.new_tokens,
+            beta=KL_COEF,
+            temperature=1.0,
+            **common,
+        ),
+        train_dataset=data.remove_columns("input_ids"),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+
+
+def ppo_trainer(args: argparse.Namespace, common: dict[str, Any], callback: Any) -> Any:
+    from transformers import AutoModelForSequenceClassification
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    model, tokenizer, data = make_parts(args)
+    rows = args.prompts * args.group
+    shape = type(model.config)(**(model.config.to_dict() | {"num_labels": 1}))
+    reward_model, value_model = (AutoModelForSequenceClassification.from_config(shape) for _ in range(2))
+    if args.group > 1:  # TRL's PPO knows no groups: each prompt is repeated
+        data = data.select([i for i in range(len(data)) for _ in range(args.group)])
+    return PPOTrainer(
+        PPOConfig(
+            total_episodes=(WARMUP + args.iterations) * rows,
+            num_ppo_epochs=1,
+            num_mini_batches=1,
+            response_length=args.new_tokens,
+            kl_coef=KL_COEF,
+            temperature=1.0,
+            num_sample_generations=0,
+            local_rollout_forward_batch_size=rows,
+            **common,
+        ),
+        tokenizer,
+        model,
+        None,
+        reward_model,
+        data.remove_columns("prompt"),
+        value_model,
+        eval_dataset=data.select(range(1)).remove_columns("prompt"),
+        callbacks=[callback],
+    )
+
+
 def run_trl(args: argparse.Namespace) -> dict[str, float]:
     from transformers import TrainerCallback
 
-    model, tokenizer, data = make_parts(args)
     marks: list[float] = []
 
     class Clock(TrainerCallback):
@@ -101,61 +158,10 @@ def run_trl(args: argparse.Namespace) -> dict[str, float]:
             marks.append(time.perf_counter())
 
     rows = args.prompts * args.group
-    folder = tempfile.mkdtemp()
-    common: dict[str, Any] = {"output_dir": folder, "per_device_train_batch_size": rows, "use_cpu": True, "bf16": False}
+    common: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": rows, "use_cpu": True}
     common |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False}
-    common |= {"learning_rate": 1e-6, "logging_strategy": "no"}
-    steps = WARMUP + args.iterations
-    if args.agent == "grpo":
-        from trl import GRPOConfig, GRPOTrainer
-
-        def length(completions: list[str], **_: Any) -> list[float]:
-            return [float(len(text)) for text in completions]
-
-        trainer: Any = GRPOTrainer(
-            model,
-            reward_funcs=length,
-            args=GRPOConfig(
-                max_steps=steps,
-                num_generations=args.group,
-                max_completion_length=args.new_tokens,
-                beta=KL_COEF,
-                temperature=1.0,
-                **common,
-            ),
-            train_dataset=data.remove_columns("input_ids"),
-            processing_class=tokenizer,
-            callbacks=[Clock()],
-        )
-    else:
-        from transformers import AutoModelForSequenceClassification
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-        shape = type(model.config)(**(model.config.to_dict() | {"num_labels": 1}))
-        scorers = [AutoModelForSequenceClassification.from_config(shape) for _ in range(2)]
-        if args.group > 1:  # TRL's PPO knows no groups: each prompt is repeated
-            data = data.select([i for i in range(len(data)) for _ in range(args.group)])
-        trainer = PPOTrainer(
-            PPOConfig(
-                total_episodes=steps * rows,
-                num_ppo_epochs=1,
-                num_mini_batches=1,
-                response_length=args.new_tokens,
-                kl_coef=KL_COEF,
-                temperature=1.0,
-                num_sample_generations=0,
-                local_rollout_forward_batch_size=rows,
-                **common,
-            ),
-            tokenizer,
-            model,
-            None,
-            scorers[0],
-            data.remove_columns("prompt"),
-            scorers[1],
-            eval_dataset=data.select(range(1)).remove_columns("prompt"),
-            callbacks=[Clock()],
-        )
+    common |= {"learning_rate": 1e-6, "logging_strategy": "no", "bf16": False}
+    trainer = {"grpo": grpo_trainer, "ppo": ppo_trainer}[args.agent](args, common, Clock())
     before = peak_bytes()
     trainer.train()
     seconds = marks[-1] - marks[WARMUP - 1]
@@ -185,6 +191,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=350)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--separate-critic", action="store_true", help="our PPO's critic gets a trunk of its own too")
     parser.add_argument("--iterations", type=int, default=3, help="measured in each turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)

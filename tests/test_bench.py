@@ -12,15 +12,17 @@ from textrl_gym.cli import main
 SMALL = {"prompts": 2, "group": 2, "prompt_tokens": 9, "new_tokens": 4, "iterations": 2, "device": "cpu"}
 
 
-@pytest.mark.parametrize("agent", ["grpo", "ppo"])
-def test_the_phases_are_parts_of_the_whole(agent: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("agent", "critic"), [("grpo", {}), ("ppo", {}), ("ppo", {"separate_value_model": True})])
+def test_the_phases_are_parts_of_the_whole(agent: str, critic: dict[str, bool], tmp_path: Path) -> None:
     plain = sampler.generate
     config = BenchConfig(agent=agent, out=tmp_path / "new" / "bench.json", **SMALL)  # type: ignore[arg-type]
-    record = bench(config)
+    record = bench(config, **critic)
     assert sampler.generate is plain
     measured = record["measured"]
-    expected = {"rollout", "scoring", "reference", "update", "other"} | ({"values"} if agent == "ppo" else set())
+    # A critic on the policy's own trunk has given its values while sampling.
+    expected = {"rollout", "scoring", "reference", "update", "other"} | ({"values"} if critic else set())
     assert set(measured["share"]) == expected
+    assert record["agent"].get("separate_value_model", False) == bool(critic)
     assert sum(measured["share"].values()) == pytest.approx(1)
     assert all(0 <= share < 1 for share in measured["share"].values())
     assert 0 < measured["completion_tokens_per_second"] < measured["rollout_tokens_per_second"]

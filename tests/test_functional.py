@@ -16,7 +16,7 @@ from torch import Tensor
 from textrl_gym import functional as F
 
 
-def close(actual: Tensor, wanted: Tensor | list[float] | list[list[float]] | float, atol: float = 1e-6) -> None:
+def assert_close(actual: Tensor, wanted: Tensor | list[float] | list[list[float]] | float, atol: float = 1e-6) -> None:
     torch.testing.assert_close(actual, torch.as_tensor(wanted, dtype=actual.dtype), atol=atol, rtol=0)
 
 
@@ -29,20 +29,20 @@ MASK_BT = mask_of([3, 1], 3)
 
 def test_masked_mean() -> None:
     x_BT = torch.tensor([[1.0, 2.0, 3.0], [6.0, 100.0, 100.0]])
-    close(F.masked_mean(x_BT, MASK_BT), 3.0)  # (1 + 2 + 3 + 6) / 4
-    close(F.masked_mean(x_BT, torch.zeros_like(MASK_BT)), 0.0)  # no places at all
+    assert_close(F.masked_mean(x_BT, MASK_BT), 3.0)  # (1 + 2 + 3 + 6) / 4
+    assert_close(F.masked_mean(x_BT, torch.zeros_like(MASK_BT)), 0.0)  # no places at all
 
 
 def test_whiten() -> None:
     x_BT = torch.tensor([[1.0, 2.0, 3.0], [6.0, 9.0, 9.0]])
     # mean 3; deviations -2, -1, 0, 3; biased variance (4 + 1 + 0 + 9) / 4 = 3.5
     std = math.sqrt(3.5)
-    close(F.whiten(x_BT, MASK_BT), [[-2 / std, -1 / std, 0.0], [3 / std, 0.0, 0.0]])
-    close(F.whiten(x_BT, MASK_BT, shift_mean=False), [[3 - 2 / std, 3 - 1 / std, 3.0], [3 + 3 / std, 0.0, 0.0]])
+    assert_close(F.whiten(x_BT, MASK_BT), [[-2 / std, -1 / std, 0.0], [3 / std, 0.0, 0.0]])
+    assert_close(F.whiten(x_BT, MASK_BT, shift_mean=False), [[3 - 2 / std, 3 - 1 / std, 3.0], [3 + 3 / std, 0.0, 0.0]])
 
 
 def test_whiten_of_equal_numbers_is_zero() -> None:
-    close(F.whiten(torch.full((2, 3), 5.0), MASK_BT), [[0.0] * 3] * 2)
+    assert_close(F.whiten(torch.full((2, 3), 5.0), MASK_BT), [[0.0] * 3] * 2)
 
 
 def test_gae_by_hand() -> None:
@@ -54,8 +54,8 @@ def test_gae_by_hand() -> None:
     #   delta_0 = 0 + 0.5 * 0.25 - 0.5 = -0.375          A_0 = -0.375 + 0.25 * 0.125 = -0.34375
     # Row 1 has one token: delta_0 = 2 - 1 = 1, whatever stands in its padding.
     advantage_BT, return_BT = F.gae(reward_BT, value_BT, MASK_BT, gamma=0.5, lam=0.5)
-    close(advantage_BT, [[-0.34375, 0.125, 0.5], [1.0, 0.0, 0.0]], atol=0)
-    close(return_BT, [[0.15625, 0.375, 1.0], [2.0, 0.0, 0.0]], atol=0)  # advantage + value
+    assert_close(advantage_BT, [[-0.34375, 0.125, 0.5], [1.0, 0.0, 0.0]], atol=0)
+    assert_close(return_BT, [[0.15625, 0.375, 1.0], [2.0, 0.0, 0.0]], atol=0)  # advantage + value
 
 
 lengths = st.lists(st.integers(1, 5), min_size=1, max_size=4)
@@ -74,8 +74,8 @@ def test_gae_with_lambda_1_is_return_minus_value(lens: list[int], seed: int) -> 
     mask_BT = mask_of(lens, 5)
     advantage_BT, return_BT = F.gae(reward_BT, value_BT, mask_BT, gamma=1.0, lam=1.0)
     to_go_BT = (reward_BT * mask_BT).flip(1).cumsum(1).flip(1)
-    close(advantage_BT, (to_go_BT - value_BT) * mask_BT, atol=1e-5)
-    close(return_BT, to_go_BT * mask_BT, atol=1e-5)
+    assert_close(advantage_BT, (to_go_BT - value_BT) * mask_BT, atol=1e-5)
+    assert_close(return_BT, to_go_BT * mask_BT, atol=1e-5)
 
 
 @given(lengths, seeds)
@@ -87,7 +87,7 @@ def test_gae_without_a_critic_is_score_minus_future_kl(lens: list[int], seed: in
     reward_BT = score_B[:, None] * last_BT - 0.1 * kl_BT
     advantage_BT, _ = F.gae(reward_BT, torch.zeros_like(kl_BT), mask_BT, gamma=1.0, lam=1.0)
     future_kl_BT = (kl_BT * mask_BT).flip(1).cumsum(1).flip(1)  # of this token and those after it
-    close(advantage_BT, (score_B[:, None] - 0.1 * future_kl_BT) * mask_BT, atol=1e-5)
+    assert_close(advantage_BT, (score_B[:, None] - 0.1 * future_kl_BT) * mask_BT, atol=1e-5)
 
 
 @given(lengths, seeds)
@@ -120,11 +120,11 @@ def test_clipped_surrogate() -> None:
     loss_BT, got_BT, clipped_BT = F.clipped_surrogate(
         ratio_BT.log(), torch.zeros_like(ratio_BT), advantage_BT, clip_low=0.2, clip_high=0.25
     )
-    close(got_BT, ratio_BT)
+    assert_close(got_BT, ratio_BT)
     # max(-A ratio, -A clip(ratio, 0.8, 1.25)):
     #   A = 1:  1.5 -> max(-1.5, -1.25) = -1.25 clipped;  0.5 -> max(-0.5, -0.8) = -0.5 free;  1.1 -> -1.1 free
     #   A = -1: 1.5 -> max(1.5, 1.25) = 1.5 free;         0.5 -> max(0.5, 0.8) = 0.8 clipped
-    close(loss_BT, [[-1.25, -0.5, -1.1, 1.5, 0.8]])
+    assert_close(loss_BT, [[-1.25, -0.5, -1.1, 1.5, 0.8]])
     assert clipped_BT.tolist() == [[True, False, False, False, True]]
 
 
@@ -142,13 +142,13 @@ def test_first_epoch_is_reinforce() -> None:
     advantage_BT = torch.tensor([[0.7, -1.3]])
     F.clipped_surrogate(logp_BT, logp_BT.detach(), advantage_BT, 0.2, 0.2)[0].sum().backward()
     assert logp_BT.grad is not None
-    close(logp_BT.grad, -advantage_BT)
+    assert_close(logp_BT.grad, -advantage_BT)
 
 
 def test_aggregate() -> None:
     loss_BT = torch.tensor([[1.0, 2.0, 3.0], [6.0, 100.0, 100.0]])
-    close(F.aggregate(loss_BT, MASK_BT, "token", rows=2, tokens=4), 3.0)  # (1 + 2 + 3 + 6) / 4
-    close(F.aggregate(loss_BT, MASK_BT, "sequence", rows=2, tokens=4), 4.0)  # (mean(1, 2, 3) + mean(6)) / 2
+    assert_close(F.aggregate(loss_BT, MASK_BT, "token", rows=2, tokens=4), 3.0)  # (1 + 2 + 3 + 6) / 4
+    assert_close(F.aggregate(loss_BT, MASK_BT, "sequence", rows=2, tokens=4), 4.0)  # (mean(1, 2, 3) + mean(6)) / 2
 
 
 @given(lengths, seeds, st.integers(0, 4))
@@ -160,16 +160,16 @@ def test_micro_batches_add_up(lens: list[int], seed: int, cut: int) -> None:
     for how in ("token", "sequence"):
         whole = F.aggregate(loss_BT, mask_BT, how, len(lens), tokens)
         sums = [F.aggregate(loss_BT[p], mask_BT[p], how, len(lens), tokens) for p in parts]
-        close(torch.stack(sums).sum(), whole)
+        assert_close(torch.stack(sums).sum(), whole)
 
 
 def test_token_logprobs_and_entropy() -> None:
     # softmax of log(1), log(2), log(5) is 1/8, 2/8, 5/8; adding 3 to every logit changes nothing
     logits_BTV = torch.tensor([[[1.0, 2.0, 5.0], [1.0, 1.0, 2.0]]]).log() + 3
-    close(F.token_logprobs(logits_BTV, torch.tensor([[2, 0]])), [[math.log(5 / 8), math.log(1 / 4)]])
+    assert_close(F.token_logprobs(logits_BTV, torch.tensor([[2, 0]])), [[math.log(5 / 8), math.log(1 / 4)]])
     second = 1.5 * math.log(2)  # 2 * (1/4) log 4 + (1/2) log 2
     first = -sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8))
-    close(F.entropy(logits_BTV), [[first, second]])
+    assert_close(F.entropy(logits_BTV), [[first, second]])
 
 
 def test_inverse_cdf() -> None:
@@ -208,4 +208,4 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("how", ["token", "sequence"])
 def test_an_empty_row_is_no_division_by_zero(how: str) -> None:
     loss = F.aggregate(torch.ones(2, 3), mask_of([0, 0], 3), how, 2, 0)  # type: ignore[arg-type]
-    close(loss, 0.0)
+    assert_close(loss, 0.0)

@@ -11,10 +11,11 @@ import pytest
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "plugins"}),
     frozenset({"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases"})
-    | frozenset({"annotators", "render", "prefix", "trunk"}),
+    | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk"}),
     frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
     frozenset(
         {
+            "actions",
             "vector",
             "env",
             "agent_config",
@@ -114,7 +115,7 @@ def height(module: str) -> int:
     )
 
 
-def check_directions(graph: dict[str, list[Import]]) -> None:
+def assert_directions(graph: dict[str, list[Import]]) -> None:
     """Every import goes to the same floor or below; agents/ and envs/ are strangers."""
     for module, imports in graph.items():
         if module == PACKAGE:
@@ -159,7 +160,7 @@ def read_graph(root: Path) -> dict[str, list[Import]]:
 
 
 def test_imports_point_down() -> None:
-    check_directions(read_graph(ROOT))
+    assert_directions(read_graph(ROOT))
 
 
 def test_no_circles() -> None:
@@ -184,9 +185,9 @@ def build(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def check_house(root: Path) -> None:
+def assert_house(root: Path) -> None:
     graph = read_graph(root)
-    check_directions(graph)
+    assert_directions(graph)
     circle = find_circle(graph)
     assert not circle, "imports run in a circle: " + " -> ".join(circle)
 
@@ -203,7 +204,7 @@ SOUND = {
 
 
 def test_sound_house_passes(tmp_path: Path) -> None:
-    check_house(build(tmp_path, SOUND))
+    assert_house(build(tmp_path, SOUND))
 
 
 @pytest.mark.parametrize(
@@ -229,4 +230,4 @@ def test_faults_are_seen(tmp_path: Path, name: str, text: str, message: str) -> 
     extra = {"textrl_gym/functional.py": "def f():\n    from textrl_gym import core\n"}
     root = build(tmp_path, SOUND | extra | {name: text})
     with pytest.raises(AssertionError, match=message):
-        check_house(root)
+        assert_house(root)

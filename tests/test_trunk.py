@@ -282,7 +282,7 @@ def test_layers_of_an_unknown_kind_are_not_shared(kind: str) -> None:
 
 def test_a_model_whose_numbers_would_change_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     trunk = Trunk(make_model("llama"))
-    monkeypatch.setattr(trunk, "_shared", lambda *args: 1.1 * trunk._whole(*args))
+    monkeypatch.setattr(trunk, "_shared", lambda *args: 1.1 * Trunk._shared(trunk, *args))
     with pytest.warns(UserWarning, match="its numbers would change"):
         assert not trunk.shares_prompts
 

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from textrl_gym import checkpoint, models, plugins, train
+from textrl_gym import adapters, checkpoint, models, plugins, train
 from textrl_gym.agent_config import AgentConfig, make_config
 from textrl_gym.core import Rollout
 from textrl_gym.env import TextVectorEnv
@@ -45,6 +45,8 @@ class Agent:
     Config: ClassVar[type[AgentConfig]] = AgentConfig
     uses_value: ClassVar[bool] = False
     """Whether the policy gets a value head."""
+    trains: ClassVar[bool] = True
+    """Whether there is anything to update; learn() only evaluates where there is not."""
     needs_groups: ClassVar[bool] = False
     """Whether the completions of a prompt are compared, so that an environment without groups is refused."""
     kl_in_reward: bool = True
@@ -66,15 +68,14 @@ class Agent:
         self.device = models.resolve_device(device)
         self.model_spec = model if isinstance(model, str) else None
         self.reference_spec = reference if isinstance(reference, str) else None
-        self.rebuilds_reference = isinstance(reference, str) or (
-            reference is None and (model is None or isinstance(model, str))
-        )
+        self.rebuilds_model = model is None or isinstance(model, str)
+        self.rebuilds_reference = isinstance(reference, str) or (reference is None and self.rebuilds_model)
         self.set_env(self._make_env(env, model))
         mdp = self.env
         self.kl = self._make_kl(mdp)
         self.policy = self._make_policy(mdp, model, reference)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            [p for p in self.policy.parameters() if p.requires_grad],
             lr=self.config.learning_rate,
             eps=self.config.adam_eps,
             weight_decay=self.config.weight_decay,
@@ -83,6 +84,8 @@ class Agent:
         self.shuffler = np.random.default_rng(seed)
         self.num_timesteps = self._collected_at = 0
         self.num_updates = 0
+        self.dropped_tokens = 0
+        """Tokens that the last collect() generated beside those of its rollout; learn() counts them too."""
         self._total_timesteps = 0
         self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
         """Wall-clock seconds spent so far in each phase of learn()."""
@@ -121,10 +124,11 @@ class Agent:
         if isinstance(reference, str):
             reference = mdp.task.load_model(reference)
             models.check_vocab(mdp.tokenizer, reference)
+        loaded = self._make_trained(loaded.to(self.device).float())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return Policy(
-                loaded.to(self.device).float(),
+                loaded,
                 reference="copy" if reference is None else reference,
                 value_head=self.uses_value,
                 value_model=self._make_value_model(mdp, loaded),
@@ -133,6 +137,13 @@ class Agent:
                 dtype=models.resolve_dtype(self.config.dtype),
                 cuda_graphs=self.config.cuda_graphs,
             )
+
+    def _make_trained(self, model: Any) -> Any:
+        """The model with a LoRA, or its lower layers frozen, as the config says."""
+        config = self.config
+        if config.lora_rank and not adapters.is_lora(model):
+            return adapters.add_lora(model, config.lora_rank, config.lora_alpha, self.seed)
+        return adapters.freeze_lower(model, config.frozen_layers) if config.frozen_layers else model
 
     def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
         """A separate trunk for the critic; none unless a subclass says so."""
@@ -214,6 +225,27 @@ class Agent:
         actions = action_B.cpu().numpy()
         return (actions[0] if single else actions), state
 
+    def play(
+        self,
+        env: Any,
+        *,
+        greedy: bool = False,
+        generator: torch.Generator | None = None,
+        prompt_indices: Any = None,
+    ) -> Rollout:
+        """A completion of each row's prompt, as evaluation judges it; an agent that decodes its own way overrides this.
+
+        In the rollout logp_BT is the log-probability under what was really sampled from, so that logp_BT - ref_logp_BT
+        adds up to the KL of this agent to its reference.
+
+        Args:
+            env: a text vector environment.
+            greedy: take the most likely tokens.
+            generator: on the policy's device, of random numbers.
+            prompt_indices: which prompts.
+        """
+        return collect(env, self.policy, kl_coef=0.0, greedy=greedy, generator=generator, prompt_indices=prompt_indices)
+
     # -- learning -----------------------------------------------------------------------------------------------------
 
     def collect(self) -> Rollout:
@@ -225,6 +257,13 @@ class Agent:
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One update from one rollout; returns metrics to log. This is what a subclass writes."""
         raise TypeError(f"{type(self).__name__} must define update(rollout) -> metrics")
+
+    def memory(self) -> dict[str, Any]:
+        """What a subclass keeps from update to update beside the policy, as JSON can hold it; saved and restored."""
+        return {}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Go on from what `memory` gave."""
 
     def shuffled(self, rollout: Rollout) -> Iterator[Tensor]:
         """The row indices of each minibatch of each epoch; groups stay together, since they share a prompt's cost."""
@@ -283,12 +322,13 @@ class Agent:
 
     def _fill(self, folder: Path) -> None:
         with models.no_bars():
-            self.policy.model.save_pretrained(folder / "model")
+            adapters.save(self.policy.model, folder / "model", base=not self.rebuilds_model)
             self.env.tokenizer.save_pretrained(folder / "model")
             if self.policy.value_model is not None:
-                self.policy.value_model.save_pretrained(folder / "value_model")
-            if not self.rebuilds_reference and self.policy.reference is not None:
-                self.policy.reference.model.save_pretrained(folder / "reference")
+                adapters.save(self.policy.value_model, folder / "value_model", base=False)
+            reference = self.policy.reference
+            if reference is not None and reference.model is not self.policy.model and not self.rebuilds_reference:
+                adapters.save(reference.model, folder / "reference", base=False)
         if self.policy.value_head is not None:
             save_file(self.policy.value_head.state_dict(), folder / "value_head.safetensors")
         extra = {"generator": self.streams()[1]}
@@ -313,6 +353,7 @@ class Agent:
             "num_updates": self.num_updates,
             "kl_coef": self.kl.coef,
             "seconds": self.seconds,
+            "memory": self.memory(),
             "streams": self.streams()[0],
         }
 
@@ -366,13 +407,17 @@ class Agent:
                 **kept,
             )
         task = vector_env(env).task
-        saved_reference = folder / "reference"
-        reference = (
-            str(saved_reference) if saved_reference.is_dir() else task.load_model(state["reference"] or state["model"])
-        )
+        model: Any = str(folder / "model")
+        saved_reference, saved_base = folder / "reference", folder / adapters.BASE
+        reference = str(saved_reference) if saved_reference.is_dir() else state["reference"]
+        if adapters.is_saved_lora(folder / "model"):  # its reference is the model that it stands on
+            base = task.load_model(str(saved_base) if saved_base.is_dir() else state["model"])
+            model = adapters.load(base, folder / "model")
+        elif reference is None:
+            reference = task.load_model(state["model"])
         agent = cls(
             env,
-            str(folder / "model"),
+            model,
             reference,
             seed=state["seed"],
             device=device,
@@ -380,7 +425,7 @@ class Agent:
             **(state["config"] | settings),
         )
         agent.model_spec, agent.reference_spec = state["model"], state["reference"]
-        agent.rebuilds_reference = not saved_reference.is_dir()
+        agent.rebuilds_reference, agent.rebuilds_model = not saved_reference.is_dir(), not saved_base.is_dir()
         agent._restore(folder, state, streams=not given)
         return agent
 
@@ -388,9 +433,10 @@ class Agent:
         if self.policy.value_head is not None:
             self.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors", str(self.device)))
         if self.policy.value_model is not None:
-            saved = models.load_model(str(folder / "value_model"))
-            self.policy.value_model.load_state_dict(saved.state_dict())
+            saved = folder / "value_model"
+            adapters.restore_(self.policy.value_model, saved, lambda: models.load_model(str(saved)))
         extra = checkpoint.load_optimizer(folder / "training.safetensors", self.optimizer)
         self.restore_streams(state["streams"], extra["generator"], env=streams)
         self._total_timesteps = state["total_timesteps"]
+        self.remember(state.get("memory", {}))
         self.num_updates, self.kl.coef, self.seconds = state["num_updates"], state["kl_coef"], state["seconds"]

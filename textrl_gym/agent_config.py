@@ -45,6 +45,13 @@ class AgentConfig:
     """Episodes over which the adaptive controller moves."""
     missing_eos_penalty: float | None = None
     """Taken off the score of an episode whose budget ran out; None: the environment's own (0)."""
+    lora_rank: int = 0
+    """Train a LoRA of this rank (needs peft); the reference is the model with it switched off. 0: none,
+    or the one that the model is given with."""
+    lora_alpha: int = 32
+    """A LoRA's change is scaled by lora_alpha / lora_rank."""
+    frozen_layers: int = 0
+    """Leave the embeddings and so many lower layers as they are; policy and reference hold them once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward passes; weights stay float32."""
     cuda_graphs: bool = False
@@ -54,7 +61,12 @@ class AgentConfig:
         for name in ("rollout_episodes", "group_size", "epochs", "minibatches", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "temperature", "max_grad_norm", "adam_eps"):
+        for name in ("lora_rank", "frozen_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.lora_rank and self.frozen_layers:
+            raise ValueError(f"lora_rank={self.lora_rank} freezes the whole model: leave frozen_layers out")
+        for name in ("learning_rate", "temperature", "max_grad_norm", "adam_eps", "lora_alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if self.rollout_episodes % self.group_size:

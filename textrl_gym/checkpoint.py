@@ -3,6 +3,7 @@
 agent.json              which agent, its config and environment, counters, random streams
 model/                  the language model and tokenizer, as transformers saves them
 value_head.safetensors, value_model/      the critic, where there is one
+base/                   the model under a LoRA, only where it cannot be loaded again by name; model/ has the LoRA then
 reference/              only where the reference cannot be loaded again by name
 training.safetensors    the optimizer's moments and the sampler's generator
 """

@@ -116,6 +116,25 @@ class Rollout:
             picked[field.name] = value[rows_B] if isinstance(value, Tensor) else [value[i] for i in rows_B.tolist()]
         return Rollout(**picked).trim()
 
+    @staticmethod
+    def cat(rollouts: Sequence[Rollout]) -> Rollout:
+        """Rollouts below each other, groups numbered anew."""
+        prompt, response = (max(getattr(r, name).shape[1] for r in rollouts) for name in ("prompt_BP", "token_BT"))
+        groups, joined = 0, dict[str, Any]()
+        numbers_B = []
+        for rollout in rollouts:
+            numbers_B.append(rollout.group_B.unique(return_inverse=True)[1] + groups)
+            groups += int(numbers_B[-1].max()) + 1
+        for field in dataclasses.fields(Rollout):
+            parts = [getattr(r, field.name) for r in rollouts]
+            if field.name.endswith("_BP"):
+                parts = [torch.nn.functional.pad(part, (prompt - part.shape[1], 0)) for part in parts]
+            elif field.name.endswith("_BT"):
+                parts = [torch.nn.functional.pad(part, (0, response - part.shape[1])) for part in parts]
+            is_tensor = isinstance(parts[0], Tensor)
+            joined[field.name] = torch.cat(parts) if is_tensor else [text for part in parts for text in part]
+        return Rollout(**(joined | {"group_B": torch.cat(numbers_B)}))
+
     def trim(self) -> Rollout:
         """Without the columns that are padding in every row."""
         first_place = self.prompt_mask_BP.shape[1] - int(self.prompt_mask_BP.sum(1).max())

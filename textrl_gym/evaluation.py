@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ ROWS = 64
 
 
 class Evaluator:
-    """Plays the same held-out prompts with the same random numbers for every policy that it is given.
+    """Plays the same held-out prompts with the same random numbers for every policy or agent that it is given.
 
     Args:
         env: the text environment to evaluate on; its settings are kept but for the split.
@@ -44,15 +45,19 @@ class Evaluator:
         self.judge = None if judge is None else load_reward(judge, task=self.mdp.task, tokenizer=self.mdp.tokenizer)
         self._start: tuple[Policy, Tensor] | None = None
 
-    def play(self, policy: Policy, greedy: bool = False) -> list[Rollout]:
-        """Rollouts of every prompt, in order."""
-        generator = torch.Generator(policy.device).manual_seed(self.seed)
+    def play(self, player: Any, greedy: bool = False) -> list[Rollout]:
+        """Rollouts of every prompt, in order, by a Policy or by an Agent's own `play`."""
+        if isinstance(player, Policy):
+            plays = functools.partial(collect, policy=player, kl_coef=0.0)
+        else:
+            plays = player.play
+        generator = torch.Generator(player.device).manual_seed(self.seed)
         rollouts = []
         for first in range(0, self.episodes, self.mdp.num_envs):
             indices = self.indices[first : first + self.mdp.num_envs]
             wanted = np.resize(indices, self.mdp.num_envs)  # the last batch is filled up, and cut again
-            rollout = collect(self.mdp, policy, kl_coef=0.0, greedy=greedy, generator=generator, prompt_indices=wanted)
-            rollouts.append(rollout.select(torch.arange(len(indices), device=policy.device)))
+            rollout = plays(self.mdp, greedy=greedy, generator=generator, prompt_indices=wanted)
+            rollouts.append(rollout.select(torch.arange(len(indices), device=player.device)))
         return rollouts
 
     def judged(self, rollouts: list[Rollout]) -> Tensor:
@@ -71,8 +76,8 @@ class Evaluator:
             scores.append(self.mdp.score(rows, prompt_ids, completion_ids, self.judge)[0].cpu())
         return torch.cat(scores)
 
-    def run(self, policy: Policy, greedy: bool = True) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics of a policy, and its completions with their scores.
+    def run(self, player: Any, greedy: bool = True) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics of a Policy or an Agent, and its completions with their scores.
 
         Returns:
             metrics: score (mean raw reward), judge (mean judge score, where the task has a judge), win_rate (share of
@@ -81,16 +86,17 @@ class Evaluator:
                 also score_greedy and judge_greedy, of the most likely tokens.
             samples: a dict for each prompt.
         """
-        rollouts = self.play(policy)
+        reference = player.reference if isinstance(player, Policy) else player.policy.reference
+        rollouts = self.play(player)
         judged = self.judged(rollouts)
         metrics = _means(rollouts)
         if self.judge is not None:
             metrics["judge"] = float(judged.mean())
-        if policy.reference is not None:
-            start = self._start_scores(policy.reference)
+        if reference is not None:
+            start = self._start_scores(reference)
             metrics["win_rate"] = float(((judged > start) + 0.5 * (judged == start)).mean())
         if greedy:
-            argmax = self.play(policy, greedy=True)
+            argmax = self.play(player, greedy=True)
             metrics["score_greedy"] = float(torch.cat([r.score_B for r in argmax]).mean())
             if self.judge is not None:
                 metrics["judge_greedy"] = float(self.judged(argmax).mean())
@@ -144,7 +150,7 @@ def evaluate(
         split: of the dataset.
     """
     agent = load_agent(agent_or_dir, env) if isinstance(agent_or_dir, str | Path) else agent_or_dir
-    metrics, _ = Evaluator(agent.env if env is None else env, episodes, seed, split).run(agent.policy)
+    metrics, _ = Evaluator(agent.env if env is None else env, episodes, seed, split).run(agent)
     return metrics
 
 

@@ -5,6 +5,7 @@ Shape legend: B rows, T response places, V vocabulary (see core.py). Places outs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -120,6 +121,17 @@ def inverse_cdf(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     # The float32 sum may end at 0.9999998; scaling by it keeps the last tokens reachable and the index in range.
     target_B1 = (uniform_B.to(cdf_BV.dtype) * cdf_BV[:, -1])[:, None]
     return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(1).clamp(max=logp_BV.shape[-1] - 1)
+
+
+def mean_of(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the optimizer steps of an update."""
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+
+
+def returns_to_go(reward_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """G_t = r_t + r_{t+1} + ... to the end of the episode, undiscounted. [B, T], 0 outside the mask."""
+    assert reward_BT.shape == mask_BT.shape, (reward_BT.shape, mask_BT.shape)
+    return (reward_BT * mask_BT).flip(1).cumsum(1).flip(1) * mask_BT
 
 
 def last_places(mask_BT: Tensor) -> Tensor:

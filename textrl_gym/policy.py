@@ -10,7 +10,6 @@ of the first minibatch is 1. Position ids count real tokens only, so left paddin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from textrl_gym import functional
+from textrl_gym import adapters, functional
 from textrl_gym.core import Rollout
 from textrl_gym.trunk import Decoder, Trunk
 
@@ -49,7 +48,8 @@ class Policy(nn.Module):
 
     Args:
         model: any causal LM of transformers; it is put in eval mode.
-        reference: None, a causal LM, a Policy, or "copy" for a frozen copy of the model as it is now.
+        reference: None, a causal LM, a Policy, or "copy" for the model as it is now: a frozen copy of what is trained,
+            or, where the model has a LoRA, the model with it switched off.
         value_head: True puts a zero-initialised scalar head on the model's last hidden state (a shared trunk).
         value_model: a separate causal LM whose trunk carries the value head instead.
         temperature: divides every logit, in sampling, scoring and training alike.
@@ -57,6 +57,7 @@ class Policy(nn.Module):
         dtype: of the forward passes: torch.float32, or torch.bfloat16 by autocast over float32 weights, so that small
             updates are not rounded away. Log-probabilities are float32 in both.
         cuda_graphs: decode at fixed shapes, on a GPU as CUDA graphs.
+        adapter: False leaves the adapter of a model of peft out.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Policy(nn.Module):
         vocab_size: int | None = None,
         dtype: torch.dtype = torch.float32,
         cuda_graphs: bool = False,
+        adapter: bool = True,
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -80,7 +82,7 @@ class Policy(nn.Module):
         if vocab_size is not None and vocab_size > rows:
             raise ValueError(f"the tokenizer has {vocab_size} tokens, the model only {rows}")
         self.vocab_size = vocab_size or rows
-        self.trunk = Trunk(self.model, dtype, static=cuda_graphs)
+        self.trunk = Trunk(self.model, dtype, static=cuda_graphs, adapter=adapter)
         self.value_model: Any = value_model.eval() if value_model is not None else None
         self.value_trunk = Trunk(self.value_model, dtype) if value_model is not None else None
         self.value_head: nn.Linear | None = None
@@ -96,9 +98,12 @@ class Policy(nn.Module):
     def _as_reference(self, reference: Any) -> Policy | None:
         if reference is None or isinstance(reference, Policy):
             return reference
-        model = copy.deepcopy(self.model) if isinstance(reference, str) and reference == "copy" else reference
-        model.requires_grad_(False)
-        return Policy(model.to(self.device), temperature=self.temperature, vocab_size=self.vocab_size, dtype=self.dtype)
+        as_now = isinstance(reference, str) and reference == "copy"
+        alike: dict[str, Any] = {"temperature": self.temperature, "vocab_size": self.vocab_size, "dtype": self.dtype}
+        if as_now and adapters.is_lora(self.model):
+            return Policy(self.model, adapter=False, **alike)
+        model = adapters.frozen_copy(self.model) if as_now else reference.requires_grad_(False)
+        return Policy(model.to(self.device), **alike)
 
     @property
     def reference(self) -> Policy | None:
@@ -124,16 +129,20 @@ class Policy(nn.Module):
         logits_NV = functional.at_least_float32(self.trunk.logits(hidden_ND)[:, : self.vocab_size])
         return logits_NV if self.temperature == 1.0 else logits_NV / self.temperature
 
-    def response(self, rollout: Rollout, entropy: bool = False) -> Response:
+    def response(self, rollout: Rollout, entropy: bool = False, hidden_BTD: Tensor | None = None) -> Response:
         """One teacher-forced pass over prompts and completions; gradients flow through both.
 
         The head is applied to the actions' places only and to few of them at a time, so that logits of the whole
         rollout are never held, nor kept for the backward pass, which computes them again.
+
+        Args:
+            entropy: whether to compute it.
+            hidden_BTD: what `hidden` gives, where it is known.
         """
-        hidden_BTD = self.hidden(rollout)
+        hidden_BTD = self.hidden(rollout) if hidden_BTD is None else hidden_BTD
         mask_BT, token_N = rollout.mask_BT, rollout.token_BT[rollout.mask_BT]
         logp_N, entropy_N = self._statistics(hidden_BTD[mask_BT], token_N, entropy)
-        value_BT = self._values(hidden_BTD, rollout) * mask_BT
+        value_BT = self._values(rollout, hidden_BTD) * mask_BT
 
         def placed(flat_N: Tensor) -> Tensor:
             return flat_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, flat_N)
@@ -155,12 +164,18 @@ class Policy(nn.Module):
         found = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat([logp_n for logp_n, _ in found]), torch.cat([entropy_n for _, entropy_n in found])
 
-    def _values(self, hidden_BTD: Tensor, rollout: Rollout) -> Tensor:
+    def _values(self, rollout: Rollout, hidden_BTD: Tensor | None = None) -> Tensor:
+        """V at every place; hidden_BTD: what `hidden` gives, where it is known."""
         if self.value_head is None:
-            return hidden_BTD.new_zeros(hidden_BTD.shape[:2], dtype=torch.float32)
+            return torch.zeros_like(rollout.logp_BT)
         if self.value_trunk is not None:
-            hidden_BTD = self.value_trunk.hidden(*_inputs(rollout))
-        return self.value_head(hidden_BTD.to(self.value_head.weight.dtype)).squeeze(-1)
+            return self.value_of(self.value_trunk.hidden(*_inputs(rollout)))
+        return self.value_of(self.hidden(rollout) if hidden_BTD is None else hidden_BTD)
+
+    def value_of(self, hidden_ND: Tensor) -> Tensor:
+        """The value head on hidden states of its trunk, float32 [N]."""
+        assert self.value_head is not None
+        return self.value_head(hidden_ND.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """log pi of the rollout's actions, differentiable. float32 [B, T], 0 outside the mask."""
@@ -168,10 +183,12 @@ class Policy(nn.Module):
 
     def values(self, rollout: Rollout) -> Tensor:
         """V before each action, differentiable. float32 [B, T], 0 outside the mask and without a value head."""
-        if self.value_head is None:
-            return torch.zeros_like(rollout.logp_BT)
-        hidden_BTD = self.hidden(rollout) if self.value_trunk is None else rollout.logp_BT
-        return self._values(hidden_BTD, rollout) * rollout.mask_BT
+        return self._values(rollout) * rollout.mask_BT
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the value head reads the hidden states that the logits come from."""
+        return self.value_head is not None and self.value_trunk is None
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 

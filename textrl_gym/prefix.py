@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig
+from transformers import AttentionInterface, Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 NAME = "textrl_gym_prefix"
@@ -50,7 +50,7 @@ class Prefix:
     """int64 [1], for decoding at fixed shapes: so many own places are written, and the rest of S is yet to come."""
 
     @staticmethod
-    def of(cache: DynamicCache, mask_UP: Tensor, source_B: Tensor) -> Prefix:
+    def of(cache: Cache, mask_UP: Tensor, source_B: Tensor) -> Prefix:
         """The prompts in a cache."""
         layers: Any = cache.layers
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
@@ -83,7 +83,7 @@ class Prefix:
         return flat if self.place_B is None else flat[self.place_B]
 
     def hidden(self, new: int, own: int, sliding_window: int | None) -> Tensor | None:
-        """What the last `new` of `own` places do not see, bool, broadcast to [B, 1, T, P + S]; None: they see all."""
+        """What the last `new` of `own` places do not see: bool, broadcast to [U, K, G R, T, P + S]; None: nothing."""
         device, places = self.mask_UP.device, self.mask_UP.shape[1]
         if sliding_window is not None and places + own <= sliding_window:
             sliding_window = None
@@ -98,8 +98,7 @@ class Prefix:
             hidden_TX |= ahead_TX >= sliding_window
         if not self.padded:
             return hidden_TX
-        padding_BP = ~self.mask_UP[self.source_B]
-        return hidden_TX | torch.nn.functional.pad(padding_BP, (0, own))[:, None, None, :]
+        return hidden_TX | torch.nn.functional.pad(~self.mask_UP, (0, own))[:, None, None, None, :]
 
     def keep(self, keep_b: Tensor) -> None:
         """Go on with some of the rows, in order. Prompts without rows are dropped when they are a quarter or more."""
@@ -170,27 +169,64 @@ def prefix_attention(
 
     # 1. Scores: of the rows' own places, each row apart, and of the prompts, all rows of a group at once.
     query = query * scale
-    own_score = query.reshape(rows, key_heads, repeats * new, width) @ key.transpose(2, 3)
-    prompt_score = prefix.to_rows(prefix.to_groups(query, key_heads) @ prompt_key.transpose(2, 3), heads)
-    score = torch.cat([prompt_score, own_score.view(rows, heads, new, own)], 3)
+    own_score = (query.reshape(rows, key_heads, repeats * new, width) @ key.transpose(2, 3)).view(rows, heads, new, own)
+    prompt_score = prefix.to_groups(query, key_heads) @ prompt_key.transpose(2, 3)
+    score = torch.cat([prompt_score, prefix.to_groups(own_score, key_heads)], 3)
     score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
     hidden = prefix.hidden(new, own, sliding_window)
-    if hidden is not None:
-        score = score.masked_fill(hidden, -1e30)  # finite, and nothing beside any real score
+    if hidden is not None:  # finite, and nothing beside any real score
+        score = score.unflatten(2, (-1, new)).masked_fill(hidden, -1e30).flatten(2, 3)
 
     # 2. One softmax over both, and the values of each part.
-    share = score.softmax(3).to(value.dtype)
-    own_out = share[..., places:].reshape(rows, key_heads, repeats * new, own) @ value
-    prompt_out = prefix.to_rows(prefix.to_groups(share[..., :places], key_heads) @ prompt_value, heads)
+    prompt_share, own_share = score.softmax(3).to(value.dtype).split([places, own], 3)
+    prompt_out = prefix.to_rows(prompt_share @ prompt_value, heads)
+    own_out = prefix.to_rows(own_share, heads).reshape(rows, key_heads, repeats * new, own) @ value
     return (own_out.view(rows, heads, new, width) + prompt_out).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, prefix_attention)
 
 
-# -- the rows' own cache ----------------------------------------------------------------------------------------------
+# -- caches -----------------------------------------------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """The last layer's keys and values are there, and nothing else of the pass is wanted."""
+
+
+class _PromptLayer(CacheLayerMixin):
+    """Keys and values of prompts as the model gives them; the last layer's end the pass."""
+
+    is_sliding = False
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last = last
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states.contiguous(), value_states.contiguous()  # read at every token
+        if self.last:
+            raise Enough
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def prompt_cache(layers: int) -> Cache:
+    """An empty cache for prompts; a pass that fills it ends with `Enough`."""
+    return Cache(layers=[_PromptLayer(last=number == layers - 1) for number in range(layers)])
 
 
 class _OwnLayer(CacheLayerMixin):

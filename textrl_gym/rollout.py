@@ -15,7 +15,8 @@ from torch import Tensor
 from textrl_gym import functional, kl, sampler
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
-from textrl_gym.mdp import initial_state, shape_reward
+from textrl_gym.mdp import shape_reward
+from textrl_gym.packing import pad
 from textrl_gym.policy import CHUNK_NUMBERS, Policy
 
 MICRO_BATCH_TOKENS = 16_384
@@ -56,15 +57,9 @@ def collect(
     if kl_coef > 0 and reference is None:
         raise ValueError(f"kl_coef={kl_coef} needs a reference: Policy(model, reference=...) or the environment's")
 
-    # 1. Prompts, each unique one once.
+    # 1. Prompts, and a completion of each.
     rows, prompt_ids = mdp.draw(indices=prompt_indices)
-    first_of: dict[tuple[int, ...], int] = {}
-    source_B = torch.tensor([first_of.setdefault(tuple(ids), len(first_of)) for ids in prompt_ids])
-    longest = max(len(ids) for ids in prompt_ids)
-    prompt_BP, prompt_mask_BP = _pad_left(prompt_ids, longest, policy.device)
-    prompt_UP, prompt_mask_UP = _pad_left([list(ids) for ids in first_of], longest, policy.device)
-
-    # 2. Completions.
+    prompt_UP, prompt_mask_UP, source_B = _unique(prompt_ids, policy.device)
     if uniform_BT is None and not greedy:
         shape = (len(rows), mdp.max_new_tokens)
         uniform_BT = torch.rand(shape, generator=generator, device=policy.device)
@@ -72,39 +67,40 @@ def collect(
         policy,
         prompt_UP,
         prompt_mask_UP,
-        source_B.to(policy.device),
+        source_B,
         None if greedy or uniform_BT is None else uniform_BT.to(policy.device),
         max_new_tokens=mdp.max_new_tokens,
         eos_id=mdp.eos_id,
         stopped=mdp.stopped if mdp.stop else None,
     )
 
-    # 3. Scores, by the same function as step().
+    # 2. Scores, by the same function as step().
     completion_ids = [ids[:n] for ids, n in zip(out.token_BT.tolist(), out.mask_BT.sum(1).tolist(), strict=True)]
     score, texts = mdp.score(rows, prompt_ids, completion_ids)
-    score_B = score.to(policy.device)
-    zeros_BT = torch.zeros_like(out.logp_BT)
     rollout = Rollout(
-        prompt_BP=prompt_BP,
-        prompt_mask_BP=prompt_mask_BP,
-        token_BT=out.token_BT,
-        mask_BT=out.mask_BT,
-        logp_BT=out.logp_BT,
+        prompt_BP=prompt_UP[source_B],
+        prompt_mask_BP=prompt_mask_UP[source_B],
         ref_logp_BT=out.logp_BT,
-        kl_BT=zeros_BT,
-        value_BT=zeros_BT,
-        score_B=score_B,
-        reward_BT=zeros_BT,
-        stop_B=out.stop_B,
+        kl_BT=torch.zeros_like(out.logp_BT),
+        score_B=score.to(policy.device),
+        reward_BT=torch.zeros_like(out.logp_BT),
         group_B=torch.arange(len(rows), device=policy.device) // mdp.group_size,
         prompts=[row["prompt"] for row in rows],
         completions=texts,
+        **vars(out),
     ).trim()
 
-    # 4. One teacher-forced pass each for the policy (where something of it is missing) and the reference.
+    # 3. One teacher-forced pass each for the policy (where something of it is missing) and the reference.
     rollout = _with_passes(rollout, policy, reference, mdp.kl_estimator)
-    reward_BT = _reward(rollout, kl_coef, mdp.missing_eos_penalty)
-    return dataclasses.replace(rollout, reward_BT=reward_BT)
+    return dataclasses.replace(rollout, reward_BT=_reward(rollout, kl_coef, mdp.missing_eos_penalty))
+
+
+def _unique(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Each different prompt once, left-padded, its mask, and which of them each row has."""
+    first_of: dict[tuple[int, ...], int] = {}
+    source_B = torch.tensor([first_of.setdefault(tuple(ids), len(first_of)) for ids in prompts])
+    prompt_UP, mask_UP = pad(list(first_of), "left")
+    return prompt_UP.to(device), mask_UP.to(device), source_B.to(device)
 
 
 def vector_env(env: Any) -> TextVectorEnv:
@@ -119,11 +115,6 @@ def vector_env(env: Any) -> TextVectorEnv:
     if not isinstance(bare, TextVectorEnv):
         raise ValueError(f"{env!r} is not a text environment (TextEnv or TextVectorEnv)")
     return bare
-
-
-def _pad_left(prompts: list[list[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    state = initial_state(prompts, width, 0).to(device)
-    return state.token_BL, state.mask_BL.bool()
 
 
 def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
@@ -155,7 +146,7 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
 @torch.no_grad()
 def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str) -> Rollout:
     """The rollout with reference log-probabilities, KL and values; and, below float32, the policy's recomputed."""
-    # The sampler's log-probabilities are the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
+    # What the sampler gave is the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
     exact = policy.dtype == torch.float32
     full = estimator == "full" and reference is not None
     logp_BT, value_BT = rollout.logp_BT.clone(), rollout.value_BT.clone()
@@ -163,33 +154,36 @@ def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, est
     for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
         part = rollout.select(rows)
         width = part.token_BT.shape[1]
+        own_BTD = policy.hidden(part) if full or not exact else None
         if not exact:
-            own = policy.response(part)
+            own = policy.response(part, hidden_BTD=own_BTD)
             logp_BT[rows, :width], value_BT[rows, :width] = own.logp_BT.float(), own.value_BT.float()
-        elif policy.value_head is not None:
+        elif policy.value_head is not None and not policy.shares_trunk:
             value_BT[rows, :width] = policy.values(part).float()
-        if reference is not None:
-            ref_logp_BT[rows, :width] = reference.logprobs(part).float()
-            if full:
-                kl_BT[rows, :width] = _full_kl(part, policy, reference)
-        elif not exact:
+        if reference is None:
             ref_logp_BT[rows, :width] = logp_BT[rows, :width]
+            continue
+        if own_BTD is None or not full:
+            ref_logp_BT[rows, :width] = reference.logprobs(part).float()
+            continue
+        ref_BTD = reference.hidden(part)
+        ref_logp_BT[rows, :width] = reference.response(part, hidden_BTD=ref_BTD).logp_BT.float()
+        kl_BT[rows, :width] = _full_kl(policy, own_BTD, reference, ref_BTD, part.mask_BT)
     if not full:
         sampled_BT = kl.estimate("k1" if estimator == "full" else estimator, logp_BT, ref_logp_BT)
         kl_BT = sampled_BT * rollout.mask_BT
     return dataclasses.replace(rollout, logp_BT=logp_BT, ref_logp_BT=ref_logp_BT, kl_BT=kl_BT, value_BT=value_BT)
 
 
-def _full_kl(rollout: Rollout, policy: Policy, reference: Policy) -> Tensor:
+def _full_kl(policy: Policy, own_BTD: Tensor, reference: Policy, ref_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """The exact KL of every action's distribution, [B, T], with the logits of a few places at a time."""
-    mask_BT = rollout.mask_BT
     size = max(1, CHUNK_NUMBERS // policy.vocab_size)
-    chunks = zip(*(pi.hidden(rollout)[mask_BT].split(size) for pi in (policy, reference)), strict=True)
+    chunks = zip(*(hidden_BTD[mask_BT].split(size) for hidden_BTD in (own_BTD, ref_BTD)), strict=True)
     found = [
         kl.estimate("full", policy.logits(own_nD).log_softmax(-1), reference.logits(ref_nD).log_softmax(-1))
         for own_nD, ref_nD in chunks
     ]
-    return torch.zeros_like(rollout.kl_BT).masked_scatter(mask_BT, torch.cat(found).float())
+    return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT, torch.cat(found).float())
 
 
 def _reward(rollout: Rollout, kl_coef: float, missing_eos_penalty: float) -> Tensor:

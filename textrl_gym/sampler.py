@@ -25,6 +25,8 @@ class Completions:
     token_BT: Tensor
     mask_BT: Tensor
     logp_BT: Tensor
+    value_BT: Tensor
+    """V before each action, of a critic that shares the policy's trunk; else 0."""
     stop_B: Tensor
 
 
@@ -57,7 +59,7 @@ def generate(
     rows = len(source_B)
     shape = (rows, max_new_tokens)
     token_BT = torch.zeros(shape, dtype=torch.long, device=device)
-    logp_BT = torch.zeros(shape, device=device)
+    logp_BT, value_BT = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
     stop_B = torch.full((rows,), StopReason.RUNNING.value, device=device)
     length_B = torch.full((rows,), max_new_tokens, device=device)
 
@@ -71,6 +73,8 @@ def generate(
         token_b = logp_bV.argmax(-1) if uniform_BT is None else functional.inverse_cdf(logp_bV, uniform_BT[row_b, t])
         alive_b = stop_B[row_b] == StopReason.RUNNING
         token_BT[row_b, t] = torch.where(alive_b, token_b, 0)
+        if policy.shares_trunk:
+            value_BT[row_b, t] = policy.value_of(hidden_bD)
         logp_BT[row_b, t] = torch.where(alive_b, logp_bV.gather(1, token_b[:, None]).squeeze(1).float(), 0.0)
 
         # 3. Who ended with this token?
@@ -98,4 +102,4 @@ def generate(
 
     stop_B = torch.where(stop_B == StopReason.RUNNING, StopReason.BUDGET.value, stop_B)
     mask_BT = torch.arange(max_new_tokens, device=device) < length_B[:, None]
-    return Completions(token_BT * mask_BT, mask_BT, logp_BT * mask_BT, stop_B)
+    return Completions(token_BT * mask_BT, mask_BT, logp_BT * mask_BT, value_BT * mask_BT, stop_B)

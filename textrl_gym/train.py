@@ -137,12 +137,12 @@ class _Run:
         )
 
     def loop(self, stop: threading.Event) -> None:
-        agent, total = self.agent, self.agent._total_timesteps
+        agent, total = self.agent, self.agent._total_timesteps if self.agent.trains else 0
         self.callback.init_callback(agent)
         self.callback.on_training_start(locals(), globals())
         with self.bar:
             task = self.bar.add_task(type(agent).__name__, total=total, completed=agent.num_timesteps, note="")
-            if agent.num_updates == 0:
+            if agent.num_updates == 0 and agent.trains:
                 self._evaluate(greedy=True)
             while agent.num_timesteps < total:
                 if stop.is_set():
@@ -153,7 +153,7 @@ class _Run:
                 rollout = self._timed("collect", agent.collect)
                 if agent.num_updates == 0:
                     self._check_health(rollout)
-                agent.num_timesteps += rollout.num_tokens
+                agent.num_timesteps += rollout.num_tokens + agent.dropped_tokens
                 self.callback.update_locals(locals())
                 goes_on = self.callback.on_step()
                 self.callback.on_rollout_end()
@@ -216,7 +216,7 @@ class _Run:
 
     def _evaluate(self, greedy: bool = False) -> None:
         agent = self.agent
-        metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent.policy, greedy=greedy))
+        metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent, greedy=greedy))
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
         row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
         with (agent.out / EVALUATIONS).open("a", encoding="utf-8") as file:

@@ -2,7 +2,7 @@
 
 Everything that reads a language model here goes through a Trunk: teacher-forced passes for training, for the reference,
 for values and for rewards, and the sampler's decoding. Where the model's attention can go on from shared prompts
-(textrl_gym.prefix) it does; where it cannot, prompts are copied for each row: slower, and the same numbers.
+(textrl_gym.prefix) it does; where it cannot, each row computes its own prompt: slower, and the same numbers.
 
 Shape legend: U unique prompts, P prompt places, B rows, T response places, N places in any order, D hidden width,
 V vocabulary.
@@ -10,16 +10,18 @@ V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
-from textrl_gym.prefix import LAYERS, Prefix, attached, configs, own_cache
+from textrl_gym import adapters, linear
+from textrl_gym.prefix import LAYERS, Enough, Prefix, attached, configs, own_cache, prompt_cache
 
 
 def position_ids(mask_BL: Tensor) -> Tensor:
@@ -66,12 +68,16 @@ class Trunk:
         model: of transformers. It is used as it stands, and never changed.
         dtype: of the passes: torch.bfloat16 is autocast over the model's weights.
         static: decode at fixed shapes, on a GPU as a CUDA graph.
+        adapter: False runs a model of peft with its adapter switched off.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, static: bool = False) -> None:
-        self.model, self.dtype, self.static = model, dtype, static
-        self.body: Any = model.base_model
-        self._configs = configs(model)
+    def __init__(
+        self, model: Any, dtype: torch.dtype = torch.float32, static: bool = False, adapter: bool = True
+    ) -> None:
+        self.model, self.dtype, self.static = adapters.bare(model), dtype, static
+        self.body: Any = self.model.base_model
+        self._without: Callable[[], Any] = contextlib.nullcontext if adapter else model.disable_adapter
+        self._configs, self._linears = configs(self.model), linear.layers(self.model)
 
     def _some_tokens(self) -> Tensor:
         """Four tokens to try the model on: the smallest models here have places and tokens for no more."""
@@ -101,10 +107,10 @@ class Trunk:
         mask_BP = torch.tensor([[False, True], [True, True], [True, True]], device=self.device)
         action_BT = torch.stack([torch.stack([c, d]), torch.stack([c, d]), torch.stack([d, b])])
         action_mask_BT = torch.ones_like(action_BT, dtype=torch.bool)
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self._running():
             plain = self._whole(prompt_BP, mask_BP, action_BT, action_mask_BT)
             try:
-                shared = self._shared(prompt_BP, mask_BP, action_BT, action_mask_BT)
+                shared = self._shared(prompt_BP[:2], mask_BP[:2], torch.tensor([0, 1, 1], device=a.device), action_BT)
             except NotImplementedError as reason:
                 return str(reason)
         digits = 1e-3 if {self.dtype, plain.dtype} <= {torch.float32, torch.float64} else 5e-2
@@ -115,6 +121,12 @@ class Trunk:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Around every pass: the precision, and the fastest linear layers that this processor has."""
+        with self._precision(), linear.fast(self._linears), self._without():
+            yield
 
     def _precision(self) -> torch.autocast:
         # What autocast caches while a CUDA graph is captured would be gone when it is replayed.
@@ -132,10 +144,12 @@ class Trunk:
             prompt_BP, mask_BP: int64 and bool, left-padded.
             action_BT, action_mask_BT: the tokens that follow, right-padded.
         """
-        repeated = action_BT.shape[1] > 0 and len(unique_prompts(prompt_BP, mask_BP)[0]) < len(prompt_BP)
-        run = self._shared if repeated and self.shares_prompts else self._whole
-        with self._precision():
-            return run(prompt_BP, mask_BP, action_BT, action_mask_BT)
+        first_U, source_B = unique_prompts(prompt_BP, mask_BP)
+        if len(first_U) < len(prompt_BP) and self.shares_prompts:
+            with self._running():
+                return self._shared(prompt_BP[first_U], mask_BP[first_U], source_B, action_BT)
+        with self._running():
+            return self._whole(prompt_BP, mask_BP, action_BT, action_mask_BT)
 
     def _whole(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
         mask_BL = torch.cat([mask_BP, action_mask_BT], 1)
@@ -147,30 +161,46 @@ class Trunk:
         )
         return out[0][:, prompt_BP.shape[1] - 1 :]
 
-    def _shared(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
-        first_U, source_B = unique_prompts(prompt_BP, mask_BP)
-        last_UD, prefix = self._prefill(prompt_BP[first_U], mask_BP[first_U], source_B)
-        offset_T = torch.arange(action_BT.shape[1], device=action_BT.device)
+    def _shared(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, action_BT: Tensor) -> Tensor:
+        prefix = self._prefix(prompt_UP, mask_UP, source_B)
+        own_BS = torch.cat([prompt_UP[source_B, -1:], action_BT], 1)
         with attached(self._configs, prefix):
-            rest_BTD = self.body(
-                input_ids=action_BT,
-                attention_mask=_no_mask(action_BT),
-                position_ids=prefix.positions + offset_T,
+            return self.body(
+                input_ids=own_BS,
+                attention_mask=_no_mask(own_BS),
+                position_ids=prefix.positions + torch.arange(own_BS.shape[1], device=own_BS.device),
                 use_cache=False,
             )[0]
-        return torch.cat([last_UD[source_B][:, None], rest_BTD], 1)
 
-    def _prefill(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> tuple[Tensor, Prefix]:
-        """The last hidden state of each prompt, [U, D], and what its rows go on from."""
-        last_UD, cache = _prefill(self.body, prompt_UP, mask_UP, DynamicCache())  # no config: whole sliding layers too
-        return last_UD, Prefix.of(cache, mask_UP, source_B)
+    def _prefix(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> Prefix:
+        """What rows go on from: keys and values of all but the last token of each prompt.
+
+        That token is the first of every row's own. So nothing is wanted of the last layer here but its keys and values,
+        and the pass ends with them.
+        """
+        if prompt_UP.shape[1] == 1:  # of no tokens but the last: one place that nothing sees
+            prompt_UP, mask_UP = (nn.functional.pad(x, (1, 0)) for x in (prompt_UP, mask_UP))
+        ids_UP, mask_UP = prompt_UP[:, :-1], mask_UP[:, :-1]
+        cache = prompt_cache(self._depth)
+        with contextlib.suppress(Enough):
+            _fill(self.body, ids_UP, mask_UP, cache)
+        return Prefix.of(cache, mask_UP, source_B)
+
+    @cached_property
+    def _depth(self) -> int:
+        """How many layers keep keys and values."""
+        cache = DynamicCache()
+        with torch.no_grad(), self._precision():
+            _fill(self.body, self._some_tokens()[None], torch.ones_like(self._some_tokens())[None], cache)
+        return len(cache.layers)
 
     # -- the head -----------------------------------------------------------------------------------------------------
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The language-model head on last hidden states, [N, V], with all that the model does to its logits after."""
-        with self._precision():
-            return self._head(hidden_ND)
+        head = self._head
+        with self._running():
+            return head(hidden_ND)
 
     @cached_property
     def _head(self) -> Callable[[Tensor], Tensor]:
@@ -180,7 +210,7 @@ class Trunk:
             ValueError: neither does: the logits are no function of the last hidden state.
         """
         ids_1L = self._some_tokens()[None]
-        with torch.no_grad():
+        with torch.no_grad(), self._without():
             hidden_LD = self.body(input_ids=ids_1L, use_cache=False)[0][0]
             logits_LV = self.model(input_ids=ids_1L, use_cache=False).logits[0]
             for head in (self._forward_head, self.model.get_output_embeddings()):
@@ -218,16 +248,15 @@ def _no_mask(like: Tensor) -> Tensor:
     return torch.zeros(1, 1, 1, 1, device=like.device)
 
 
-def _prefill(body: Any, prompt_UP: Tensor, mask_UP: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """The last hidden state of each prompt, [U, D], and the cache."""
-    out = body(
+def _fill(body: Any, prompt_UP: Tensor, mask_UP: Tensor, cache: Any) -> Any:
+    """The body's output on prompts, whose keys and values go to the cache (None: one of the model's own making)."""
+    return body(
         input_ids=prompt_UP,
         attention_mask=mask_UP.long(),
         position_ids=position_ids(mask_UP),
         past_key_values=cache,
         use_cache=True,
     )
-    return out[0][:, -1], out.past_key_values
 
 
 class _Given:
@@ -250,12 +279,15 @@ class _SharedDecoder:
 
     def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> None:
         self.trunk = trunk
-        with trunk._precision():
-            last_UD, self.prefix = trunk._prefill(prompt_UP, mask_UP, source_B)
-        self.first_BD = last_UD[source_B]
+        with trunk._running():
+            self.prefix = trunk._prefix(prompt_UP, mask_UP, source_B)
         self.position_B1 = self.prefix.positions
-        self.own = own_cache(len(self.prefix.keys), places)
         self.no_mask = _no_mask(prompt_UP)
+        self._allocate(places + 1)
+        self.first_BD = self.step(prompt_UP[source_B, -1])
+
+    def _allocate(self, places: int) -> None:
+        self.own = own_cache(self.trunk._depth, places)
 
     def step(self, token_B: Tensor) -> Tensor:
         hidden_BD = self._run(token_B[:, None])
@@ -263,7 +295,7 @@ class _SharedDecoder:
         return hidden_BD
 
     def _run(self, token_B1: Tensor) -> Tensor:
-        with self.trunk._precision(), attached(self.trunk._configs, self.prefix):
+        with self.trunk._running(), attached(self.trunk._configs, self.prefix):
             return self.trunk.body(
                 input_ids=token_B1,
                 attention_mask=self.no_mask,
@@ -287,12 +319,11 @@ class _StaticDecoder(_SharedDecoder):
 
     leavers = 0.5  # each time a graph is captured anew
 
-    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> None:
-        super().__init__(trunk, prompt_UP, mask_UP, source_B, places)
-        self.written = torch.zeros(1, dtype=torch.long, device=source_B.device)
+    def _allocate(self, places: int) -> None:
+        self.written = torch.zeros(1, dtype=torch.long, device=self.position_B1.device)
         self.prefix.written = self.written
-        self.own = own_cache(len(self.prefix.keys), places, self.written)
-        self.token_B1 = torch.zeros_like(source_B)[:, None]
+        self.own = own_cache(self.trunk._depth, places, self.written)
+        self.token_B1 = torch.zeros_like(self.position_B1)
         self.graph: Any = None
 
     def step(self, token_B: Tensor) -> Tensor:
@@ -332,14 +363,17 @@ class _RepeatedDecoder:
     def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> None:
         self.trunk, self.mask_BL = trunk, mask_UP[source_B]
         self.row_k = torch.arange(len(source_B), device=source_B.device)
-        with trunk._precision():
+        with trunk._running():
             # The cache of the model's own making: attention is not all that models keep.
-            self.first_BD, self.cache = _prefill(trunk.body, prompt_UP[source_B], self.mask_BL, None)
+            out = _fill(trunk.body, prompt_UP[source_B], self.mask_BL, None)
+        self.first_BD, self.cache = out[0][:, -1], getattr(out, "past_key_values", None)
+        if self.cache is None:
+            raise ValueError(f"{type(trunk.model).__name__} keeps no past_key_values: it cannot be sampled from here")
 
     def step(self, token_B: Tensor) -> Tensor:
         token_all = token_B.new_zeros(len(self.mask_BL)).index_copy_(0, self.row_k, token_B)
         self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(self.mask_BL), 1)], 1)
-        with self.trunk._precision():
+        with self.trunk._running():
             out = self.trunk.body(
                 input_ids=token_all[:, None],
                 attention_mask=self.mask_BL.long(),

@@ -6,7 +6,7 @@ first P places, so that generated token t always stands at place P + t.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from textrl_gym import kl, models, plugins
+from textrl_gym import models, plugins
+from textrl_gym.actions import parse, penalty, to_tensor
 from textrl_gym.core import RewardSpec, Row, StopReason
 from textrl_gym.infos import final_info, with_finals
 from textrl_gym.mdp import BUDGET, RUNNING, Array, State, append_, initial_state, restart_, shape_reward
@@ -241,7 +242,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
                 "reset(options={'reset_mask': ...}) before the next step"
             )
         # 1. What the KL penalty needs is a matter of the state before the action.
-        action_B, logprob = self._parse(actions)
+        action_B, logprob = parse(self, actions)
         kl_B, infos = self._penalty(actions, action_B, logprob, active_B)
         # 2. The transition.
         append_(self._state, action_B, self.max_new_tokens, self.eos_id)
@@ -271,40 +272,6 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         reward = self._array(reward_B, np.float64)
         return self._observation(), reward, self._flags(terminated_B), self._flags(truncated_B), infos
 
-    def _parse(self, actions: Any) -> tuple[Array, Tensor | None]:
-        """Tokens [B], integers, and the log-probabilities that came with them."""
-        logprob = None
-        if isinstance(actions, Mapping):
-            if "token" not in actions or (self.wants_logprob and "logprob" not in actions):
-                raise ValueError(f"an action needs the keys 'token' and 'logprob', got {sorted(actions)}")
-            if self.wants_logprob:
-                logprob = self._tensor(actions["logprob"]).float()
-                shape = (self.num_envs, self.vocab_size) if self.kl_estimator == "full" else (self.num_envs,)
-                if tuple(logprob.shape) != shape or not bool(torch.isfinite(logprob).all()):
-                    raise ValueError(f"logprob must be finite numbers of shape {shape}, got {actions['logprob']!r}")
-            actions = actions["token"]
-        elif self.wants_logprob:
-            raise ValueError(
-                f"kl_coef={self.kl_coef} needs the policy's log-probability: send actions as "
-                "{'token': a, 'logprob': log pi(a|s)}, or make the environment with policy_logprob=fn"
-            )
-        if self._on_host:
-            action_B: Any = actions.numpy() if isinstance(actions, Tensor) else np.asarray(actions)
-            integers = action_B.dtype.kind in "iu"
-        else:
-            action_B = self._tensor(actions)
-            integers = action_B.dtype in _INTEGERS
-        if action_B.shape != (self.num_envs,) or not integers:
-            raise ValueError(f"actions must be {self.num_envs} integers, got {actions!r}")
-        if action_B.min() < 0 or action_B.max() >= self.vocab_size:
-            raise ValueError(f"actions must lie in [0, {self.vocab_size}), got {action_B.tolist()}")
-        return action_B, logprob
-
-    def _tensor(self, values: Any) -> Tensor:
-        if isinstance(values, Tensor):
-            return values.to(self.device)
-        return torch.tensor(np.asarray(values), device=self.device)  # a copy: arrays may be read-only
-
     def _penalty(
         self, actions: Any, action_B: Array, logprob: Tensor | None, active_B: np.ndarray
     ) -> tuple[Array | None, dict[str, Any]]:
@@ -313,25 +280,14 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             return None, {}
         if not active_B.any():  # in mode NEXT_STEP every row begins now
             return self._zeros(), {}
-        assert self._state is not None and self.reference is not None
-        ref_logp_BV = self.reference.next_logprobs(*map(self._tensor, (self._state.token_BL, self._state.mask_BL)))
-        ref_logp_B = ref_logp_BV.gather(1, self._tensor(action_B).long()[:, None]).squeeze(1)
-        ref = ref_logp_BV if self.kl_estimator == "full" else ref_logp_B
-        if logprob is None:
-            assert self.policy_logprob is not None
-            token = actions["token"] if isinstance(actions, Mapping) else actions
-            logprob = torch.as_tensor(self.policy_logprob(self._observation(), token), device=self.device).float()
-            if logprob.shape != ref.shape or not bool(torch.isfinite(logprob).all()):
-                raise ValueError(
-                    f"policy_logprob must return finite numbers of shape {tuple(ref.shape)}, got {logprob} of shape "
-                    f"{tuple(logprob.shape)}"
-                )
+        assert self._state is not None
+        kl_B, ref_logp_B = penalty(self, self._observation, self._state, actions, action_B, logprob)
         running_B = torch.as_tensor(active_B, device=self.device)
-        kl_B = torch.where(running_B, kl.estimate(self.kl_estimator, logprob.detach(), ref), 0.0)
-        told = {"kl": kl_B, "ref_logprob": torch.where(running_B, ref_logp_B, 0.0)}
         infos: dict[str, Any] = {}
-        for name, value_B in told.items():
-            infos |= {name: self._array(value_B, np.float64), f"_{name}": active_B.copy()}
+        for name, value_B in {"kl": kl_B, "ref_logprob": ref_logp_B}.items():
+            shown = self._array(torch.where(running_B, value_B, 0.0), np.float64)
+            infos |= {name: shown, f"_{name}": active_B.copy()}
+        kl_B = torch.where(running_B, kl_B, 0.0)
         return kl_B.numpy() if self._on_host else kl_B, infos
 
     # -- the end of an episode ----------------------------------------------------------------------------------------
@@ -414,7 +370,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _array(self, array: Array, dtype: Any) -> Any:
         if self.array == "torch":
-            return self._tensor(array)
+            return to_tensor(array, self.device)
         return (array.cpu().numpy() if isinstance(array, Tensor) else array).astype(dtype)
 
     def _flags(self, flag_B: np.ndarray) -> Any:
@@ -444,6 +400,3 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         return tuple(
             self._renderer.text(prompt.ids, c, s) for prompt, c, s in zip(self._prompts, ids, stops, strict=True)
         )
-
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -1,0 +1,93 @@
+"""DAPO: decoupled clip and dynamic sampling policy optimization (Yu et al. 2025, arXiv:2503.14476, section 3).
+
+GRPO with four changes:
+    1. clip-higher: the ratio is clipped to [1 - 0.2, 1 + 0.28], so that unlikely tokens may become likely (3.1).
+    2. dynamic sampling: groups whose completions all score the same have no gradient; prompts are drawn again until
+       rollout_episodes rows have spread (3.2). What was generated and dropped counts as timesteps.
+    3. the loss is a mean over all tokens of the batch (3.3), as this project's GRPO has it too.
+    4. overlong shaping: a length within `overlong_tokens` of the budget loses up to `overlong_penalty` (equation 13).
+
+Departures: the paper has no KL penalty; here kl_coef keeps this project's meaning (0 is the paper's), so that curves
+can be compared. Sampling again stops after `most_draws` rollouts, and what spread there is then is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from textrl_gym.agents.grpo import GRPO, GRPOConfig
+from textrl_gym.core import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class DAPOConfig(GRPOConfig):
+    """Settings of DAPO."""
+
+    minibatches: int = 2
+    """Optimizer steps in each pass."""
+    clip_high: float = 0.28
+    """The ratio is clipped to at most 1 + clip_high."""
+    most_draws: int = 4
+    """Rollouts that are drawn at most for one update."""
+    overlong_tokens: int = 4
+    """A completion that comes so near to the token budget is penalised; 0 penalises none."""
+    overlong_penalty: float = 0.5
+    """Taken off the score of a completion that uses the whole budget; nearer to the start of the zone, less."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.most_draws < 1:
+            raise ValueError(f"most_draws must be at least 1, got {self.most_draws}")
+        for name in ("overlong_tokens", "overlong_penalty"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+def overlong(length_B: Tensor, budget: int, zone: int, penalty: float) -> Tensor:
+    """Equation 13, times `penalty`: 0 up to budget - zone tokens, then linearly down to -penalty at the budget. [B]."""
+    if zone == 0:
+        return torch.zeros(length_B.shape, device=length_B.device)
+    return -penalty * ((length_B - (budget - zone)) / zone).clamp(0, 1)
+
+
+def with_spread(rollout: Rollout) -> Tensor:
+    """bool [B]: the rows whose group has more than one return."""
+    return_B = rollout.reward_BT.sum(1)
+    spread_B = torch.zeros_like(rollout.group_B, dtype=torch.bool)
+    for group in rollout.group_B.unique():
+        rows = rollout.group_B == group
+        spread_B[rows] = return_B[rows].max() > return_B[rows].min()
+    return spread_B
+
+
+class DAPO(GRPO):
+    """GRPO with clip-higher, dynamic sampling and overlong shaping; see the head of this file."""
+
+    Config = DAPOConfig
+    config: DAPOConfig
+
+    def collect(self) -> Rollout:
+        """Rollouts until enough rows have groups with spread."""
+        wanted, found, generated = self.env.num_envs, [], 0
+        for _ in range(self.config.most_draws):
+            drawn = super().collect()
+            generated += drawn.num_tokens
+            drawn = self._shaped(drawn)
+            spread_B = with_spread(drawn)
+            if spread_B.any():
+                found.append(drawn.select(spread_B))
+            if sum(map(len, found)) >= wanted:
+                break
+        rollout = Rollout.cat(found) if found else drawn
+        rollout = rollout.select(torch.arange(min(wanted, len(rollout)), device=self.device))
+        self.dropped_tokens = generated - rollout.num_tokens
+        return rollout
+
+    def _shaped(self, rollout: Rollout) -> Rollout:
+        config, length_B = self.config, rollout.mask_BT.sum(1)
+        shaping_B = overlong(length_B, self.env.max_new_tokens, config.overlong_tokens, config.overlong_penalty)
+        reward_BT = rollout.reward_BT.scatter_add(1, (length_B - 1)[:, None], shaping_B[:, None].to(rollout.reward_BT))
+        return dataclasses.replace(rollout, reward_BT=reward_BT)

@@ -1,0 +1,91 @@
+"""REINFORCE: the policy gradient (Williams 1992, doi:10.1007/BF00992696), a token a step.
+
+    G_t  = sum_{k >= t} r_k,    r_k = [k is last] score - beta KL_k               return-to-go, undiscounted
+    L    = - mean_t (G_t - b) log pi(y_t | x, y_<t)
+
+Its gradient is that of -E[sum_t r_t] but for the division by the number of tokens, for any baseline b that does not
+depend on the action.
+
+Departures from the paper, each a setting:
+    * baseline="running" (default) is an exponential mean of past batches' returns, as the paper's reinforcement
+      comparison; "batch" is the mean of this batch's own, which biases the gradient by 1 / tokens; "none" is none.
+    * One step a rollout, so that no ratio is needed: the samples are the policy's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from textrl_gym import functional
+from textrl_gym.agent import Agent
+from textrl_gym.agent_config import AgentConfig
+from textrl_gym.core import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class ReinforceConfig(AgentConfig):
+    """Settings of REINFORCE."""
+
+    group_size: int = 8
+    """Completions of each prompt. REINFORCE needs no groups; they share the cost of their prompt."""
+    baseline: Literal["none", "batch", "running"] = "running"
+    """What is taken off every return: nothing, the batch's mean, or an exponential mean of the batches before."""
+    baseline_decay: float = 0.9
+    """Weight of the past in the running baseline."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline not in ("none", "batch", "running"):
+            raise ValueError(f"baseline must be 'none', 'batch' or 'running', got {self.baseline!r}")
+        if not 0 <= self.baseline_decay < 1:
+            raise ValueError(f"baseline_decay must lie in [0, 1), got {self.baseline_decay}")
+        if self.epochs * self.minibatches != 1:
+            raise ValueError(f"REINFORCE takes one step a rollout, got {self.epochs} epochs x {self.minibatches}")
+
+
+def reinforce_loss(
+    logp_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, tokens: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """- sum of A_t log pi_t over a micro-batch, divided by the batch's `tokens`."""
+    assert logp_BT.shape == advantage_BT.shape == mask_BT.shape
+    loss = functional.aggregate(-advantage_BT * logp_BT, mask_BT, "token", 0, tokens)
+    return loss, {"loss": loss.detach()}
+
+
+class Reinforce(Agent):
+    """REINFORCE with a scalar baseline; see the head of this file."""
+
+    Config = ReinforceConfig
+    config: ReinforceConfig
+    running: float | None = None
+    """The running baseline; None before the first batch."""
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        config = self.config
+        # 1. Returns-to-go, less a baseline that knows nothing of the actions.
+        return_BT = functional.returns_to_go(rollout.reward_BT, rollout.mask_BT)
+        mean = float(functional.masked_mean(return_BT, rollout.mask_BT))
+        baseline = {"none": 0.0, "batch": mean, "running": mean if self.running is None else self.running}
+        advantage_BT = (return_BT - baseline[config.baseline]) * rollout.mask_BT
+        past = config.baseline_decay if self.running is not None else 0.0
+        self.running = past * (self.running or 0.0) + (1 - past) * mean
+
+        # 2. One step.
+        def loss(
+            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            return reinforce_loss(self.policy.logprobs(part), pick(advantage_BT), part.mask_BT, tokens)
+
+        rows = torch.arange(len(rollout), device=self.device)
+        return self.minimise(rollout, rows, loss) | {"baseline": baseline[config.baseline]}
+
+    def memory(self) -> dict[str, Any]:
+        return {"running": self.running}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        self.running = memory["running"]

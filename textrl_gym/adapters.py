@@ -1,0 +1,130 @@
+"""What of a model is trained: all of it, its upper layers, or a LoRA (Hu et al. 2021, arXiv:2106.09685, by peft).
+
+A reference that is the start of training costs no copy of what is not trained: under a LoRA it is the same model with
+the adapter switched off, and frozen layers are held once for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+BASE = "base"
+"""Folder in a checkpoint with the model that a LoRA stands on, where it cannot be loaded again by name."""
+
+
+@contextlib.contextmanager
+def _no_future() -> Iterator[None]:
+    """Without the warnings of transformers' future that peft's own code sets off."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def is_lora(model: Any) -> bool:
+    """Whether the model is peft's, with an adapter that can be switched off."""
+    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
+
+
+def bare(model: Any) -> Any:
+    """The transformers model itself, its adapter's layers inside."""
+    return model.get_base_model() if is_lora(model) else model
+
+
+def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
+    """A LoRA on every linear layer but the head; it changes nothing until it is trained. The model is frozen.
+
+    Args:
+        rank: of the two factors of a layer's change, B A.
+        alpha: the change is scaled by alpha / rank.
+        seed: of A; B is 0.
+
+    Raises:
+        ImportError: the extra "peft" is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(f"lora_rank={rank} needs peft: pip install textrl-gym[peft]") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules="all-linear",
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # as GPT-2's layers are
+            task_type="CAUSAL_LM",
+        )
+        with _no_future():
+            return get_peft_model(model, config)
+
+
+def freeze_lower(model: Any, layers: int) -> Any:
+    """Freeze the embeddings and the first so many layers, in place; an output head tied to the embeddings with them.
+
+    Raises:
+        ValueError: the model has no more layers than that.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    if layers >= depth:
+        raise ValueError(f"frozen_layers={layers} leaves nothing to train: the model has {depth} layers")
+    for child in model.base_model.children():  # embeddings come before the layers, the last norm after
+        if isinstance(child, nn.ModuleList) and len(child) == depth:
+            child[:layers].requires_grad_(False)
+            return model
+        child.requires_grad_(False)
+    raise ValueError(f"frozen_layers={layers}: no list of layers is found in {type(model).__name__}")
+
+
+def frozen_copy(model: Any) -> Any:
+    """A frozen copy of the model; what the model does not train is held once for both."""
+    kept: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, kept).requires_grad_(False)
+
+
+def save(model: Any, folder: Path, base: bool) -> None:
+    """Write a model; of one with a LoRA the adapter only and, where asked for, the model under it in folder/../base."""
+    if not is_lora(model):
+        model.save_pretrained(folder)
+        return
+    config = model.active_peft_config
+    config.base_model_name_or_path = None  # a path of this machine: the checkpoint says what to load
+    model.save_pretrained(folder)
+    if base:
+        weights = {
+            name.replace(".base_layer.", "."): value
+            for name, value in bare(model).state_dict().items()
+            if ".lora_" not in name
+        }
+        bare(model).save_pretrained(folder.parent / BASE, state_dict=weights)
+
+
+def is_saved_lora(folder: Path) -> bool:
+    """Whether `save` wrote an adapter there."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def load(base: Any, folder: Path) -> Any:
+    """The model with the adapter that `save` wrote, to go on training."""
+    from peft import PeftModel
+
+    with _no_future():
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+
+
+def restore_(model: Any, folder: Path, loaded: Any) -> None:
+    """Put saved weights into a model of the same kind: an adapter's from the folder, else those of `loaded()`."""
+    if not is_lora(model):
+        model.load_state_dict(loaded().state_dict())
+        return
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
