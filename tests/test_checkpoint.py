@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ def number_of(folder: Path) -> set[int]:
     """The numbers of the checkpoint's parts: one, where it is whole."""
     state = checkpoint.read_state(folder)["number"]
     parts = {int(path.read_text()) for path in (folder / "model").iterdir()}
-    return {state, checkpoint.json.loads((folder / "training").read_text())["number"]} | parts
+    return {state, json.loads((folder / "training").read_text())["number"]} | parts
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,10 +55,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, monkeypa
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", replace)
-            try:
+            with contextlib.suppress(Killed):
                 checkpoint.write(folder, fill(2))
-            except Killed:
-                pass
         found = number_of(folder)
         seen |= found
         assert len(found) == 1, f"killed at move {moment}: parts of checkpoints {found}"
