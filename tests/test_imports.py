@@ -33,7 +33,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"train"}),
     frozenset({"agent"}),
     frozenset({"envs", "agents"}),
-    frozenset({"check", "cell", "compare", "report", "run_settings", "build_assets", "bench"}),
+    frozenset({"check", "cell", "compare", "report", "run_settings", "build_assets", "bench"})
+    | frozenset({"comparison_data", "comparison_numbers", "comparison_charts", "comparison_page"}),
     frozenset({"cli", "__main__"}),
 )
 STRANGERS = frozenset({"envs", "agents"})  # these two never import each other

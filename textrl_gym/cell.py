@@ -49,6 +49,11 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
 
     evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"])
     metrics, samples = evaluator.run(agent)
+    reference = agent.policy.reference
+    if reference is not None:  # what the win rate was against, beside each answer
+        kept = ("completion", "tokens", "score", "judge")
+        for sample, start in zip(samples, evaluator.start(reference), strict=True):
+            sample["start"] = {key: start[key] for key in kept if key in start}
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     write(folder / EPISODES, lines)
     seconds = agent.seconds["collect"] + agent.seconds["update"]

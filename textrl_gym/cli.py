@@ -328,8 +328,20 @@ def compare(args: Sequence[str]) -> int:
         raise
     print_finals(table)
     failed = [path.parent.name for path in sorted((parsed.out / home.RUNS).glob(f"*/{cell.ERROR}"))]
+    if not table.empty:
+        show_page(parsed.out)
     print(f"saved in {parsed.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
+
+
+def show_page(folder: Path) -> None:
+    """Write a comparison's page; what has been computed is not worth less without plotly."""
+    from textrl_gym.comparison_page import comparison_report
+
+    try:
+        print(comparison_report(folder))
+    except ImportError as error:
+        print(f"no page: {error}", file=sys.stderr)
 
 
 def print_finals(table: Any) -> None:
@@ -352,10 +364,16 @@ def print_finals(table: Any) -> None:
 
 
 def report(args: Sequence[str]) -> int:
-    """Write DIR/report.html, one self-contained file, about a run or the runs in DIR's subfolders."""
-    parsed = parse("report", report.__doc__, [("folder", place(Path, "a run, or a folder of runs"))], args)
+    """Write DIR/report.html, one self-contained file, about a run, the runs in DIR's subfolders, or a comparison."""
+    parsed = parse("report", report.__doc__, [("folder", place(Path, "a run, a folder of runs, a comparison"))], args)
+    from textrl_gym import compare as comparison
     from textrl_gym import report as home
 
+    if (parsed.folder / comparison.PLAN).is_file():
+        from textrl_gym.comparison_page import comparison_report
+
+        print(comparison_report(parsed.folder))
+        return 0
     print(home.report([parsed.folder], parsed.folder / "report.html"))
     return 0
 

@@ -43,7 +43,7 @@ class Evaluator:
         embedded = self.mdp.settings["dataset"] is None  # a judge may need columns that other datasets lack
         judge = self.mdp.task.judge if embedded else None
         self.judge = None if judge is None else load_reward(judge, task=self.mdp.task, tokenizer=self.mdp.tokenizer)
-        self._start: tuple[Policy, Tensor] | None = None
+        self._start: tuple[Policy, list[Rollout], Tensor] | None = None
 
     def play(self, player: Any, greedy: bool = False) -> list[Rollout]:
         """Rollouts of every prompt, in order, by a Policy or by an Agent's own `play`."""
@@ -93,7 +93,7 @@ class Evaluator:
         if self.judge is not None:
             metrics["judge"] = float(judged.mean())
         if reference is not None:
-            start = self._start_scores(reference)
+            _, start = self._played_start(reference)
             metrics["win_rate"] = float(((judged > start) + 0.5 * (judged == start)).mean())
         if greedy:
             argmax = self.play(player, greedy=True)
@@ -102,20 +102,25 @@ class Evaluator:
                 metrics["judge_greedy"] = float(self.judged(argmax).mean())
         return metrics, self._samples(rollouts, judged)
 
-    def _start_scores(self, reference: Policy) -> Tensor:
+    def start(self, reference: Policy) -> list[dict[str, Any]]:
+        """What the reference answered to each prompt, which the win rate is against: samples as those of `run`."""
+        return self._samples(*self._played_start(reference))
+
+    def _played_start(self, reference: Policy) -> tuple[list[Rollout], Tensor]:
         if self._start is None or self._start[0] is not reference:
-            self._start = (reference, self.judged(self.play(reference)))
-        return self._start[1]
+            rollouts = self.play(reference)
+            self._start = (reference, rollouts, self.judged(rollouts))
+        return self._start[1:]
 
     def _samples(self, rollouts: list[Rollout], judged: Tensor) -> list[dict[str, Any]]:
         samples: list[dict[str, Any]] = []
         for rollout in rollouts:
-            scores, stops = rollout.score_B.tolist(), rollout.stop_B.tolist()
-            for prompt, completion, score, stop in zip(
-                rollout.prompts, rollout.completions, scores, stops, strict=True
+            scores, stops, lengths = rollout.score_B.tolist(), rollout.stop_B.tolist(), rollout.mask_BT.sum(1).tolist()
+            for prompt, completion, tokens, score, stop in zip(
+                rollout.prompts, rollout.completions, lengths, scores, stops, strict=True
             ):
                 index = int(self.indices[len(samples)])
-                sample = {"index": index, "prompt": prompt, "completion": completion, "score": score}
+                sample = {"index": index, "prompt": prompt, "completion": completion, "tokens": tokens, "score": score}
                 sample |= {"stop_reason": StopReason(stop).name, "reference": self.mdp.source[index].get("completion")}
                 if self.judge is not None:
                     sample["judge"] = float(judged[len(samples)])

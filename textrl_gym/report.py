@@ -75,18 +75,23 @@ def find_runs(folder: Path) -> list[Path]:
 def read_run(folder: Path) -> Run:
     """Read a run's logs. What was evaluated twice, before and after a resumption, counts once."""
     evaluations = sorted(
-        {row["timesteps"]: row for row in _read(folder / "evaluations.jsonl")}.values(),
+        {row["timesteps"]: row for row in read_lines(folder / "evaluations.jsonl")}.values(),
         key=lambda row: row["timesteps"],
     )
     if not evaluations:
         raise ValueError(f"{str(folder)!r} holds no evaluation yet")
-    rollouts = [row for file in sorted(folder.glob("progress*.json")) for row in _read(file)]
+    rollouts = [row for file in sorted(folder.glob("progress*.json")) for row in read_lines(file)]
     state_file = folder / "agent.json"
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
-    return Run(folder.resolve().name, evaluations, rollouts, _read(folder / "samples.jsonl"), state)
+    return Run(folder.resolve().name, evaluations, rollouts, read_lines(folder / "samples.jsonl"), state)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one in each line; none where there is no file.
+
+    Raises:
+        ValueError: naming the line that is no JSON.
+    """
     if not file.is_file():
         return []
     rows = []

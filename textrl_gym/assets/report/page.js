@@ -1,0 +1,91 @@
+"use strict";
+// The charts take the page's colours, light or dark; the samples are filtered. Nothing is fetched.
+(() => {
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const charts = read("chart-data"), palettes = read("palettes");
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const coarse = matchMedia("(pointer: coarse)");
+  const narrow = () => innerWidth < 600;
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const faint = (hex, alpha) =>
+    `rgba(${[1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)).join(",")},${alpha})`;
+
+  function paintTrace(trace) {
+    const meta = trace.meta || {};
+    if (meta.heat) {
+      trace.colorscale = dark.matches
+        ? [[0, "#ee7733"], [0.5, "#2a2d31"], [1, "#56b4e9"]]
+        : [[0, "#c84e00"], [0.5, "#f3f3f0"], [1, "#0072b2"]];
+    } else if (meta.color !== undefined) {
+      const color = palettes[dark.matches ? "dark" : "light"][meta.color];
+      if (meta.fill) trace.fillcolor = faint(color, meta.fill);
+      else if (trace.type === "bar")
+        trace.marker = { color, pattern: { shape: ["", "/", "x"][meta.pattern], fgcolor: css("--card"), size: 6 } };
+      else {
+        trace.marker = { ...trace.marker, color, line: { color: css("--card"), width: 1 } };
+        trace.line = { ...trace.line, color };
+      }
+    }
+    return trace;
+  }
+
+  function paintLayout(layout) {
+    layout.font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--soft") };
+    layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--ink") };
+    layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
+    layout.margin = { l: narrow() ? 44 : 56, r: 12, t: narrow() ? 8 : 30, b: 44 };
+    layout.legend = { orientation: "h", x: 0, xanchor: "left", y: 0, yanchor: "bottom", yref: "container" };
+    layout.hoverlabel = { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } };
+    layout.dragmode = coarse.matches ? false : "zoom"; // a finger scrolls the page
+    for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key))) {
+      const axis = { gridcolor: css("--line"), linecolor: css("--line"), zeroline: false, automargin: true };
+      layout[name] = { ...axis, ...layout[name] };
+      if (layout[name].title) layout[name].title.font = { size: 13 };
+    }
+    for (const shape of layout.shapes || []) shape.line.color = css("--soft");
+    for (const note of layout.annotations || []) note.font = { color: css("--soft"), size: 12 };
+    return layout;
+  }
+
+  const config = (key) => ({
+    displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"],
+    displayModeBar: coarse.matches || narrow() ? false : "hover", toImageButtonOptions: { format: "svg", filename: key },
+  });
+
+  function draw() {
+    for (const [key, { data, layout }] of Object.entries(structuredClone(charts)))
+      Plotly.react(`chart-${key}`, data.map(paintTrace), paintLayout(layout), config(key));
+    for (const card of document.querySelectorAll("[data-color]"))
+      card.style.borderLeftColor = palettes[dark.matches ? "dark" : "light"][card.dataset.color];
+  }
+  draw();
+  dark.addEventListener("change", draw);
+
+  // -- samples ------------------------------------------------------------------------------------------------------
+
+  const form = document.getElementById("filters");
+  if (!form) return;
+  const prompts = [...document.querySelectorAll(".prompt")], status = document.getElementById("found");
+  const lower = new Map(prompts.map((p) => [p, [...p.querySelectorAll(".said")].map((e) => e.textContent.toLowerCase())]));
+
+  function filter() {
+    const text = form.elements.text.value.trim().toLowerCase(), number = form.elements.number.value;
+    const agents = new Set([...form.querySelectorAll("[name=agent]:checked")].map((box) => box.value));
+    let shown = 0;
+    for (const prompt of prompts) {
+      const answers = [...prompt.querySelectorAll(".answer")];
+      for (const answer of answers) answer.hidden = !agents.has(answer.dataset.agent);
+      const texts = lower.get(prompt);
+      const there = answers.filter((answer) => !answer.hidden).map((answer) => texts[1 + answers.indexOf(answer)]);
+      const right = !number || prompt.dataset.number === number;
+      prompt.hidden = !(right && there.length && [texts[0], ...there].some((said) => said.includes(text)));
+      shown += !prompt.hidden;
+    }
+    status.textContent = `${shown} of ${prompts.length} prompts shown`;
+  }
+  form.hidden = false;
+  form.addEventListener("input", filter);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.addEventListener("reset", () => setTimeout(filter));
+  filter();
+})();

@@ -1,0 +1,182 @@
+"""What a comparison's folder holds, read for its page: finished runs by agent and KL coefficient, others by name.
+
+Read is what compare and its runs wrote: compare.json, and of each run cell.json, evaluation.json, evaluations.jsonl,
+episodes.jsonl and agent.json. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from textrl_gym import cell, report
+from textrl_gym.compare import PLAN, RUNS, progress
+from textrl_gym.statistics import Array
+
+KEPT_STATE = ("agent", "task", "model", "reference", "seed", "kl_coef", "total_timesteps", "config", "env", "num_envs")
+"""Of agent.json; the rest is the state of random streams."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    name: str
+    spec: dict[str, Any]
+    """cell.json: what was asked for."""
+    final: dict[str, Any]
+    """The last evaluation, on all of the comparison's prompts."""
+    evaluations: list[dict[str, Any]]
+    """Those of training, by timesteps; none of a saved agent."""
+    episodes: list[dict[str, Any]]
+    """A completion for each prompt of the last evaluation."""
+    state: dict[str, Any]
+    """agent.json, empty where there is none."""
+
+    def column(self, key: str) -> Array:
+        """A number of every episode. [N]"""
+        return np.array([episode[key] for episode in self.episodes], float)
+
+    def start(self, key: str) -> Array | None:
+        """The same of the start's answers; None where they were not kept. [N]"""
+        if not all(key in episode.get("start", ()) for episode in self.episodes):
+            return None
+        return np.array([episode["start"][key] for episode in self.episodes], float)
+
+    @property
+    def prompts(self) -> list[str]:
+        return [episode["prompt"] for episode in self.episodes]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The seeds of an agent with one KL coefficient."""
+
+    label: str
+    agent: str
+    kl_coef: float | None
+    """None: the agent's own."""
+    color: int
+    """The agent's place among the agents."""
+    variant: int
+    """The coefficient's place among the agent's own ones."""
+    runs: tuple[Result, ...]
+
+    def finals(self, key: str) -> list[float]:
+        """A number of the last evaluations, one for each seed that has it."""
+        return [run.final[key] for run in self.runs if key in run.final]
+
+    @property
+    def coefficient(self) -> str:
+        """The KL coefficient in words."""
+        if self.kl_coef is not None:
+            return f"{self.kl_coef:g}"
+        own = {run.state["kl_coef"] for run in self.runs if "kl_coef" in run.state}
+        return f"own, {min(own):g}" if len(own) == 1 else "own"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison's folder."""
+
+    environment: str
+    config: dict[str, Any]
+    """What was asked for, a CompareConfig."""
+    versions: dict[str, str]
+    groups: tuple[Group, ...]
+    """In the order in which the agents were named."""
+    failed: dict[str, str]
+    """Name of a run -> its error."""
+    unfinished: dict[str, str]
+    """Name of a run -> how far it is."""
+
+    @property
+    def gold(self) -> str:
+        """What is compared: "judge", or "score" where the task has no judge."""
+        return "judge" if all("judge" in run.final for run in self.runs) else "score"
+
+    @property
+    def gold_name(self) -> str:
+        return "gold" if self.gold == "judge" else "score"
+
+    @property
+    def runs(self) -> list[Result]:
+        return [run for group in self.groups for run in group.runs]
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read a folder that `compare` filled.
+
+    Raises:
+        ValueError: it is no such folder, no run in it is finished, or a file is broken.
+    """
+    if not (folder / PLAN).is_file():
+        raise ValueError(f"{str(folder)!r} holds no comparison: no {PLAN}")
+    plan = _json(folder / PLAN)
+    found: list[Result] = []
+    failed: dict[str, str] = {}
+    unfinished: dict[str, str] = {}
+    for file in sorted((folder / RUNS).glob(f"*/{cell.SPEC}")):
+        run = file.parent
+        if (run / cell.RESULT).is_file():
+            result = _read_result(run)
+            bad = [key for key in ("judge", "score") if not math.isfinite(result.final.get(key, 0.0))]
+            if bad:
+                failed[run.name] = f"its last evaluation has {bad[0]} {result.final[bad[0]]}"
+            else:
+                found.append(result)
+        elif (run / cell.ERROR).is_file():
+            failed[run.name] = (run / cell.ERROR).read_text(encoding="utf-8").strip()
+        else:
+            done = progress(run).get("time/total_timesteps", 0)
+            unfinished[run.name] = f"{int(done):,} of {_json(file)['total_timesteps']:,} tokens"
+    if not found:
+        others = [f"{name} ({why})" for name, why in (failed | unfinished).items()]
+        told = "; ".join(others[:3]) + (f"; and {len(others) - 3} more" if len(others) > 3 else "")
+        raise ValueError(f"{str(folder)!r} holds no finished run, so there is nothing to report: {told or 'no run'}")
+    groups = _groups(found, plan["config"]["agents"])
+    return Comparison(plan["environment"], plan["config"], plan.get("versions", {}), groups, failed, unfinished)
+
+
+def _read_result(folder: Path) -> Result:
+    log = folder / "evaluations.jsonl"
+    known = report.read_run(folder) if log.is_file() and log.stat().st_size else None
+    state = _json(folder / "agent.json") if (folder / "agent.json").is_file() else {}
+    return Result(
+        folder.name,
+        _json(folder / cell.SPEC),
+        _json(folder / cell.RESULT),
+        known.evaluations if known else [],
+        report.read_lines(folder / cell.EPISODES),
+        {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+
+
+def _groups(runs: list[Result], named: list[str]) -> tuple[Group, ...]:
+    order = {name: place for place, name in enumerate(named)}
+    members: dict[tuple[str, float | None], list[Result]] = {}
+    for run in sorted(runs, key=lambda run: (order.get(run.spec["agent"], len(order)), run.name)):
+        saved = Path(run.spec["agent"]).is_absolute()
+        agent = run.name if saved else run.spec["agent"]
+        members.setdefault((agent, run.spec["kl_coef"]), []).append(run)
+    agents = list(dict.fromkeys(agent for agent, _ in members))
+    groups = []
+    for color, agent in enumerate(agents):
+        coefs = sorted((c for a, c in members if a == agent), key=lambda c: -1.0 if c is None else c)
+        for variant, coef in enumerate(coefs):
+            label = agent if coef is None else f"{agent}, KL {coef:g}"
+            seeds = tuple(sorted(members[agent, coef], key=lambda run: run.spec["seed"]))
+            groups.append(Group(label, agent, coef, color, variant, seeds))
+    return tuple(groups)

@@ -1,0 +1,346 @@
+"""What a comparison's page says in numbers and sentences; the statistics are those of textrl_gym.statistics and others.
+
+Shape legend: S seeds, N prompts. Scores of runs are those of the last evaluation, on the same prompts for all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from textrl_gym import overoptimisation, pairwise, statistics
+from textrl_gym.comparison_data import Comparison, Group, Result
+from textrl_gym.statistics import Array, Estimate
+
+Number = Estimate | float | None
+"""A number with its interval, without one, or none."""
+
+POINTS = 30
+"""Of a learning curve."""
+FIT_POINTS = 4
+"""Evaluations at different KLs that a curve of two parameters is fitted to, at least."""
+
+
+# -- the summary ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A line of the table."""
+
+    group: Group
+    gold: Number
+    """Interquartile mean over seeds."""
+    win_rate: Number
+    """Against the start, on the same prompts."""
+    length_controlled: Number
+    collapsed: tuple[int, int] | None
+    """How many runs, of how many that were evaluated at their start and their end."""
+
+    def mean(self, key: str) -> float | None:
+        """Mean over seeds of a number of the last evaluation."""
+        values = self.group.finals(key)
+        return float(np.mean(values)) if values else None
+
+
+def summarise(comparison: Comparison, group: Group) -> Summary:
+    """One line; an interval is there where there is something to make it from."""
+    rate, controlled = against_start(group, comparison.gold)
+    return Summary(group, iqm(group.finals(comparison.gold)), rate, controlled, count_collapsed(group, comparison.gold))
+
+
+def iqm(scores: Sequence[float]) -> Number:
+    """With its interval from two runs on."""
+    return float(scores[0]) if len(scores) == 1 else statistics.iqm([scores])
+
+
+def against_start(group: Group, gold: str) -> tuple[Number, Number]:
+    """Win rate against the start, and the same at equal lengths. The runs' outcomes are averaged for each prompt.
+
+    So the intervals are about other prompts, and not about other seeds.
+    """
+    pairs = [(run.column(gold), run.start(gold)) for run in group.runs if run.episodes]
+    won = [statistics.outcomes(own_N, start_N) for own_N, start_N in pairs if start_N is not None]
+    if not won or len(won) < len(group.runs) or len({len(won_N) for won_N in won}) > 1:
+        rates = group.finals("win_rate")
+        return (float(np.mean(rates)) if rates else None), None
+    outcome_N = np.mean(won, axis=0)
+    rate = pairwise.win_rate(outcome_N)
+    longer = []
+    for run in group.runs:
+        start_N = run.start("tokens")
+        if start_N is None:
+            return rate, None
+        longer.append(run.column("tokens") - start_N)
+    difference_N = np.mean(longer, axis=0)
+    if len(outcome_N) < 3 or (np.ptp(difference_N) == 0 and difference_N[0] != 0):
+        return rate, None  # what length does cannot be told
+    return rate, pairwise.length_controlled_win_rate(outcome_N, difference_N).win_rate
+
+
+def count_collapsed(group: Group, gold: str) -> tuple[int, int] | None:
+    """Runs that end below their start, by the evaluations of training: the same prompts at both times."""
+    ends = [(rows[0][gold], rows[-1][gold]) for rows in trained(group, gold)]
+    if not ends:
+        return None
+    start_R, final_R = np.array(ends).T
+    return int(overoptimisation.collapsed(start_R, final_R).sum()), len(ends)
+
+
+def trained(group: Group, gold: str) -> list[list[dict[str, float]]]:
+    """Evaluations with gold of each run that has at least two: those of runs that trained."""
+    rows = [[row for row in run.evaluations if gold in row] for run in group.runs]
+    return [some for some in rows if len(some) > 1]
+
+
+# -- sentences --------------------------------------------------------------------------------------------------------
+
+
+def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
+    """Sentences on the group that is ahead against each other one, and on all other pairs.
+
+    The confidence is raised until one in twenty pages, and not one in twenty sentences, says something wrong.
+    """
+    groups = sorted(comparison.groups, key=lambda group: -float(np.mean(group.finals(comparison.gold))))
+    confidence = pair_confidence(len(groups))
+    first, rest = [], []
+    for a, b in itertools.combinations(groups, 2):
+        scores = a.finals(comparison.gold), b.finals(comparison.gold)
+        said = statistics.verdict(a.label, scores[0], b.label, scores[1], confidence=confidence)
+        (first if a is groups[0] else rest).append(f"{a.label} and {b.label}: {said}")
+    return first, rest
+
+
+def pair_confidence(groups: int) -> float:
+    """95% for all pairs at once, by Bonferroni, rounded up to a thousandth or finer."""
+    pairs = max(groups * (groups - 1) // 2, 1)
+    digits = 2 if pairs == 1 else 3 + math.floor(math.log10(pairs))
+    return round(math.ceil((1 - 0.05 / pairs) * 10**digits - 1e-9) / 10**digits, digits)
+
+
+def cautions(comparison: Comparison) -> list[str]:
+    """What cannot be said, in sentences."""
+    found = []
+    seeds = [len(group.runs) for group in comparison.groups]
+    if min(seeds) == 1:
+        single = [group.label for group in comparison.groups if len(group.runs) == 1]
+        found.append(
+            f"{listed(single)} {'has' if len(single) == 1 else 'have'} one seed: there is no interval over seeds, and "
+            "another seed may turn any order round."
+        )
+    several = [s for s in seeds if s > 1]
+    if several and min(several) < 10:
+        found.append(
+            f"{min(several)} seeds: the interval of an interquartile mean is too short for so few. In simulations one "
+            "that is called 95% held the truth in 76% of cases with 3 seeds, 90% with 5 and 94% with 10."
+        )
+    if comparison.gold == "score":
+        found.append(
+            "There is no judge: the score that is compared is the reward that was trained on, and a policy that "
+            "exploits it cannot be told from one that is good."
+        )
+    if comparison.failed:
+        found.append(
+            "Runs that failed are left out of every number. Where an agent's failures are its bad runs, its numbers "
+            "flatter it."
+        )
+    return found
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean, lowest and highest seed at some places."""
+
+    x: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
+    """Over the range that all seeds cover, straight between evaluations; None where nothing was trained."""
+    runs = trained(group, gold)
+    if not runs:
+        return None
+    lines = [([row[x_key] for row in rows], [row[gold] for row in rows]) for rows in runs]
+    grid = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), POINTS)
+    value_SN = np.array([np.interp(grid, x, y) for x, y in lines])
+    return Curve(grid.tolist(), value_SN.mean(0).tolist(), value_SN.min(0).tolist(), value_SN.max(0).tolist())
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1) / n nats: no less than the KL of best-of-n to what it samples from (arXiv:2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_ns(comparison: Comparison) -> list[int]:
+    """The n of every agent best_of_n."""
+    runs = [run for group in comparison.groups if group.agent == "best_of_n" for run in group.runs]
+    return sorted({run.state["config"]["n"] for run in runs if "n" in run.state.get("config", {})})
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two groups on the same prompts."""
+
+    first: Group
+    second: Group
+    win_rate: Estimate
+    """Of the first; the mean over all pairs of their runs. The interval is over prompts."""
+    difference: Estimate | None
+    """Mean gold of the first minus that of the second, over prompts and seeds; None of one run against several."""
+    improvement: Estimate
+    """Probability that a run of the first scores higher than one of the second."""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A group's Bradley-Terry rating: the mean of its runs', in Elo points."""
+
+    group: Group
+    value: float
+    low: float
+    """Of several seeds the lowest; of one the lower end of its interval over prompts."""
+    high: float
+
+
+def same_prompts(comparison: Comparison) -> tuple[list[Group], list[str]]:
+    """Groups whose runs all met the first run's prompts, and the labels of the others."""
+    prompts = comparison.runs[0].prompts
+
+    def meets(run: Result) -> bool:
+        return bool(prompts) and run.prompts == prompts and all(comparison.gold in e for e in run.episodes)
+
+    kept = [group for group in comparison.groups if all(meets(run) for run in group.runs)]
+    return kept, [group.label for group in comparison.groups if group not in kept]
+
+
+def pairs(comparison: Comparison, groups: Sequence[Group]) -> list[Pair]:
+    """Every two groups, once."""
+    gold = {group.label: np.stack([run.column(comparison.gold) for run in group.runs]) for group in groups}
+    found = []
+    for a, b in itertools.combinations(groups, 2):
+        a_SN, b_SN = gold[a.label], gold[b.label]
+        outcome_N = statistics.outcomes(a_SN[:, None], b_SN[None]).mean((0, 1))
+        alike = (len(a_SN) == 1) == (len(b_SN) == 1) and a_SN.shape[1] > 1
+        difference = statistics.paired_difference(a_SN, b_SN).mean if alike else None
+        scores = [a.finals(comparison.gold)], [b.finals(comparison.gold)]
+        improvement = statistics.probability_of_improvement(*scores)
+        found.append(Pair(a, b, pairwise.win_rate(outcome_N), difference, improvement))
+    return found
+
+
+def ratings(comparison: Comparison, groups: Sequence[Group]) -> list[Rating]:
+    """Every run is a player that met every other on each prompt; the best group first."""
+    score_AN: Array = np.stack([run.column(comparison.gold) for group in groups for run in group.runs])
+    if score_AN.shape[0] < 2 or score_AN.shape[1] < 2:
+        return []
+    rated = iter(pairwise.bradley_terry_on_prompts(score_AN, resamples=500))
+    found = []
+    for group in groups:
+        own = [next(rated).scaled(pairwise.ELO_PER_NAT) for _ in group.runs]
+        values = [estimate.value for estimate in own]
+        low, high = (own[0].low, own[0].high) if len(own) == 1 else (min(values), max(values))
+        found.append(Rating(group, float(np.mean(values)), low, high))
+    return sorted(found, key=lambda rating: -rating.value)
+
+
+# -- profile, over-optimisation, length -------------------------------------------------------------------------------
+
+
+def profile(comparison: Comparison) -> tuple[list[float], dict[str, list[Estimate]]]:
+    """Thresholds, and for each group the share of its runs above them; one seed has no interval.
+
+    The thresholds are the scores of all runs, where alone a share can change, and one on either side.
+    """
+    scores = sorted({score for group in comparison.groups for score in group.finals(comparison.gold)})
+    margin = 0.05 * (scores[-1] - scores[0]) or 0.5
+    threshold_K = np.array([scores[0] - margin, *scores, scores[-1] + margin])
+    found = {}
+    for group in comparison.groups:
+        own = group.finals(comparison.gold)
+        if len(own) > 1:
+            found[group.label] = statistics.performance_profile([own], threshold_K)
+        else:
+            share = (own[0] > threshold_K).astype(float).tolist()
+            found[group.label] = [Estimate(s, math.nan, math.nan) for s in share]
+    return threshold_K.tolist(), found
+
+
+@dataclass(frozen=True)
+class Training:
+    """A group's way through training: its evaluations by KL, all seeds together."""
+
+    group: Group
+    kl: list[float]
+    gold: list[float]
+    proxy: list[float]
+    start: float
+    """Mean gold of the starts."""
+    best: tuple[float, float]
+    """Of the mean gold by evaluation: the KL where it is highest, and how high."""
+    end: tuple[float, float]
+    fit: overoptimisation.GoldCurve | None
+
+
+def training(group: Group) -> Training | None:
+    """Gold, proxy and KL through training; None where there is no judge, or nothing was trained.
+
+    KLs are estimates and may fall below 0, where the curve is not defined: those count as 0.
+    """
+    runs = trained(group, "judge")
+    if not runs:
+        return None
+    rows = sorted((row for some in runs for row in some), key=lambda row: row["kl_sequence"])
+    kl_N = np.maximum([row["kl_sequence"] for row in rows], 0.0)
+    start = float(np.mean([some[0]["judge"] for some in runs]))
+    together = list(zip(*runs, strict=False))  # the seeds' evaluations by number; the last is added below
+    means = [(mean_of(rows_S, "kl_sequence"), mean_of(rows_S, "judge")) for rows_S in together]
+    end = (mean_of([some[-1] for some in runs], "kl_sequence"), mean_of([some[-1] for some in runs], "judge"))
+    gain_N = np.array([row["judge"] for row in rows]) - start
+    enough = len(set(kl_N[kl_N > 0].tolist())) >= FIT_POINTS
+    fit = overoptimisation.fit_gold_curve(kl_N, gain_N, "rl") if enough else None
+    gold, proxy = [row["judge"] for row in rows], [row["score"] for row in rows]
+    best = max([*means, end], key=lambda point: point[1])
+    return Training(group, kl_N.tolist(), gold, proxy, start, best, end, fit)
+
+
+def mean_of(rows: Sequence[dict[str, float]], key: str) -> float:
+    """Mean of a number over rows."""
+    return float(np.mean([row[key] for row in rows]))
+
+
+def length_trend(group: Group, key: str) -> overoptimisation.LengthTrend | None:
+    """Score against tokens of all completions of the last evaluations; None where there is no slope."""
+    runs = [run for run in group.runs if run.episodes and all(key in e and "tokens" in e for e in run.episodes)]
+    if not runs or sum(len(run.episodes) for run in runs) < 3:
+        return None
+    score_N, length_N = (np.concatenate([run.column(name) for run in runs]) for name in (key, "tokens"))
+    return overoptimisation.reward_against_length(score_N, length_N, buckets=10)
+
+
+def warnings(comparison: Comparison) -> dict[str, str]:
+    """Name of a run whose training score rose while the judge fell -> that in words, with the numbers."""
+    from textrl_gym import report
+
+    found = {}
+    for run in comparison.runs:
+        words = report.hacking(report.Run(run.name, run.evaluations, [], [], {})) if run.evaluations else None
+        if words is not None:
+            found[run.name] = words
+    return found

@@ -1,0 +1,337 @@
+"""comparison_report(): one self-contained HTML file about a comparison. Same folder, same bytes.
+
+The page's own HTML, style and script are written by hand (assets/report); its charts are plotly's, whose script is
+embedded once. It reads nothing from the network, and a policy in its head forbids it to.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from textrl_gym import comparison_numbers as numbers
+from textrl_gym.comparison_charts import Chart, charts, go, painted, palettes, short
+from textrl_gym.comparison_data import KEPT_STATE, Comparison, Group, read_comparison
+from textrl_gym.report import METRICS
+from textrl_gym.statistics import Estimate
+
+ASSETS = Path(__file__).parent / "assets" / "report"
+SAMPLES_SHOWN = 40
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def comparison_report(folder: str | Path) -> Path:
+    """Write DIR/report.html about the comparison in DIR.
+
+    Raises:
+        ValueError: the folder holds no comparison, or no finished run of one.
+        ImportError: plotly is not installed.
+    """
+    folder = Path(folder)
+    comparison = read_comparison(folder)
+    go()  # before any long work
+    out = folder / "report.html"
+    out.write_text(page(comparison), encoding="utf-8")
+    return out
+
+
+def page(comparison: Comparison) -> str:
+    """The whole page; every text of a run is escaped."""
+    from plotly.offline import get_plotlyjs
+
+    drawn = charts(comparison)
+    sections = {
+        "summary": ("Summary", summary(comparison)),
+        "learning": ("Learning curves", pair_of(drawn, "curve-tokens", "curve-seconds")),
+        "frontier": ("KL and reward", figure(drawn["frontier"])),
+        "pairs": ("Pairs of agents", beaten(comparison, drawn.get("matrix"))),
+        "profile": ("Performance profile", figure(drawn["profile"])),
+        "overoptimisation": ("Over-optimisation", exploited(comparison, drawn.get("overoptimisation"))),
+        "length": ("Length", figure(drawn["lengths"]) if "lengths" in drawn else NO_LENGTHS),
+        "samples": ("Samples", samples(comparison)),
+        "cost": ("Cost", figure(drawn["cost"]) if "cost" in drawn else "<p>No run kept its seconds.</p>"),
+        "settings": ("Settings", settings(comparison)),
+    }
+    links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, (name, _) in sections.items())
+    body = "".join(
+        f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{name}</h2>{html}</section>'
+        for key, (name, html) in sections.items()
+    )
+    title = escape(f"{comparison.environment}: {numbers.listed([g.label for g in comparison.groups])}")
+    data = {key: painted(chart) for key, chart in drawn.items()}
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>\n{asset('page.css')}</style></head>\n<body><header><h1>{escape(comparison.environment)}: agents "
+        f'compared</h1>{lead(comparison)}<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+        f"\n<main>{body}</main>\n{embedded('chart-data', data)}{embedded('palettes', palettes())}"
+        f"<script>{get_plotlyjs()}</script>\n<script>\n{asset('page.js')}</script></body></html>\n"
+    )
+
+
+def asset(name: str) -> str:
+    """A file of the page's own."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def embedded(name: str, data: Any) -> str:
+    """Data for the script, which no text in it can end."""
+    return f'<script type="application/json" id="{name}">{json.dumps(data).replace("<", chr(92) + "u003c")}</script>'
+
+
+NO_LENGTHS = "<p>No slope: the answers all have one length, or their lengths were not kept.</p>"
+
+
+# -- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, words: bool = False) -> str:
+    """A table that scrolls by itself where it is too wide; cells are HTML, and the first of each row is its heading."""
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    kind = ' class="words"' if words else ""
+    return (
+        f'<div class="wide" role="region" tabindex="0" aria-label="{escape(label)}"><table{kind}><thead><tr>{top}</tr>'
+        f"</thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def figure(chart: Chart) -> str:
+    """A chart with its words, and its numbers as a table."""
+    rows = [[escape(cell) for cell in row] for row in chart.rows]
+    return (
+        f'<figure><h3>{escape(chart.title)}</h3><div class="chart" id="chart-{chart.key}" role="img" '
+        f'aria-label="{escape(chart.title)}. The numbers are in the table below."></div><noscript><p>The chart needs '
+        f"JavaScript; its numbers are below.</p></noscript><figcaption>{escape(chart.note)}</figcaption>"
+        f"<details><summary>The numbers of “{escape(chart.title)}”</summary>"
+        f"{table(chart.head, rows, chart.title)}</details></figure>"
+    )
+
+
+def pair_of(drawn: dict[str, Chart], *keys: str) -> str:
+    """Charts side by side where there is room."""
+    there = [figure(drawn[key]) for key in keys if key in drawn]
+    if not there:
+        return "<p>No agent was trained in this comparison.</p>"
+    return f'<div class="two">{"".join(there)}</div>'
+
+
+def bullets(items: Iterable[str]) -> str:
+    """Sentences as a list."""
+    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+
+
+def with_interval(number: numbers.Number, digits: int = 3) -> str:
+    """A number, and its interval below it."""
+    if number is None:
+        return "-"
+    if not isinstance(number, Estimate):
+        return f"{number:.{digits}f}"
+    low, high = f"{number.low:.{digits}f}", f"{number.high:.{digits}f}"
+    return f'{number.value:.{digits}f}<span class="interval">{low} to {high}</span>'
+
+
+# -- sections ---------------------------------------------------------------------------------------------------------
+
+
+def lead(comparison: Comparison) -> str:
+    """What was compared, and what is missing."""
+    runs, config = len(comparison.runs), comparison.config
+    words = (
+        f"{runs} finished run{'s' * (runs > 1)} of {config['total_timesteps']:,} tokens each, evaluated on "
+        f"{config['eval_episodes']:,} held-out prompts that are the same for all."
+    )
+    html = f'<p class="soft">{escape(words)}</p>'
+    for what, names in (("failed", comparison.failed), ("are not finished", comparison.unfinished)):
+        if names:
+            told = bullets(f"{name}: {why}" for name, why in names.items())
+            html += f'<div class="warning"><b>Runs that {what}</b> and are not in the numbers:{told}</div>'
+    return html
+
+
+def summary(comparison: Comparison) -> str:
+    """The table, and what it says in sentences."""
+    gold = comparison.gold_name
+    judged = comparison.gold == "judge"
+    head = ["agent", "KL coefficient", "seeds", f"{gold}, IQM (95%)", *(["score"] if judged else [])]
+    head += ["win rate against the start (95%)", "win rate at equal length (95%)", "KL, nats per sequence"]
+    head += ["tokens", "ended by EOS", "seconds", "collapsed runs"]
+    rows = [_summary_row(numbers.summarise(comparison, group), judged) for group in comparison.groups]
+    first, rest = numbers.verdicts(comparison)
+    said = bullets(first) if first else "<p>There is one agent, and nothing to compare it with.</p>"
+    if rest:
+        said += f"<details><summary>All other pairs ({len(rest)})</summary>{bullets(rest)}</details>"
+    pairs = len(first) + len(rest)
+    if pairs > 1:
+        level = f"{100 * numbers.pair_confidence(len(comparison.groups)):g}%"
+        said += (
+            f'<p class="soft small">The intervals are of {level}, so that 95% hold for all {pairs} pairs at once.</p>'
+        )
+    cannot = numbers.cautions(comparison)
+    if cannot:
+        said += f"<h3>What cannot be said</h3>{bullets(cannot)}"
+    note = (
+        f"IQM is the interquartile mean of {gold} over seeds, with a bootstrap interval. Win rates are against the "
+        "model that all start from; their intervals are over prompts, for these runs. A run has collapsed where its "
+        f"last evaluation during training has less {gold} than its first."
+    )
+    return f'{table(head, rows, "Summary")}<p class="soft small">{escape(note)}</p><h3>What can be said</h3>{said}'
+
+
+def _summary_row(line: numbers.Summary, judged: bool) -> list[str]:
+    def mean(key: str) -> str:
+        value = line.mean(key)
+        return "-" if value is None else f"{value:,.{METRICS[key][1]}f}"
+
+    group = line.group
+    row = [escape(group.agent), escape(group.coefficient), str(len(group.runs)), with_interval(line.gold)]
+    row += [mean("score")] if judged else []
+    row += [with_interval(line.win_rate), with_interval(line.length_controlled)]
+    row += [mean(key) for key in ("kl_sequence", "completion_tokens", "eos_share")]
+    seconds = line.mean("train_seconds")
+    row.append("-" if seconds is None else short(seconds, 2) if seconds < 10 else f"{seconds:,.0f}")
+    return [*row, "-" if line.collapsed is None else f"{line.collapsed[0]} of {line.collapsed[1]}"]
+
+
+def beaten(comparison: Comparison, chart: Chart | None) -> str:
+    """The matrix of win rates and the ratings that follow from it."""
+    groups, others = numbers.same_prompts(comparison)
+    missed = f"<p>{escape(numbers.listed(others))}: evaluated on other prompts, so not here.</p>" if others else ""
+    if chart is None:
+        return f"{missed}<p>It takes two agents on the same prompts.</p>"
+    rows = [
+        [escape(r.group.label), f"{r.value:+.0f}", f"{r.low:+.0f} to {r.high:+.0f}"]
+        for r in numbers.ratings(comparison, groups)
+    ]
+    one, several = "95% interval over prompts", "lowest and highest seed"
+    number = {len(group.runs) == 1 for group in groups}
+    spread = f"{several}; of one seed the {one}" if len(number) == 2 else one if True in number else several
+    note = (
+        "Bradley-Terry ratings: every run is a player, every prompt a game between any two. 400 points are odds of 10 "
+        "to 1; only differences mean anything."
+    )
+    rated = table(("agent", "Elo points", spread), rows, "Bradley-Terry ratings")
+    return f'{missed}{figure(chart)}<h3>Ratings</h3>{rated}<p class="soft small">{note}</p>'
+
+
+def exploited(comparison: Comparison, chart: Chart | None) -> str:
+    """Proxy against gold, and the runs where they part."""
+    if comparison.gold != "judge":
+        return "<p>There is no judge beside the reward that was trained on, so over-optimisation cannot be seen.</p>"
+    told = ""
+    if found := numbers.warnings(comparison):
+        told = f'<div class="warning"><b>Reward hacking</b>{bullets(f"{run}: {w}" for run, w in found.items())}</div>'
+    return told + (figure(chart) if chart else "<p>No agent was trained in this comparison.</p>")
+
+
+def samples(comparison: Comparison) -> str:
+    """Answers to the same prompts side by side: of each agent's first seed, and of the start."""
+    groups, _ = numbers.same_prompts(comparison)
+    if not groups or not groups[0].runs[0].episodes:
+        return "<p>No completions were kept.</p>"
+    first = groups[0].runs[0]
+    with_start = all("start" in episode for episode in first.episodes)
+    names = [*(["the start"] if with_start else []), *(group.label for group in groups)]
+    boxes = "".join(
+        f'<label><input type="checkbox" name="agent" value="{place}" checked>{escape(name)}</label>'
+        for place, name in enumerate(names)
+    )
+    count = min(SAMPLES_SHOWN, len(first.episodes))
+    prompts = []
+    for number, asked in enumerate(first.episodes[:count]):
+        answers: list[tuple[str, Group | None, Any]] = [("the start", None, asked["start"])] if with_start else []
+        answers += [(g.label, g, g.runs[0].episodes[number]) for g in groups]
+        cards = "".join(_answer(place, *answer) for place, answer in enumerate(answers))
+        prompts.append(
+            f'<article class="prompt" data-number="{number + 1}"><h3>Prompt {number + 1}</h3>'
+            f'<div class="said asked" tabindex="0" role="region" aria-label="Prompt {number + 1}">'
+            f'{escape(asked["prompt"].strip())}</div>{_wanted(asked)}<div class="answers">{cards}</div></article>'
+        )
+    seeds = "seed 0" if all(g.runs[0].spec["seed"] == 0 for g in groups) else "each agent's first finished seed"
+    note = f"The first {count} held-out prompts, not picked; answers of {seeds}, sampled with the same random numbers."
+    return (
+        f'<p class="soft">{note}</p><form id="filters" class="card filters" aria-label="Filter the samples" hidden>'
+        '<label class="text">Text in prompt or answers<input type="search" name="text" autocomplete="off"></label>'
+        f'<label class="number">Prompt number<input type="number" name="number" min="1" max="{count}"></label>'
+        f'<button type="reset">Show all</button><fieldset><legend>Agents</legend>{boxes}</fieldset></form>'
+        f'<p id="found" class="soft small" role="status"></p>{"".join(prompts)}'
+    )
+
+
+def _wanted(asked: dict[str, Any]) -> str:
+    reference = asked.get("reference")
+    return f'<p class="facts">Reference: {escape(str(reference).strip())}</p>' if reference else ""
+
+
+def _answer(place: int, name: str, group: Group | None, sample: dict[str, Any]) -> str:
+    facts = [f"score {sample['score']:.2f}"]
+    if "judge" in sample:
+        facts.insert(0, f"gold {sample['judge']:.2f}")
+    if "tokens" in sample:
+        facts.append(f"{sample['tokens']} token{'s' * (sample['tokens'] != 1)}")
+    if sample.get("stop_reason", "EOS") != "EOS":
+        facts.append(str(sample["stop_reason"]).lower().replace("_", " "))
+    said = escape(sample["completion"].strip()) or '<i class="soft">(empty)</i>'
+    color = "" if group is None else f' data-color="{group.color % len(palettes()["light"])}"'
+    return (
+        f'<div class="answer" data-agent="{place}"{color}><h4>{escape(name)}</h4><div class="said">{said}</div>'
+        f'<p class="facts">{escape(" · ".join(facts))}</p></div>'
+    )
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def command(comparison: Comparison) -> str:
+    """What was typed, or could have been."""
+    from textrl_gym.compare import CompareConfig
+
+    words = ["textrl-gym", "compare", comparison.environment]
+    defaults = CompareConfig(("",))
+    for name, value in comparison.config.items():
+        if name == "agents" or value != _plain(getattr(defaults, name, None)):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+    return f"{shlex.join(words)} --out DIR"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def settings(comparison: Comparison) -> str:
+    """The command, every run, every version, every setting; folded away."""
+    listed = [
+        [escape(run.name), escape(group.agent), escape(group.coefficient), str(run.spec["seed"]), "finished"]
+        for group in comparison.groups
+        for run in group.runs
+    ]
+    for what, names in (("failed", comparison.failed), ("not finished", comparison.unfinished)):
+        listed += [[escape(name), "", "", "", what] for name in names]
+    runs = table(("run", "agent", "KL coefficient", "seed", "state"), listed, "Runs", words=True)
+    versions = [[escape(name), escape(version)] for name, version in comparison.versions.items()]
+    parts = [
+        ("Runs and seeds", runs),
+        ("The comparison", _dump(comparison.config)),
+        ("Versions", table(("of", "version"), versions, "Versions", words=True)),
+        *((f"Settings of {group.label}", _dump(_of(group))) for group in comparison.groups),
+    ]
+    folded = "".join(f"<details><summary>{escape(name)}</summary>{html}</details>" for name, html in parts)
+    return f'<p>The command:</p><pre tabindex="0">{escape(command(comparison))}</pre>{folded}'
+
+
+def _of(group: Group) -> dict[str, Any]:
+    run = group.runs[0]
+    state = {key: run.state[key] for key in KEPT_STATE if key in run.state and key not in ("seed", "agent")}
+    return {"seeds": [r.spec["seed"] for r in group.runs], "asked for": run.spec, "as it ended": state}
+
+
+def _dump(data: Any) -> str:
+    return f'<pre tabindex="0">{escape(json.dumps(data, indent=1, ensure_ascii=False))}</pre>'
