@@ -41,12 +41,13 @@ def go() -> Any:
     """plotly.graph_objects.
 
     Raises:
-        ImportError: it is not installed; the message says how to install it.
+        ImportError: it or scipy, which the statistics are made with, is missing; the message says how to install them.
     """
     try:
         import plotly.graph_objects
+        import scipy  # noqa: F401
     except ImportError as error:
-        raise ImportError("the page of a comparison needs plotly: pip install textrl-gym[report]") from error
+        raise ImportError(f"the page of a comparison needs {error.name}: pip install textrl-gym[report]") from error
     return plotly.graph_objects
 
 

@@ -1,0 +1,516 @@
+"""The page of a comparison: its numbers are those of statistics, its texts are escaped, and it works in a browser."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from textrl_gym import cli, pairwise, statistics
+from textrl_gym import comparison_numbers as numbers
+from textrl_gym.comparison_charts import DARK, LIGHT
+from textrl_gym.comparison_data import read_comparison
+from textrl_gym.comparison_page import comparison_report
+
+EVIL = '<script>document.title = "owned"</script>&amp;<img src=x onerror=alert(1)>'
+PROMPTS = ["first question", "second question", EVIL, "the fourth"]
+START = [0.2, 0.4, 0.4, 0.3]
+"""Gold of the start's answers, of 3 tokens each."""
+ALPHA = {0: [0.3, 0.4, 0.5, 0.4], 1: [0.4, 0.5, 0.6, 0.5], 2: [0.5, 0.6, 0.7, 0.6]}
+BETA = {0: [0.1, 0.4, 0.3, 0.2]}
+
+
+def write_run(
+    folder: Path, agent: str, seed: int, gold: list[float], judge: bool = True, coef: float | None = None, **state: Any
+) -> None:
+    """A finished run with gold for each prompt; its evaluations rise from 0.3 to its mean gold, and its KL to 2."""
+    folder.mkdir(parents=True)
+    spec = {"environment": "CopyText-v0", "agent": agent, "seed": seed, "kl_coef": coef, "total_timesteps": 400}
+    mean, key = float(np.mean(gold)), "judge" if judge else "score"
+    common = {"score": 2 * mean, "kl_token": 0.1, "completion_tokens": 4.0, "eos_share": 0.5, "win_rate": 0.75}
+    final = {"timesteps": 410, "updates": 5, **common, "kl_sequence": 2.0, key: mean, "train_seconds": 3.0 + seed}
+    rows = [
+        {"timesteps": 100 * i, **common, "kl_sequence": 0.5 * i, "train_seconds": i * (1.0 + seed)}
+        | {key: 0.3 + (mean - 0.3) * i / 4}
+        for i in range(5)
+    ]
+    episodes = [
+        {"index": i, "prompt": prompt, "completion": f"{agent} says {i} {EVIL}", "tokens": 2 + i, "score": 2 * value}
+        | {"stop_reason": "EOS", "reference": None, key: value}
+        | {"start": {"completion": "a start", "tokens": 3, "score": 0.1, key: START[i]}}
+        for i, (prompt, value) in enumerate(zip(PROMPTS, gold, strict=True))
+    ]
+    known = {"agent": agent, "seed": seed, "kl_coef": 0.02, "config": {"learning_rate": 1e-3}, "num_updates": 5}
+    known |= {"seconds": {"collect": 1.0, "update": 2.0, "evaluate": 0.5}, "streams": {"secret": "never shown"}} | state
+    for name, data in (("cell.json", spec), ("evaluation.json", final), ("agent.json", known)):
+        (folder / name).write_text(json.dumps(data), encoding="utf-8")
+    for name, lines in (("evaluations.jsonl", rows), ("episodes.jsonl", episodes)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def write_plan(folder: Path, *agents: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"agents": agents, "seeds": 3, "total_timesteps": 400, "kl_coef": [], "set": [], "eval_episodes": 4}
+    plan = {"environment": "CopyText-v0", "config": config, "versions": {"python": "3.11.7", "torch": "2.13.0"}}
+    (folder / "compare.json").write_text(json.dumps(plan), encoding="utf-8")
+    return folder
+
+
+def write_unfinished(folder: Path, agent: str, error: str = "") -> None:
+    folder.mkdir(parents=True)
+    (folder / "cell.json").write_text(json.dumps({"agent": agent, "seed": 0, "kl_coef": None, "total_timesteps": 400}))
+    if error:
+        (folder / "error.txt").write_text(error + "\n")
+    else:
+        (folder / "progress.json").write_text('{"time/total_timesteps": 120}\n')
+
+
+def write_comparison(folder: Path, judge: bool = True) -> Path:
+    """alpha with three seeds, beta with one, a run that failed and one that is not finished."""
+    write_plan(folder, "alpha", "my:Beta", "gamma")
+    for seed, gold in ALPHA.items():
+        write_run(folder / "runs" / f"alpha-{seed}", "alpha", seed, gold, judge)
+    write_run(folder / "runs" / "my.Beta-0", "my:Beta", 0, BETA[0], judge)
+    write_unfinished(folder / "runs" / "gamma-0", "gamma", f"RuntimeError: the loss is NaN {EVIL}")
+    write_unfinished(folder / "runs" / "gamma-1", "gamma")
+    return folder
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, tables as rows of texts by their label, and what only the page's author wrote."""
+
+    VOID = frozenset({"meta", "input", "img", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.label = ""
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        self.elements.append((tag, known))
+        if tag not in self.VOID:
+            self.stack.append(tag)
+        if known.get("class") == "wide":
+            self.label = known["aria-label"] or ""
+        if tag == "table":
+            self.tables[self.label] = []
+        if tag == "tr":
+            self.tables[self.label].append([])
+        if tag in ("td", "th"):
+            self.tables[self.label][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self.stack:
+            self.scripts.append(data)
+            return
+        self.words.append(data)
+        if "td" in self.stack or "th" in self.stack:
+            cells = self.tables[self.label][-1]
+            cells[-1] += (" | " if "span" in self.stack else "") + data
+
+    def row(self, label: str, name: str) -> dict[str, str]:
+        """Heading of a column -> its cell in the row that begins with the name."""
+        head, *rows = self.tables[label]
+        (found,) = (row for row in rows if row[0] == name)
+        return dict(zip(head, found, strict=True))
+
+
+def read(folder: Path) -> tuple[str, Page]:
+    out = comparison_report(folder)
+    assert out == folder / "report.html"
+    text = out.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_comparison(tmp_path_factory.mktemp("pages") / "comparison")
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> tuple[str, Page]:
+    return read(folder)
+
+
+def shown(estimate: statistics.Estimate, digits: int = 3) -> str:
+    return f"{estimate.value:.{digits}f} | {estimate.low:.{digits}f} to {estimate.high:.{digits}f}"
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_holds_the_numbers_of_statistics(made: tuple[str, Page]) -> None:
+    row = made[1].row("Summary", "alpha")
+    finals = [0.4, 0.5, 0.6]  # the means of ALPHA's rows
+    assert row["gold, IQM (95%)"] == shown(statistics.iqm([finals]))
+    assert row["gold, IQM (95%)"].startswith("0.500 |")  # of three runs it is the mean
+    # Against START: seed 0 wins, ties, wins, wins; seeds 1 and 2 win all. Means over seeds: 1, 2.5/3, 1, 1.
+    outcome_N = np.array([1, 2.5 / 3, 1, 1])
+    assert row["win rate against the start (95%)"] == shown(pairwise.win_rate(outcome_N))
+    assert row["win rate against the start (95%)"].startswith("0.958 |")  # (3 + 5/6) / 4
+    longer_N = np.array([2, 3, 4, 5]) - 3
+    controlled = pairwise.length_controlled_win_rate(outcome_N, longer_N).win_rate
+    assert row["win rate at equal length (95%)"] == shown(controlled)
+    assert (row["score"], row["KL, nats per sequence"], row["tokens"]) == ("1.000", "2.00", "4.0")
+    assert (row["seeds"], row["KL coefficient"], row["ended by EOS"]) == ("3", "own, 0.02", "0.500")
+    assert row["seconds"] == "4.0"  # (3 + 4 + 5) / 3
+    assert row["collapsed runs"] == "0 of 3"
+    assert made[1].row("Summary", "my:Beta")["collapsed runs"] == "1 of 1"  # from 0.3 to 0.25
+
+
+def test_one_seed_has_no_interval_and_the_page_says_so(made: tuple[str, Page]) -> None:
+    row = made[1].row("Summary", "my:Beta")
+    assert row["gold, IQM (95%)"] == "0.250"
+    words = "".join(made[1].words)
+    assert statistics.verdict("alpha", [0.4, 0.5, 0.6], "my:Beta", [0.25]) in words
+    assert "my:Beta has one seed: there is no interval over seeds" in words
+    assert "76% of cases with 3 seeds" in words
+
+
+def test_pairs_are_on_the_same_prompts(made: tuple[str, Page], folder: Path) -> None:
+    page, comparison = made[1], read_comparison(folder)
+    row = next(row for row in page.tables["Who beats whom"] if row[:2] == ["alpha", "my:Beta"])
+    # alpha's seed 0 wins, ties, wins, wins against BETA, and the others win all, as against the start.
+    won = pairwise.win_rate([1, 2.5 / 3, 1, 1])
+    assert row[2] == f"{won.value:.3f} ({won.low:.3f} to {won.high:.3f})"
+    assert row[3] == "-"  # one run against three has no interval of a difference
+    assert row[4].startswith("1.00 (")  # each of alpha's runs has more than 0.25
+    (pair,) = numbers.pairs(comparison, comparison.groups)
+    assert pair.improvement == statistics.probability_of_improvement([[0.4, 0.5, 0.6]], [[0.25]])
+    players = np.array([*ALPHA.values(), *BETA.values()])
+    elo = [e.scaled(pairwise.ELO_PER_NAT) for e in pairwise.bradley_terry_on_prompts(players, resamples=500)]
+    rated = page.row("Bradley-Terry ratings", "alpha")["Elo points"]
+    assert rated == f"{np.mean([e.value for e in elo[:3]]):+.0f}"
+    one = page.tables["Bradley-Terry ratings"][-1]
+    assert one[1:] == [f"{elo[3].value:+.0f}", f"{elo[3].low:+.0f} to {elo[3].high:+.0f}"]
+
+
+def test_other_prompts_are_left_out_of_pairs(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    file = tmp_path / "runs" / "my.Beta-0" / "episodes.jsonl"
+    file.write_text(file.read_text().replace("the fourth", "another"))
+    kept, others = numbers.same_prompts(read_comparison(tmp_path))
+    assert ([group.label for group in kept], others) == (["alpha"], ["my:Beta"])
+    _, page = read(tmp_path)
+    assert "my:Beta: evaluated on other prompts, so not here." in page.words
+    assert "Who beats whom" not in page.tables
+
+
+def test_learning_curves_are_means_over_seeds(folder: Path) -> None:
+    alpha = read_comparison(folder).groups[0]
+    curve = numbers.learning_curve(alpha, "timesteps", "judge")
+    assert curve is not None
+    assert (curve.x[0], curve.x[-1]) == (0, 400)
+    ends = [curve.mean[0], curve.mean[-1], curve.low[-1], curve.high[-1]]
+    np.testing.assert_allclose(ends, [0.3, 0.5, 0.4, 0.6], rtol=0, atol=1e-12)
+    curve = numbers.learning_curve(alpha, "train_seconds", "judge")
+    assert curve is not None
+    assert curve.x[-1] == 4.0  # seed 0 ends after 4 seconds, where seed 1 is half way and seed 2 a third
+    # 0.4; 0.3 + 0.2 / 2 = 0.4; 0.3 + 0.3 / 3 = 0.4
+    np.testing.assert_allclose([curve.low[-1], curve.high[-1]], [0.4, 0.4], rtol=0, atol=1e-12)
+
+
+def test_over_optimisation_has_its_fit(made: tuple[str, Page], folder: Path) -> None:
+    alpha = numbers.training(read_comparison(folder).groups[0])
+    assert alpha is not None and alpha.fit is not None
+    np.testing.assert_allclose([alpha.start, *alpha.best, *alpha.end], [0.3, 2, 0.5, 2, 0.5], rtol=0, atol=1e-12)
+    row = made[1].row("Proxy and gold", "alpha")
+    assert row["at the end"] == "0.500 at 2.00"
+    assert float(row["alpha"]) == pytest.approx(alpha.fit.alpha, rel=0, abs=5e-4)
+    words = "".join(made[1].words)
+    assert "Reward hacking" not in words  # beta's gold fell, but its score did not rise
+
+
+def test_few_evaluations_have_no_fit(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    for log in tmp_path.glob("runs/*/evaluations.jsonl"):
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))  # three KLs above 0
+    way = numbers.training(read_comparison(tmp_path).groups[0])
+    assert way is not None and way.fit is None
+    assert read(tmp_path)[1].row("Proxy and gold", "alpha")["alpha"] == "-"
+
+
+def test_small_numbers() -> None:
+    assert numbers.best_of_n_kl(1) == 0
+    assert numbers.best_of_n_kl(4) == pytest.approx(1.386294 - 0.75, rel=0, abs=1e-6)  # log 4 - 3/4
+    # 1 - 0.05 / pairs, rounded up: 1 pair 0.95; 3 pairs 0.98333...; 78 pairs 0.999358...
+    assert [numbers.pair_confidence(groups) for groups in (1, 2, 3, 13)] == [0.95, 0.95, 0.984, 0.9994]
+
+
+# -- what is missing --------------------------------------------------------------------------------------------------
+
+
+def test_failed_and_unfinished_runs_are_named(made: tuple[str, Page]) -> None:
+    words = "".join(made[1].words)
+    assert f"gamma-0: RuntimeError: the loss is NaN {EVIL}" in words
+    assert "gamma-1: 120 of 400 tokens" in words
+    assert "Runs that failed are left out of every number." in words
+    assert made[1].row("Runs", "gamma-0")["state"] == "failed"
+
+
+def test_a_gold_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    file = tmp_path / "runs" / "alpha-1" / "evaluation.json"
+    file.write_text(file.read_text().replace('"judge": 0.5', '"judge": NaN'))
+    comparison = read_comparison(tmp_path)
+    assert comparison.failed["alpha-1"] == "its last evaluation has judge nan"
+    assert comparison.groups[0].finals("judge") == pytest.approx([0.4, 0.6], rel=0, abs=1e-12)
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no comparison: no compare.json"):
+        comparison_report(tmp_path)
+    write_plan(tmp_path, "gamma")
+    with pytest.raises(ValueError, match=r"holds no finished run, so there is nothing to report: no run"):
+        comparison_report(tmp_path)
+    write_unfinished(tmp_path / "runs" / "gamma-0", "gamma", "the loss is NaN")
+    with pytest.raises(ValueError, match=r"nothing to report: gamma-0 \(the loss is NaN\)"):
+        comparison_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_without_a_judge(tmp_path: Path) -> None:
+    _, page = read(write_comparison(tmp_path, judge=False))
+    row = page.row("Summary", "alpha")
+    assert row["score, IQM (95%)"].startswith("0.500 |")
+    assert "score" not in row
+    words = "".join(page.words)
+    assert "There is no judge beside the reward that was trained on, so over-optimisation cannot be seen." in words
+    assert "There is no judge: the score that is compared is the reward that was trained on" in words
+    assert "Proxy and gold" not in page.tables
+
+
+def test_starts_that_were_not_kept(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    for file in tmp_path.glob("runs/*/episodes.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        kept = [{k: v for k, v in row.items() if k not in ("start", "tokens")} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    _, page = read(tmp_path)
+    row = page.row("Summary", "alpha")
+    assert row["win rate against the start (95%)"] == "0.750"  # the runs' own number, which has no interval
+    assert row["win rate at equal length (95%)"] == "-"
+    assert "Length and score" not in page.tables
+
+
+def test_agents_that_were_not_trained(tmp_path: Path) -> None:
+    """A saved agent has no log, and best-of-n a place of its own on the KL axis."""
+    write_plan(tmp_path, "best_of_n", "runs/old")
+    write_run(tmp_path / "runs" / "best_of_n-0", "best_of_n", 0, ALPHA[2], config={"n": 4})
+    write_run(tmp_path / "runs" / "old", str(tmp_path / "gone" / "old"), 0, ALPHA[0])
+    for log in tmp_path.glob("runs/*/evaluations.jsonl"):
+        log.unlink()
+    (tmp_path / "runs" / "old" / "agent.json").unlink()
+    comparison = read_comparison(tmp_path)
+    assert [group.label for group in comparison.groups] == ["best_of_n", "old"]
+    _, page = read(tmp_path)
+    words = "".join(page.words)
+    assert words.count("No agent was trained in this comparison.") == 2  # no curve, and no way through training
+    assert "Best-of-n stands at log n - (n - 1)/n nats (0.64 for n = 4)" in words
+    assert page.row("Summary", "old")["collapsed runs"] == "-"
+
+
+def test_coefficients_of_an_agent_are_groups(tmp_path: Path) -> None:
+    write_plan(tmp_path, "alpha")
+    for coef in (0.5, 0.0):
+        for seed in (1, 0):
+            name = f"alpha-kl{coef:g}-{seed}"
+            write_run(tmp_path / "runs" / name, "alpha", seed, ALPHA[seed], coef=coef)
+    groups = read_comparison(tmp_path).groups
+    found = [(g.label, g.color, g.variant, [run.spec["seed"] for run in g.runs]) for g in groups]
+    assert found == [("alpha, KL 0", 0, 0, [0, 1]), ("alpha, KL 0.5", 0, 1, [0, 1])]
+    _, page = read(tmp_path)
+    assert [row[:3] for row in page.tables["Summary"][1:]] == [["alpha", "0", "2"], ["alpha", "0.5", "2"]]
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_text_is_escaped(made: tuple[str, Page]) -> None:
+    text, page = made
+    assert "<script>document" not in text
+    assert "<img" not in text
+    assert "".join(page.words).count(EVIL) >= 3  # prompt, completion and error are there, as text
+    assert "secret" not in text  # the streams of random numbers are not
+
+
+def test_the_file_stands_alone(made: tuple[str, Page]) -> None:
+    text, page = made
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"link", "img", "iframe", "object"}
+    assert not [1 for tag, known in page.elements if tag != "a" and ("src" in known or "href" in known)]
+    policy = next(known["content"] for _, known in page.elements if known.get("http-equiv"))
+    assert policy is not None and policy.startswith("default-src 'none';")
+    plotly = max(page.scripts, key=len)
+    assert text.count(plotly) == 1
+    assert "http" not in text.replace(plotly, "").replace("http-equiv", "")
+
+
+def test_the_page_can_be_read_without_seeing_it(made: tuple[str, Page]) -> None:
+    elements = made[1].elements
+    levels = [int(tag[1]) for tag, _ in elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels)), "no level of headings is skipped"
+    ids = [known["id"] for _, known in elements if "id" in known]
+    assert len(ids) == len(set(ids))
+    links = [known["href"] for tag, known in elements if tag == "a"]
+    assert links and all(link is not None and link[1:] in ids for link in links)
+    drawn = [known for _, known in elements if known.get("class") == "chart"]
+    assert len(drawn) == 8
+    for known in drawn:
+        assert known["role"] == "img" and known["aria-label"]
+        title = (known["aria-label"] or "").partition(". The numbers")[0]
+        assert len(made[1].tables[title]) > 1, f"{title} has its numbers as a table"
+    assert ("html", {"lang": "en"}) in elements
+
+
+def luminance(color: str) -> float:
+    """WCAG's relative luminance of #rrggbb."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize(("colors", "card"), [(LIGHT, "#ffffff"), (DARK, "#1c1e21")])
+def test_lines_stand_out_from_the_page(colors: tuple[str, ...], card: str) -> None:
+    assert card in (Path(cli.__file__).parent / "assets" / "report" / "page.css").read_text()
+    for color in colors:
+        low, high = sorted((luminance(color), luminance(card)))
+        assert (high + 0.05) / (low + 0.05) >= 3, color  # WCAG 2.1, 1.4.11
+
+
+def test_same_folder_same_bytes(made: tuple[str, Page], folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(folder, copy)
+    (copy / "report.html").unlink()
+    again, _ = read(copy)
+    assert again == made[0]
+
+
+def test_the_command_is_written_out(made: tuple[str, Page]) -> None:
+    words = "".join(made[1].words)
+    command = "textrl-gym compare CopyText-v0 --agents alpha my:Beta gamma --total-timesteps 400 --eval-episodes 4"
+    assert f"{command} --out DIR" in words
+    assert made[1].row("Versions", "torch")["version"] == "2.13.0"
+
+
+def test_report_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+
+
+def test_without_plotly(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(ImportError, match=r"needs plotly.graph_objects: pip install textrl-gym\[report\]"):
+        comparison_report(folder)
+    cli.show_page(folder)  # at the end of compare: said, and no more
+    assert "no page: " in capsys.readouterr().err
+
+
+# -- in a browser -----------------------------------------------------------------------------------------------------
+
+PROBE = """
+const found = {}, form = document.getElementById("filters"), $ = (s) => [...document.querySelectorAll(s)];
+const seen = (s) => $(s).filter((e) => e.offsetParent !== null).length;
+const type = (name, value) => {
+  form.elements[name].value = value;
+  form.elements[name].dispatchEvent(new Event("input", {bubbles: true}));
+};
+found.charts = Object.fromEntries($(".chart").map((c) => [c.id, c.querySelectorAll(
+  ".scatterlayer .trace, .barlayer .trace, .heatmaplayer image, .heatmaplayer path, .fills path").length]));
+found.color = document.querySelector("#chart-frontier .point").style.fill;
+found.title = document.title;
+found.fetched = performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:"));
+found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+found.all = [seen(".prompt"), seen(".answer")];
+type("text", "SECOND"); found.text = [seen(".prompt"), document.getElementById("found").textContent];
+type("text", "my:beta says"); found.said = seen(".prompt");
+const box = $("[name=agent]")[2];
+box.focus(); box.click(); found.unsaid = seen(".prompt"); found.focus = document.activeElement === box;
+type("text", ""); found.without = [seen(".prompt"), seen(".answer")];
+type("number", "3"); found.number = [seen(".prompt"), $(".prompt").filter((e) => !e.hidden)[0].dataset.number];
+form.querySelector("button").click();
+setTimeout(() => {
+  found.reset = [seen(".prompt"), seen(".answer")];
+  const words = JSON.stringify(found);
+  if (parent === window) document.body.textContent = "FOUND" + words + "DNUOF";
+  else parent.postMessage(words, "*");
+}, 50);
+"""
+FRAME = """<!doctype html><iframe src="probe.html" style="border:0;width:390px;height:4000px"></iframe><script>
+onmessage = (event) => { document.body.textContent = "FOUND" + event.data + "DNUOF"; };</script>"""
+
+
+def browse(page: Path, folder: Path, *flags: str, frame: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """What the probe found in headless Chromium, and what the console said. Nothing outside can be reached."""
+    browser = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+    )
+    if not browser:
+        pytest.skip("there is no Chromium on this machine")
+    probe = f"<script>{PROBE}</script></body>".join(page.read_text(encoding="utf-8").rsplit("</body>", 1))
+    (folder / "probe.html").write_text(probe, encoding="utf-8")
+    (folder / "frame.html").write_text(FRAME, encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += [
+        "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}",
+        "--virtual-time-budget=20000",
+        *flags,
+    ]
+    file = folder / ("frame.html" if frame else "probe.html")
+    done = subprocess.run([*command, "--dump-dom", f"file://{file}"], capture_output=True, text=True, timeout=120)
+    found = re.search("FOUND(.*)DNUOF", done.stdout)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert found is not None, (console, done.stderr[-2000:])
+    return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")), console
+
+
+def test_in_a_browser(made: tuple[str, Page], folder: Path, tmp_path: Path) -> None:
+    found, console = browse(folder / "report.html", tmp_path, "--window-size=1280,1000")
+    assert console == []
+    assert found["title"] == "CopyText-v0: alpha and my:Beta"  # no completion has run as a script
+    assert found["fetched"] == []
+    charts = "curve-tokens curve-seconds frontier matrix profile overoptimisation lengths cost"
+    assert set(found["charts"]) == {f"chart-{key}" for key in charts.split()}
+    assert all(count > 0 for count in found["charts"].values()), found["charts"]
+    assert found["all"] == [4, 12]  # the start, alpha and my:Beta
+    assert found["text"] == [1, "1 of 4 prompts shown"]
+    assert found["said"] == 4
+    assert found["unsaid"] == 0 and found["focus"]  # what a hidden agent said is not found
+    assert found["without"] == [4, 8]
+    assert found["number"] == [1, "3"]
+    assert found["reset"] == [4, 12]
+    assert found["color"] == rgb(LIGHT[0])
+
+
+def test_on_a_dark_phone(made: tuple[str, Page], folder: Path, tmp_path: Path) -> None:
+    found, console = browse(folder / "report.html", tmp_path, "--blink-settings=preferredColorScheme=0", frame=True)
+    assert console == []
+    assert found["wide"] == 0, "the page scrolls sideways"
+    assert all(count > 0 for count in found["charts"].values()), found["charts"]
+    assert found["color"] == rgb(DARK[0])
+
+
+def rgb(color: str) -> str:
+    return f"rgb({', '.join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))})"
