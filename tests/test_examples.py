@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,11 @@ def test_ablation(root: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(root / "examples" / "bench_ablation.py"), "--turns", "1"]
     command += ["--prompts", "1", "--group", "2", "--prompt-tokens", "6", "--new-tokens", "3", "--iterations", "1"]
     done = subprocess.run(
-        [*command, "--only", "each row computes its own prompt"], capture_output=True, text=True, check=True
+        [*command, "--only", "each row computes its own prompt"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
     )
     assert json.loads(done.stdout)["completion_tokens_per_second"] > 0
 
