@@ -31,7 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rollout", "health"}),
     frozenset({"evaluation"}),
     frozenset({"train"}),
-    frozenset({"agent"}),
+    frozenset({"agent", "decoding"}),
     frozenset({"envs", "agents"}),
     frozenset({"check", "compare", "report", "run_settings", "build_assets", "bench"}),
     frozenset({"cli", "__main__"}),

@@ -11,6 +11,7 @@ V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -58,6 +59,14 @@ class Decoder(Protocol):
 
     def keep(self, keep_k: Tensor) -> None:
         """Go on with these rows only."""
+        ...
+
+
+class Lookahead(Decoder, Protocol):
+    """A Decoder that can also look at tokens without appending them."""
+
+    def peek(self, token_BK: Tensor) -> Tensor:
+        """The hidden states after each of K more tokens of each row, [B, K, D]; then they are forgotten."""
         ...
 
 
@@ -242,6 +251,12 @@ class Trunk:
             return made(self, prompt_UP, mask_UP, source_B, places)
         return _RepeatedDecoder(self, prompt_UP, mask_UP, source_B)
 
+    def lookahead(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Lookahead:
+        """A decoder for search, never of fixed shapes; arguments as `decoder`, places counting those looked at too."""
+        if self.shares_prompts:
+            return _SharedDecoder(self, prompt_UP, mask_UP, source_B, places)
+        return _RepeatedDecoder(self, prompt_UP, mask_UP, source_B)
+
 
 def _no_mask(like: Tensor) -> Tensor:
     """A mask of four dimensions, which models pass on as it is: group-prefix attention makes its own."""
@@ -290,19 +305,27 @@ class _SharedDecoder:
         self.own = own_cache(self.trunk._depth, places)
 
     def step(self, token_B: Tensor) -> Tensor:
-        hidden_BD = self._run(token_B[:, None])
+        hidden_BD = self._run(token_B[:, None])[:, 0]
         self.position_B1 = self.position_B1 + 1
         return hidden_BD
 
-    def _run(self, token_B1: Tensor) -> Tensor:
+    def peek(self, token_BK: Tensor) -> Tensor:
+        hidden_BKD = self._run(token_BK)
+        layers: Any = self.own.layers
+        for layer in layers:
+            layer.length -= token_BK.shape[1]
+        return hidden_BKD
+
+    def _run(self, token_BK: Tensor) -> Tensor:
+        places_K = torch.arange(token_BK.shape[1], device=token_BK.device)
         with self.trunk._running(), attached(self.trunk._configs, self.prefix):
             return self.trunk.body(
-                input_ids=token_B1,
+                input_ids=token_BK,
                 attention_mask=self.no_mask,
-                position_ids=self.position_B1,
+                position_ids=self.position_B1 + places_K,
                 past_key_values=self.own,
                 use_cache=True,
-            )[0][:, 0]
+            )[0]
 
     def keep(self, keep_k: Tensor) -> None:
         self.prefix.keep(keep_k)
@@ -333,7 +356,7 @@ class _StaticDecoder(_SharedDecoder):
                 self._capture()
             self.graph.replay()
         else:
-            self.hidden_BD = self._run(self.token_B1)
+            self.hidden_BD = self._run(self.token_B1)[:, 0]
         self.written += 1
         self.position_B1 += 1
         return self.hidden_BD
@@ -348,7 +371,7 @@ class _StaticDecoder(_SharedDecoder):
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.hidden_BD = self._run(self.token_B1)
+            self.hidden_BD = self._run(self.token_B1)[:, 0]
 
     def keep(self, keep_k: Tensor) -> None:
         super().keep(keep_k)
@@ -371,17 +394,25 @@ class _RepeatedDecoder:
             raise ValueError(f"{type(trunk.model).__name__} keeps no past_key_values: it cannot be sampled from here")
 
     def step(self, token_B: Tensor) -> Tensor:
-        token_all = token_B.new_zeros(len(self.mask_BL)).index_copy_(0, self.row_k, token_B)
-        self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(self.mask_BL), 1)], 1)
+        hidden_BKD, self.mask_BL = self._run(token_B[:, None], self.cache)
+        return hidden_BKD[:, 0]
+
+    def peek(self, token_BK: Tensor) -> Tensor:
+        return self._run(token_BK, copy.deepcopy(self.cache))[0]
+
+    def _run(self, token_kK: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        rows, new = len(self.mask_BL), token_kK.shape[1]
+        token_BK = token_kK.new_zeros(rows, new).index_copy_(0, self.row_k, token_kK)
+        mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(rows, new)], 1)
         with self.trunk._running():
             out = self.trunk.body(
-                input_ids=token_all[:, None],
-                attention_mask=self.mask_BL.long(),
-                position_ids=position_ids(self.mask_BL)[:, -1:],
-                past_key_values=self.cache,
+                input_ids=token_BK,
+                attention_mask=mask_BL.long(),
+                position_ids=position_ids(mask_BL)[:, -new:],
+                past_key_values=cache,
                 use_cache=True,
             )
-        return out[0][self.row_k, 0]
+        return out[0][self.row_k], mask_BL
 
     def keep(self, keep_k: Tensor) -> None:
         self.row_k = self.row_k[keep_k]
