@@ -5,7 +5,7 @@ GRPO with four changes:
     2. dynamic sampling: groups whose completions all score the same have no gradient; prompts are drawn again until
        rollout_episodes rows have spread (3.2). What was generated and dropped counts as timesteps.
     3. the loss is a mean over all tokens of the batch (3.3), as this project's GRPO has it too.
-    4. overlong shaping: a length within `overlong_tokens` of the budget loses up to `overlong_penalty` (equation 13).
+    4. overlong shaping: the last `overlong_share` of the token budget costs up to `overlong_penalty` (equation 13).
 
 Departures: the paper has no KL penalty; here kl_coef keeps this project's meaning (0 is the paper's), so that curves
 can be compared. Sampling again stops after `most_draws` rollouts, and what spread there is then is used.
@@ -32,25 +32,26 @@ class DAPOConfig(GRPOConfig):
     """The ratio is clipped to at most 1 + clip_high."""
     most_draws: int = 4
     """Rollouts that are drawn at most for one update."""
-    overlong_tokens: int = 4
-    """A completion that comes so near to the token budget is penalised; 0 penalises none."""
-    overlong_penalty: float = 0.5
+    overlong_share: float = 0.2
+    """Completions that end in this last share of the token budget are penalised (a fifth in the paper); 0: none."""
+    overlong_penalty: float = 1.0
     """Taken off the score of a completion that uses the whole budget; nearer to the start of the zone, less."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.most_draws < 1:
             raise ValueError(f"most_draws must be at least 1, got {self.most_draws}")
-        for name in ("overlong_tokens", "overlong_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if not 0 <= self.overlong_share <= 1:
+            raise ValueError(f"overlong_share must lie in [0, 1], got {self.overlong_share}")
+        if self.overlong_penalty < 0:
+            raise ValueError(f"overlong_penalty must be >= 0, got {self.overlong_penalty}")
 
 
-def overlong(length_B: Tensor, budget: int, zone: int, penalty: float) -> Tensor:
-    """Equation 13, times `penalty`: 0 up to budget - zone tokens, then linearly down to -penalty at the budget. [B]."""
-    if zone == 0:
+def overlong(length_B: Tensor, budget: int, share: float, penalty: float) -> Tensor:
+    """Equation 13 times `penalty`: 0 up to (1 - share) budget tokens, then down in a line to -penalty. [B]."""
+    if share == 0:
         return torch.zeros(length_B.shape, device=length_B.device)
-    return -penalty * ((length_B - (budget - zone)) / zone).clamp(0, 1)
+    return -penalty * ((length_B / budget - (1 - share)) / share).clamp(0, 1)
 
 
 def with_spread(rollout: Rollout) -> Tensor:
@@ -88,6 +89,6 @@ class DAPO(GRPO):
 
     def _shaped(self, rollout: Rollout) -> Rollout:
         config, length_B = self.config, rollout.mask_BT.sum(1)
-        shaping_B = overlong(length_B, self.env.max_new_tokens, config.overlong_tokens, config.overlong_penalty)
+        shaping_B = overlong(length_B, self.env.max_new_tokens, config.overlong_share, config.overlong_penalty)
         reward_BT = rollout.reward_BT.scatter_add(1, (length_B - 1)[:, None], shaping_B[:, None].to(rollout.reward_BT))
         return dataclasses.replace(rollout, reward_BT=reward_BT)

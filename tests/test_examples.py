@@ -30,7 +30,17 @@ def test_every_example_is_tested(root: Path) -> None:
         "demo",
         "bench_vs_trl",
         "bench_vs_generate",
+        "bench_ablation",
     }
+
+
+def test_ablation(root: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(root / "examples" / "bench_ablation.py"), "--turns", "1"]
+    command += ["--prompts", "1", "--group", "2", "--prompt-tokens", "6", "--new-tokens", "3", "--iterations", "1"]
+    done = subprocess.run(
+        [*command, "--only", "each row computes its own prompt"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["completion_tokens_per_second"] > 0
 
 
 def test_gymnasium_loop(example: Path, capsys: pytest.CaptureFixture[str]) -> None:

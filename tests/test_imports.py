@@ -33,7 +33,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"train"}),
     frozenset({"agent", "decoding"}),
     frozenset({"envs", "agents"}),
-    frozenset({"check", "compare", "report", "run_settings", "build_assets", "bench"}),
+    frozenset({"check", "cell", "compare", "report", "run_settings", "build_assets", "bench"}),
     frozenset({"cli", "__main__"}),
 )
 STRANGERS = frozenset({"envs", "agents"})  # these two never import each other

@@ -47,6 +47,8 @@ class Agent:
     """Whether the policy gets a value head."""
     trains: ClassVar[bool] = True
     """Whether there is anything to update; learn() only evaluates where there is not."""
+    resumes: ClassVar[bool] = True
+    """Whether a loaded checkpoint goes on as if it had never been stopped; where not, `compare` begins a run anew."""
     needs_groups: ClassVar[bool] = False
     """Whether the completions of a prompt are compared, so that an environment without groups is refused."""
     kl_in_reward: bool = True

@@ -24,20 +24,40 @@ STATE_FILE = "agent.json"
 
 
 def write(folder: str | Path, fill: Any) -> None:
-    """Fill a new folder by `fill(path)` and put it in place at once, so that a crash leaves the old one whole."""
+    """Fill a new folder by `fill(path)` and put it in place, so that a crash at any moment leaves a whole checkpoint.
+
+    Until the new folder is full the old checkpoint stands; from then on the new one counts, and whoever reads it
+    finishes moving it. What else lies in the folder (logs, a report) stays.
+    """
     final = Path(folder)
     final.parent.mkdir(parents=True, exist_ok=True)
+    finish(final)
     fresh = final.with_name(f".{final.name}.{os.getpid()}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     fill(fresh)
-    for item in fresh.iterdir():  # what else lies in the folder (logs, a report) stays
+    os.replace(fresh, _whole(final))
+    finish(final)
+
+
+def _whole(final: Path) -> Path:
+    """Where a checkpoint stands from when it is complete until it is moved."""
+    return final.with_name(f".{final.name}.whole")
+
+
+def finish(folder: str | Path) -> None:
+    """Move a complete checkpoint into place, where a crash has left one."""
+    final = Path(folder)
+    whole = _whole(final)
+    if not whole.is_dir():
+        return
+    final.mkdir(exist_ok=True)
+    for item in whole.iterdir():
         target = final / item.name
-        final.mkdir(exist_ok=True)
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(item, target)
-    fresh.rmdir()
+    whole.rmdir()
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
@@ -46,6 +66,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds no checkpoint.
     """
+    finish(folder)
     path = Path(folder) / STATE_FILE
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} is no saved agent: it holds no {STATE_FILE}")

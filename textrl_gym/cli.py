@@ -314,6 +314,51 @@ def print_rows(title: str, rows: dict[str, str]) -> None:
     Console().print(table)
 
 
+def compare(args: Sequence[str]) -> int:
+    """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
+    from textrl_gym import cell
+    from textrl_gym import compare as home
+
+    parts = [
+        ("env", place(str, "an environment id, or module:ID")),
+        ("out", flag(Path, "the comparison's folder; the same one goes on")),
+        ("config", flat(home.CompareConfig)),
+    ]
+    parsed = parse("compare", compare.__doc__, parts, args)
+    env_id = find_env(parsed.env)
+    for agent in parsed.config.agents:
+        if not Path(agent).is_dir():
+            find_agent(agent)
+    try:
+        table = home.compare(env_id, parsed.config, parsed.out)
+    except KeyboardInterrupt:
+        print(f"go on with the same command, --out {parsed.out}", file=sys.stderr)
+        raise
+    print_finals(table)
+    failed = [path.parent.name for path in sorted((parsed.out / home.RUNS).glob(f"*/{cell.ERROR}"))]
+    print(f"saved in {parsed.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+def print_finals(table: Any) -> None:
+    """A line an agent: the mean of its seeds' last evaluations."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from textrl_gym.report import METRICS
+
+    if table.empty:
+        return
+    last = table[table["final"]]
+    keys = ["agent", "kl_coef"]
+    names = [name for name in METRICS if name in last]
+    shown = Table("agent", "KL coefficient", "seeds", *names)
+    for (agent, coef), rows in last.groupby(keys, sort=False, dropna=False):
+        numbers = [f"{rows[name].mean():.{METRICS[name][1]}f}" for name in names]
+        shown.add_row(agent, "own" if coef != coef else f"{coef:g}", str(len(rows)), *numbers)
+    Console().print(shown)
+
+
 def report(args: Sequence[str]) -> int:
     """Write DIR/report.html, one self-contained file, about a run or the runs in DIR's subfolders."""
     parsed = parse("report", report.__doc__, [("folder", place(Path, "a run, or a folder of runs"))], args)
@@ -363,6 +408,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "check": check,
     "train": train,
     "evaluate": evaluate,
+    "compare": compare,
     "report": report,
     "sft": sft,
     "reward-model": reward_model,

@@ -129,7 +129,7 @@ class Rollout:
         numbers_B = []
         for rollout in rollouts:
             numbers_B.append(rollout.group_B.unique(return_inverse=True)[1] + groups)
-            groups += int(numbers_B[-1].max()) + 1
+            groups = int(numbers_B[-1].max()) + 1
         for field in dataclasses.fields(Rollout):
             parts = [getattr(r, field.name) for r in rollouts]
             if field.name.endswith("_BP"):

@@ -177,7 +177,7 @@ def prefix_attention(
         score = softcap * torch.tanh(score / softcap)
     hidden = prefix.hidden(new, own, sliding_window)
     if hidden is not None:  # finite, and nothing beside any real score
-        score = score.unflatten(2, (-1, new)).masked_fill(hidden, -1e30).flatten(2, 3)
+        score = score.unflatten(2, (-1, new)).masked_fill_(hidden, -1e30).flatten(2, 3)
 
     # 2. One softmax over both, and the values of each part.
     prompt_share, own_share = score.softmax(3).to(value.dtype).split([places, own], 3)

@@ -1,0 +1,146 @@
+"""compare: every run once, in its own process; failures alone; killed and started again, the same table."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from textrl_gym import cell
+from textrl_gym import compare as home
+from textrl_gym.compare import CompareConfig, compare, lay_out, tidy
+
+ENV = "CopyText-v0"
+SMALL = CompareConfig(
+    ("reinforce", "grpo"), seeds=2, total_timesteps=400, eval_episodes=8, eval_every=2, save_every=1, device="cpu",
+    set=("reinforce.rollout_episodes=16", "grpo.rollout_episodes=16"),
+)  # fmt: skip
+
+
+def numbers(out: Path) -> dict[str, Any]:
+    """The tidy table without its times, for comparing."""
+    table = tidy(out).drop(columns=["train_seconds"])
+    return {"rows": table.round(9).astype(str).to_dict("records")}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compare") / "done"
+    table = compare(ENV, SMALL, out, progress_bar=False)
+    assert len(table[table["final"]]) == 4
+    return out
+
+
+def test_the_table_has_a_row_an_evaluation(done: Path) -> None:
+    table = tidy(done)
+    assert set(table["agent"]) == {"reinforce", "grpo"} and set(table["seed"]) == {0, 1}
+    for _, rows in table.groupby("run"):
+        assert rows["timesteps"].iloc[0] == 0 and not rows["final"].iloc[:-1].any() and rows["final"].iloc[-1]
+        assert rows["timesteps"].iloc[-1] >= 400
+    start = table[table["timesteps"] == 0]
+    assert start["score"].nunique() == 1  # one start, the same prompts and the same random numbers for all
+    assert table[table["final"]]["score"].nunique() > 1
+    assert (done / "results.csv").is_file() and (done / "results.parquet").is_file()
+    assert home.finals(table, "score").keys() == {"reinforce", "grpo"}
+    episodes = [json.loads(line) for line in (done / "runs" / "grpo-0" / cell.EPISODES).read_text().splitlines()]
+    assert len(episodes) == 8
+
+
+def test_what_is_finished_is_not_run_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = numbers(done)
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a finished run was started"))
+    compare(ENV, SMALL, done, progress_bar=False)
+    assert numbers(done) == before
+
+
+def test_another_comparison_in_the_folder_is_refused(done: Path) -> None:
+    other = dataclasses.replace(SMALL, total_timesteps=500)
+    with pytest.raises(ValueError, match=r"holds the run reinforce-0 with total_timesteps=400, not 500"):
+        lay_out(done, ENV, other)
+    more = dataclasses.replace(SMALL, seeds=3)
+    assert len(lay_out(done, ENV, more)) == 6  # more runs are welcome
+    for name in ("reinforce-2", "grpo-2"):
+        (done / "runs" / name / cell.SPEC).unlink()
+        (done / "runs" / name).rmdir()
+
+
+BROKEN = """
+from textrl_gym.agents import Agent
+
+class Broken(Agent):
+    def update(self, rollout):
+        raise RuntimeError("the loss is NaN")
+"""
+
+
+def test_a_failed_run_takes_no_other_down_and_a_saved_agent_is_only_evaluated(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_agents.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = done / "runs" / "grpo-0"
+    config = dataclasses.replace(SMALL, agents=("broken_agents:Broken", str(saved)), seeds=1, set=())
+    with pytest.warns(UserWarning, match=r"1 of 2 runs failed: broken_agents.Broken-0: RuntimeError: the loss is NaN"):
+        table = compare(ENV, config, tmp_path / "out", progress_bar=False)
+    assert "Traceback" in (tmp_path / "out" / "runs" / "broken_agents.Broken-0" / cell.LOG).read_text()
+    last = tidy(done)
+    expected = last[last["final"] & (last["run"] == "grpo-0")]["score"].item()
+    assert table["score"].tolist() == [expected]
+    assert table["agent"].tolist() == ["grpo-0"]
+
+
+def test_wrong_settings_name_themselves(tmp_path: Path) -> None:
+    for change, message in (
+        ({"agents": ()}, "agents: name at least one"),
+        ({"agents": ("ppo", "ppo")}, "agents: ppo is there twice"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"kl_coef": (0.1, -1.0)}, "kl_coef must be finite numbers >= 0, got -1.0"),
+        ({"agents": ("pppo",), "set": ()}, "unknown agent 'pppo'; allowed: "),
+        ({"set": ("ppo.learning_rate=1",)}, r"'ppo.learning_rate=1' is not agent.setting=value with an agent of rein"),
+        ({"set": ("grpo.learning_rat=1",)}, "grpo has no setting 'learning_rat'; allowed: "),
+        ({"set": ("grpo.group_size=1",)}, "group_size must be at least 2, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lay_out(tmp_path / "out", ENV, dataclasses.replace(SMALL, **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_logs_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0}\n{"timesteps": 40}\n{"timesteps": 80}\n')
+    (tmp_path / "progress.json").write_text('{"time/total_timesteps": 40}\n{"time/total_timesteps": 60}\n{"time/tot')
+    cell.cut_logs(tmp_path, 40)
+    assert (tmp_path / "evaluations.jsonl").read_text() == '{"timesteps": 0}\n{"timesteps": 40}\n'
+    assert (tmp_path / "progress.json").read_text() == '{"time/total_timesteps": 40}\n'
+
+
+def test_killed_and_started_again_it_ends_with_the_same_table(done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = out / "runs" / "reinforce-0"
+    command = [
+        sys.executable, "-W", "ignore", "-m", "textrl_gym", "compare", ENV, "--agents", "reinforce", "--seeds", "1",
+        "--total-timesteps", "400", "--eval-episodes", "8", "--eval-every", "2", "--save-every", "1", "--device", "cpu",
+        "--out", str(out), "--set", SMALL.set[0],
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (run / "agent.json").is_file():  # the first checkpoint
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with (run / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the run has ended with it
+    assert not (run / cell.RESULT).is_file(), "it was over before it could be killed"
+    subprocess.run(command, check=True, capture_output=True)
+    expected = tidy(done)
+    expected = expected[expected["run"] == "reinforce-0"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(
+        tidy(out).drop(columns="train_seconds"), expected.drop(columns="train_seconds"), check_exact=True
+    )

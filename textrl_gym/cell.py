@@ -1,0 +1,139 @@
+"""One run of a comparison, in a process of its own: an agent with a seed and a KL coefficient, trained and evaluated.
+
+`python -m textrl_gym.cell FOLDER` reads FOLDER/cell.json, goes on from the last checkpoint where there is one, and
+writes FOLDER/evaluation.json last: a run is finished when that file is there. Killed at any moment and started again it
+ends with the same numbers as if it had never been stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from textrl_gym import checkpoint
+
+SPEC = "cell.json"
+RESULT = "evaluation.json"
+EPISODES = "episodes.jsonl"
+ERROR = "error.txt"
+"""Written by the comparison when the process has failed."""
+LOG = "log.txt"
+OURS = frozenset({SPEC, LOG, ERROR, ".lock"})
+"""What is kept of a folder when its run begins anew."""
+
+
+def main(folder: Path) -> int:
+    """Run the cell; 0 when it is finished, 130 after Ctrl-C. An error ends the process, its traceback in the log."""
+    _end_with_parent()
+    with _alone(folder):
+        try:
+            run(folder, json.loads((folder / SPEC).read_text(encoding="utf-8")))
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+def run(folder: Path, spec: dict[str, Any]) -> None:
+    """Train as far as the spec's total, and evaluate."""
+    agent = trained(folder, spec)
+    from textrl_gym.evaluation import Evaluator
+
+    evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"])
+    metrics, samples = evaluator.run(agent)
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    write(folder / EPISODES, lines)
+    seconds = agent.seconds["collect"] + agent.seconds["update"]
+    result = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics | {"train_seconds": seconds}
+    write(folder / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def trained(folder: Path, spec: dict[str, Any]) -> Any:
+    """The agent of a saved folder, or the one that training ends with."""
+    from textrl_gym import plugins
+    from textrl_gym.evaluation import load_agent
+
+    if Path(spec["agent"]).is_dir():
+        return load_agent(spec["agent"], device=spec["device"])
+    agent_class = plugins.load_agent_class(spec["agent"])
+    checkpoint.finish(folder)
+    goes_on = (folder / checkpoint.STATE_FILE).is_file() and agent_class.resumes
+    if goes_on:
+        agent = load_agent(folder, device=spec["device"], out=folder)
+        cut_logs(folder, agent.num_timesteps)
+    else:
+        begin_anew(folder)
+        settings = dict(spec["settings"])
+        if spec["kl_coef"] is not None:
+            settings["kl_coef"] = spec["kl_coef"]
+        agent = agent_class(
+            spec["environment"], spec["model"], seed=spec["seed"], device=spec["device"], out=folder, **settings
+        )
+    agent.learn(
+        spec["total_timesteps"] - agent.num_timesteps,
+        reset_num_timesteps=not goes_on,
+        progress_bar=False,
+        eval_every=spec["eval_every"],
+        save_every=spec["save_every"],
+    )
+    return agent
+
+
+def begin_anew(folder: Path) -> None:
+    """Empty a folder but for what the comparison keeps there."""
+    for item in folder.iterdir():
+        if item.name not in OURS:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
+def cut_logs(folder: Path, timesteps: int) -> None:
+    """Take out what was logged after the checkpoint that the run goes on from: it will be logged again."""
+    for file in (*folder.glob("progress*.json"), *folder.glob("*.jsonl")):
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a killed process
+                break
+            if row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps:
+                kept.append(line)
+        write(file, "".join(kept))
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in a folder; a second waits for the end of the first."""
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _end_with_parent() -> None:
+    """Without the process that shows and schedules it, a run ends too, so that it is never run twice."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

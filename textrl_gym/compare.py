@@ -1,0 +1,377 @@
+"""compare(): every agent x seed x KL coefficient on the same prompts, reward, reference and token budget.
+
+Each run is a process of its own (textrl_gym.cell) in a folder of its own, so that a failure takes no other down, and
+what is finished is never run again: the same call goes on where the last one was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from textrl_gym import cell, plugins
+from textrl_gym.agent_config import make_config
+
+PLAN = "compare.json"
+RUNS = "runs"
+TABLE = "results"
+"""Of the tidy table's files: results.csv, and results.parquet where pyarrow is installed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """What is compared, and by what work."""
+
+    agents: tuple[str, ...]
+    """Names of files in agents/, module:Class, or folders of saved agents, which are only evaluated."""
+    seeds: int = 3
+    """Runs of each agent, with the seeds 0, 1, ..."""
+    total_timesteps: int = 100_000
+    """Generated tokens of each run."""
+    kl_coef: tuple[float, ...] = ()
+    """KL coefficients, each with every agent and seed; none: the agents' own."""
+    set: tuple[str, ...] = ()
+    """Settings as agent.setting=value, the value in JSON or plain: ppo.learning_rate=1e-4."""
+    model: str | None = None
+    """The start of all: a Hub id or a folder; None: the task's own."""
+    eval_episodes: int = 256
+    """Held-out prompts of the last evaluation."""
+    eval_seed: int = 0
+    """Of these prompts and of sampling on them."""
+    eval_every: int = 20
+    """Updates between two evaluations during training (on 64 prompts)."""
+    save_every: int = 10
+    """Updates between two checkpoints, from which a stopped run goes on."""
+    workers: int = 0
+    """Runs at a time, which share the cores evenly; 0: one for each core, or for each GPU. The number of threads of a
+    run decides the order of its float sums, and with it the last digits of the table."""
+    device: str = "auto"
+    """auto, cpu or cuda; each worker gets a GPU of its own in turn."""
+
+    def __post_init__(self) -> None:
+        if not self.agents:
+            raise ValueError("agents: name at least one")
+        for name in ("seeds", "total_timesteps", "eval_episodes", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("workers", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for coef in self.kl_coef:
+            if not (math.isfinite(coef) and coef >= 0):
+                raise ValueError(f"kl_coef must be finite numbers >= 0, got {coef}")
+        repeated = sorted({a for a in self.agents if self.agents.count(a) > 1})
+        if repeated:
+            raise ValueError(f"agents: {', '.join(repeated)} is there twice; give it other settings under module:Class")
+
+
+def settings_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
+    """Agent -> its settings from `set`, checked against its config.
+
+    Raises:
+        ValueError: naming the setting that is not of the form agent.setting=value, of an agent that is not compared, or
+            refused by the agent's config.
+    """
+    found: dict[str, dict[str, Any]] = {agent: {} for agent in config.agents}
+    for text in config.set:
+        where, equals, value = text.partition("=")
+        agent, dot, name = where.rpartition(".")
+        if not equals or not dot or agent not in found:
+            raise ValueError(f"set: {text!r} is not agent.setting=value with an agent of {', '.join(config.agents)}")
+        try:
+            found[agent][name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[agent][name] = value
+    for agent, settings in found.items():
+        if Path(agent).is_dir():
+            if settings:
+                raise ValueError(f"set: {agent!r} is a saved agent, whose settings are what they are")
+            continue
+        agent_class = plugins.load_agent_class(agent)
+        make_config(agent_class.Config, settings, agent)
+    return found
+
+
+def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
+    """Name of each run -> what textrl_gym.cell needs to know."""
+    shared = {
+        name: getattr(config, name)
+        for name in ("total_timesteps", "model", "eval_episodes", "eval_seed", "eval_every", "save_every", "device")
+    }
+    found = {}
+    for agent, settings in settings_of(config).items():
+        saved = Path(agent).is_dir()
+        short = Path(agent).resolve().name if saved else agent.replace(":", ".")
+        for coef in (None,) if saved else config.kl_coef or (None,):
+            for seed in (0,) if saved else range(config.seeds):
+                name = short if saved else "-".join([short, *([f"kl{coef:g}"] if coef is not None else []), str(seed)])
+                if name in found:
+                    raise ValueError(f"agents: two of them would be called {name!r}")
+                spec = {"agent": str(Path(agent).resolve()) if saved else agent, "seed": seed, "kl_coef": coef}
+                found[name] = {"environment": environment, **spec, "settings": settings, **shared}
+    return found
+
+
+def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Path]:
+    """Write the plan and a folder for each run; returns name -> folder.
+
+    Raises:
+        ValueError: the folder holds a comparison with which this one cannot go on, naming what differs.
+    """
+    wanted = cells(environment, config)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, spec in wanted.items():
+        file = out / RUNS / name / cell.SPEC
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            cell.write(file, json.dumps(spec, indent=1) + "\n")
+            continue
+        before = json.loads(file.read_text(encoding="utf-8"))
+        other = [key for key in spec if key != "device" and before.get(key) != json.loads(json.dumps(spec[key]))]
+        if other:
+            key = other[0]
+            raise ValueError(
+                f"{str(out)!r} holds the run {name} with {key}={before.get(key)!r}, not {spec[key]!r}: go on with "
+                "that, or name another --out"
+            )
+    plan = {"environment": environment, "config": dataclasses.asdict(config), "versions": versions()}
+    cell.write(out / PLAN, json.dumps(plan, indent=1) + "\n")
+    return {name: out / RUNS / name for name in wanted}
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    import importlib.metadata
+    import platform
+
+    names = ("textrl-gym", "torch", "transformers", "gymnasium", "stable-baselines3", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def state_of(folder: Path, running: bool) -> str:
+    """ "done", "failed", "running" or "waiting"."""
+    if (folder / cell.RESULT).is_file():
+        return "done"
+    if running:
+        return "running"
+    return "failed" if (folder / cell.ERROR).is_file() else "waiting"
+
+
+def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Any) -> dict[str, str]:
+    """Run what is not done, so many at a time; returns name -> error of each run that failed.
+
+    Ctrl-C reaches the runs too: each finishes its update, saves and ends, and then it is raised here.
+    """
+    waiting = [name for name, folder in folders.items() if not (folder / cell.RESULT).is_file()]
+    for name in waiting:
+        (folders[name] / cell.ERROR).unlink(missing_ok=True)  # what failed before is tried again
+    slots: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+    try:
+        while waiting or slots:
+            for slot in range(workers):
+                if slot in slots and slots[slot][1].poll() is not None:
+                    name, process = slots.pop(slot)
+                    _note_death(folders[name], process.returncode)
+                if slot not in slots and waiting:
+                    name = waiting.pop(0)
+                    slots[slot] = (name, _start(folders[name], slot, workers, gpus))
+            show({name for name, _ in slots.values()})
+            time.sleep(0.2)
+    except BaseException:
+        for _, process in slots.values():
+            process.wait()
+        raise
+    show(set())
+    errors = {name: folder / cell.ERROR for name, folder in folders.items()}
+    return {name: file.read_text(encoding="utf-8").strip() for name, file in errors.items() if file.is_file()}
+
+
+def _start(folder: Path, slot: int, workers: int, gpus: int) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)  # where module:Class was found
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    with (folder / cell.LOG).open("ab") as log:
+        command = [sys.executable, "-W", "ignore", "-m", "textrl_gym.cell", str(folder)]
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def _note_death(folder: Path, code: int) -> None:
+    """The error of a run that failed: the last line that it said, which is an exception's where there was one."""
+    if code in (0, 130):
+        return
+    said = (folder / cell.LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = said[-1] if code == 1 and said else f"the process ended with exit code {code}; see {cell.LOG}"
+    cell.write(folder / cell.ERROR, last + "\n")
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    """The last row of a run's log; empty before the first."""
+    files = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
+    for file in reversed(files):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for line in reversed(lines[-2:]):  # the last may be half written
+            try:
+                return json.loads(line)
+            except json.JSONDecodeError:
+                continue
+    return {}
+
+
+class LiveTable:
+    """A line a run: its state, how far it is, score, KL and the time that is left."""
+
+    def __init__(self, folders: Mapping[str, Path], total: int, enabled: bool = True) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.folders, self.total = folders, total
+        self.began: dict[str, tuple[float, int]] = {}
+        self.shown_at = 0.0
+        self.live = Live(console=Console(stderr=True, quiet=not enabled), auto_refresh=False)
+
+    def __enter__(self) -> LiveTable:
+        self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def __call__(self, running: set[str]) -> None:
+        """Show the state of things, at most once a second."""
+        if running and time.monotonic() - self.shown_at < 1:
+            return
+        self.shown_at = time.monotonic()
+        self.live.update(self._table(running), refresh=True)
+
+    def _table(self, running: set[str]) -> Any:
+        from rich.table import Table
+
+        table = Table("run", "state", "tokens", "score", "KL nats/seq", "left")
+        for name, folder in self.folders.items():
+            state, row = state_of(folder, name in running), progress(folder)
+            done = int(row.get("time/total_timesteps", 0))
+            numbers = [f"{row[key]:.3f}" if key in row else "" for key in ("rollout/score", "rollout/kl_sequence")]
+            tokens = f"{min(done / self.total, 1):4.0%}" if done else ""
+            table.add_row(name, self._coloured(state, folder), tokens, *numbers, self._left(name, state, done))
+        return table
+
+    def _coloured(self, state: str, folder: Path) -> str:
+        if state == "failed":
+            from rich.markup import escape
+
+            return f"[red]failed: {escape((folder / cell.ERROR).read_text(encoding='utf-8').strip()[:80])}"
+        return {"done": "[green]done", "running": "[bold]running", "waiting": "[dim]waiting"}[state]
+
+    def _left(self, name: str, state: str, done: int) -> str:
+        if state != "running":
+            self.began.pop(name, None)
+            return ""
+        since, before = self.began.setdefault(name, (time.monotonic(), done))
+        if done <= before:
+            return ""
+        seconds = (time.monotonic() - since) * (self.total - done) / (done - before)
+        return f"{max(seconds, 0):,.0f} s"
+
+
+def compare(environment: str, config: CompareConfig, out: str | Path, progress_bar: bool = True) -> Any:
+    """Run the comparison, or what is left of it.
+
+    Args:
+        environment: an id that is registered, or module:ID.
+        config: what is compared.
+        out: its folder; the same one goes on.
+        progress_bar: show a live table.
+
+    Returns:
+        the tidy table, a pandas DataFrame; see `tidy`. Runs that failed are not in it, and named in a warning.
+
+    Raises:
+        ValueError: an unknown agent or environment, a wrong setting, a folder with another comparison.
+    """
+    import gymnasium
+
+    gymnasium.spec(environment)
+    out = Path(out)
+    folders = lay_out(out, environment, config)
+    gpus = 0
+    if config.device != "cpu":
+        import torch
+
+        gpus = torch.cuda.device_count()
+    workers = config.workers or gpus or len(os.sched_getaffinity(0))
+    with LiveTable(folders, config.total_timesteps, progress_bar) as table:
+        failed = run_all(folders, workers, gpus, table)
+    if failed:
+        import warnings
+
+        told = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        warnings.warn(f"{len(failed)} of {len(folders)} runs failed: {told}", stacklevel=2)
+    found = tidy(out)
+    _save(found, out)
+    return found
+
+
+# -- the tidy table ---------------------------------------------------------------------------------------------------
+
+
+def tidy(out: str | Path) -> Any:
+    """A DataFrame with a row for each evaluation of each finished run.
+
+    Columns: run, agent, seed, kl_coef (NaN: the agent's own), timesteps, final (the last evaluation, on eval_episodes
+    prompts; the others are those of training, on 64), and the metrics of textrl_gym.evaluation.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(list(_rows(Path(out))))
+
+
+def _rows(out: Path) -> Iterator[dict[str, Any]]:
+    for folder in sorted((out / RUNS).iterdir()):
+        if not (folder / cell.RESULT).is_file():
+            continue
+        spec = json.loads((folder / cell.SPEC).read_text(encoding="utf-8"))
+        agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
+        shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
+        during: dict[int, dict[str, Any]] = {}
+        log = folder / "evaluations.jsonl"
+        for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+            row = json.loads(line)
+            during[row["timesteps"]] = row  # what was evaluated twice, before and after a stop, counts once
+        for _, row in sorted(during.items()):
+            yield {**shared, "final": False, **row}
+        last = json.loads((folder / cell.RESULT).read_text(encoding="utf-8"))
+        yield {**shared, "final": True, **last}
+
+
+def _save(table: Any, out: Path) -> None:
+    table.to_csv(out / f"{TABLE}.csv", index=False)
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        return
+    table.to_parquet(out / f"{TABLE}.parquet", index=False)
+
+
+def finals(table: Any, metric: str) -> dict[str, Sequence[float]]:
+    """Agent -> the final values of a metric, a number for each seed."""
+    last = table[table["final"]]
+    return {agent: group[metric].tolist() for agent, group in last.groupby("agent", sort=False)}
