@@ -41,8 +41,9 @@ class MCTSConfig(CriticConfig):
 
     simulations: int = 20
     """Nodes grown, one at a time, for each token of the text."""
-    c_puct: float = 2.0
-    """Weight of the policy against the critic in the search, in units of the score."""
+    c_puct: float = 8.0
+    """Weight of the policy against the critic in the search, in units of the score; 8 is the authors'. With a poor
+    critic a small one does harm: see docs/decoding.md."""
     visit_temperature: float = 1.0
     """Divides the log of the visit counts that the token is sampled by; greedy decoding takes the most visited."""
 
