@@ -469,9 +469,11 @@ def test_what_is_no_critic_says_so(ppo: Path, tmp_path: Path) -> None:
         ValueGuided(COPY, ppo=str(tmp_path / "grpo"))
     with pytest.raises(ValueError, match="model and reference are those of ppo"):
         MCTS(COPY, tiny.gpt2(5, 5), ppo=str(ppo))
-    for name, value in (("simulations", 0), ("c_puct", -1.0), ("visit_temperature", 0.0), ("top_k", 0)):
+    wrong: list[dict[str, Any]] = [{"simulations": 0}, {"c_puct": -1.0}, {"visit_temperature": 0.0}, {"top_k": 0}]
+    for settings in wrong:
+        ((name, value),) = settings.items()
         with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
-            MCTS(COPY, ppo=str(ppo), **{name: value})
+            MCTS(COPY, ppo=str(ppo), **settings)
     with pytest.raises(ValueError, match="weight must be >= 0, got -1"):
         ValueGuided(COPY, ppo=str(ppo), weight=-1.0)
     with pytest.raises(ValueError, match="end_value must be 'critic' or 'score', got 'x'"):

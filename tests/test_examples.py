@@ -82,6 +82,7 @@ def test_custom_agent_outside_the_package(root: Path, tmp_path: Path) -> None:
     """A user's file in a user's folder, by the command line, with its settings as flags and what it remembers saved."""
     source = (root / "examples" / "custom_agent.py").read_text()
     assert len(source.splitlines()) < 60
+    assert source in (root / "docs" / "write-your-own-agent.md").read_text()
     (tmp_path / "my_agents.py").write_text(source)
     env = os.environ | {"PYTHONPATH": str(root)}
 

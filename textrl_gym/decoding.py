@@ -20,13 +20,13 @@ from textrl_gym import checkpoint, functional, plugins
 from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout, Row, StopReason
+from textrl_gym.decoders import Lookahead
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.evaluation import load_agent
 from textrl_gym.kl import FixedKL
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import rollout_of, unique_ids, vector_env
 from textrl_gym.sampler import Completions
-from textrl_gym.trunk import Lookahead
 
 
 @dataclass(frozen=True)
