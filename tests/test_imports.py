@@ -11,7 +11,7 @@ import pytest
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "plugins"}),
     frozenset({"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases"})
-    | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk"}),
+    | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk", "decoders"}),
     frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
     frozenset(
         {
@@ -31,7 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rollout", "health"}),
     frozenset({"evaluation"}),
     frozenset({"train"}),
-    frozenset({"agent"}),
+    frozenset({"agent", "decoding"}),
     frozenset({"envs", "agents"}),
     frozenset({"check", "cell", "compare", "report", "run_settings", "build_assets", "bench"}),
     frozenset({"cli", "__main__"}),

@@ -248,6 +248,10 @@ class Agent:
         """
         return collect(env, self.policy, kl_coef=0.0, greedy=greedy, generator=generator, prompt_indices=prompt_indices)
 
+    def extra_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """What an agent adds to the numbers of an evaluation, from the rollouts that it played there (not greedily)."""
+        return {}
+
     # -- learning -----------------------------------------------------------------------------------------------------
 
     def collect(self) -> Rollout:

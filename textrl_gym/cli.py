@@ -165,6 +165,8 @@ def check(args: Sequence[str]) -> int:
 
 TRAIN = """Train an agent: textrl-gym train AGENT ENV --total-timesteps N --out DIR; --resume DIR goes on.
 
+An agent that does not train is evaluated and saved, and needs no --total-timesteps.
+
 AGENT is the name of a file in agents/, or module:Class; ENV is an environment id, or module:ID. They come first. The
 settings of AGENT are among those below. A TOML file given by --config holds the tables [agent], [train] and [env]."""
 
@@ -197,6 +199,8 @@ def train(args: Sequence[str]) -> int:
     parsed = parse(" ".join(["train", *names]), TRAIN, parts, [*before, *args[len(names) :]])
 
     run = parsed.run
+    if agent_class.trains and run.total_timesteps is None:
+        raise ValueError(f"{names[0]} trains: give --total-timesteps N, the generated tokens to train for")
     out = run.out or Path("runs") / f"{names[0].rpartition(':')[2]}-{env_id}-seed{run.seed}"
     refuse_used(out)
     config = dataclasses.asdict(parsed.agent)
@@ -211,7 +215,7 @@ def train(args: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     record = {"command": list(args), "environment": env_id, "options": dataclasses.asdict(parsed.options)}
     (out / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return learn(agent, run.total_timesteps, parsed.options, goes_on=False)
+    return learn(agent, run.total_timesteps or 0, parsed.options, goes_on=False)
 
 
 def refuse_used(out: Path) -> None:
@@ -256,6 +260,10 @@ def resume(args: Sequence[str]) -> int:
     parsed = parse("train", resume.__doc__, parts, args)
     total = checkpoint.read_state(parsed.resume)["total_timesteps"]
     agent = load_agent(parsed.resume, device=parsed.device, out=parsed.resume)
+    if not agent.trains:
+        raise ValueError(
+            f"{str(parsed.resume)!r} holds {type(agent).__name__}, which does not train: nothing to resume"
+        )
     left = total - agent.num_timesteps if parsed.total_timesteps is None else parsed.total_timesteps
     if left < 1:
         done = f"{str(parsed.resume)!r} has {agent.num_timesteps:,} of {total:,} tokens"

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from textrl_gym import adapters, functional
 from textrl_gym.core import Rollout
-from textrl_gym.trunk import Decoder, Trunk
+from textrl_gym.decoders import Decoder
+from textrl_gym.trunk import Trunk
 
 CHUNK_NUMBERS = 2**22
 """Logits that are held at a time, as numbers: 16 MiB of float32."""
