@@ -106,7 +106,7 @@ def write_pairs(file: Path, rows: int) -> None:
 def test_a_users_pairs_are_learnt_and_the_seed_decides_the_weights(tiny_model: str, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl", 100)
     config = RewardModelConfig(
-        model=tiny_model, dataset=str(tmp_path / "pairs.jsonl"), batch_size=4, learning_rate=1e-2, warmup_steps=5
+        model=tiny_model, dataset=(str(tmp_path / "pairs.jsonl"),), batch_size=4, learning_rate=1e-2, warmup_steps=5
     )
     records = [reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / name) for name in "ab"]
     assert records[0]["measured"]["annotator_agreement"] == 1.0  # "yes" beats "no" in the ten pairs held out
@@ -118,11 +118,11 @@ def test_a_users_pairs_are_learnt_and_the_seed_decides_the_weights(tiny_model: s
 def test_errors_name_what_was_found(tiny_model: str, tmp_path: Path) -> None:
     file = tmp_path / "wrong.jsonl"
     file.write_text('{"prompt": "a", "good": "b"}\n')
-    config = RewardModelConfig(model=tiny_model, dataset=str(file))
+    config = RewardModelConfig(model=tiny_model, dataset=(str(file),))
     with pytest.raises(ValueError, match=r"columns prompt, good; expected: prompt, chosen, rejected"):
         reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     write_pairs(tmp_path / "one.jsonl", 1)
-    config = RewardModelConfig(model=tiny_model, dataset=str(tmp_path / "one.jsonl"))
+    config = RewardModelConfig(model=tiny_model, dataset=(str(tmp_path / "one.jsonl"),))
     with pytest.raises(ValueError, match="too few pairs"):
         reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     task: Any = TLDRSummarize()
