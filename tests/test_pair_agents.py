@@ -255,11 +255,11 @@ def test_copy_text_is_learnt(cls: type[Agent], score: float, tmp_path: Path) -> 
 
 
 def test_online_dpo_with_bradley_terry_labels_reaches_the_known_optimum(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"labels": "bradley_terry", "rollout_episodes": 256, "learning_rate": 1e-3}
+    settings: dict[str, Any] = {"labels": "bradley_terry", "rollout_episodes": 256, "learning_rate": 5e-4}
     agent = OnlineDPO("KnownOptimum-v0", seed=0, out=tmp_path, **settings)
     reference = agent.policy.reference
     assert reference is not None
     before = known_optimum.distance(agent.policy, reference, agent.kl.coef)
     agent.learn(45_000, **QUIET)
     assert before > 0.2
-    assert known_optimum.distance(agent.policy, reference, agent.kl.coef) < 0.06
+    assert known_optimum.distance(agent.policy, reference, agent.kl.coef) < 0.05  # seeds 1, 2: 0.022, 0.037

@@ -1,7 +1,7 @@
 """Preferences in the published schemas, from local files or the Hub: which completions of a prompt were preferred.
 
-Every row becomes a prompt, its completions and the pairs (chosen, rejected) among them. Ties and rows with nothing to
-prefer are dropped, and it is said how many.
+Every row becomes a prompt, its completions and the pairs (chosen, rejected) among them. Ties, and dialogues that part
+before their last turn, are dropped, and it is said how many.
 
 A prompt may be a text, used letter for letter, or a conversation. A conversation is written by the tokenizer's chat
 template where it has one; else as Anthropic wrote theirs ("\\n\\nHuman: ...\\n\\nAssistant:"), unless the row has the
@@ -14,6 +14,7 @@ import dataclasses
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,16 @@ from textrl_gym import prompts
 Row = Mapping[str, Any]
 Talk = list[dict[str, str]]
 """A conversation: {"role": "user", "assistant" or "system", "content": text} for each turn."""
-ASSISTANT = "\n\nAssistant:"
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
 
 
-class NoPreference(Exception):
-    """A row in which nothing is preferred to anything: a tie."""
+TIE = "ties"
+ASTRAY = "dialogues that differ in more than the last turn"
+
+
+class Dropped(Exception):
+    """A row from which nothing can be learnt, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Preferences:
     that its end matters most."""
     schema: str
     """Where its form is published."""
-    ties: int
-    """Rows that were dropped because nothing in them is preferred to anything."""
+    dropped: dict[str, int]
+    """Why rows were dropped, and how many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Schema:
     columns: tuple[str, ...]
     """The columns that must be there."""
     convert: Callable[[Row], Preference]
-    """From a row; NoPreference where it is a tie."""
+    """From a row; Dropped where it teaches nothing."""
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
@@ -92,7 +97,7 @@ def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 def _pair(prompt: str | Talk, chosen: str, rejected: str, plain: str | None = None) -> Preference:
     if chosen == rejected:
-        raise NoPreference
+        raise Dropped(TIE)
     return Preference(prompt, [chosen, rejected], [(0, 1)], plain)
 
 
@@ -103,7 +108,7 @@ def _user(text: str) -> Talk:
 def _ordered(prompt: str | Talk, texts: Sequence[str], score: float) -> Preference:
     """Two texts, the first chosen where score > 0, the second where it is < 0."""
     if score == 0 or math.isnan(score):
-        raise NoPreference
+        raise Dropped(TIE)
     return _pair(prompt, *(texts if score > 0 else reversed(texts)))
 
 
@@ -114,11 +119,11 @@ def _of_two_talks(before: Talk, row: Row, plain: str | None) -> Preference:
     """What two conversations share is the prompt, the turns after it are the completions."""
     chosen, rejected = before + _talk(row["chosen"]), before + _talk(row["rejected"])
     if chosen == rejected:
-        raise NoPreference
+        raise Dropped(TIE)
     shared = _common(chosen, rejected)
     for talk in (chosen, rejected):
         if shared == 0 or len(talk) != shared + 1 or talk[-1]["role"] != "assistant":
-            raise ValueError("the two conversations must share a prompt and differ in one turn of the assistant")
+            raise Dropped(ASTRAY)
     return _pair(chosen[:shared], chosen[-1]["content"], rejected[-1]["content"], plain)
 
 
@@ -128,12 +133,12 @@ def _implicit(row: Row) -> Preference:
     if not isinstance(chosen, str):
         return _of_two_talks([], row, None)
     if chosen == rejected:
-        raise NoPreference
+        raise Dropped(TIE)
     shared = _common(chosen, rejected)
     if ASSISTANT in chosen:  # a whole dialogue; texts that begin alike share more than the prompt
         cut = chosen[:shared].rfind(ASSISTANT) + len(ASSISTANT)
-        if cut < len(ASSISTANT):
-            raise ValueError(f"the two dialogues share no {ASSISTANT!r}, so they have no prompt in common")
+        if cut < len(ASSISTANT) or HUMAN in chosen[cut:] + rejected[cut:]:
+            raise Dropped(ASTRAY)
         return dataclasses.replace(_pair(chosen[:cut], chosen[cut:], rejected[cut:]), dialogue=True)
     cut = chosen[:shared].rfind(" ")
     if cut < 1:
@@ -192,7 +197,7 @@ def _ultrafeedback(row: Row) -> Preference:
     places = range(len(texts))
     pairs = [(a, b) for a in places for b in places if scores[a] > scores[b] and texts[a] != texts[b]]
     if not pairs:
-        raise NoPreference
+        raise Dropped(TIE)
     return Preference(_user(row["instruction"]), texts, pairs)
 
 
@@ -252,12 +257,13 @@ def load(dataset: str, split: str, tokenizer: Any = None, *, whole: bool = False
     if schema is None:
         known = "; or ".join(f"{', '.join(s.columns)} (as {s.name})" for s in SCHEMAS)
         raise ValueError(f"{where} has the columns {', '.join(map(str, columns))}; expected: {known}")
-    found, ties = [], 0
+    found: list[dict[str, Any]] = []
+    dropped: Counter[str] = Counter()
     for number, row in enumerate(rows):
         try:
             found.append({**row, **_texts(schema.convert(row), tokenizer)})
-        except NoPreference:
-            ties += 1
+        except Dropped as reason:
+            dropped[str(reason)] += 1
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}, row {number} does not fit the schema of {schema.name}: {error!r}") from error
     if not (parted or whole):
@@ -266,9 +272,9 @@ def load(dataset: str, split: str, tokenizer: Any = None, *, whole: bool = False
         found = [row for row in found if (places[row["prompt"]] >= first_held_out) == (split == "validation")]
     if not found:
         raise ValueError(f"dataset {dataset!r} has too few pairs: at least 2 prompts are needed, one of them held out")
-    if ties:
-        print(f"{where}: {ties} ties of {len(rows)} rows dropped", file=sys.stderr)
-    return Preferences(found, schema.name, ties)
+    for reason, number in dropped.items():
+        print(f"{where}: of {len(rows)} rows dropped {number} {reason}", file=sys.stderr)
+    return Preferences(found, schema.name, dict(dropped))
 
 
 def _as_mapping(row: Any, where: str, number: int) -> Row:
@@ -299,7 +305,7 @@ def _texts(preference: Preference, tokenizer: Any) -> dict[str, Any]:
 
 
 def _written(turn: dict[str, str]) -> str:
-    names = {"user": "\n\nHuman: ", "assistant": f"{ASSISTANT} "}
+    names = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
     return names.get(turn["role"], "\n\n") + turn["content"]
 
 
