@@ -159,65 +159,69 @@ def draw_prompts(size: int, count: int, seed: int) -> Iterator[list[int]]:
         yield list(itertools.islice(endless, count))
 
 
-def sample_pairs(task: Any, config: PreferenceConfig, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Labelled pairs without end; `counts` is kept up to date with {"prompts", "equal", "ties"}.
+class Pairer:
+    """Samples pairs of a task's prompts and has them labelled."""
 
-    Two equal texts are no pair; nor are two of equal score, except for annotators, who toss a coin.
+    def __init__(self, task: Any, config: PreferenceConfig) -> None:
+        """Raises ValueError where the models, the label or the prompts are not to be had."""
+        self.task, self.config = task, config
+        self.source = task.rows(config.split, config.dataset)
+        self.policies, self.tokenizer = load_policies(task, config)
+        self.labeller = Labeller(task, self.tokenizer, config)
+        self.names = [config.model or START, config.other_model or config.model or START]
+        self.counts = {"prompts": 0, "equal": 0, "ties": 0}
+        """Prompts drawn; those whose texts were equal, and those whose scores were: neither are pairs."""
 
-    Raises:
-        ValueError: nearly all are ties.
-    """
-    policies, tokenizer = load_policies(task, config)
-    labeller = Labeller(task, tokenizer, config)
-    names = [config.model or START, config.other_model or config.model or START]
-    source = task.rows(config.split, config.dataset)
-    for number, places in enumerate(draw_prompts(len(source), config.batch_size, config.seed)):
-        if counts["prompts"] >= MOST_PROMPTS * max(config.n, config.batch_size):
-            told = f"{counts['equal']} with equal texts, {counts['ties']} with equal scores"
-            raise ValueError(f"{counts['prompts']} prompts did not give n={config.n} pairs: {told}")
-        rng = np.random.default_rng([config.seed, 1, number])
-        rows = [source[place] for place in places]
-        each = 2 // len(policies)
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """Labelled pairs without end.
+
+        Raises:
+            ValueError: nearly all prompts give none.
+        """
+        config, counts = self.config, self.counts
+        for number, places in enumerate(draw_prompts(len(self.source), config.batch_size, config.seed)):
+            if counts["prompts"] >= MOST_PROMPTS * max(config.n, config.batch_size):
+                told = f"{counts['equal']} with equal texts, {counts['ties']} with equal scores"
+                raise ValueError(f"{counts['prompts']} prompts did not give n={config.n} pairs: {told}")
+            rng = np.random.default_rng([config.seed, 1, number])
+            rows = [self.source[place] for place in places]
+            both = self._sample(rows, rng)
+            texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in two] for two in both]
+            differing = [pair for pair in zip(rows, both, texts, strict=True) if pair[2][0] != pair[2][1]]
+            counts["prompts"] += len(rows)
+            counts["equal"] += len(rows) - len(differing)
+            if differing:
+                yield from self._labelled(differing, rng)
+
+    def _sample(self, rows: list[Row], rng: np.random.Generator) -> list[list[list[int]]]:
+        """Token ids of two completions of each row's prompt: both of the one policy, or one of each."""
+        each, at = 2 // len(self.policies), self.config.temperature
         sampled = [
-            sample_texts(policy, task, tokenizer, rows, each, config.temperature, int(rng.integers(2**62)))
-            for policy in policies
+            sample_texts(policy, self.task, self.tokenizer, rows, each, at, int(rng.integers(2**62)))
+            for policy in self.policies
         ]
-        both = [[ids for some in of_row for ids in some] for of_row in zip(*sampled, strict=True)]
-        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in two] for two in both]
-        pairs = list(zip(rows, both, texts, strict=True))
-        differing = [pair for pair in pairs if pair[2][0] != pair[2][1]]
-        counts["prompts"] += len(rows)
-        counts["equal"] += len(rows) - len(differing)
-        if differing:
-            yield from _labelled(task, tokenizer, labeller, differing, names, rng, counts)
+        return [[ids for some in of_row for ids in some] for of_row in zip(*sampled, strict=True)]
 
-
-def _labelled(
-    task: Any,
-    tokenizer: Any,
-    labeller: Labeller,
-    pairs: list[tuple[Row, list[list[int]], list[str]]],
-    names: list[str],
-    rng: np.random.Generator,
-    counts: dict[str, int],
-) -> Iterator[dict[str, Any]]:
-    rows = [row for row, _, _ in pairs for _ in range(2)]
-    prompt_ids = [task.encode(row, tokenizer, task.max_prompt_tokens) for row in rows]
-    flat_ids = [ids for _, both, _ in pairs for ids in both]
-    flat_texts = [text for _, _, both in pairs for text in both]
-    score_N2 = labeller.scores(rows, prompt_ids, flat_ids, flat_texts).reshape(-1, 2)
-    chosen_N = labeller.choose(score_N2, [texts for _, _, texts in pairs], rng)
-    for (row, _, texts), scores, chosen in zip(pairs, score_N2.tolist(), chosen_N, strict=True):
-        if chosen is None:
-            counts["ties"] += 1
-            continue
-        order = {"chosen": chosen, "rejected": 1 - chosen}
-        yield (
-            {"prompt": row["prompt"]}
-            | {name: texts[place] for name, place in order.items()}
-            | {f"score_{name}": scores[place] for name, place in order.items()}
-            | {f"model_{name}": names[place] for name, place in order.items()}
-        )
+    def _labelled(
+        self, pairs: list[tuple[Row, list[list[int]], list[str]]], rng: np.random.Generator
+    ) -> Iterator[dict[str, Any]]:
+        rows = [row for row, _, _ in pairs for _ in range(2)]
+        prompt_ids = [self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens) for row in rows]
+        flat_ids = [ids for _, both, _ in pairs for ids in both]
+        flat_texts = [text for _, _, both in pairs for text in both]
+        score_N2 = self.labeller.scores(rows, prompt_ids, flat_ids, flat_texts).reshape(-1, 2)
+        chosen_N = self.labeller.choose(score_N2, [texts for _, _, texts in pairs], rng)
+        for (row, _, texts), scores, chosen in zip(pairs, score_N2.tolist(), chosen_N, strict=True):
+            if chosen is None:
+                self.counts["ties"] += 1
+                continue
+            order = {"chosen": chosen, "rejected": 1 - chosen}
+            yield (
+                {"prompt": row["prompt"]}
+                | {name: texts[place] for name, place in order.items()}
+                | {f"score_{name}": scores[place] for name, place in order.items()}
+                | {f"model_{name}": self.names[place] for name, place in order.items()}
+            )
 
 
 def make_preferences(env_id: str, config: PreferenceConfig, out: Path) -> dict[str, Any]:
@@ -237,15 +241,15 @@ def make_preferences(env_id: str, config: PreferenceConfig, out: Path) -> dict[s
         raise ValueError(f"out must be a file *.jsonl, got {str(out)!r}")
     if out.exists():
         raise ValueError(f"{str(out)!r} is there already: name another file")
-    task = load_env_task(env_id)
-    counts = {"prompts": 0, "equal": 0, "ties": 0}
+    pairer = Pairer(load_env_task(env_id), config)
+    counts = pairer.counts
     total = {"score_chosen": 0.0, "score_rejected": 0.0}
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file, progress_bar() as bar:
             line = bar.add_task("pairs", total=config.n, note="")
-            for pair in itertools.islice(sample_pairs(task, config, counts), config.n):
+            for pair in itertools.islice(pairer.pairs(), config.n):
                 file.write(json.dumps(pair, ensure_ascii=False) + "\n")
                 total = {name: value + pair[name] for name, value in total.items()}
                 bar.update(line, advance=1, note=f"{counts['equal']} equal, {counts['ties']} ties")

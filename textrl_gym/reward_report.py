@@ -39,7 +39,7 @@ def wilson(share: float, number: int, z: float = Z) -> tuple[float, float]:
     """The interval of all p for which `share` of `number` draws lies within z standard errors."""
     centre = (share + z * z / (2 * number)) / (1 + z * z / number)
     half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding may pass the ends
 
 
 def accuracy_row(name: str, gap_N: Sequence[float]) -> dict[str, Any]:
