@@ -118,7 +118,7 @@ def test_errors_come_before_the_work_and_leave_nothing(tmp_path: Path, agent: Pa
         ({"label": f"{__name__}:constant", "n": 3}, r"prompts did not give n=3 pairs.*with equal scores"),
     ):
         with pytest.raises(ValueError, match=words):
-            make_preferences("CopyText-v0", PreferenceConfig(**settings), out)  # type: ignore[arg-type]
+            make_preferences("CopyText-v0", PreferenceConfig(**settings), out)
     with pytest.raises(ValueError, match="must be a file"):
         make_preferences("CopyText-v0", PreferenceConfig(label=COPIED), tmp_path / "pairs")
     config = PreferenceConfig(label=COPIED, model=TLDRSummarize.model, other_model="start")

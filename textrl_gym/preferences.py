@@ -262,8 +262,8 @@ def load(dataset: str, split: str, tokenizer: Any = None, *, whole: bool = False
     for number, row in enumerate(rows):
         try:
             found.append({**row, **_texts(schema.convert(row), tokenizer)})
-        except Dropped as reason:
-            dropped[str(reason)] += 1
+        except Dropped as why:
+            dropped[str(why)] += 1
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}, row {number} does not fit the schema of {schema.name}: {error!r}") from error
     if not (parted or whole):
