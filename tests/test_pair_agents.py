@@ -163,14 +163,15 @@ def test_small_micro_batches_change_nothing_after_some_updates(cls: type[Agent],
 def test_sampled_pairs_are_few_and_come_again_in_another_order(tmp_path: Path) -> None:
     agent = DPO("CopyText-v0", rollout_episodes=8, num_pairs=6, out=tmp_path)
     seen = []
-    for _ in range(3):  # 12 places: two passes over 6 pairs
+    for _ in range(5):  # 20 places: three passes over 6 pairs, and two more
         rollout = agent.collect()
         assert agent.collect().completions == rollout.completions  # until it has been learnt
         seen += list(zip(rollout.prompts[::2], rollout.completions[::2], rollout.completions[1::2], strict=True))
         agent.num_updates += 1
     assert len(agent.pairs) == 6
-    assert sorted(seen[:6]) == sorted(seen[6:])
-    assert seen[:6] != seen[6:]
+    passes = [seen[:6], seen[6:12], seen[12:18]]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+    assert passes[0] != passes[1] != passes[2]
 
 
 def test_dpo_resumes_in_its_second_pass(tmp_path: Path) -> None:
