@@ -11,7 +11,7 @@ import pytest
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "plugins"}),
     frozenset({"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases"})
-    | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk", "decoders"}),
+    | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk", "decoders", "preferences"}),
     frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
     frozenset(
         {
@@ -24,6 +24,9 @@ FLOORS: tuple[frozenset[str], ...] = (
             "induction",
             "sft",
             "comparisons",
+            "pairing",
+            "pair_losses",
+            "reward_report",
             "reading",
             "reward_training",
         }

@@ -284,6 +284,7 @@ class Agent:
         rollout: Rollout,
         rows: Tensor,
         loss: Callable[[Rollout, Callable[[Tensor], Tensor], int, int], tuple[Tensor, dict[str, Tensor]]],
+        whole_groups: bool = False,
     ) -> dict[str, float]:
         """One optimizer step on the given rows, in micro-batches whose gradients add up to that of one batch.
 
@@ -291,11 +292,12 @@ class Agent:
             loss: f(part, pick, rows, tokens) -> (scalar loss, metrics). `part` is a micro-batch; pick(x_BT) takes the
                 part's rows and places of a tensor made from the whole rollout; rows and tokens are the minibatch's
                 global counts, by which sums are divided. Metrics are sums divided by them too, so that they add up.
+            whole_groups: the loss compares the rows of a group, so a micro-batch holds all of them.
         """
         batch_tokens = int(rollout.mask_BT[rows].sum())
         totals: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        for chosen in micro_batches(rollout.select(rows), self.config.micro_batch_tokens):
+        for chosen in micro_batches(rollout.select(rows), self.config.micro_batch_tokens, whole_groups):
             part_rows = rows[chosen]
             part = rollout.select(part_rows)
             width = part.token_BT.shape[1]

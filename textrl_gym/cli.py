@@ -372,26 +372,42 @@ def sft(args: Sequence[str]) -> int:
     """Fine-tune a language model on a task's prompts and completions."""
     from textrl_gym import sft as home
 
-    return _make_model("sft", home.SFTConfig, home.sft, args)
+    _make_model("sft", home.SFTConfig, home.sft, args)
+    return 0
 
 
 def reward_model(args: Sequence[str]) -> int:
     """Train a reward model on preferences between completions."""
+    from rich.console import Console
+
+    from textrl_gym import reward_report
     from textrl_gym import reward_training as home
 
-    return _make_model("reward-model", home.RewardModelConfig, home.train_reward_model, args)
+    record = _make_model("reward-model", home.RewardModelConfig, home.train_reward_model, args)
+    Console().print(*reward_report.tables(record))
+    return 0
 
 
-def _make_model(command: str, config: type[Any], work: Callable[..., dict[str, Any]], args: Sequence[str]) -> int:
+def preferences(args: Sequence[str]) -> int:
+    """Sample pairs of completions, label them, and write them as jsonl."""
+    from textrl_gym import pairing as home
+
+    _make_model("preferences", home.PreferenceConfig, home.make_preferences, args)
+    return 0
+
+
+def _make_model(command: str, config: type[Any], work: Callable[..., dict[str, Any]], args: Sequence[str]) -> Any:
+    """Parse, work, print what was measured; the record of the work."""
     parts = [
         ("env", place(str, "an environment id, or module:ID")),
-        ("out", flag(Path, "the folder to write")),
+        ("out", flag(Path, "the file or folder to write")),
         ("config", flat(config)),
     ]
     parsed = parse(command, COMMANDS[command].__doc__, parts, args)
     record = work(find_env(parsed.env), parsed.config, parsed.out)
-    print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in record["measured"].items()})
-    return 0
+    measured = {name: value for name, value in record["measured"].items() if isinstance(value, int | float)}
+    print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in measured.items()})
+    return record
 
 
 def bench(args: Sequence[str]) -> int:
@@ -412,5 +428,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report,
     "sft": sft,
     "reward-model": reward_model,
+    "preferences": preferences,
     "bench": bench,
 }

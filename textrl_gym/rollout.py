@@ -7,6 +7,7 @@ tokens, rewards, ends and infos (a test). Shape legend: U unique prompts, B rows
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,11 +150,15 @@ def vector_env(env: Any) -> TextVectorEnv:
     return bare
 
 
-def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
+def micro_batches(rollout: Rollout, max_tokens: int, whole_groups: bool = False) -> list[Tensor]:
     """Rows of the rollout by length, groups together, filled up to a budget of places, so that little is padding.
 
     A group's prompt is computed once (Policy.response), so a micro-batch of U prompts and B rows has
-    U * longest prompt + B * longest response places. Only a single row may pass the budget.
+    U * longest prompt + B * longest response places. Only a single row, or a single group that is kept whole, may
+    pass the budget.
+
+    Args:
+        whole_groups: never part a group, for losses that compare its rows.
 
     Returns:
         index tensors that together hold every row once.
@@ -163,16 +168,30 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
     longest: dict[int, int] = {}
     for group, prompt, response in zip(groups, prompt_B, response_B, strict=True):
         longest[group] = max(longest.get(group, 0), prompt + response)
+    order = sorted(range(len(groups)), key=lambda b: (longest[groups[b]], groups[b], response_B[b]))
+    units = [[b] for b in order]
+    if whole_groups:
+        units = [list(rows) for _, rows in itertools.groupby(order, key=lambda b: groups[b])]
     batches: list[list[int]] = []
-    for row in sorted(range(len(groups)), key=lambda b: (longest[groups[b]], groups[b], response_B[b])):
-        rows = [*batches[-1], row] if batches else [row]
+    for unit in units:
+        rows = [*batches[-1], *unit] if batches else unit
         prompts = len({groups[b] for b in rows})
         places = prompts * max(prompt_B[b] for b in rows) + len(rows) * max(response_B[b] for b in rows)
         if batches and places <= max_tokens:
             batches[-1] = rows
         else:
-            batches.append([row])
+            batches.append(unit)
     return [torch.tensor(rows, device=rollout.group_B.device) for rows in batches]
+
+
+@torch.no_grad()
+def token_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
+    """log pi of a rollout's actions by teacher-forced passes without gradients. float32 [B, T], 0 outside the mask."""
+    logp_BT = torch.zeros_like(rollout.logp_BT)
+    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
+        part = rollout.select(rows)
+        logp_BT[rows, : part.token_BT.shape[1]] = policy.logprobs(part).float()
+    return logp_BT
 
 
 @torch.no_grad()
