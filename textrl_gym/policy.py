@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from textrl_gym import adapters, functional
 from textrl_gym.core import Rollout
+from textrl_gym.steps import StepCache, aligned
 from textrl_gym.trunk import Decoder, Trunk
 
 CHUNK_NUMBERS = 2**22
@@ -85,6 +86,8 @@ class Policy(nn.Module):
         self.trunk = Trunk(self.model, dtype, static=cuda_graphs, adapter=adapter)
         self.value_model: Any = value_model.eval() if value_model is not None else None
         self.value_trunk = Trunk(self.value_model, dtype) if value_model is not None else None
+        self.steps: StepCache | None = None
+        """Where set, `next_logprobs` and `act` go on from the observations of the call before."""
         self.value_head: nn.Linear | None = None
         if value_head or value_model is not None:
             trunk: Any = self.model if value_model is None else self.value_model
@@ -200,21 +203,14 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def next_logprobs(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """log pi(. | s) of observations whose prefixes may differ in length. float32 [B, V].
-
-        Each row's real tokens are one unbroken run; rows are moved to end at the same place, since a left-padded row
-        means the same wherever it stands.
-        """
-        mask_BL = mask_BL.bool()
-        length_B = mask_BL.long().sum(1)
-        width = int(length_B.max())
-        end_B = mask_BL.shape[1] - mask_BL.long().flip(1).argmax(1)  # one past the last real token
-        place_BW = end_B[:, None] - width + torch.arange(width, device=input_BL.device)
-        moved_mask_BW = torch.arange(width, device=input_BL.device) >= (width - length_B)[:, None]
-        moved_BW = input_BL.gather(1, place_BW.clamp(min=0)) * moved_mask_BW
-        no_action_B0 = moved_BW[:, :0]
-        hidden_B1D = self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())
-        return self.logits(hidden_B1D[:, 0]).log_softmax(-1)
+        """log pi(. | s) of observations whose prefixes may differ in length. float32 [B, V]."""
+        if self.steps is not None:
+            hidden_BD = self.steps(input_BL, mask_BL)
+        else:
+            moved_BW, moved_mask_BW = aligned(input_BL, mask_BL)
+            no_action_B0 = moved_BW[:, :0]
+            hidden_BD = self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())[:, 0]
+        return self.logits(hidden_BD).log_softmax(-1)
 
     @torch.no_grad()
     def act(
