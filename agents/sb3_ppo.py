@@ -61,8 +61,6 @@ class SB3PPO(SB3Agent):
 
     def make_algorithm(self, **common: Any) -> Any:
         config = self.config
-        if self.batch_steps % config.minibatches:
-            raise ValueError(f"minibatches={config.minibatches} must divide the {self.batch_steps} tokens of a rollout")
         return PPO(
             **common,
             batch_size=self.batch_steps // config.minibatches,

@@ -127,8 +127,12 @@ class Policy(nn.Module):
         """The hidden states below the logits that each action was taken from, [B, T, D]; each unique prompt once."""
         return self.trunk.hidden(*_inputs(rollout))
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits divided by the temperature, [N, V], in at least float32."""
+    def logits(self, hidden_ND: Tensor, token_N: Tensor | None = None) -> Tensor:
+        """Logits divided by the temperature, [N, V], in at least float32.
+
+        Args:
+            token_N: what was taken there, where it is known; a policy that forbids tokens must then allow it.
+        """
         logits_NV = functional.at_least_float32(self.trunk.logits(hidden_ND)[:, : self.vocab_size])
         return logits_NV if self.temperature == 1.0 else logits_NV / self.temperature
 
@@ -156,7 +160,7 @@ class Policy(nn.Module):
         """log pi of tokens and, where asked for, the entropy (else an empty tensor), a chunk of places at a time."""
 
         def of_chunk(hidden_nD: Tensor, token_n: Tensor) -> tuple[Tensor, Tensor]:
-            logits_nV = self.logits(hidden_nD)
+            logits_nV = self.logits(hidden_nD, token_n)
             empty_n = logits_nV.new_empty(0)
             return functional.token_logprobs(logits_nV, token_n), functional.entropy(logits_nV) if entropy else empty_n
 
@@ -189,6 +193,11 @@ class Policy(nn.Module):
         return self._values(rollout) * rollout.mask_BT
 
     @property
+    def samples_exactly(self) -> bool:
+        """Whether the sampler's log-probabilities are the training forward's but for float32's rounding."""
+        return self.dtype == torch.float32
+
+    @property
     def shares_trunk(self) -> bool:
         """Whether the value head reads the hidden states that the logits come from."""
         return self.value_head is not None and self.value_trunk is None
@@ -204,13 +213,16 @@ class Policy(nn.Module):
     @torch.no_grad()
     def next_logprobs(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """log pi(. | s) of observations whose prefixes may differ in length. float32 [B, V]."""
+        return self.logits(self.last_hidden(input_BL, mask_BL)).log_softmax(-1)
+
+    @torch.no_grad()
+    def last_hidden(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """The hidden states below the next token's logits of such observations, [B, D]."""
         if self.steps is not None:
-            hidden_BD = self.steps(input_BL, mask_BL)
-        else:
-            moved_BW, moved_mask_BW = aligned(input_BL, mask_BL)
-            no_action_B0 = moved_BW[:, :0]
-            hidden_BD = self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())[:, 0]
-        return self.logits(hidden_BD).log_softmax(-1)
+            return self.steps(input_BL, mask_BL)
+        moved_BW, moved_mask_BW = aligned(input_BL, mask_BL)
+        no_action_B0 = moved_BW[:, :0]
+        return self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())[:, 0]
 
     @torch.no_grad()
     def act(

@@ -147,7 +147,7 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
 def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str) -> Rollout:
     """The rollout with reference log-probabilities, KL and values; and, below float32, the policy's recomputed."""
     # What the sampler gave is the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
-    exact = policy.dtype == torch.float32
+    exact = policy.samples_exactly
     full = estimator == "full" and reference is not None
     logp_BT, value_BT = rollout.logp_BT.clone(), rollout.value_BT.clone()
     ref_logp_BT, kl_BT = rollout.logp_BT.clone(), rollout.kl_BT.clone()

@@ -93,6 +93,8 @@ class CausalLMPolicy(ActorCriticPolicy):
             raise ValueError("use_sde=True explores continuous actions; tokens are discrete: use_sde must be False")
         if not isinstance(action_space, spaces.Discrete):
             raise ValueError(f"actions must be Discrete tokens, got {action_space}: {_HOW_KL}")
+        if getattr(observation_space, "task", None) is None:
+            raise ValueError(f"the observation space must be a text environment's own, got {observation_space}")
         if micro_batch_tokens < 1:
             raise ValueError(f"micro_batch_tokens must be at least 1, got {micro_batch_tokens}")
         super().__init__(
@@ -103,7 +105,7 @@ class CausalLMPolicy(ActorCriticPolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         self.model_spec, self.micro_batch_tokens = model, micro_batch_tokens
-        self.lm = _policy(observation_space, int(action_space.n), model, temperature)
+        self.lm = _policy(observation_space.task, int(action_space.n), model, temperature)
         self.lm.steps = StepCache(self.lm.trunk)
         self.prompt_places: int = observation_space.prompt_places
         trained = [p for p in self.lm.parameters() if p.requires_grad]
@@ -158,7 +160,7 @@ class CausalLMPolicy(ActorCriticPolicy):
         return torch.where(over_B, 0.0, self.lm.value_of(self._hidden(obs)))[:, None]
 
     def _distribution(self, hidden_BD: Tensor) -> Distribution:
-        return self.action_dist.proba_distribution(action_logits=self.lm.logits(hidden_BD))  # type: ignore[call-arg]
+        return self.action_dist.proba_distribution(action_logits=self.lm.logits(hidden_BD))
 
     # -- one state's last hidden state --------------------------------------------------------------------------------
 
@@ -235,10 +237,7 @@ class CausalLMPolicy(ActorCriticPolicy):
 _HOW_KL = "with a KL penalty make the environment with policy_logprob=PolicyLogprob()"
 
 
-def _policy(observation_space: Any, vocab_size: int, model: Any, temperature: float | None) -> Policy:
-    task = getattr(observation_space, "task", None)
-    if task is None:
-        raise ValueError(f"the observation space must be a text environment's own, got {observation_space}")
+def _policy(task: Any, vocab_size: int, model: Any, temperature: float | None) -> Policy:
     if isinstance(model, Policy):
         if not model.shares_trunk or model.vocab_size != vocab_size:
             raise ValueError(f"a Policy needs a value head on its trunk and vocab_size={vocab_size}")
@@ -262,7 +261,7 @@ class PolicyLogprob:
         whole: give the whole distribution, as kl_estimator="full" asks for.
     """
 
-    def __init__(self, policy: CausalLMPolicy | None = None, whole: bool = False) -> None:
+    def __init__(self, policy: Any = None, whole: bool = False) -> None:
         self.policy, self.whole = policy, whole
 
     def __call__(self, observation: Mapping[str, Any], action: Any) -> Tensor:

@@ -97,11 +97,6 @@ class SB3Agent(Agent):
         return self._algorithm
 
     def _begin(self) -> Any:
-        if self.n_steps < self.env.max_new_tokens:
-            raise ValueError(
-                f"n_steps={self.n_steps} must be at least max_new_tokens={self.env.max_new_tokens}, so that every "
-                "row ends a text in every rollout"
-            )
         logprob = PolicyLogprob(whole=self.env.kl_estimator == "full")
         mdp = self.env.remake(
             self.env.num_envs,
@@ -135,6 +130,15 @@ class SB3Agent(Agent):
     def set_env(self, env: Any) -> None:
         super().set_env(env)
         self._algorithm = None
+        if self.n_steps < self.env.max_new_tokens:
+            raise ValueError(
+                f"n_steps={self.n_steps} must be at least max_new_tokens={self.env.max_new_tokens}, so that every "
+                "row ends a text in every rollout"
+            )
+        if self.batch_steps % self.config.minibatches:
+            raise ValueError(
+                f"minibatches={self.config.minibatches} must divide the {self.batch_steps} tokens of a rollout"
+            )
 
     def restore_streams(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
         super().restore_streams(numbers, generator, env)

@@ -79,7 +79,7 @@ class TextVecEnv(VecEnv):
         for b, info in enumerate(rows):
             info["TimeLimit.truncated"] = bool(truncated[b])
         if done_B.any():
-            for b in np.flatnonzero(done_B):
+            for b in np.flatnonzero(done_B).tolist():
                 rows[b]["terminal_observation"] = {name: value[b].copy() for name, value in observation.items()}
                 rows[b]["episode"] = {
                     "r": float(self._return_B[b]),
@@ -89,7 +89,7 @@ class TextVecEnv(VecEnv):
             self._return_B[done_B], self._length_B[done_B] = 0.0, 0
             observation, reset_infos = map(_numpy, self.mdp.reset(options={"reset_mask": done_B}))
             fresh = _rows(reset_infos, self.num_envs)
-            for b in np.flatnonzero(done_B):
+            for b in np.flatnonzero(done_B).tolist():
                 self.reset_infos[b] = fresh[b]
         return observation, reward.astype(np.float32), done_B, rows
 
@@ -136,6 +136,6 @@ def _rows(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in infos.items():
         if not name.startswith("_"):
-            for b in np.flatnonzero(infos[f"_{name}"]):
+            for b in np.flatnonzero(infos[f"_{name}"]).tolist():
                 rows[b][name] = value[b].item() if hasattr(value[b], "item") else value[b]
     return rows

@@ -58,7 +58,7 @@ class _Seen:
 class _Room(DynamicLayer):
     """Keys and values of a layer, [B, H, columns, d]. Every row's last token stands in the same column."""
 
-    def __init__(self, first: DynamicLayer, rows: int, columns: int) -> None:
+    def __init__(self, first: Any, rows: int, columns: int) -> None:
         super().__init__()
         _, heads, _, width = first.keys.shape
         self.key_room = first.keys.new_zeros(rows, heads, columns, width)
@@ -70,7 +70,7 @@ class _Room(DynamicLayer):
         self.value_room[:, :, self.end] = value_states[:, :, 0]
         return tuple(room[:, :, self.begin : self.end + 1] for room in (self.key_room, self.value_room))  # type: ignore[return-value]
 
-    def put(self, row_R: Tensor, whole: DynamicLayer, end: int) -> None:
+    def put(self, row_R: Tensor, whole: Any, end: int) -> None:
         """The given rows' keys and values from a pass over the whole of them."""
         width = whole.keys.shape[2]
         self.key_room[row_R, :, end - width : end] = whole.keys
@@ -95,12 +95,12 @@ class StepCache:
     def __init__(self, trunk: Trunk) -> None:
         self.trunk = trunk
         self._seen: _Seen | None = None
-        self._cache: Cache | None = None
+        self._rooms: list[_Room] = []
         self._end = 0
 
     def forget(self) -> None:
         """Compute the next observations whole, as must be done when the weights have changed."""
-        self._seen = self._cache = None
+        self._seen, self._rooms = None, []
 
     def _weights(self) -> int:
         return sum(p._version for p in self.trunk.model.parameters())
@@ -140,7 +140,7 @@ class StepCache:
     def _goes_on(self, input_BL: Tensor, mask_BL: Tensor, end_B: Tensor) -> Tensor:
         """Which rows are the last call's and one token more. bool [B]."""
         seen = self._seen
-        if seen is None or self._cache is None or seen.input_BL.shape != input_BL.shape:
+        if seen is None or not self._rooms or seen.input_BL.shape != input_BL.shape:
             return torch.zeros_like(end_B, dtype=torch.bool)
         if seen.weights != self._weights():
             return torch.zeros_like(end_B, dtype=torch.bool)
@@ -161,37 +161,35 @@ class StepCache:
 
     def _start(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
         hidden_BD, cache = self._whole(input_BL, mask_BL)
-        self._cache = None
+        self._rooms = []
         if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
             rows, places = input_BL.shape
-            self._cache = Cache(layers=[_Room(layer, rows, places + SLACK) for layer in cache.layers])
+            self._rooms = [_Room(layer, rows, places + SLACK) for layer in cache.layers]
             self._end = places
             self._put(torch.arange(rows, device=input_BL.device), cache)
         return hidden_BD
 
     def _put(self, row_R: Tensor, whole: Any) -> None:
-        assert self._cache is not None
-        for room, layer in zip(self._cache.layers, whole.layers, strict=True):
+        for room, layer in zip(self._rooms, whole.layers, strict=True):
             room.put(row_R, layer, self._end)
 
     def _step(self, input_BL: Tensor, mask_BL: Tensor, length_B: Tensor, end_B: Tensor, goes_on_B: Tensor) -> Tensor:
         """One more column for all rows; those that began anew are then written over."""
-        assert self._cache is not None
         places = input_BL.shape[1]
         if self._end == places + SLACK:
-            for room in self._cache.layers:
+            for room in self._rooms:
                 room.move(self._end - places, self._end)
             self._end = places
         length_B = torch.where(goes_on_B, length_B, 1)
         width = int(length_B.max())
-        for room in self._cache.layers:
+        for room in self._rooms:
             room.begin, room.end = self._end - width + 1, self._end
         mask_BW = torch.arange(width, device=input_BL.device) >= (width - length_B)[:, None]
         hidden_BD = self.trunk.run(
             input_ids=input_BL.gather(1, (end_B - 1)[:, None]),
             attention_mask=mask_BW.long(),
             position_ids=(length_B - 1)[:, None],
-            past_key_values=self._cache,
+            past_key_values=Cache(layers=list(self._rooms)),
             use_cache=True,
         )[0][:, 0]
         self._end += 1
