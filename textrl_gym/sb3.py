@@ -244,7 +244,7 @@ def _policy(task: Any, vocab_size: int, model: Any, temperature: float | None) -
         if temperature not in (None, model.temperature):
             raise ValueError(f"temperature must be None or the Policy's {model.temperature}, got {temperature}")
         return model
-    loaded = model if isinstance(model, torch.nn.Module) else task.load_model(model)
+    loaded: Any = model if isinstance(model, torch.nn.Module) else task.load_model(model)
     rows = loaded.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:
         raise ValueError(f"the environment has {vocab_size} tokens but the model's vocabulary has {rows} rows")

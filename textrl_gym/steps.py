@@ -68,7 +68,7 @@ class _Room(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.key_room[:, :, self.end] = key_states[:, :, 0]
         self.value_room[:, :, self.end] = value_states[:, :, 0]
-        return tuple(room[:, :, self.begin : self.end + 1] for room in (self.key_room, self.value_room))  # type: ignore[return-value]
+        return tuple(room[:, :, self.begin : self.end + 1] for room in (self.key_room, self.value_room))
 
     def put(self, row_R: Tensor, whole: Any, end: int) -> None:
         """The given rows' keys and values from a pass over the whole of them."""
