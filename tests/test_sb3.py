@@ -116,6 +116,18 @@ def test_steps_are_forgotten_when_weights_change_and_found_row_by_row() -> None:
     torch.testing.assert_close(policy.next_logprobs(ids_BL, mask_BL), full_BV, atol=1e-6, rtol=0)
 
 
+def test_updates_forget_the_steps() -> None:
+    policy = policy_on(gym.make("CopyText-v0"))
+    obs, _ = states(3)
+    policy.set_training_mode(False)
+    with torch.no_grad():
+        policy.forward(obs)
+        assert policy.lm.steps is not None
+        assert policy.lm.steps.find(obs["input_ids"], obs["attention_mask"]) is not None
+        policy.set_training_mode(True)
+        assert policy.lm.steps.find(obs["input_ids"], obs["attention_mask"]) is None
+
+
 def test_longest_texts_by_hand() -> None:
     rows = [b"ab", b"abc", b"b", b"a", b"abc", b"abd"]
     kept, text_of = longest_texts(rows)
@@ -441,6 +453,8 @@ def test_resumed_agent_goes_on(tmp_path: Path) -> None:
     assert (again.num_updates, again.num_timesteps) == (2, 96)
     assert torch.equal(weights(again.policy), weights(agent.policy))
     assert again.kl.coef == agent.kl.coef
+    moments, moments_2 = (one.optimizer.state_dict()["state"] for one in (agent, again))
+    assert all(torch.equal(moments[0][name], moments_2[0][name]) for name in ("exp_avg", "exp_avg_sq"))
     again.learn(480 - again.num_timesteps, reset_num_timesteps=False, **QUIET)
     assert (again.num_updates, again.num_timesteps) == (10, 480)
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]

@@ -102,7 +102,6 @@ class SB3Agent(Agent):
             self.env.num_envs,
             array="numpy",
             autoreset_mode=AutoresetMode.DISABLED,
-            kl_coef=self.kl.coef,
             kl_estimator=self.env.kl_estimator,
             missing_eos_penalty=self.env.missing_eos_penalty,
             reference=self.policy.reference,
