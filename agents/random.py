@@ -22,7 +22,7 @@ from textrl_gym.policy import Policy
 class UniformPolicy(Policy):
     """A policy with the same logit for every token, on any model's trunk."""
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
+    def logits(self, hidden_ND: Tensor, token_N: Tensor | None = None) -> Tensor:
         return torch.zeros(len(hidden_ND), self.vocab_size, device=hidden_ND.device)
 
 

@@ -51,6 +51,8 @@ class Agent:
     """Whether a loaded checkpoint goes on as if it had never been stopped; where not, `compare` begins a run anew."""
     needs_groups: ClassVar[bool] = False
     """Whether the completions of a prompt are compared, so that an environment without groups is refused."""
+    starts_at_reference: bool = True
+    """Whether the fresh policy is its reference, so that the health card wants a KL of 0."""
     kl_in_reward: bool = True
     """Whether the rollout's rewards carry the KL penalty."""
 
@@ -129,7 +131,7 @@ class Agent:
         loaded = self._make_trained(loaded.to(self.device).float())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return Policy(
+            return self._new_policy(
                 loaded,
                 reference="copy" if reference is None else reference,
                 value_head=self.uses_value,
@@ -139,6 +141,10 @@ class Agent:
                 dtype=models.resolve_dtype(self.config.dtype),
                 cuda_graphs=self.config.cuda_graphs,
             )
+
+    def _new_policy(self, model: Any, **settings: Any) -> Policy:
+        """The policy of a loaded model; an agent with another kind of policy overrides this."""
+        return Policy(model, **settings)
 
     def _make_trained(self, model: Any) -> Any:
         """The model with a LoRA, or its lower layers frozen, as the config says."""

@@ -198,7 +198,7 @@ def token_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
 def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str, guided: bool) -> Rollout:
     """The rollout with reference log-probabilities, KL and values; and, below float32, the policy's recomputed."""
     # What the sampler gave is the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
-    exact = policy.dtype == torch.float32 or guided
+    exact = policy.samples_exactly or guided
     full = estimator == "full" and reference is not None and not guided
     logp_BT, value_BT = rollout.logp_BT.clone(), rollout.value_BT.clone()
     ref_logp_BT, kl_BT = rollout.logp_BT.clone(), rollout.kl_BT.clone()

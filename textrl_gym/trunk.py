@@ -116,6 +116,11 @@ class Trunk:
         with self._precision(), linear.fast(self._linears), self._without():
             yield
 
+    def run(self, **inputs: Any) -> Any:
+        """The body's output on the inputs that transformers names."""
+        with self._running():
+            return self.body(**inputs)
+
     def _precision(self) -> torch.autocast:
         # What autocast caches while a CUDA graph is captured would be gone when it is replayed.
         enabled, cache = self.dtype != torch.float32, not self.static
