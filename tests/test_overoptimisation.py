@@ -1,0 +1,143 @@
+"""Gold curves, length trends, repetition and collapse: by hand, and against scipy's general optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from textrl_gym import overoptimisation
+from textrl_gym.overoptimisation import LengthBucket
+
+
+def test_best_of_n_curve() -> None:
+    # d = 1, 2, 3, 4 with alpha 2 and beta 0.4: d (2 - 0.4 d) = 1.6, 2.4, 2.4, 1.6; highest at d = 2 / 0.8 = 2.5.
+    curve = overoptimisation.fit_gold_curve([1, 4, 9, 16], [1.6, 2.4, 2.4, 1.6], "best_of_n")
+    assert (curve.alpha, curve.beta, curve.r2) == pytest.approx((2, 0.4, 1), abs=1e-9, rel=0)
+    assert curve.peak_kl == pytest.approx(6.25, abs=1e-9, rel=0)
+    np.testing.assert_allclose(curve.gold([0, 6.25]), [0, 2.5], atol=1e-9, rtol=0)
+
+
+def test_rl_curve() -> None:
+    # alpha 1, beta 0.5: d (1 - 0.5 log d) is 0 at d = 0 and highest where 1 = 0.5 (log d + 1), at d = e: KL e^2.
+    d = np.array([0, 1, 2, 4, 8])
+    gold = np.array([0, *(x * (1 - 0.5 * math.log(x)) for x in (1, 2, 4, 8))])
+    curve = overoptimisation.fit_gold_curve(d**2, gold, "rl")
+    assert (curve.alpha, curve.beta, curve.r2) == pytest.approx((1, 0.5, 1), abs=1e-9, rel=0)
+    assert curve.peak_kl == pytest.approx(math.e**2, abs=1e-8, rel=0)
+
+
+@pytest.mark.parametrize("form", ["best_of_n", "rl"])
+def test_curves_by_a_general_optimiser(form: overoptimisation.Form) -> None:
+    rng = np.random.default_rng(0)
+    kl = rng.uniform(0.5, 60, 40)
+
+    def gold(kl: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+        d = np.sqrt(kl)
+        return d * (alpha - beta * (d if form == "best_of_n" else np.log(d)))
+
+    noisy = gold(kl, 0.5, 0.06 if form == "best_of_n" else 0.2) + rng.normal(0, 0.1, 40)
+    (alpha, beta), _ = optimize.curve_fit(gold, kl, noisy)
+    curve = overoptimisation.fit_gold_curve(kl, noisy, form)
+    assert (curve.alpha, curve.beta) == pytest.approx((alpha, beta), abs=1e-6, rel=0)
+    error = noisy - gold(kl, alpha, beta)
+    assert curve.r2 == pytest.approx(1 - error @ error / 40 / noisy.var(), abs=1e-6, rel=0)
+    grid = np.linspace(0.5, 60, 100_001)
+    assert curve.peak_kl == pytest.approx(grid[curve.gold(grid).argmax()], abs=1e-3, rel=0)
+
+
+@pytest.mark.parametrize(
+    ("kl", "gold"),
+    [
+        ([1, 4], [1.6, 2.4]),  # the peak of 6.25 lies above the data
+        ([9, 16, 25], [2.4, 1.6, 0.0]),  # and here below
+        ([1, 4, 9], [1, 2, 3]),  # gold = d: beta 0, up to rounding, which puts a peak far away
+        ([1, 4, 9], [1.1, 2.4, 3.9]),  # d (1 + 0.1 d): not concave
+        ([1, 4, 9], [-1.1, -2.4, -3.9]),  # concave, and falling from the start
+    ],
+)
+def test_no_peak(kl: list[float], gold: list[float]) -> None:
+    assert overoptimisation.fit_gold_curve(kl, gold, "best_of_n").peak_kl is None
+
+
+def test_length_trend() -> None:
+    # Sxx = 5, Sxy = 4: slope 0.8. Residual sum of squares 5 - 0.8 * 4 = 1.8, over 2 degrees: 0.9. Standard error
+    # sqrt(0.9 / 5), t = 4.303.
+    trend = overoptimisation.reward_against_length([1, 3, 2, 4], [1, 2, 3, 4], buckets=2)
+    assert trend is not None
+    half = stats.t.ppf(0.975, 2) * math.sqrt(0.18)
+    found = (trend.slope.value, trend.slope.low, trend.slope.high, trend.correlation)
+    assert found == pytest.approx((0.8, 0.8 - half, 0.8 + half, 0.8), abs=1e-9, rel=0)
+    assert trend.buckets == (LengthBucket(1, 2, 2, 2), LengthBucket(3, 4, 2, 3))
+
+
+def test_length_buckets() -> None:
+    trend = overoptimisation.reward_against_length(range(10), range(1, 11))
+    assert trend is not None
+    assert [(b.shortest, b.longest, b.mean_score) for b in trend.buckets] == [
+        (1, 2, 0.5),
+        (3, 4, 2.5),
+        (5, 6, 4.5),
+        (7, 8, 6.5),
+        (9, 10, 8.5),
+    ]
+    # Six of ten at the budget of 32: texts of one length stay together, and every text is in one bucket.
+    trend = overoptimisation.reward_against_length(range(10), [4, 9, 15, 20, *[32] * 6])
+    assert trend is not None
+    # Fifths of ten lengths end at 13.8, 29.6, 32, 32 and 32 (linear quantiles).
+    assert [(b.shortest, b.longest, b.texts) for b in trend.buckets] == [(4, 9, 2), (15, 20, 2), (32, 32, 6)]
+
+
+def test_length_trend_where_there_is_none() -> None:
+    assert overoptimisation.reward_against_length([1, 2, 3], [8, 8, 8]) is None
+    flat = overoptimisation.reward_against_length([1, 1, 1, 1], [1, 2, 3, 4])
+    assert flat is not None
+    assert (flat.slope.value, flat.slope.low, flat.slope.high, flat.correlation) == (0, 0, 0, 0)
+
+
+def test_ngrams() -> None:
+    # Bigrams ab, ba, ab of the first and ab of the second: 2 different of 4. Repeated: 1 of 3, and 0 of 1.
+    texts = ["a b a b", "a b"]
+    assert overoptimisation.distinct_n(texts, 2) == 0.5
+    assert overoptimisation.repetition(texts, 2) == pytest.approx(1 / 6, abs=1e-12, rel=0)
+    ids = [[7, 8, 7, 8], [7, 8]]
+    assert overoptimisation.distinct_n(ids, 2) == 0.5
+    # A text without trigrams is left out: aba, bab repeat nothing.
+    assert overoptimisation.repetition(texts, 3) == 0
+    assert math.isnan(overoptimisation.distinct_n(["a", ""], 2))
+    assert math.isnan(overoptimisation.repetition([], 1))
+
+
+def test_collapse() -> None:
+    final = [0.5, 0.4, 0.39, math.nan, math.inf, -math.inf]
+    assert overoptimisation.collapsed(0.4, final).tolist() == [False, False, True, True, True, True]
+    assert overoptimisation.collapsed([0.4, 0.5], [0.45, 0.45]).tolist() == [False, True]
+    assert overoptimisation.collapse_rate(0.4, final).value == pytest.approx(4 / 6, abs=1e-12, rel=0)
+    # None of 3: Wilson's upper end is z^2 / (3 + z^2) = 3.8415 / 6.8415.
+    assert overoptimisation.collapse_rate(0.4, [0.5, 0.6, 0.7]).high == pytest.approx(0.5615, abs=1e-4, rel=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: overoptimisation.fit_gold_curve([1, 4], [1, 2], "ppo"),  # type: ignore[arg-type]
+            "best_of_n, rl, got 'ppo'",
+        ),
+        (lambda: overoptimisation.fit_gold_curve([1, 4], [1], "rl"), "at least 2"),
+        (lambda: overoptimisation.fit_gold_curve([1, 4, 9], [1, 2], "rl"), "for each KL, got 2 and 3"),
+        (lambda: overoptimisation.fit_gold_curve([-0.1, 4], [1, 2], "rl"), "at least 0, got -0.1"),
+        (lambda: overoptimisation.fit_gold_curve([0, 4, 4], [0, 2, 2], "rl"), "two different KLs above 0"),
+        (lambda: overoptimisation.reward_against_length([1, 2], [1, 2]), "at least 3"),
+        (lambda: overoptimisation.reward_against_length([1, 2, 3], [1, 2, 3, 4]), "got 4 and 3"),
+        (lambda: overoptimisation.reward_against_length([1, 2, 3], [1, 2, 3], 0), "buckets must be at least 1, got 0"),
+        (lambda: overoptimisation.distinct_n(["a"], 0), "n must be at least 1, got 0"),
+        (lambda: overoptimisation.collapsed(math.nan, [1]), "start's gold must be finite"),
+    ],
+)
+def test_bad_input(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
