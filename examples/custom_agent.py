@@ -1,59 +1,58 @@
-"""Your own agent: a config, a loss that is a pure function, and `update`. The base class collects, logs and saves.
-
-From a shell, in the folder above:
-    textrl-gym train examples.custom_agent:Reinforce CopyText-v0 --total-timesteps 20000 --seed 0 --out runs/mine
-"""
+"""Your own agent: settings, an advantage and a loss as pure functions, and `update`. The base class does the rest."""
 
 import dataclasses
-import sys
-from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.agents import Agent, AgentConfig
 from textrl_gym.core import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
 class ReinforceConfig(AgentConfig):
-    """Settings of REINFORCE."""
+    decay: float = 0.9
+    """Weight of the past in the baseline, at least 0 and below 1."""
 
-    baseline: Literal["mean", "none"] = "mean"
-    """What is taken off each return: the batch's mean, or nothing."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
 
 
-def reinforce_loss(logp_BT: Tensor, advantage_B: Tensor, mask_BT: Tensor, rows: int) -> Tensor:
-    """-1/B sum_i A_i sum_t log pi(y_it | x_i, y_i<t)  (Williams 1992), over a micro-batch of the B rows."""
-    assert logp_BT.shape == mask_BT.shape
-    assert advantage_B.shape == logp_BT.shape[:1]
-    return -(logp_BT * mask_BT * advantage_B[:, None]).sum() / rows
+def advantages(reward_BT: Tensor, mask_BT: Tensor, baseline: float) -> Tensor:
+    """What each token brought, less a number that knows nothing of it: sum_{k >= t} r_k - b. [B, T]"""
+    return (functional.returns_to_go(reward_BT, mask_BT) - baseline) * mask_BT
+
+
+def reinforce_loss(logp_BT: Tensor, advantage_BT: Tensor, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """-1/B sum_i sum_t A_it log pi(y_it | x_i, y_i<t), over a micro-batch of the B rows; and what to log."""
+    assert logp_BT.shape == advantage_BT.shape
+    loss = -(logp_BT * advantage_BT).sum() / rows
+    return loss, {"loss": loss.detach()}
 
 
 class Reinforce(Agent):
-    """REINFORCE with an optional baseline: one step on each rollout."""
-
     Config = ReinforceConfig
-    config: ReinforceConfig
+    baseline = 0.0
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        # 1. One advantage for each text; the KL penalty is in the rewards.
-        advantage_B = rollout.reward_BT.sum(1)
-        if self.config.baseline == "mean":
-            advantage_B = advantage_B - advantage_B.mean()
-        advantage_BT = advantage_B[:, None].expand_as(rollout.logp_BT)
+        # 1. Advantages; score and KL penalty are in the rewards.
+        advantage_BT = advantages(rollout.reward_BT, rollout.mask_BT, self.baseline)
 
-        # 2. One step for each minibatch, in micro-batches that fit in memory.
-        def loss(part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int) -> tuple[Tensor, dict]:
-            value = reinforce_loss(self.policy.logprobs(part), pick(advantage_BT)[:, 0], part.mask_BT, rows)
-            return value, {"loss": value.detach()}
+        # 2. A step for each minibatch, in micro-batches that fit in memory.
+        def loss(part: Rollout, pick: Any, rows: int, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+            return reinforce_loss(self.policy.logprobs(part), pick(advantage_BT), rows)
 
-        return [self.minimise(rollout, rows, loss) for rows in self.shuffled(rollout)][-1]
+        steps = [self.minimise(rollout, rows, loss) for rows in self.shuffled(rollout)]
 
+        # 3. The baseline of the next rollout.
+        self.baseline += (1 - self.config.decay) * (float(rollout.reward_BT.sum(1).mean()) - self.baseline)
+        return functional.mean_of(steps) | {"baseline": self.baseline}
 
-def main(env_id: str = "CopyText-v0", tokens: str = "20000", out: str = "runs/reinforce") -> None:
-    Reinforce(env_id, seed=0, out=out, learning_rate=1e-3).learn(total_timesteps=int(tokens))
+    def memory(self) -> dict[str, Any]:
+        return {"baseline": self.baseline}
 
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    def remember(self, memory: dict[str, Any]) -> None:
+        self.baseline = memory["baseline"]

@@ -85,7 +85,8 @@ def test_help_of_train_lists_the_agents_settings(capsys: pytest.CaptureFixture[s
 def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'trian' (did you mean 'train'?); allowed: bench, check, " in one_error(capsys, "trian")
     line = one_error(capsys, "train", "grop", "CopyText-v0", *TINY)
-    assert "unknown agent 'grop' (did you mean 'grpo'?); allowed: grpo, ppo" in line
+    assert "unknown agent 'grop' (did you mean 'grpo'?); allowed: " in line
+    assert ", grpo, " in line
     line = one_error(capsys, "train", "grpo", "copytext", *TINY)
     assert "unknown environment 'copytext' (did you mean 'CopyText-v0'?); allowed: " in line
     assert "unknown environment 'Cart'" in one_error(capsys, "check", "Cart")

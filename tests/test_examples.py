@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from textrl_gym import cli
+from textrl_gym.envs import known_optimum
 
 
 @pytest.fixture
@@ -27,7 +30,21 @@ def test_every_example_is_tested(root: Path) -> None:
         "demo",
         "bench_vs_trl",
         "bench_vs_generate",
+        "bench_ablation",
     }
+
+
+def test_ablation(root: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(root / "examples" / "bench_ablation.py"), "--turns", "1"]
+    command += ["--prompts", "1", "--group", "2", "--prompt-tokens", "6", "--new-tokens", "3", "--iterations", "1"]
+    done = subprocess.run(
+        [*command, "--only", "each row computes its own prompt"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert json.loads(done.stdout)["completion_tokens_per_second"] > 0
 
 
 def test_gymnasium_loop(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,10 +72,36 @@ def test_custom_agent_learns(example: Path) -> None:
     assert agent.collect().score_B.mean() > before + 0.2
 
 
-def test_custom_agent_by_the_command_line(example: Path) -> None:
-    args = ["--total-timesteps", "300", "--rollout-episodes", "16", "--eval-episodes", "8", "--baseline", "none"]
-    assert cli.main(["train", "custom_agent:Reinforce", "CopyText-v0", *args, "--out", "out"]) == 0
-    assert cli.main(["evaluate", "out", "--episodes", "8"]) == 0
+def test_custom_agent_reaches_the_known_optimum(example: Path) -> None:
+    agent = importlib.import_module("custom_agent").Reinforce(
+        "KnownOptimum-v0", seed=0, out="out", rollout_episodes=256, learning_rate=3e-3
+    )
+    before = known_optimum.distance(agent.policy, agent.policy.reference, agent.kl.coef)
+    agent.learn(total_timesteps=30_000, progress_bar=False, eval_every=0, eval_episodes=8)
+    assert before > 0.1
+    assert known_optimum.distance(agent.policy, agent.policy.reference, agent.kl.coef) < 0.02
+
+
+def test_custom_agent_outside_the_package(root: Path, tmp_path: Path) -> None:
+    """A user's file in a user's folder, by the command line, with its settings as flags and what it remembers saved."""
+    source = (root / "examples" / "custom_agent.py").read_text()
+    assert len(source.splitlines()) < 60
+    assert source in (root / "docs" / "write-your-own-agent.md").read_text()
+    (tmp_path / "my_agents.py").write_text(source)
+    env = os.environ | {"PYTHONPATH": str(root)}
+
+    def run(*args: str) -> str:
+        command = [sys.executable, "-m", "textrl_gym", *args]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    small = ["--total-timesteps", "300", "--rollout-episodes", "16", "--eval-episodes", "8", "--decay", "0.5"]
+    run("train", "my_agents:Reinforce", "CopyText-v0", *small, "--out", "runs/mine")
+    state = json.loads((tmp_path / "runs" / "mine" / "agent.json").read_text())
+    assert (state["agent"], state["config"]["decay"]) == ("my_agents:Reinforce", 0.5)
+    assert state["memory"]["baseline"] != 0
+    assert "KL to the reference" in run("evaluate", "runs/mine", "--episodes", "8")
 
 
 def test_demo(example: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "plugins", "statistics", "pairwise", "overoptimisation"}),
     frozenset({"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases"})
-    | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk"}),
+    | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk", "decoders", "preferences"}),
     frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
     frozenset(
         {
@@ -19,19 +19,25 @@ FLOORS: tuple[frozenset[str], ...] = (
             "vector",
             "env",
             "agent_config",
+            "steps",
             "policy",
+            "masked",
+            "sb3",
             "sampler",
             "induction",
             "sft",
             "comparisons",
+            "pairing",
+            "pair_losses",
+            "reward_report",
             "reading",
             "reward_training",
         }
     ),
-    frozenset({"rollout", "health"}),
+    frozenset({"rollout", "health", "sb3_env"}),
     frozenset({"evaluation"}),
     frozenset({"train"}),
-    frozenset({"agent"}),
+    frozenset({"agent", "decoding", "sb3_agent"}),
     frozenset({"envs", "agents"}),
     frozenset({"check", "cell", "compare", "report", "run_settings", "build_assets", "bench"})
     | frozenset({"comparison_data", "comparison_numbers", "comparison_charts", "comparison_page"}),

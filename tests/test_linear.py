@@ -74,3 +74,22 @@ def test_a_subclass_is_left_alone() -> None:
 
     assert linear.layers(nn.Sequential(Quantised(2, 2), nn.Linear(2, 2))) != []
     assert linear.layers(Quantised(2, 2)) == []
+
+
+def test_second_gradients_where_they_are_asked_for() -> None:
+    layer, x = nn.Linear(12, 20), torch.randn(3, 12)
+
+    def curvature() -> torch.Tensor:
+        with linear.fast([layer]):
+            (grad_OI,) = torch.autograd.grad((layer(x) ** 3).sum(), layer.weight, create_graph=True)
+        return torch.autograd.grad(grad_OI.sum(), layer.weight)[0]
+
+    with pytest.raises(RuntimeError, match="differentia"):
+        curvature()
+    with linear.twice_differentiable():
+        # d2/dw2 of y^3 with y = w x + b, summed over a row's inputs: 6 y x (sum of x)
+        y_NO = layer(x).detach()
+        expected = torch.einsum("no,ni,n->oi", 6 * y_NO, x, x.sum(1))
+        torch.testing.assert_close(curvature(), expected, atol=1e-4, rtol=0)
+    with pytest.raises(RuntimeError, match="differentia"):
+        curvature()

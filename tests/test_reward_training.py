@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import comparisons, models, reward_training, sft
+from textrl_gym import cli, comparisons, models, reward_report, reward_training, sft
 from textrl_gym.comparisons import Comparer, Comparison
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.policy import Policy
@@ -18,7 +18,9 @@ from textrl_gym.rewards import load_reward
 TINY_SFT = sft.SFTConfig(
     steps=2, batch_size=2, copy_steps=0, hidden_size=16, intermediate_size=32, layers=2, eval_rows=2
 )
-TINY = RewardModelConfig(prompts=8, samples=2, candidates=3, batch_size=4, eval_prompts=8, warmup_steps=1)
+TINY = RewardModelConfig(
+    prompts=8, samples=2, candidates=3, batch_size=4, eval_prompts=8, warmup_steps=1, reading_steps=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def write_pairs(file: Path, rows: int) -> None:
 def test_a_users_pairs_are_learnt_and_the_seed_decides_the_weights(tiny_model: str, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl", 100)
     config = RewardModelConfig(
-        model=tiny_model, dataset=str(tmp_path / "pairs.jsonl"), batch_size=4, learning_rate=1e-2, warmup_steps=5
+        model=tiny_model, dataset=(str(tmp_path / "pairs.jsonl"),), batch_size=4, learning_rate=1e-2, warmup_steps=5
     )
     records = [reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / name) for name in "ab"]
     assert records[0]["measured"]["annotator_agreement"] == 1.0  # "yes" beats "no" in the ten pairs held out
@@ -115,14 +117,88 @@ def test_a_users_pairs_are_learnt_and_the_seed_decides_the_weights(tiny_model: s
         assert torch.equal(value, b.state_dict()[key]), key
 
 
+def test_the_report_by_hand() -> None:
+    # 0.75 of 4: Wilson centre (0.75 + z^2/8) / (1 + z^2/4), z^2 = 3.8415: 1.2302 / 1.9604 = 0.6275;
+    # half width 1.96 / 1.9604 * sqrt(0.75 * 0.25 / 4 + 3.8415 / 64) = 0.3269
+    row = reward_report.accuracy_row("x", [1.0, 2.0, 0.5, -1.0])
+    assert row == pytest.approx(row | {"pairs": 4, "accuracy": 0.75}, abs=1e-12)
+    assert (row["low"], row["high"]) == pytest.approx((0.3006, 0.9544), abs=1e-4)
+    assert reward_report.share_right([0.0, 1.0]) == 0.75  # equal rewards count half
+    assert reward_report.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)  # 1 / (1 + z^2 / 10)
+    # predicted sigmoid(log 3) = 0.75 twice, one right; sigmoid(log 9) = 0.9, right; sigmoid(0) = 0.5, which counts half
+    found = reward_report.calibration([math.log(3) + 1e-9, -math.log(3) - 1e-9, math.log(9) + 1e-9, 0.0])
+    bins = [(b["from"], b["pairs"], b["predicted"], b["observed"]) for b in found["bins"]]
+    assert bins == [
+        pytest.approx((0.5, 1, 0.5, 0.5), abs=1e-6),
+        pytest.approx((0.75, 2, 0.75, 0.5), abs=1e-6),
+        pytest.approx((0.9, 1, 0.9, 1.0), abs=1e-6),
+    ]
+    assert found["ece"] == pytest.approx((2 * 0.25 + 0.1) / 4, abs=1e-6)
+    table = reward_report.accuracy_table({"a": [1.0], "b": [-1.0, 1.0, 1.0]})
+    assert [(row["data"], row["pairs"], row["accuracy"]) for row in table] == [
+        ("a", 1, 1.0),
+        ("b", 3, pytest.approx(2 / 3)),
+        ("all", 4, 0.75),
+    ]
+
+
+def test_gaps_and_first_pairs_by_hand() -> None:
+    compared = [Comparison([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)]), Comparison([1], [[2], [3]], [(1, 0)])]
+    assert reward_report.gaps([[1.0, 0.0, 2.0], [5.0, 3.0]], compared) == [1.0, 1.0, -2.0, -2.0]
+    taken = reward_training.first_pairs(compared, 2)
+    assert [c.pairs for c in taken] == [[(0, 1), (2, 0)]]
+    assert [len(c.pairs) for c in reward_training.first_pairs(compared, 4)] == [3, 1]
+
+
+def test_several_data_sets_and_a_curve(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    write_pairs(Path(a), 40)
+    write_pairs(Path(b), 30)
+    write_pairs(Path(c), 20)
+    args = ["reward-model", "TLDRSummarize-v0", "--model", tiny_model, "--out", str(tmp_path / "rm")]
+    more = ["--learning-rate", "1e-2", "--warmup-steps", "2", "--batch-size", "4"]
+    assert cli.main([*args, *more, "--dataset", a, b, "--eval-dataset", c, "--curve", "4", "60"]) == 0
+    record = json.loads((tmp_path / "rm" / "reward_training.json").read_text())
+    # a tenth of the first two is held out; what is only measured on is taken whole
+    assert [(row["data"], row["pairs"]) for row in record["accuracy"]] == [(a, 4), (b, 3), (c, 20), ("all", 27)]
+    assert [row["training pairs"] for row in record["curve"]] == [4, 60]
+    assert [row["pairs"] for row in record["curve"]] == [27, 27]
+    assert record["curve"][1]["accuracy"] == 1.0  # "yes" against "no"
+    assert sum(row["pairs"] for row in record["calibration"]["bins"]) == 27
+    assert record["measured"]["annotator_agreement"] == 1.0
+    out = capsys.readouterr().out
+    for words in ("Accuracy on held-out pairs", "Calibration: expected error", "by the number of training pairs"):
+        assert words in out
+
+
+def test_a_curve_of_simulated_annotators_starts_where_the_model_does(tiny_model: str, tmp_path: Path) -> None:
+    """All pairs of the curve give the model itself, so their accuracies are equal."""
+    everything = RewardModelConfig(**{**vars(TINY), "model": tiny_model, "reading_steps": 1})
+    task = TLDRSummarize()
+    policies = [Policy(task.load_model(name)) for name in (None, tiny_model)]
+    comparer = Comparer(task, policies, models.load_tokenizer(tiny_model), everything)
+    total = sum(len(c.pairs) for c in comparer.stream("train", TINY.prompts, TINY.seed + 1))
+    config = RewardModelConfig(**{**vars(everything), "curve": (total, 5)})
+    record = reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+    ((accuracy,), curve) = record["accuracy"], record["curve"]
+    assert accuracy["data"] == "simulated annotators"
+    assert [row["training pairs"] for row in curve] == [5, total]
+    assert curve[1]["accuracy"] == accuracy["accuracy"]
+    config = RewardModelConfig(**{**vars(everything), "curve": (1000,)})
+    with pytest.raises(ValueError, match=r"curve asks for 1000 pairs; there are \d+ to train on"):
+        reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+    with pytest.raises(ValueError, match="at least 1, got"):
+        RewardModelConfig(curve=(0,))
+
+
 def test_errors_name_what_was_found(tiny_model: str, tmp_path: Path) -> None:
     file = tmp_path / "wrong.jsonl"
     file.write_text('{"prompt": "a", "good": "b"}\n')
-    config = RewardModelConfig(model=tiny_model, dataset=str(file))
+    config = RewardModelConfig(model=tiny_model, dataset=(str(file),))
     with pytest.raises(ValueError, match=r"columns prompt, good; expected: prompt, chosen, rejected"):
         reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     write_pairs(tmp_path / "one.jsonl", 1)
-    config = RewardModelConfig(model=tiny_model, dataset=str(tmp_path / "one.jsonl"))
+    config = RewardModelConfig(model=tiny_model, dataset=(str(tmp_path / "one.jsonl"),))
     with pytest.raises(ValueError, match="too few pairs"):
         reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     task: Any = TLDRSummarize()

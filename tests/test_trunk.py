@@ -16,9 +16,10 @@ from torch import Tensor
 
 from textrl_gym import functional, policy, prefix
 from textrl_gym.core import Rollout
+from textrl_gym.decoders import position_ids
 from textrl_gym.policy import Policy
 from textrl_gym.sampler import generate
-from textrl_gym.trunk import Trunk, position_ids, unique_prompts
+from textrl_gym.trunk import Trunk, unique_prompts
 
 V, P, T = 37, 7, 9
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -234,7 +235,7 @@ def test_compaction_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix.Prefix, "keep", watched)
     with_compaction = sample()
     assert kept, "no row ended before another: the test shows nothing"
-    monkeypatch.setattr("textrl_gym.trunk._SharedDecoder.leavers", 1.0)  # rows leave when all have ended
+    monkeypatch.setattr("textrl_gym.decoders.SharedDecoder.leavers", 1.0)  # rows leave when all have ended
     without = sample()
     assert torch.equal(with_compaction.token_BT, without.token_BT)
     assert torch.equal(with_compaction.mask_BT, without.mask_BT)

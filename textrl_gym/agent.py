@@ -51,6 +51,8 @@ class Agent:
     """Whether a loaded checkpoint goes on as if it had never been stopped; where not, `compare` begins a run anew."""
     needs_groups: ClassVar[bool] = False
     """Whether the completions of a prompt are compared, so that an environment without groups is refused."""
+    starts_at_reference: bool = True
+    """Whether the fresh policy is its reference, so that the health card wants a KL of 0."""
     kl_in_reward: bool = True
     """Whether the rollout's rewards carry the KL penalty."""
 
@@ -129,7 +131,7 @@ class Agent:
         loaded = self._make_trained(loaded.to(self.device).float())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return Policy(
+            return self._new_policy(
                 loaded,
                 reference="copy" if reference is None else reference,
                 value_head=self.uses_value,
@@ -139,6 +141,10 @@ class Agent:
                 dtype=models.resolve_dtype(self.config.dtype),
                 cuda_graphs=self.config.cuda_graphs,
             )
+
+    def _new_policy(self, model: Any, **settings: Any) -> Policy:
+        """The policy of a loaded model; an agent with another kind of policy overrides this."""
+        return Policy(model, **settings)
 
     def _make_trained(self, model: Any) -> Any:
         """The model with a LoRA, or its lower layers frozen, as the config says."""
@@ -248,6 +254,10 @@ class Agent:
         """
         return collect(env, self.policy, kl_coef=0.0, greedy=greedy, generator=generator, prompt_indices=prompt_indices)
 
+    def extra_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """What an agent adds to the numbers of an evaluation, from the rollouts that it played there (not greedily)."""
+        return {}
+
     # -- learning -----------------------------------------------------------------------------------------------------
 
     def collect(self) -> Rollout:
@@ -280,6 +290,7 @@ class Agent:
         rollout: Rollout,
         rows: Tensor,
         loss: Callable[[Rollout, Callable[[Tensor], Tensor], int, int], tuple[Tensor, dict[str, Tensor]]],
+        whole_groups: bool = False,
     ) -> dict[str, float]:
         """One optimizer step on the given rows, in micro-batches whose gradients add up to that of one batch.
 
@@ -287,11 +298,12 @@ class Agent:
             loss: f(part, pick, rows, tokens) -> (scalar loss, metrics). `part` is a micro-batch; pick(x_BT) takes the
                 part's rows and places of a tensor made from the whole rollout; rows and tokens are the minibatch's
                 global counts, by which sums are divided. Metrics are sums divided by them too, so that they add up.
+            whole_groups: the loss compares the rows of a group, so a micro-batch holds all of them.
         """
         batch_tokens = int(rollout.mask_BT[rows].sum())
         totals: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        for chosen in micro_batches(rollout.select(rows), self.config.micro_batch_tokens):
+        for chosen in micro_batches(rollout.select(rows), self.config.micro_batch_tokens, whole_groups):
             part_rows = rows[chosen]
             part = rollout.select(part_rows)
             width = part.token_BT.shape[1]

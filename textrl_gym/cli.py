@@ -165,6 +165,8 @@ def check(args: Sequence[str]) -> int:
 
 TRAIN = """Train an agent: textrl-gym train AGENT ENV --total-timesteps N --out DIR; --resume DIR goes on.
 
+An agent that does not train is evaluated and saved, and needs no --total-timesteps.
+
 AGENT is the name of a file in agents/, or module:Class; ENV is an environment id, or module:ID. They come first. The
 settings of AGENT are among those below. A TOML file given by --config holds the tables [agent], [train] and [env]."""
 
@@ -197,6 +199,8 @@ def train(args: Sequence[str]) -> int:
     parsed = parse(" ".join(["train", *names]), TRAIN, parts, [*before, *args[len(names) :]])
 
     run = parsed.run
+    if agent_class.trains and run.total_timesteps is None:
+        raise ValueError(f"{names[0]} trains: give --total-timesteps N, the generated tokens to train for")
     out = run.out or Path("runs") / f"{names[0].rpartition(':')[2]}-{env_id}-seed{run.seed}"
     refuse_used(out)
     config = dataclasses.asdict(parsed.agent)
@@ -211,7 +215,7 @@ def train(args: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     record = {"command": list(args), "environment": env_id, "options": dataclasses.asdict(parsed.options)}
     (out / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return learn(agent, run.total_timesteps, parsed.options, goes_on=False)
+    return learn(agent, run.total_timesteps or 0, parsed.options, goes_on=False)
 
 
 def refuse_used(out: Path) -> None:
@@ -256,6 +260,10 @@ def resume(args: Sequence[str]) -> int:
     parsed = parse("train", resume.__doc__, parts, args)
     total = checkpoint.read_state(parsed.resume)["total_timesteps"]
     agent = load_agent(parsed.resume, device=parsed.device, out=parsed.resume)
+    if not agent.trains:
+        raise ValueError(
+            f"{str(parsed.resume)!r} holds {type(agent).__name__}, which does not train: nothing to resume"
+        )
     left = total - agent.num_timesteps if parsed.total_timesteps is None else parsed.total_timesteps
     if left < 1:
         done = f"{str(parsed.resume)!r} has {agent.num_timesteps:,} of {total:,} tokens"
@@ -382,26 +390,42 @@ def sft(args: Sequence[str]) -> int:
     """Fine-tune a language model on a task's prompts and completions."""
     from textrl_gym import sft as home
 
-    return _make_model("sft", home.SFTConfig, home.sft, args)
+    _make_model("sft", home.SFTConfig, home.sft, args)
+    return 0
 
 
 def reward_model(args: Sequence[str]) -> int:
     """Train a reward model on preferences between completions."""
+    from rich.console import Console
+
+    from textrl_gym import reward_report
     from textrl_gym import reward_training as home
 
-    return _make_model("reward-model", home.RewardModelConfig, home.train_reward_model, args)
+    record = _make_model("reward-model", home.RewardModelConfig, home.train_reward_model, args)
+    Console().print(*reward_report.tables(record))
+    return 0
 
 
-def _make_model(command: str, config: type[Any], work: Callable[..., dict[str, Any]], args: Sequence[str]) -> int:
+def preferences(args: Sequence[str]) -> int:
+    """Sample pairs of completions, label them, and write them as jsonl."""
+    from textrl_gym import pairing as home
+
+    _make_model("preferences", home.PreferenceConfig, home.make_preferences, args)
+    return 0
+
+
+def _make_model(command: str, config: type[Any], work: Callable[..., dict[str, Any]], args: Sequence[str]) -> Any:
+    """Parse, work, print what was measured; the record of the work."""
     parts = [
         ("env", place(str, "an environment id, or module:ID")),
-        ("out", flag(Path, "the folder to write")),
+        ("out", flag(Path, "the file or folder to write")),
         ("config", flat(config)),
     ]
     parsed = parse(command, COMMANDS[command].__doc__, parts, args)
     record = work(find_env(parsed.env), parsed.config, parsed.out)
-    print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in record["measured"].items()})
-    return 0
+    measured = {name: value for name, value in record["measured"].items() if isinstance(value, int | float)}
+    print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in measured.items()})
+    return record
 
 
 def bench(args: Sequence[str]) -> int:
@@ -422,5 +446,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report,
     "sft": sft,
     "reward-model": reward_model,
+    "preferences": preferences,
     "bench": bench,
 }

@@ -5,25 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from textrl_gym import prompts, sampler
+from textrl_gym import preferences, prompts, sampler
 from textrl_gym.core import Row
 from textrl_gym.packing import pad
 from textrl_gym.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.tasks import Task
-
-PAIRS = prompts.Schema(
-    "trl-lib preference data",
-    ("prompt", "chosen", "rejected"),
-    lambda row: {"prompt": row["prompt"], "completion": row["chosen"], "rejected": row["rejected"]},
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +65,7 @@ class Comparer:
         if task.judge is None or not hasattr(task, "candidates"):
             raise ValueError(
                 f"{type(task).__name__} has no judge with candidates(row, rng, n), so there is nothing for simulated "
-                "annotators to compare: give pairs with dataset= (columns prompt, chosen, rejected)"
+                "annotators to compare: give pairs with dataset="
             )
         self.task, self.policies, self.tokenizer, self.config = task, policies, tokenizer, config
         self.judge = load_reward(task.judge, task=task, tokenizer=tokenizer)
@@ -121,22 +115,52 @@ class Comparer:
             yield from self.compare(policy, rows, seed + start + 1, *made)
 
 
-def read_pairs(dataset: str, split: str, task: Task, tokenizer: Any) -> list[Comparison]:
-    """A user's preferences. A single file has no splits: its last tenth is held out.
+def _encode(row: Row, task: Task, tokenizer: Any, budget: int) -> list[int]:
+    """Ids of a prompt from a user's data, which need not be of the task's form."""
+    if row["dialogue"] or not row["prompt"].endswith(task.keep_suffix):
+        ids = prompts.encode_prompt(row["prompt"], tokenizer, sys.maxsize)
+        first = ids[: int(len(ids) > budget and ids[0] == tokenizer.bos_token_id)]
+        return first + ids[len(first) :][-(budget - len(first)) :]
+    return task.encode(row, tokenizer, budget)
+
+
+def read_preferences(
+    dataset: str,
+    split: str,
+    task: Task,
+    tokenizer: Any,
+    max_prompt_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    *,
+    most: int | None = None,
+    seed: int = 0,
+    whole: bool = False,
+) -> list[Comparison]:
+    """A user's preferences, in any schema of `textrl_gym.preferences`, as token ids within the task's budgets.
+
+    A prompt that is too long is cut as the task cuts it; a dialogue, or what does not end as the task's prompts do,
+    loses its beginning. A completion that the budget cuts has no EOS; two that are equal within it are no pair.
+
+    Args:
+        most: so many rows at most, drawn with `seed`.
+        whole: take the whole of what has no held-out split.
 
     Raises:
-        ValueError: the columns are not prompt, chosen and rejected; it names those found.
+        ValueError: see `textrl_gym.preferences.load`; or no pair is left within the budget.
     """
-    rows = prompts.load_rows(dataset, split, (PAIRS,))
-    if Path(dataset).expanduser().is_file():
-        kept = max(1, len(rows) // 10)
-        rows = rows[:-kept] if split == "train" else rows[-kept:]
-    if not rows:
-        raise ValueError(f"dataset {dataset!r} has too few pairs: at least 2 are needed, one of them held out")
+    prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
     found = []
+    rows = preferences.load(dataset, split, tokenizer, whole=whole).rows
+    if most is not None and most < len(rows):
+        rows = random.Random(seed).sample(rows, most)
     for row in rows:
-        texts = [row["chosen"], row["rejected"]]
-        ids = [tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for t in texts]
-        prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
-        found.append(Comparison(prompt_ids, [i[: task.max_new_tokens] for i in ids], [(0, 1)]))
+        ids = [
+            tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for t in row["completions"]
+        ]
+        ids = [some[:budget] for some in ids]
+        pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
+        if pairs:
+            found.append(Comparison(_encode(row, task, tokenizer, prompt_budget), ids, pairs))
+    if not found:
+        raise ValueError(f"dataset {dataset!r}: within max_new_tokens={budget} no two completions of a prompt differ")
     return found

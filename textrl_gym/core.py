@@ -98,6 +98,9 @@ class Rollout:
     """B texts, as the reward saw them."""
     completions: list[str] = dataclasses.field(default_factory=list)
     """B texts, as the reward saw them."""
+    passes_B: Tensor | None = None
+    """float32, states that a model was asked about for the completion, as agents that search count them; None: one for
+    each token."""
 
     def __len__(self) -> int:
         return self.token_BT.shape[0]
@@ -113,7 +116,9 @@ class Rollout:
         picked: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            picked[field.name] = value[rows_B] if isinstance(value, Tensor) else [value[i] for i in rows_B.tolist()]
+            if value is not None:
+                value = value[rows_B] if isinstance(value, Tensor) else [value[i] for i in rows_B.tolist()]
+            picked[field.name] = value
         return Rollout(**picked).trim()
 
     @staticmethod
@@ -131,6 +136,9 @@ class Rollout:
                 parts = [torch.nn.functional.pad(part, (prompt - part.shape[1], 0)) for part in parts]
             elif field.name.endswith("_BT"):
                 parts = [torch.nn.functional.pad(part, (0, response - part.shape[1])) for part in parts]
+            if field.name == "passes_B":
+                joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
+                continue
             is_tensor = isinstance(parts[0], Tensor)
             joined[field.name] = torch.cat(parts) if is_tensor else [text for part in parts for text in part]
         return Rollout(**(joined | {"group_B": torch.cat(numbers_B)}))

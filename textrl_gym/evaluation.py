@@ -82,14 +82,18 @@ class Evaluator:
         Returns:
             metrics: score (mean raw reward), judge (mean judge score, where the task has a judge), win_rate (share of
                 prompts on which the judge prefers the policy's completion to the reference's, ties counting half),
-                kl_sequence (nats, k1 summed over each sequence), kl_token, completion_tokens, eos_share; with `greedy`
-                also score_greedy and judge_greedy, of the most likely tokens.
+                kl_sequence (nats, k1 summed over each sequence), kl_token, completion_tokens, eos_share, forward_passes
+                (states that a model was asked about, for each token of the completions; 1 is plain sampling), and what
+                an agent's own extra_metrics adds; with `greedy` also score_greedy and judge_greedy, of the most likely
+                tokens.
             samples: a dict for each prompt.
         """
         reference = player.reference if isinstance(player, Policy) else player.policy.reference
         rollouts = self.play(player)
         judged = self.judged(rollouts)
         metrics = _means(rollouts)
+        if not isinstance(player, Policy):
+            metrics |= player.extra_metrics(rollouts)
         if self.judge is not None:
             metrics["judge"] = float(judged.mean())
         if reference is not None:
@@ -132,6 +136,7 @@ def _means(rollouts: list[Rollout]) -> dict[str, float]:
     episodes = sum(len(r) for r in rollouts)
     tokens = sum(r.num_tokens for r in rollouts)
     kl = sum(float(((r.logp_BT - r.ref_logp_BT) * r.mask_BT).sum()) for r in rollouts)
+    passes = sum(r.num_tokens if r.passes_B is None else float(r.passes_B.sum()) for r in rollouts)
     ended = sum(int((r.stop_B == StopReason.EOS).sum()) for r in rollouts)
     return {
         "score": sum(float(r.score_B.sum()) for r in rollouts) / episodes,
@@ -139,6 +144,7 @@ def _means(rollouts: list[Rollout]) -> dict[str, float]:
         "kl_token": kl / max(tokens, 1),
         "completion_tokens": tokens / episodes,
         "eos_share": ended / episodes,
+        "forward_passes": passes / max(tokens, 1),
     }
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LEAST_PRODUCT = 2**20
 """Rows x inputs x outputs below which the call of oneDNN takes longer than the product."""
@@ -39,7 +41,7 @@ def layers(model: nn.Module) -> list[nn.Linear]:
 @contextlib.contextmanager
 def fast(linears: Sequence[nn.Linear]) -> Iterator[None]:
     """Inside, these layers go by oneDNN in float32 on a CPU; afterwards they are as before."""
-    own = [module for module in linears if "forward" not in module.__dict__]
+    own = [] if _plain.get() else [module for module in linears if "forward" not in module.__dict__]
     for module in own:
         module.__dict__["forward"] = functools.partial(linear, module)
     try:
@@ -47,6 +49,20 @@ def fast(linears: Sequence[nn.Linear]) -> Iterator[None]:
     finally:
         for module in own:
             del module.__dict__["forward"]
+
+
+_plain = ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, gradients have gradients: those of `fast` layers and of PyTorch's fused attention have none."""
+    token = _plain.set(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        _plain.reset(token)
 
 
 def linear(module: nn.Linear, x: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from textrl_gym import adapters, functional
 from textrl_gym.core import Rollout
-from textrl_gym.trunk import Decoder, Trunk
+from textrl_gym.decoders import Decoder
+from textrl_gym.steps import StepCache, aligned
+from textrl_gym.trunk import Trunk
 
 CHUNK_NUMBERS = 2**22
 """Logits that are held at a time, as numbers: 16 MiB of float32."""
@@ -85,6 +87,8 @@ class Policy(nn.Module):
         self.trunk = Trunk(self.model, dtype, static=cuda_graphs, adapter=adapter)
         self.value_model: Any = value_model.eval() if value_model is not None else None
         self.value_trunk = Trunk(self.value_model, dtype) if value_model is not None else None
+        self.steps: StepCache | None = None
+        """Where set, `next_logprobs` and `act` go on from the observations of the call before."""
         self.value_head: nn.Linear | None = None
         if value_head or value_model is not None:
             trunk: Any = self.model if value_model is None else self.value_model
@@ -124,8 +128,12 @@ class Policy(nn.Module):
         """The hidden states below the logits that each action was taken from, [B, T, D]; each unique prompt once."""
         return self.trunk.hidden(*_inputs(rollout))
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits divided by the temperature, [N, V], in at least float32."""
+    def logits(self, hidden_ND: Tensor, token_N: Tensor | None = None) -> Tensor:
+        """Logits divided by the temperature, [N, V], in at least float32.
+
+        Args:
+            token_N: what was taken there, where it is known; a policy that forbids tokens must then allow it.
+        """
         logits_NV = functional.at_least_float32(self.trunk.logits(hidden_ND)[:, : self.vocab_size])
         return logits_NV if self.temperature == 1.0 else logits_NV / self.temperature
 
@@ -153,7 +161,7 @@ class Policy(nn.Module):
         """log pi of tokens and, where asked for, the entropy (else an empty tensor), a chunk of places at a time."""
 
         def of_chunk(hidden_nD: Tensor, token_n: Tensor) -> tuple[Tensor, Tensor]:
-            logits_nV = self.logits(hidden_nD)
+            logits_nV = self.logits(hidden_nD, token_n)
             empty_n = logits_nV.new_empty(0)
             return functional.token_logprobs(logits_nV, token_n), functional.entropy(logits_nV) if entropy else empty_n
 
@@ -186,6 +194,11 @@ class Policy(nn.Module):
         return self._values(rollout) * rollout.mask_BT
 
     @property
+    def samples_exactly(self) -> bool:
+        """Whether the sampler's log-probabilities are the training forward's but for float32's rounding."""
+        return self.dtype == torch.float32
+
+    @property
     def shares_trunk(self) -> bool:
         """Whether the value head reads the hidden states that the logits come from."""
         return self.value_head is not None and self.value_trunk is None
@@ -200,21 +213,17 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def next_logprobs(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """log pi(. | s) of observations whose prefixes may differ in length. float32 [B, V].
+        """log pi(. | s) of observations whose prefixes may differ in length. float32 [B, V]."""
+        return self.logits(self.last_hidden(input_BL, mask_BL)).log_softmax(-1)
 
-        Each row's real tokens are one unbroken run; rows are moved to end at the same place, since a left-padded row
-        means the same wherever it stands.
-        """
-        mask_BL = mask_BL.bool()
-        length_B = mask_BL.long().sum(1)
-        width = int(length_B.max())
-        end_B = mask_BL.shape[1] - mask_BL.long().flip(1).argmax(1)  # one past the last real token
-        place_BW = end_B[:, None] - width + torch.arange(width, device=input_BL.device)
-        moved_mask_BW = torch.arange(width, device=input_BL.device) >= (width - length_B)[:, None]
-        moved_BW = input_BL.gather(1, place_BW.clamp(min=0)) * moved_mask_BW
+    @torch.no_grad()
+    def last_hidden(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """The hidden states below the next token's logits of such observations, [B, D]."""
+        if self.steps is not None:
+            return self.steps(input_BL, mask_BL)
+        moved_BW, moved_mask_BW = aligned(input_BL, mask_BL)
         no_action_B0 = moved_BW[:, :0]
-        hidden_B1D = self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())
-        return self.logits(hidden_B1D[:, 0]).log_softmax(-1)
+        return self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())[:, 0]
 
     @torch.no_grad()
     def act(

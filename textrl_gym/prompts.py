@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import gzip
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +136,20 @@ def load_rows(dataset: str | Path, split: str, schemas: Sequence[Schema] = TLDR_
         ValueError: no such data or split, no rows, columns of no schema, or a row with something else than a text.
         ImportError: a Hub id or a parquet file without the extra "hub".
     """
+    return _to_rows(read_raw(dataset, split), f"dataset {str(dataset)!r}, split {split!r}", schemas)
+
+
+def read_raw(dataset: str | Path, split: str, hub: Callable[[str, str], list[Any]] | None = None) -> list[Any]:
+    """A split's rows as they are written; arguments and errors as `load_rows`. `hub`: who reads a Hub id."""
     check_split(split)
     path = Path(dataset).expanduser()
     if path.is_file():
-        raw = _read_file(path)
-    elif path.is_dir():
-        raw = [row for file in _split_files(path, split) for row in _read_file(file)]
-    elif path.name.endswith(FORMATS) or _HUB_ID.fullmatch(str(dataset)) is None:
+        return _read_file(path)
+    if path.is_dir():
+        return [row for file in _split_files(path, split) for row in _read_file(file)]
+    if path.name.endswith(FORMATS) or _HUB_ID.fullmatch(str(dataset)) is None:
         raise ValueError(f"dataset {str(dataset)!r}: there is no such file or folder, and it is no Hub id (owner/name)")
-    else:
-        raw = _read_hub(str(dataset), split)
-    return _to_rows(raw, f"dataset {str(dataset)!r}, split {split!r}", schemas)
+    return (hub or _read_hub)(str(dataset), split)
 
 
 def _to_rows(raw: list[Any], where: str, schemas: Sequence[Schema]) -> list[dict[str, Any]]:
@@ -231,11 +235,18 @@ def _read_jsonl(path: Path) -> list[Any]:
 
 
 def _read_hub(name: str, split: str) -> list[Any]:
-    _require("datasets", f"dataset {name!r} (no such file or folder, so a Hub id)")
-    import datasets
+    with hub_errors(name, split):
+        import datasets
 
-    try:
         return datasets.load_dataset(name, split=split).to_list()
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, split: str) -> Iterator[None]:
+    """Around what asks the Hub: its errors in words that say what else works."""
+    _require("datasets", f"dataset {name!r} (no such file or folder, so a Hub id)")
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(

@@ -24,6 +24,9 @@ METRICS = {
     "kl_token": ("KL to the reference, nats per token", 4),
     "completion_tokens": ("Completion, tokens", 1),
     "eos_share": ("Share ended by EOS", 3),
+    "forward_passes": ("Model evaluations per token", 1),
+    "scored_completions": ("Completions scored per prompt", 0),
+    "kl_bound": ("Best-of-n's KL to its own policy, bound, nats", 2),
     "train_seconds": ("Training, seconds", 0),
 }
 """Names of an evaluation's numbers -> words, and decimals to print. The order is that of the tables."""

@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from textrl_gym.annotators import Annotators
-from textrl_gym.comparisons import Comparer, Comparison, read_pairs
+from textrl_gym.comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.induction import cosine, descend
 from textrl_gym.packing import pack
 from textrl_gym.policy import Policy
 from textrl_gym.reading import learn_to_read
+from textrl_gym.reward_report import accuracy_row, accuracy_table, calibration, gaps, share_right
 from textrl_gym.rewards.reward_model import FILE
 from textrl_gym.sft import load_env_task, progress_bar
 
@@ -45,16 +46,20 @@ class RewardModelConfig:
     policy: str | None = None
     """The causal LM whose samples are compared, of the same tokenizer; None: the task's own. Where `model` is another,
     its samples take turns: they are nearer to what an optimised policy writes."""
-    dataset: str | None = None
-    """Pairs to learn (a Hub id, a local file or folder; columns prompt, chosen, rejected); None: simulated annotators
-    compare samples of the model and texts of the task's `candidates`."""
+    dataset: tuple[str, ...] = ()
+    """Preferences to learn, one or several: Hub ids, local files or folders, each in a schema of
+    `textrl_gym.preferences`; none: simulated annotators compare samples of the model and the task's `candidates`."""
+    eval_dataset: tuple[str, ...] = ()
+    """Preferences to measure the accuracy on besides; a single file as a whole."""
+    curve: tuple[int, ...] = ()
+    """Also train on only so many pairs each, and measure the accuracy on the same held-out pairs."""
     reading_steps: int = 900
     """Updates of replaced-token detection before the comparisons (see `textrl_gym.reading`), where simulated annotators
     compare and the task has `falsified` texts to read."""
     reading_batch_size: int = 12
     """Prompts of such an update, four falsified texts each."""
     prompts: int = 5000
-    """Prompts to compare completions of; of a dataset, at most so many pairs."""
+    """Prompts to compare completions of; of each dataset, at most so many rows."""
     samples: int = 2
     """Completions that the model samples for each prompt, at a temperature between 0.5 and 1.2."""
     candidates: int = 7
@@ -68,11 +73,21 @@ class RewardModelConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to at most this global norm."""
     eval_prompts: int = 256
-    """Held-out prompts for the normalisation and the agreement."""
+    """Held-out prompts for the normalisation and the accuracy; of each dataset, at most so many rows."""
     annotators: Annotators = dataclasses.field(default_factory=Annotators)
     """Who compares, where no dataset is given."""
     seed: int = 0
     """Seeds the head, the samples, the candidates and the annotators."""
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "eval_dataset"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        for name in ("prompts", "eval_prompts", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.curve, default=1) < 1:
+            raise ValueError(f"curve must hold numbers of pairs of at least 1, got {self.curve}")
 
 
 # -- model and loss ---------------------------------------------------------------------------------------------------
@@ -223,14 +238,17 @@ def references(task: Any, tokenizer: Any, rows: Sequence[Any]) -> list[Compariso
 
 
 def measure(
-    model: Any, comparer: Comparer, config: RewardModelConfig
+    model: Any,
+    comparer: Comparer,
+    config: RewardModelConfig,
+    mixed: Sequence[Comparison],
+    raw: Sequence[Sequence[float]],
 ) -> tuple[dict[str, float], dict[str, float | None]]:
-    """The normalisation and the agreements on held-out prompts, for simulated annotators."""
-    mixed = list(comparer.stream("validation", config.eval_prompts, config.seed))
+    """The normalisation and the agreements, for simulated annotators, of held-out comparisons and their raw rewards."""
     source = comparer.task.rows("validation")
     rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
     at_one = comparer.compare(comparer.policies[0], rows, config.seed, samples=4, temperature=1.0, candidates=0)
-    raw, own = score_all(model, mixed), score_all(model, at_one)
+    own = score_all(model, at_one)
     reference = [row[0] for row in score_all(model, references(comparer.task, comparer.tokenizer, rows))]
     samples = [value for values, c in zip(own, at_one, strict=True) for value in values[: c.sampled]]
     sample_gold = [value for c in at_one for value in c.gold[: c.sampled]]
@@ -242,6 +260,69 @@ def measure(
         "sample_score": (sum(samples) / len(samples) - norm["bias"]) * norm["scale"],
         "sample_gold": sum(sample_gold) / len(sample_gold),
     }
+
+
+def first_pairs(comparisons: Sequence[Comparison], number: int) -> list[Comparison]:
+    """The first so many pairs."""
+    taken: list[Comparison] = []
+    for c in comparisons:
+        kept = c.pairs[:number]
+        if kept:
+            taken.append(dataclasses.replace(c, pairs=kept))
+        number -= len(kept)
+    return taken
+
+
+def check_curve(config: RewardModelConfig, pairs: int) -> None:
+    """Raise ValueError where the curve asks for more pairs than there are."""
+    if max(config.curve, default=0) > pairs:
+        raise ValueError(f"curve asks for {max(config.curve)} pairs; there are {pairs} to train on")
+
+
+@dataclasses.dataclass
+class Data:
+    """What a reward model is trained on and measured on."""
+
+    train: Iterable[Comparison]
+    total: int
+    """How many comparisons `train` has."""
+    heldout: dict[str, list[Comparison]]
+    """By data set; the one that was trained on first."""
+
+
+def simulated(comparer: Comparer, config: RewardModelConfig) -> Data:
+    """Comparisons by simulated annotators, sampled while they are learnt (before, where a curve needs them again)."""
+    check_curve(config, config.prompts * math.comb(config.samples + config.candidates, 2))
+    stream: Iterable[Comparison] = comparer.stream("train", config.prompts, config.seed + 1)
+    if config.curve:
+        stream = list(stream)
+    heldout = list(comparer.stream("validation", config.eval_prompts, config.seed))
+    return Data(stream, config.prompts, {"simulated annotators": heldout})
+
+
+def from_datasets(task: Any, tokenizer: Any, config: RewardModelConfig) -> Data:
+    """The user's preferences, of all data sets in one random order."""
+    train: list[Comparison] = []
+    heldout = {}
+    for name in config.dataset:
+        train += read_preferences(name, "train", task, tokenizer, most=config.prompts, seed=config.seed)
+        heldout[name] = read_preferences(
+            name, "validation", task, tokenizer, most=config.eval_prompts, seed=config.seed
+        )
+    random.Random(config.seed).shuffle(train)
+    return Data(train, len(train), heldout)
+
+
+def measure_curve(start: Any, data: Data, config: RewardModelConfig) -> list[dict[str, Any]]:
+    """The accuracy on all held-out pairs after one epoch over so many pairs each, from the same start."""
+    train, rows = list(data.train), []
+    check_curve(config, sum(len(c.pairs) for c in train))
+    for number in sorted(set(config.curve)):
+        model, some = copy.deepcopy(start), first_pairs(train, number)
+        train_epoch(model, iter(some), len(some), config)
+        gap_N = [gap for pairs in data.heldout.values() for gap in gaps(score_all(model, pairs), pairs)]
+        rows.append({"training pairs": number} | {k: v for k, v in accuracy_row("", gap_N).items() if k != "data"})
+    return rows
 
 
 def train_reward_model(env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:
@@ -257,28 +338,58 @@ def train_reward_model(env_id: str, config: RewardModelConfig, out: Path) -> dic
     Raises:
         ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
     """
+    # 1. The data, all of it read before the long work.
     task = load_env_task(env_id)
     tokenizer = task.load_tokenizer(config.model)
+    more = {
+        name: read_preferences(
+            name, "validation", task, tokenizer, most=config.eval_prompts, seed=config.seed, whole=True
+        )
+        for name in config.eval_dataset
+        if name not in config.dataset
+    }
     model = new_reward_model(task.load_model(config.model), config.seed)
-    if config.dataset is None:
+    comparer, reading = None, None
+    if config.dataset:
+        data = from_datasets(task, tokenizer, config)
+        check_curve(config, sum(len(c.pairs) for c in data.train))
+    else:
         names = dict.fromkeys([config.policy, config.model])
         comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
+        data = simulated(comparer, config)
         reading = read_first(model, task, tokenizer, config)
-        loss = train_epoch(model, comparer.stream("train", config.prompts, config.seed + 1), config.prompts, config)
-        norm, measured = measure(model, comparer, config)
+    own = dict(data.heldout)
+    data.heldout |= more
+
+    # 2. Train.
+    start = copy.deepcopy(model) if config.curve else None
+    loss = train_epoch(model, iter(data.train), data.total, config)
+
+    # 3. Measure.
+    raw = {name: score_all(model, pairs) for name, pairs in data.heldout.items()}
+    gaps_of = {name: gaps(raw[name], pairs) for name, pairs in data.heldout.items()}
+    if comparer is not None:
+        ((name, mixed),) = own.items()
+        norm, measured = measure(model, comparer, config, mixed, raw[name])
         measured["reading_loss"] = reading
     else:
-        pairs, heldout = (read_pairs(config.dataset, split, task, tokenizer) for split in ("train", "validation"))
-        random.Random(config.seed).shuffle(pairs)
-        pairs = pairs[: config.prompts]
-        loss = train_epoch(model, iter(pairs), len(pairs), config)
-        raw = score_all(model, heldout[: config.eval_prompts])
-        norm = normalisation([row[0] for row in raw], [value for row in raw for value in row])
-        measured = {"annotator_agreement": agreement(raw, heldout[: config.eval_prompts])}
+        chosen = [raw[name][row][w] for name, pairs in own.items() for row, c in enumerate(pairs) for w, _ in c.pairs]
+        norm = normalisation(chosen, [value for name in own for row in raw[name] for value in row])
+        measured = {"annotator_agreement": share_right([gap for name in own for gap in gaps_of[name]])}
+    record: dict[str, Any] = {
+        "environment": env_id,
+        "config": dataclasses.asdict(config),
+        "measured": {"train_loss": loss, **measured},
+        "accuracy": accuracy_table(gaps_of),
+        "calibration": calibration([gap for gap_N in gaps_of.values() for gap in gap_N]),
+        "curve": [] if start is None else measure_curve(start, data, config),
+    }
+
+    # 4. Save.
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
-    record = {"environment": env_id, "config": dataclasses.asdict(config), "measured": {"train_loss": loss, **measured}}
-    (out / "reward_training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return record
+    text = json.dumps(record, indent=2)
+    (out / "reward_training.json").write_text(text + "\n", encoding="utf-8")
+    return json.loads(text)

@@ -7,13 +7,15 @@ tokens, rewards, ends and infos (a test). Shape legend: U unique prompts, B rows
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from textrl_gym import functional, kl, sampler
-from textrl_gym.core import Rollout, StopReason
+from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 from textrl_gym.mdp import shape_reward
 from textrl_gym.packing import pad
@@ -53,28 +55,59 @@ def collect(
     """
     mdp = vector_env(env)
     kl_coef = mdp.kl_coef if kl_coef is None else kl_coef
-    reference = policy.reference or mdp.reference
-    if kl_coef > 0 and reference is None:
+    if kl_coef > 0 and policy.reference is None and mdp.reference is None:
         raise ValueError(f"kl_coef={kl_coef} needs a reference: Policy(model, reference=...) or the environment's")
 
     # 1. Prompts, and a completion of each.
     rows, prompt_ids = mdp.draw(indices=prompt_indices)
-    prompt_UP, prompt_mask_UP, source_B = _unique(prompt_ids, policy.device)
     if uniform_BT is None and not greedy:
         shape = (len(rows), mdp.max_new_tokens)
         uniform_BT = torch.rand(shape, generator=generator, device=policy.device)
-    out = sampler.generate(
+    out = complete(mdp, policy, prompt_ids, None if greedy else uniform_BT)
+
+    # 2. Scores, reference and rewards.
+    return rollout_of(mdp, policy, rows, prompt_ids, out, kl_coef=kl_coef)
+
+
+def complete(
+    mdp: TextVectorEnv, policy: Policy, prompt_ids: list[list[int]], uniform_BT: Tensor | None
+) -> sampler.Completions:
+    """A completion of each prompt within mdp's budget and stop strings; equal prompts are computed once.
+
+    Args:
+        uniform_BT: the random numbers in [0, 1) to sample with; None: the most likely tokens.
+    """
+    return sampler.generate(
         policy,
-        prompt_UP,
-        prompt_mask_UP,
-        source_B,
-        None if greedy or uniform_BT is None else uniform_BT.to(policy.device),
+        *unique_ids(prompt_ids, policy.device),
+        None if uniform_BT is None else uniform_BT.to(policy.device),
         max_new_tokens=mdp.max_new_tokens,
         eos_id=mdp.eos_id,
         stopped=mdp.stopped if mdp.stop else None,
     )
 
-    # 2. Scores, by the same function as step().
+
+def rollout_of(
+    mdp: TextVectorEnv,
+    policy: Policy,
+    rows: Sequence[Row],
+    prompt_ids: list[list[int]],
+    out: sampler.Completions,
+    *,
+    kl_coef: float = 0.0,
+    guided: bool = False,
+) -> Rollout:
+    """Completions with their scores, reference log-probabilities and rewards; neighbours in mdp's groups.
+
+    Args:
+        mdp: whose reward scores them.
+        policy: whose reference, or else mdp's, the KL is measured to.
+        rows, prompt_ids: what mdp.draw() gave.
+        kl_coef: the penalty's coefficient.
+        guided: out.logp_BT is of another distribution than the policy's: it is kept as it is, and so is out.value_BT.
+    """
+    prompt_UP, prompt_mask_UP, source_B = unique_ids(prompt_ids, policy.device)
+    # 1. Scores, by the same function as step().
     completion_ids = [ids[:n] for ids, n in zip(out.token_BT.tolist(), out.mask_BT.sum(1).tolist(), strict=True)]
     score, texts = mdp.score(rows, prompt_ids, completion_ids)
     rollout = Rollout(
@@ -90,12 +123,12 @@ def collect(
         **vars(out),
     ).trim()
 
-    # 3. One teacher-forced pass each for the policy (where something of it is missing) and the reference.
-    rollout = _with_passes(rollout, policy, reference, mdp.kl_estimator)
+    # 2. One teacher-forced pass each for the policy (where something of it is missing) and the reference.
+    rollout = _with_passes(rollout, policy, policy.reference or mdp.reference, mdp.kl_estimator, guided)
     return dataclasses.replace(rollout, reward_BT=_reward(rollout, kl_coef, mdp.missing_eos_penalty))
 
 
-def _unique(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def unique_ids(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Each different prompt once, left-padded, its mask, and which of them each row has."""
     first_of: dict[tuple[int, ...], int] = {}
     source_B = torch.tensor([first_of.setdefault(tuple(ids), len(first_of)) for ids in prompts])
@@ -117,11 +150,15 @@ def vector_env(env: Any) -> TextVectorEnv:
     return bare
 
 
-def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
+def micro_batches(rollout: Rollout, max_tokens: int, whole_groups: bool = False) -> list[Tensor]:
     """Rows of the rollout by length, groups together, filled up to a budget of places, so that little is padding.
 
     A group's prompt is computed once (Policy.response), so a micro-batch of U prompts and B rows has
-    U * longest prompt + B * longest response places. Only a single row may pass the budget.
+    U * longest prompt + B * longest response places. Only a single row, or a single group that is kept whole, may
+    pass the budget.
+
+    Args:
+        whole_groups: never part a group, for losses that compare its rows.
 
     Returns:
         index tensors that together hold every row once.
@@ -131,24 +168,38 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
     longest: dict[int, int] = {}
     for group, prompt, response in zip(groups, prompt_B, response_B, strict=True):
         longest[group] = max(longest.get(group, 0), prompt + response)
+    order = sorted(range(len(groups)), key=lambda b: (longest[groups[b]], groups[b], response_B[b]))
+    units = [[b] for b in order]
+    if whole_groups:
+        units = [list(rows) for _, rows in itertools.groupby(order, key=lambda b: groups[b])]
     batches: list[list[int]] = []
-    for row in sorted(range(len(groups)), key=lambda b: (longest[groups[b]], groups[b], response_B[b])):
-        rows = [*batches[-1], row] if batches else [row]
+    for unit in units:
+        rows = [*batches[-1], *unit] if batches else unit
         prompts = len({groups[b] for b in rows})
         places = prompts * max(prompt_B[b] for b in rows) + len(rows) * max(response_B[b] for b in rows)
         if batches and places <= max_tokens:
             batches[-1] = rows
         else:
-            batches.append([row])
+            batches.append(unit)
     return [torch.tensor(rows, device=rollout.group_B.device) for rows in batches]
 
 
 @torch.no_grad()
-def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str) -> Rollout:
+def token_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
+    """log pi of a rollout's actions by teacher-forced passes without gradients. float32 [B, T], 0 outside the mask."""
+    logp_BT = torch.zeros_like(rollout.logp_BT)
+    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
+        part = rollout.select(rows)
+        logp_BT[rows, : part.token_BT.shape[1]] = policy.logprobs(part).float()
+    return logp_BT
+
+
+@torch.no_grad()
+def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str, guided: bool) -> Rollout:
     """The rollout with reference log-probabilities, KL and values; and, below float32, the policy's recomputed."""
     # What the sampler gave is the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
-    exact = policy.dtype == torch.float32
-    full = estimator == "full" and reference is not None
+    exact = policy.samples_exactly or guided
+    full = estimator == "full" and reference is not None and not guided
     logp_BT, value_BT = rollout.logp_BT.clone(), rollout.value_BT.clone()
     ref_logp_BT, kl_BT = rollout.logp_BT.clone(), rollout.kl_BT.clone()
     for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
@@ -158,7 +209,7 @@ def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, est
         if not exact:
             own = policy.response(part, hidden_BTD=own_BTD)
             logp_BT[rows, :width], value_BT[rows, :width] = own.logp_BT.float(), own.value_BT.float()
-        elif policy.value_head is not None and not policy.shares_trunk:
+        elif policy.value_head is not None and not policy.shares_trunk and not guided:
             value_BT[rows, :width] = policy.values(part).float()
         if reference is None:
             ref_logp_BT[rows, :width] = logp_BT[rows, :width]

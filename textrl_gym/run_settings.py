@@ -18,8 +18,8 @@ import tyro
 class RunSettings:
     """The run as a whole."""
 
-    total_timesteps: int
-    """Generated tokens to train for; the last rollout is whole."""
+    total_timesteps: int | None = None
+    """Generated tokens to train for; the last rollout is whole. Only agents that do not train go without."""
     seed: int = 0
     """Seeds prompts, sampling, shuffling and new weights."""
     out: Path | None = None
@@ -32,7 +32,7 @@ class RunSettings:
     """A TOML file with the tables [agent], [train] and [env]; the command line wins over it."""
 
     def __post_init__(self) -> None:
-        if self.total_timesteps < 1:
+        if self.total_timesteps is not None and self.total_timesteps < 1:
             raise ValueError(f"total_timesteps must be at least 1, got {self.total_timesteps}")
 
 

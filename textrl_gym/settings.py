@@ -46,12 +46,14 @@ def check_settings(env: Any, autoreset_mode: AutoresetMode | str) -> AutoresetMo
 def spaces(env: Any) -> tuple[gym.spaces.Dict, gym.Space]:
     """The observation and action spaces of one row."""
     places, vocab = env.max_prompt_tokens + env.max_new_tokens, env.vocab_size
-    observation = gym.spaces.Dict(
+    observation: Any = gym.spaces.Dict(
         {
             "input_ids": gym.spaces.Box(0, vocab - 1, (places,), np.int64),
             "attention_mask": gym.spaces.Box(0, 1, (places,), np.int8),
         }
     )
+    # What a policy that is shown nothing but spaces (Stable-Baselines3's) starts from.
+    observation.task, observation.prompt_places = env.task, env.max_prompt_tokens
     token = gym.spaces.Discrete(vocab)
     if not env.wants_logprob:
         return observation, token

@@ -192,7 +192,8 @@ class _Run:
 
     def _check_health(self, rollout: Rollout) -> None:
         agent = self.agent
-        lines = health.card(agent.policy, rollout, agent.env.eos_id, fresh=agent.num_timesteps == 0)
+        fresh = agent.num_timesteps == 0 and agent.starts_at_reference
+        lines = health.card(agent.policy, rollout, agent.env.eos_id, fresh=fresh)
         self.console.print(health.text(lines), highlight=False)
         bad = [line for line in lines if not line.ok]
         if bad and self.options.on_bad_health == "stop":

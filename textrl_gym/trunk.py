@@ -14,19 +14,24 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from textrl_gym import adapters, linear
-from textrl_gym.prefix import LAYERS, Enough, Prefix, attached, configs, own_cache, prompt_cache
-
-
-def position_ids(mask_BL: Tensor) -> Tensor:
-    """0, 1, 2, ... over the real tokens of each row; 0 on left padding. int64 [B, L]."""
-    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+from textrl_gym.decoders import (
+    Decoder,
+    Lookahead,
+    RepeatedDecoder,
+    SharedDecoder,
+    StaticDecoder,
+    fill,
+    no_mask,
+    position_ids,
+)
+from textrl_gym.prefix import LAYERS, Enough, Prefix, attached, configs, prompt_cache
 
 
 def unique_prompts(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,23 +47,6 @@ def unique_prompts(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
     first_B = first_of_code[code_B]  # the first row with the same prompt
     first_U, source_B = first_B.unique(return_inverse=True)
     return first_U, source_B
-
-
-class Decoder(Protocol):
-    """Rows that go on from prompts, one token at a time."""
-
-    first_BD: Tensor
-    """The hidden state below the first token's logits."""
-    leavers: float
-    """Rows should leave when at least this share of the batch has ended; before, it costs more than it saves."""
-
-    def step(self, token_B: Tensor) -> Tensor:
-        """Append a token to each row; the hidden state below the next one's logits, [B, D]."""
-        ...
-
-    def keep(self, keep_k: Tensor) -> None:
-        """Go on with these rows only."""
-        ...
 
 
 class Trunk:
@@ -128,6 +116,11 @@ class Trunk:
         with self._precision(), linear.fast(self._linears), self._without():
             yield
 
+    def run(self, **inputs: Any) -> Any:
+        """The body's output on the inputs that transformers names."""
+        with self._running():
+            return self.body(**inputs)
+
     def _precision(self) -> torch.autocast:
         # What autocast caches while a CUDA graph is captured would be gone when it is replayed.
         enabled, cache = self.dtype != torch.float32, not self.static
@@ -167,7 +160,7 @@ class Trunk:
         with attached(self._configs, prefix):
             return self.body(
                 input_ids=own_BS,
-                attention_mask=_no_mask(own_BS),
+                attention_mask=no_mask(own_BS),
                 position_ids=prefix.positions + torch.arange(own_BS.shape[1], device=own_BS.device),
                 use_cache=False,
             )[0]
@@ -183,7 +176,7 @@ class Trunk:
         ids_UP, mask_UP = prompt_UP[:, :-1], mask_UP[:, :-1]
         cache = prompt_cache(self._depth)
         with contextlib.suppress(Enough):
-            _fill(self.body, ids_UP, mask_UP, cache)
+            fill(self.body, ids_UP, mask_UP, cache)
         return Prefix.of(cache, mask_UP, source_B)
 
     @cached_property
@@ -191,7 +184,7 @@ class Trunk:
         """How many layers keep keys and values."""
         cache = DynamicCache()
         with torch.no_grad(), self._precision():
-            _fill(self.body, self._some_tokens()[None], torch.ones_like(self._some_tokens())[None], cache)
+            fill(self.body, self._some_tokens()[None], torch.ones_like(self._some_tokens())[None], cache)
         return len(cache.layers)
 
     # -- the head -----------------------------------------------------------------------------------------------------
@@ -238,25 +231,15 @@ class Trunk:
             places: at most so many tokens will be appended to a row.
         """
         if self.shares_prompts:
-            made = _StaticDecoder if self.static else _SharedDecoder
+            made = StaticDecoder if self.static else SharedDecoder
             return made(self, prompt_UP, mask_UP, source_B, places)
-        return _RepeatedDecoder(self, prompt_UP, mask_UP, source_B)
+        return RepeatedDecoder(self, prompt_UP, mask_UP, source_B)
 
-
-def _no_mask(like: Tensor) -> Tensor:
-    """A mask of four dimensions, which models pass on as it is: group-prefix attention makes its own."""
-    return torch.zeros(1, 1, 1, 1, device=like.device)
-
-
-def _fill(body: Any, prompt_UP: Tensor, mask_UP: Tensor, cache: Any) -> Any:
-    """The body's output on prompts, whose keys and values go to the cache (None: one of the model's own making)."""
-    return body(
-        input_ids=prompt_UP,
-        attention_mask=mask_UP.long(),
-        position_ids=position_ids(mask_UP),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    def lookahead(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Lookahead:
+        """A decoder for search, never of fixed shapes; arguments as `decoder`, places counting those looked at too."""
+        if self.shares_prompts:
+            return SharedDecoder(self, prompt_UP, mask_UP, source_B, places)
+        return RepeatedDecoder(self, prompt_UP, mask_UP, source_B)
 
 
 class _Given:
@@ -270,118 +253,3 @@ class _Given:
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-class _SharedDecoder:
-    """Rows read their prompt's keys and values where they stand; their own are written into preallocated places."""
-
-    leavers = 0.1  # those that stay have their caches copied
-
-    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> None:
-        self.trunk = trunk
-        with trunk._running():
-            self.prefix = trunk._prefix(prompt_UP, mask_UP, source_B)
-        self.position_B1 = self.prefix.positions
-        self.no_mask = _no_mask(prompt_UP)
-        self._allocate(places + 1)
-        self.first_BD = self.step(prompt_UP[source_B, -1])
-
-    def _allocate(self, places: int) -> None:
-        self.own = own_cache(self.trunk._depth, places)
-
-    def step(self, token_B: Tensor) -> Tensor:
-        hidden_BD = self._run(token_B[:, None])
-        self.position_B1 = self.position_B1 + 1
-        return hidden_BD
-
-    def _run(self, token_B1: Tensor) -> Tensor:
-        with self.trunk._running(), attached(self.trunk._configs, self.prefix):
-            return self.trunk.body(
-                input_ids=token_B1,
-                attention_mask=self.no_mask,
-                position_ids=self.position_B1,
-                past_key_values=self.own,
-                use_cache=True,
-            )[0][:, 0]
-
-    def keep(self, keep_k: Tensor) -> None:
-        self.prefix.keep(keep_k)
-        self.position_B1 = self.position_B1[keep_k]
-        self.own.batch_select_indices(keep_k)
-
-
-class _StaticDecoder(_SharedDecoder):
-    """The same at fixed shapes and addresses: a step on a GPU is one launch of a CUDA graph, captured at the first.
-
-    A decoder step of a small model is hundreds of kernels of microseconds, and launching them one by one takes longer
-    than running them.
-    """
-
-    leavers = 0.5  # each time a graph is captured anew
-
-    def _allocate(self, places: int) -> None:
-        self.written = torch.zeros(1, dtype=torch.long, device=self.position_B1.device)
-        self.prefix.written = self.written
-        self.own = own_cache(self.trunk._depth, places, self.written)
-        self.token_B1 = torch.zeros_like(self.position_B1)
-        self.graph: Any = None
-
-    def step(self, token_B: Tensor) -> Tensor:
-        self.token_B1.copy_(token_B[:, None])
-        if self.token_B1.device.type == "cuda":
-            if self.graph is None:
-                self._capture()
-            self.graph.replay()
-        else:
-            self.hidden_BD = self._run(self.token_B1)
-        self.written += 1
-        self.position_B1 += 1
-        return self.hidden_BD
-
-    def _capture(self) -> None:
-        """As PyTorch's notes on CUDA graphs ask: warm up on another stream. What that writes is written again."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._run(self.token_B1)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.hidden_BD = self._run(self.token_B1)
-
-    def keep(self, keep_k: Tensor) -> None:
-        super().keep(keep_k)
-        self.token_B1, self.graph = self.token_B1[keep_k], None
-
-
-class _RepeatedDecoder:
-    """Every row computes its own prompt and stays until the end: right for any model with a cache, and slow."""
-
-    leavers = 0.0
-
-    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> None:
-        self.trunk, self.mask_BL = trunk, mask_UP[source_B]
-        self.row_k = torch.arange(len(source_B), device=source_B.device)
-        with trunk._running():
-            # The cache of the model's own making: attention is not all that models keep.
-            out = _fill(trunk.body, prompt_UP[source_B], self.mask_BL, None)
-        self.first_BD, self.cache = out[0][:, -1], getattr(out, "past_key_values", None)
-        if self.cache is None:
-            raise ValueError(f"{type(trunk.model).__name__} keeps no past_key_values: it cannot be sampled from here")
-
-    def step(self, token_B: Tensor) -> Tensor:
-        token_all = token_B.new_zeros(len(self.mask_BL)).index_copy_(0, self.row_k, token_B)
-        self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(self.mask_BL), 1)], 1)
-        with self.trunk._running():
-            out = self.trunk.body(
-                input_ids=token_all[:, None],
-                attention_mask=self.mask_BL.long(),
-                position_ids=position_ids(self.mask_BL)[:, -1:],
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-        return out[0][self.row_k, 0]
-
-    def keep(self, keep_k: Tensor) -> None:
-        self.row_k = self.row_k[keep_k]

@@ -1,0 +1,193 @@
+"""DPO: direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), offline, on pairs of completions.
+
+For a prompt x with a chosen completion y_w and a rejected one y_l, and beta = kl_coef,
+
+    L = - log sigmoid(beta log pi(y_w | x) / pi_ref(y_w | x) - beta log pi(y_l | x) / pi_ref(y_l | x))    (equation 7)
+
+At the reference its gradient is -beta/2 times the difference of the completions' d log pi. loss="ipo" and "hinge" are
+other functions of the same difference (textrl_gym.pair_losses has them, with their sources).
+
+The pairs come from `pairs=`, a file or a Hub id in any schema of textrl_gym.preferences; or, where none is given, two
+completions of a prompt are sampled from the reference (which is the start, unless another is given) and labelled by the
+environment's own reward, as section 4 of the paper has it. They are sampled as they are first needed, num_pairs at
+most, and never again: nothing that the trained policy writes is ever seen. Then, or where a file ends, the next pass
+over the same pairs begins, in another order.
+
+A timestep is a token of a completion trained on. The rollout's score is 1 for chosen and -1 for rejected rows, its "KL"
+the mean log-ratio of the pairs' texts, which says nothing of the policy's own (an evaluation does); so an adaptive
+kl_target makes little sense here.
+
+Departures: AdamW with a linear schedule instead of RMSprop with warm-up. Padding and length: log-ratios are sums.
+
+Shape legend: B rows (2 for each pair), T response places, N pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from textrl_gym import comparisons
+from textrl_gym.agent import Agent
+from textrl_gym.core import Rollout, StopReason
+from textrl_gym.packing import pad
+from textrl_gym.pair_losses import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
+from textrl_gym.rollout import collect, token_logprobs
+
+Pair = tuple[list[int], list[int], list[int]]
+FILE = "pairs.safetensors"
+MOST_DRAWS = 50  # rollouts of the reference in a row that may give no pair
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig(PairConfig):
+    """Settings of DPO."""
+
+    learning_rate: float = 3e-4
+    """Adam's step size. On the embedded task 5e-4 went further from the reference for no more gold."""
+    pairs: str | None = None
+    """Preferences to learn: a local file or folder, or a Hub id; None: pairs sampled from the reference."""
+    num_pairs: int = 2000
+    """At most so many pairs are sampled."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rollout_episodes % 2:
+            raise ValueError(
+                f"rollout_episodes counts both rows of each pair: it must be even, got {self.rollout_episodes}"
+            )
+        if self.num_pairs < 1:
+            raise ValueError(f"num_pairs must be at least 1, got {self.num_pairs}")
+
+
+class DPO(Agent):
+    """Direct preference optimization; see the head of this file."""
+
+    Config = DPOConfig
+    config: DPOConfig
+    kl_in_reward = False
+
+    def __init__(self, env: Any, model: Any = None, reference: Any = None, **settings: Any) -> None:
+        super().__init__(env, model, reference, **settings)
+        check_beta(self)
+        self.pairs: list[Pair] = []
+        """Token ids of prompt, chosen and rejected completion."""
+        self.draws = 0
+        """Rollouts of the reference that pairs have been sampled from."""
+        if self.config.pairs is not None:
+            mdp = self.env
+            compared = comparisons.read_preferences(
+                self.config.pairs, "train", mdp.task, mdp.tokenizer, mdp.max_prompt_tokens, mdp.max_new_tokens
+            )
+            self.pairs = [
+                (c.prompt_ids, c.completion_ids[a], c.completion_ids[b]) for c in compared for a, b in c.pairs
+            ]
+
+    # -- collecting ---------------------------------------------------------------------------------------------------
+
+    def collect(self) -> Rollout:
+        """The next pairs in the order of this pass, as a rollout."""
+        # 1. Which: a function of the updates done, so that a resumed run goes on with the next.
+        self._collected_at = self.num_timesteps
+        wanted = self.config.rollout_episodes // 2
+        places = range(self.num_updates * wanted, (self.num_updates + 1) * wanted)
+        if self.config.pairs is None:
+            self._sample(min(places.stop, self.config.num_pairs))
+        size = len(self.pairs) if self.config.pairs is not None else self.config.num_pairs
+        chosen = [self.pairs[self._order(place // size, size)[place % size]] for place in places]
+        # 2. Their log-probabilities, now and under the reference.
+        rollout = self._rollout(chosen)
+        assert self.policy.reference is not None
+        return dataclasses.replace(
+            rollout,
+            logp_BT=token_logprobs(rollout, self.policy),
+            ref_logp_BT=token_logprobs(rollout, self.policy.reference),
+        )
+
+    def _order(self, number: int, size: int) -> np.ndarray:
+        """The order of pass `number` over the pairs. Sampled ones come as they are made in the first."""
+        if number == 0 and self.config.pairs is None:
+            return np.arange(size)
+        return np.random.default_rng([self.seed, number]).permutation(size)
+
+    def _rollout(self, pairs: list[Pair]) -> Rollout:
+        prompt_BP, prompt_mask_BP = pad([prompt for prompt, _, _ in pairs for _ in range(2)], "left")
+        texts = [ids for _, chosen, rejected in pairs for ids in (chosen, rejected)]
+        token_BT, mask_BT = pad(texts, "right")
+        tensors = {"prompt_BP": prompt_BP, "prompt_mask_BP": prompt_mask_BP, "token_BT": token_BT, "mask_BT": mask_BT}
+        names = ("logp_BT", "ref_logp_BT", "kl_BT", "value_BT", "reward_BT")
+        tensors |= dict.fromkeys(names, torch.zeros(mask_BT.shape)) | {"score_B": torch.zeros(len(texts))}
+        tensors |= {
+            "stop_B": torch.tensor([self._stop(ids) for ids in texts]),
+            "group_B": torch.arange(len(texts)) // 2,
+        }
+        prompts = [self.env.decode(prompt) for prompt, _, _ in pairs for _ in range(2)]
+        completions = [self.env.decode(ids) for ids in texts]
+        on_device = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        rollout = Rollout(**on_device, prompts=prompts, completions=completions)
+        return as_pairs(rollout, torch.arange(len(texts), device=self.device).view(-1, 2))
+
+    def _stop(self, ids: list[int]) -> int:
+        if ids[-1] == self.env.eos_id:
+            return StopReason.EOS.value
+        return (StopReason.BUDGET if len(ids) == self.env.max_new_tokens else StopReason.STOP_STRING).value
+
+    # -- sampling pairs -----------------------------------------------------------------------------------------------
+
+    def _sample(self, wanted: int) -> None:
+        """Sample until there are so many pairs. Each draw has a seed of its own, so that resuming draws the same."""
+        empty = 0
+        while len(self.pairs) < wanted:
+            found = self._draw()
+            self.pairs += found[: self.config.num_pairs - len(self.pairs)]
+            self.draws += 1
+            empty = 0 if found else empty + 1
+            if empty == MOST_DRAWS:
+                raise ValueError(f"in {MOST_DRAWS} rollouts no prompt had two completions of different reward")
+
+    def _draw(self) -> list[Pair]:
+        rows, seed = self.config.rollout_episodes, (self.seed, self.draws)
+        mdp = self.env.remake(rows, group_size=2)
+        mdp.missing_eos_penalty = self.env.missing_eos_penalty
+        rng = np.random.default_rng(seed)
+        generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
+        indices = rng.integers(len(mdp.source), size=rows // 2).repeat(2)
+        assert self.policy.reference is not None
+        drawn = collect(mdp, self.policy.reference, kl_coef=0.0, generator=generator, prompt_indices=indices)
+        row_N2 = label_pairs(drawn.reward_BT.sum(1), drawn.group_B, self.config.labels, generator)
+
+        prompt_B = [ids[mask].tolist() for ids, mask in zip(drawn.prompt_BP, drawn.prompt_mask_BP, strict=True)]
+        text_B = [ids[mask].tolist() for ids, mask in zip(drawn.token_BT, drawn.mask_BT, strict=True)]
+        return [(prompt_B[a], text_B[a], text_B[b]) for a, b in row_N2.tolist()]
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        return learn_pairs(self, rollout)
+
+    # -- save and load ------------------------------------------------------------------------------------------------
+
+    def _fill(self, folder: Path) -> None:
+        super()._fill(folder)
+        if self.config.pairs is None and self.pairs:
+            texts = [ids for pair in self.pairs for ids in pair]
+            flat = torch.tensor([token for ids in texts for token in ids], dtype=torch.int32)
+            save_file({"tokens": flat, "lengths": torch.tensor([len(ids) for ids in texts])}, folder / FILE)
+
+    def _restore(self, folder: Path, state: dict[str, Any], streams: bool) -> None:
+        super()._restore(folder, state, streams)
+        if self.config.pairs is None and (folder / FILE).is_file():
+            saved = load_file(folder / FILE)
+            texts = [ids.tolist() for ids in saved["tokens"].split(saved["lengths"].tolist())]
+            self.pairs = [(texts[at], texts[at + 1], texts[at + 2]) for at in range(0, len(texts), 3)]
+
+    def memory(self) -> dict[str, Any]:
+        return {"draws": self.draws}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        self.draws = memory["draws"]

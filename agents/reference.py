@@ -1,0 +1,11 @@
+"""The start itself, which no agent of a comparison may fall below: the model as it is given, sampled as it is."""
+
+from __future__ import annotations
+
+from textrl_gym.agent import Agent
+
+
+class Reference(Agent):
+    """The model that the others start from; learn() evaluates and saves it."""
+
+    trains = False

@@ -1,0 +1,347 @@
+"""Preferences: every published schema from a small file, ties, what is held out, errors; and the real samples."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from textrl_gym import comparisons, models, preferences
+from textrl_gym.envs.copy_text import CopyText
+from textrl_gym.envs.tldr_summarize import TLDRSummarize
+
+DATA = os.environ.get("TEXTRL_GYM_DATA")
+needs_data = pytest.mark.skipif(DATA is None, reason="TEXTRL_GYM_DATA names no folder of real data")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def aspects(*ratings: str) -> dict[str, Any]:
+    names = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+    return {name: {"Rating": r, "Rationale": "..."} for name, r in zip(names, ratings, strict=True)}
+
+
+INFO = {"id": "t3_x", "post": "My cat\n\nsteals.", "title": "Cat", "subreddit": "pets", "site": None, "article": None}
+NEWS = INFO | {"post": None, "subreddit": None, "title": "News", "article": "It rained.\n\nA lot."}
+SUMMARIES = [{"text": " A cat.", "policy": "sup", "note": None}, {"text": " Socks.", "policy": "ref", "note": None}]
+WEBGPT = {
+    "question": {"dataset": "eli5", "id": "1", "full_text": "Why?"}, "quotes_0": {"title": [], "extract": []},
+    "answer_0": "No.", "answer_1": "So.", "score_0": -0.5, "score_1": 0.5,
+}  # fmt: skip
+SHP = {
+    "post_id": "1", "domain": "askculinary_train", "history": "Salt?", "human_ref_A": "Yes.", "human_ref_B": "No.",
+    "score_A": 3, "score_B": 9, "labels": 0, "score_ratio": 3.0,
+}  # fmt: skip
+ALPACA = {"instruction": "Add.", "input": "1 1", "output_1": "2", "output_2": "3", "preference": 1, "raw_preference": 1}
+ULTRA = {
+    "source": "evol", "instruction": "Hi", "models": ["a", "b", "c", "d"],
+    "completions": [
+        {"response": "one", "annotations": aspects("4", "N/A", "4", "4")},  # mean 4
+        {"response": "two", "annotations": aspects("1", "2", "3", "2")},  # mean 2
+        {"response": "three", "annotations": aspects("N/A", "N/A", "N/A", "N/A")},  # not rated
+        {"response": "four", "annotations": aspects("2", "2", "2", "2")},  # mean 2
+    ],
+}  # fmt: skip
+HH = {
+    "chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: I do not know.",
+    "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: I will not say.",
+}
+TALK = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
+TURNS = [user("Hi"), assistant("Hello"), user("Why?")]
+PLAIN = {"prompt": "Post\n\nTL;DR:", "chosen": " good", "rejected": " bad"}
+
+# row -> schema, prompt, completions, pairs
+SCHEMAS: dict[str, tuple[Any, str, str, list[str], list[tuple[int, int]]]] = {
+    "trl": (PLAIN, "trl-lib/tldr-preference", PLAIN["prompt"], [" good", " bad"], [(0, 1)]),
+    "conversations": (
+        {"prompt": TURNS, "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+        "trl-lib/tldr-preference", TALK, [" good", " bad"], [(0, 1)],
+    ),
+    "the prompt twice": (  # HuggingFaceH4/ultrafeedback_binarized: a text, and again in the conversation
+        {"prompt": "Why?", "chosen": [user("Why?"), assistant("good")], "rejected": [user("Why?"), assistant("bad")]},
+        "trl-lib/tldr-preference", "Why?", [" good", " bad"], [(0, 1)],
+    ),
+    "a text and turns": (
+        {"prompt": "Why?", "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+        "trl-lib/tldr-preference", "Why?", [" good", " bad"], [(0, 1)],
+    ),
+    "implicit turns": (
+        {"chosen": [*TURNS, assistant("good")], "rejected": [*TURNS, assistant("bad")], "score_chosen": 7.0},
+        "Anthropic/hh-rlhf", TALK, [" good", " bad"], [(0, 1)],
+    ),
+    "implicit text": (
+        {"chosen": "The sky is blue.", "rejected": "The sky is big."},
+        "Anthropic/hh-rlhf", "The sky is", [" blue.", " big."], [(0, 1)],
+    ),
+    "hh": (HH, "Anthropic/hh-rlhf", TALK, [" I do not know.", " I will not say."], [(0, 1)]),
+    "sharegpt": (
+        {
+            "conversations": [{"from": "human", "value": "Why?"}],
+            "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"},
+        },
+        "ShareGPT", "\n\nHuman: Why?\n\nAssistant:", [" good", " bad"], [(0, 1)],
+    ),
+    "summaries": (
+        {"info": INFO, "summaries": SUMMARIES, "choice": 1, "worker": "w", "batch": "b", "split": "train"},
+        "openai/summarize_from_feedback",
+        "SUBREDDIT: r/pets\n\nTITLE: Cat\n\nPOST: My cat\n\nsteals.\n\nTL;DR:", [" Socks.", " A cat."], [(0, 1)],
+    ),
+    "news": (
+        {"info": NEWS, "summaries": SUMMARIES, "choice": 0},
+        "openai/summarize_from_feedback",
+        "TITLE: News\n\nIt rained.\n\nA lot.\n\nTL;DR:", [" A cat.", " Socks."], [(0, 1)],
+    ),
+    "webgpt": (
+        WEBGPT, "openai/webgpt_comparisons", "\n\nHuman: Why?\n\nAssistant:", [" So.", " No."], [(0, 1)],
+    ),
+    "webgpt's own file": (
+        [{"question": {"full_text": "Why?"}, "answer": "So.", "score": 0.5, "quotes": {}, "tokens": {}},
+         {"question": {"full_text": "Why?"}, "answer": "No.", "score": -0.5, "quotes": {}, "tokens": {}}],
+        "openai/webgpt_comparisons", "\n\nHuman: Why?\n\nAssistant:", [" So.", " No."], [(0, 1)],
+    ),
+    "shp": (SHP, "stanfordnlp/SHP", "\n\nHuman: Salt?\n\nAssistant:", [" No.", " Yes."], [(0, 1)]),
+    "ultrafeedback": (
+        ULTRA, "openbmb/UltraFeedback", "\n\nHuman: Hi\n\nAssistant:", [" one", " two", " four"], [(0, 1), (0, 2)],
+    ),
+    "alpaca_farm": (
+        ALPACA, "tatsu-lab/alpaca_farm", "\n\nHuman: Add.\n\n1 1\n\nAssistant:", [" 2", " 3"], [(0, 1)],
+    ),
+}  # fmt: skip
+TIES = {
+    "webgpt": WEBGPT | {"score_0": 0.0, "score_1": 0.0},
+    "ultrafeedback": ULTRA | {"completions": ULTRA["completions"][1:]},  # 2 and 2
+    "alpaca_farm": ALPACA | {"preference": 0},
+    "hh": HH | {"rejected": HH["chosen"]},
+    "implicit turns": {"chosen": [*TURNS, assistant("x")], "rejected": [*TURNS, assistant("x")]},
+    "trl": PLAIN | {"rejected": " good"},
+}
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def other(number: int) -> dict[str, Any]:
+    return PLAIN | {"prompt": f"Post {number}\n\nTL;DR:"}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_schema(name: str, tmp_path: Path) -> None:
+    row, schema, prompt, completions, pairs = SCHEMAS[name]
+    found = preferences.load(write(tmp_path / "a.jsonl", [row]), "train", whole=True)
+    assert found.schema.startswith(schema)
+    assert found.dropped == {}
+    (one,) = found.rows
+    assert (one["prompt"], one["completions"], one["pairs"]) == (prompt, completions, pairs)
+
+
+def test_every_schema_has_an_example() -> None:
+    shown = {schema for _, schema, *_ in SCHEMAS.values()}
+    assert all(any(s.name.startswith(schema) for schema in shown) for s in preferences.SCHEMAS)
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_ties_are_dropped_and_said(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.jsonl", [TIES[name], SCHEMAS[name][0], TIES[name]])
+    found = preferences.load(path, "train", whole=True)
+    assert (len(found.rows), found.dropped) == (1, {"ties": 2})
+    assert "of 3 rows dropped 2 ties" in capsys.readouterr().err
+
+
+def test_a_chat_template_writes_conversations(tmp_path: Path) -> None:
+    tokenizer = TLDRSummarize().load_tokenizer()
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = f"{turns}{{% if add_generation_prompt %}}<assistant>{{% endif %}}"
+    for name, prompt in (
+        ("conversations", "<user>Hi<assistant>Hello<user>Why?<assistant>"),
+        ("the prompt twice", "<user>Why?<assistant>"),
+        ("trl", "Post\n\nTL;DR:"),  # a text stays as it is
+    ):
+        path = write(tmp_path / "a.jsonl", [SCHEMAS[name][0]])
+        (row,) = preferences.load(path, "train", tokenizer, whole=True).rows
+        space = " " if name == "trl" else ""
+        assert (row["prompt"], row["completions"]) == (prompt, [f"{space}good", f"{space}bad"])
+
+
+def test_the_last_prompts_of_a_file_are_held_out(tmp_path: Path) -> None:
+    rows = [other(i // 2) for i in range(40)]  # 20 prompts, each twice: the last 2 are a tenth
+    path = write(tmp_path / "a.jsonl", rows)
+    train, heldout = (preferences.load(path, split).rows for split in ("train", "validation"))
+    assert (len(train), len(heldout)) == (36, 4)
+    assert {row["prompt"] for row in heldout} == {other(18)["prompt"], other(19)["prompt"]}
+    assert len(preferences.load(path, "validation", whole=True).rows) == 40
+    with pytest.raises(ValueError, match="too few pairs"):
+        preferences.load(write(tmp_path / "b.jsonl", rows[:2]), "train")
+
+
+def test_a_folder_has_its_own_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [other(1)])
+    write(tmp_path / "test.jsonl", [other(2)])
+    assert preferences.load(str(tmp_path), "train").rows[0]["prompt"] == other(1)["prompt"]
+    assert preferences.load(str(tmp_path), "validation").rows[0]["prompt"] == other(2)["prompt"]
+    write(tmp_path / "validation.jsonl", [other(3)])
+    assert preferences.load(str(tmp_path), "validation").rows[0]["prompt"] == other(3)["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"question": "?", "answer": "!"}, r"columns question, answer; expected: prompt, chosen, rejected .*SHP"),
+        (PLAIN | {"chosen": 3}, r"row 1 does not fit the schema of trl-lib.*"),
+        (PLAIN | {"prompt": None}, r"row 1 does not fit"),
+        ("a text", r"row 1 is no object"),
+        ({"prompt": "x", "chosen": [{"role": "user"}], "rejected": [user("b")]}, "no turn with role and content"),
+    ],
+)
+def test_errors_name_what_was_found(row: Any, words: str, tmp_path: Path) -> None:
+    rows = [row, row] if "question" in row else [PLAIN, row]
+    with pytest.raises(ValueError, match=words):
+        preferences.load(write(tmp_path / "a.jsonl", rows), "train")
+
+
+def test_dialogues_that_part_early_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = "\n\nHuman: A\n\nAssistant:"
+    astray = [
+        {"chosen": f"{first} B", "rejected": "\n\nHuman: C\n\nAssistant: D"},
+        {"chosen": f"{first} B", "rejected": f"{first} C\n\nHuman: D\n\nAssistant: E"},
+    ]
+    found = preferences.load(write(tmp_path / "a.jsonl", [*astray, HH]), "train", whole=True)
+    assert (len(found.rows), found.dropped) == (1, {"dialogues that differ in more than the last turn": 2})
+    assert "of 3 rows dropped 2 dialogues that differ" in capsys.readouterr().err
+    talks = [
+        {"chosen": [user("A"), assistant("B"), user("C"), assistant("D")], "rejected": [user("A"), assistant("E")]}
+    ]
+    with pytest.raises(ValueError, match="too few pairs"):
+        preferences.load(write(tmp_path / "b.jsonl", talks), "train", whole=True)
+    with pytest.raises(ValueError, match=r"row 0.*no words in common"):
+        preferences.load(write(tmp_path / "c.jsonl", [{"chosen": "A b", "rejected": "C d"}]), "train")
+
+
+class Hub:
+    """What datasets.load_dataset would do, for the ids that a test needs."""
+
+    def __init__(self, splits: dict[str, list[Any]], script: bool = False) -> None:
+        self.splits, self.script, self.asked = splits, script, list[tuple[Any, ...]]()
+
+    def __call__(self, name: str, config: Any = None, *, data_dir: Any = None, revision: Any = None) -> Any:
+        import datasets
+
+        self.asked.append((name, config, data_dir, revision))
+        if self.script and revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+        return {split: datasets.Dataset.from_list(rows) for split, rows in self.splits.items()}
+
+
+def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def prompts_of(hub: Hub, name: str, split: str) -> list[str]:
+        monkeypatch.setattr(datasets, "load_dataset", hub)
+        return [row["prompt"] for row in preferences.load(name, split).rows]
+
+    # test_prefs is held out; a part of a data set is a folder of it
+    hub = Hub({"train_prefs": [other(1)], "test_prefs": [other(2)], "train_gen": [{"x": "y"}]})
+    assert prompts_of(hub, "owner/name", "train") == [other(1)["prompt"]]
+    assert prompts_of(hub, "owner/name:part", "validation") == [other(2)["prompt"]]
+    assert hub.asked == [("owner/name", None, None, None), ("owner/name", None, "part", None)]
+    # no held-out split: the last tenth of train
+    hub = Hub({"train": [other(i) for i in range(10)]})
+    assert prompts_of(hub, "owner/name", "validation") == [other(9)["prompt"]]
+    # a script is read from the branch that the Hub converted
+    hub = Hub({"train": [SCHEMAS["summaries"][0]], "validation": [SCHEMAS["news"][0]]}, script=True)
+    assert prompts_of(hub, "openai/summarize_from_feedback", "validation") == [SCHEMAS["news"][2]]
+    assert hub.asked[-1] == ("openai/summarize_from_feedback", None, "comparisons", "refs/convert/parquet")
+    hub = Hub({"nothing": [other(1)]})
+    with pytest.raises(ValueError, match=r"owner/name.*the splits nothing"):
+        prompts_of(hub, "owner/name", "train")
+
+
+# -- as token ids -----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_cut_where_it_hurts_least(tmp_path: Path) -> None:
+    task = TLDRSummarize()
+    tokenizer = task.load_tokenizer()
+    long = "My cat steals socks. " * 200
+    rows = [
+        {"prompt": f"SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: {long}\n\nTL;DR:", "chosen": " a", "rejected": " b"},
+        {"prompt": [user(long), assistant("Hello"), user("Why?")], "chosen": [assistant("a")],
+         "rejected": [assistant("b")]},
+        {"prompt": long + "The end", "chosen": " a", "rejected": " b"},
+    ]  # fmt: skip
+    found = comparisons.read_preferences(write(tmp_path / "a.jsonl", rows), "train", task, tokenizer, whole=True)
+    texts = [tokenizer.decode(c.prompt_ids) for c in found]
+    assert all(len(c.prompt_ids) == 176 for c in found)
+    assert texts[0].startswith("SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: My cat")
+    assert [text[-8:] for text in texts] == ["\n\nTL;DR:", "sistant:", " The end"]
+    assert texts[1].endswith("\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:")
+
+
+def test_completions_keep_their_eos_only_within_the_budget(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a b", "chosen": "a b", "rejected": "a b c d"},  # 3 tokens with EOS; 4 are cut to 3
+        {"prompt": "a b", "chosen": "a b c", "rejected": "a b c d"},  # equal within 3 tokens
+    ]
+    task = CopyText()
+    (found,) = comparisons.read_preferences(
+        write(tmp_path / "a.jsonl", rows), "train", task, task.load_tokenizer(), whole=True
+    )
+    assert found.completion_ids == [[1, 2, 0], [1, 2, 3]]
+    with pytest.raises(ValueError, match="within max_new_tokens=3 no two completions"):
+        comparisons.read_preferences(
+            write(tmp_path / "b.jsonl", rows[1:]), "train", task, task.load_tokenizer(), whole=True
+        )
+
+
+# -- real data --------------------------------------------------------------------------------------------------------
+
+
+@needs_data
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("file", "rows", "ties"),
+    [
+        ("tldr/tldr-preference.jsonl", 800, 0),
+        ("tldr/summarize_from_feedback_comparisons.jsonl", 800, 0),
+        ("hh_rlhf/harmless-base_test.jsonl.gz", 2312, 0),
+        ("alpaca_eval/alpaca-7b_annotations_alpaca_eval_gpt4.json", 789, 16),
+        ("llamafactory/dpo_en_demo.json", 300, 0),
+    ],
+)
+def test_real_samples(file: str, rows: int, ties: int) -> None:
+    found = preferences.load(f"{DATA}/{file}", "train", whole=True)
+    assert (len(found.rows), found.dropped.get("ties", 0)) == (rows, ties)
+    for row in found.rows:
+        assert row["prompt"].strip()
+        assert "\n\nHuman:" not in "".join(row["completions"])
+        assert row["completions"][0] != row["completions"][1]
+
+
+@needs_data
+@pytest.mark.data
+def test_both_published_forms_of_real_comparisons_are_the_same() -> None:
+    plain, raw = (
+        preferences.load(f"{DATA}/tldr/{name}.jsonl", "train", whole=True).rows
+        for name in ("tldr-preference", "summarize_from_feedback_comparisons")
+    )
+    assert [(r["prompt"], r["completions"]) for r in plain] == [(r["prompt"], r["completions"]) for r in raw]
+
+
+@needs_data
+@pytest.mark.data
+def test_real_dialogues_are_read_within_the_budgets_of_any_task() -> None:
+    task = TLDRSummarize()
+    tokenizer = models.load_tokenizer(task.model)
+    path = f"{DATA}/hh_rlhf/harmless-base_test.jsonl.gz"
+    found = comparisons.read_preferences(path, "train", task, tokenizer, most=300, whole=True)
+    assert 280 < len(found) <= 300  # some differ after the budget only
+    assert all(len(c.prompt_ids) <= 176 and max(map(len, c.completion_ids)) <= 48 for c in found)

@@ -1,0 +1,194 @@
+"""Decoders: rows that go on from prompts, a token at a time, on a Trunk that has computed each prompt once.
+
+Shape legend: U unique prompts, P prompt places, B rows, K tokens that are looked at, L places so far, D hidden width.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from textrl_gym.prefix import attached, own_cache
+
+if TYPE_CHECKING:
+    from textrl_gym.trunk import Trunk
+
+
+def position_ids(mask_BL: Tensor) -> Tensor:
+    """0, 1, 2, ... over the real tokens of each row; 0 on left padding. int64 [B, L]."""
+    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def no_mask(like: Tensor) -> Tensor:
+    """A mask of four dimensions, which models pass on as it is: group-prefix attention makes its own."""
+    return torch.zeros(1, 1, 1, 1, device=like.device)
+
+
+def fill(body: Any, prompt_UP: Tensor, mask_UP: Tensor, cache: Any) -> Any:
+    """The body's output on prompts, whose keys and values go to the cache (None: one of the model's own making)."""
+    return body(
+        input_ids=prompt_UP,
+        attention_mask=mask_UP.long(),
+        position_ids=position_ids(mask_UP),
+        past_key_values=cache,
+        use_cache=True,
+    )
+
+
+class Decoder(Protocol):
+    """Rows that go on from prompts, one token at a time."""
+
+    first_BD: Tensor
+    """The hidden state below the first token's logits."""
+    leavers: float
+    """Rows should leave when at least this share of the batch has ended; before, it costs more than it saves."""
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Append a token to each row; the hidden state below the next one's logits, [B, D]."""
+        ...
+
+    def keep(self, keep_k: Tensor) -> None:
+        """Go on with these rows only."""
+        ...
+
+
+class Lookahead(Decoder, Protocol):
+    """A Decoder that can also look at tokens without appending them."""
+
+    def peek(self, token_BK: Tensor) -> Tensor:
+        """The hidden states after each of K more tokens of each row, [B, K, D]; then they are forgotten."""
+        ...
+
+
+class SharedDecoder:
+    """Rows read their prompt's keys and values where they stand; their own are written into preallocated places."""
+
+    leavers = 0.1  # those that stay have their caches copied
+
+    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> None:
+        self.trunk = trunk
+        with trunk._running():
+            self.prefix = trunk._prefix(prompt_UP, mask_UP, source_B)
+        self.position_B1 = self.prefix.positions
+        self.no_mask = no_mask(prompt_UP)
+        self._allocate(places + 1)
+        self.first_BD = self.step(prompt_UP[source_B, -1])
+
+    def _allocate(self, places: int) -> None:
+        self.own = own_cache(self.trunk._depth, places)
+
+    def step(self, token_B: Tensor) -> Tensor:
+        hidden_BD = self._run(token_B[:, None])[:, 0]
+        self.position_B1 = self.position_B1 + 1
+        return hidden_BD
+
+    def peek(self, token_BK: Tensor) -> Tensor:
+        hidden_BKD = self._run(token_BK)
+        layers: Any = self.own.layers
+        for layer in layers:
+            layer.length -= token_BK.shape[1]
+        return hidden_BKD
+
+    def _run(self, token_BK: Tensor) -> Tensor:
+        places_K = torch.arange(token_BK.shape[1], device=token_BK.device)
+        with self.trunk._running(), attached(self.trunk._configs, self.prefix):
+            return self.trunk.body(
+                input_ids=token_BK,
+                attention_mask=self.no_mask,
+                position_ids=self.position_B1 + places_K,
+                past_key_values=self.own,
+                use_cache=True,
+            )[0]
+
+    def keep(self, keep_k: Tensor) -> None:
+        self.prefix.keep(keep_k)
+        self.position_B1 = self.position_B1[keep_k]
+        self.own.batch_select_indices(keep_k)
+
+
+class StaticDecoder(SharedDecoder):
+    """The same at fixed shapes and addresses: a step on a GPU is one launch of a CUDA graph, captured at the first.
+
+    A decoder step of a small model is hundreds of kernels of microseconds, and launching them one by one takes longer
+    than running them.
+    """
+
+    leavers = 0.5  # each time a graph is captured anew
+
+    def _allocate(self, places: int) -> None:
+        self.written = torch.zeros(1, dtype=torch.long, device=self.position_B1.device)
+        self.prefix.written = self.written
+        self.own = own_cache(self.trunk._depth, places, self.written)
+        self.token_B1 = torch.zeros_like(self.position_B1)
+        self.graph: Any = None
+
+    def step(self, token_B: Tensor) -> Tensor:
+        self.token_B1.copy_(token_B[:, None])
+        if self.token_B1.device.type == "cuda":
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+        else:
+            self.hidden_BD = self._run(self.token_B1)[:, 0]
+        self.written += 1
+        self.position_B1 += 1
+        return self.hidden_BD
+
+    def _capture(self) -> None:
+        """As PyTorch's notes on CUDA graphs ask: warm up on another stream. What that writes is written again."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._run(self.token_B1)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.hidden_BD = self._run(self.token_B1)[:, 0]
+
+    def keep(self, keep_k: Tensor) -> None:
+        super().keep(keep_k)
+        self.token_B1, self.graph = self.token_B1[keep_k], None
+
+
+class RepeatedDecoder:
+    """Every row computes its own prompt and stays until the end: right for any model with a cache, and slow."""
+
+    leavers = 0.0
+
+    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> None:
+        self.trunk, self.mask_BL = trunk, mask_UP[source_B]
+        self.row_k = torch.arange(len(source_B), device=source_B.device)
+        with trunk._running():
+            # The cache of the model's own making: attention is not all that models keep.
+            out = fill(trunk.body, prompt_UP[source_B], self.mask_BL, None)
+        self.first_BD, self.cache = out[0][:, -1], getattr(out, "past_key_values", None)
+        if self.cache is None:
+            raise ValueError(f"{type(trunk.model).__name__} keeps no past_key_values: it cannot be sampled from here")
+
+    def step(self, token_B: Tensor) -> Tensor:
+        hidden_BKD, self.mask_BL = self._run(token_B[:, None], self.cache)
+        return hidden_BKD[:, 0]
+
+    def peek(self, token_BK: Tensor) -> Tensor:
+        return self._run(token_BK, copy.deepcopy(self.cache))[0]
+
+    def _run(self, token_kK: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        rows, new = len(self.mask_BL), token_kK.shape[1]
+        token_BK = token_kK.new_zeros(rows, new).index_copy_(0, self.row_k, token_kK)
+        mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(rows, new)], 1)
+        with self.trunk._running():
+            out = self.trunk.body(
+                input_ids=token_BK,
+                attention_mask=mask_BL.long(),
+                position_ids=position_ids(mask_BL)[:, -new:],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return out[0][self.row_k], mask_BL
+
+    def keep(self, keep_k: Tensor) -> None:
+        self.row_k = self.row_k[keep_k]

@@ -1,0 +1,285 @@
+"""Decoding with a trained critic: what value-guided sampling and tree search share.
+
+An agent of these kinds trains nothing. It takes policy, critic and reference of a saved agent, looks at what may follow
+the text so far, and samples each token from a distribution that it made of that: logp_BT is of this distribution.
+
+Shape legend: B rows, K candidate tokens or places of a path, V vocabulary, T response places, P prompt places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from textrl_gym import checkpoint, functional, plugins
+from textrl_gym.agent import Agent
+from textrl_gym.agent_config import AgentConfig
+from textrl_gym.core import Rollout, Row, StopReason
+from textrl_gym.decoders import Lookahead
+from textrl_gym.env import TextVectorEnv
+from textrl_gym.evaluation import load_agent
+from textrl_gym.kl import FixedKL
+from textrl_gym.policy import Policy
+from textrl_gym.rollout import rollout_of, unique_ids, vector_env
+from textrl_gym.sampler import Completions
+
+
+@dataclass(frozen=True)
+class CriticConfig(AgentConfig):
+    """Settings of agents that decode with a critic."""
+
+    ppo: str = ""
+    """The folder of a saved PPO, or of another agent with a critic. Policy, reference and temperature are its own, and
+    so is the KL coefficient where kl_coef is None."""
+    top_k: int = 10
+    """Candidates: so many of the policy's most likely tokens are looked at."""
+    end_value: Literal["critic", "score"] = "critic"
+    """What a finished text is worth in the search: the critic's value of the text before its last token, since a critic
+    says nothing of what is over; or its score by the environment's reward."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ppo:
+            raise ValueError("ppo must name the folder of a saved agent with a critic, got ''")
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.end_value not in ("critic", "score"):
+            raise ValueError(f"end_value must be 'critic' or 'score', got {self.end_value!r}")
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What the models say of a state of each row."""
+
+    logp_BV: Tensor
+    """log pi of each next token."""
+    ref_logp_BV: Tensor | None
+    """The same of the reference, where it was asked for."""
+    value_B: Tensor
+
+
+class States:
+    """Rows in lockstep on all models that are asked: the text so far of each, and what may follow it.
+
+    Args:
+        reference: whether the reference is asked too.
+        places: at most so many tokens are appended to a row, or looked at.
+    """
+
+    def __init__(self, policy: Policy, prompt_ids: list[list[int]], places: int, reference: bool) -> None:
+        prompts = unique_ids(prompt_ids, policy.device)
+        self.policy, self.reference = policy, policy.reference if reference else None
+        self.trunk: Lookahead = policy.trunk.lookahead(*prompts, places)
+        self.reference_trunk = None if self.reference is None else self.reference.trunk.lookahead(*prompts, places)
+        self.value_trunk = None if policy.value_trunk is None else policy.value_trunk.lookahead(*prompts, places)
+        self.now = self._opinion([None if trunk is None else trunk.first_BD for trunk in self._trunks])
+
+    @property
+    def _trunks(self) -> tuple[Lookahead, Lookahead | None, Lookahead | None]:
+        return self.trunk, self.reference_trunk, self.value_trunk
+
+    @property
+    def models(self) -> int:
+        """How many models say something of a state."""
+        return sum(trunk is not None for trunk in self._trunks)
+
+    def _opinion(self, hiddens: list[Any]) -> Opinion:
+        hidden_BD, reference_BD, value_BD = hiddens
+        return Opinion(
+            self.policy.logits(hidden_BD).log_softmax(-1).float(),
+            None if self.reference is None else self.reference.logits(reference_BD).log_softmax(-1).float(),
+            self.policy.value_of(hidden_BD if value_BD is None else value_BD),
+        )
+
+    def look(self, path_BK: Tensor, length_B: Tensor) -> Opinion:
+        """Of the states after the first length_B tokens of a path; nothing of them is kept."""
+        rows = torch.arange(len(path_BK), device=path_BK.device)
+        return self._opinion(
+            [None if trunk is None else trunk.peek(path_BK)[rows, length_B - 1] for trunk in self._trunks]
+        )
+
+    def values(self, token_B: Tensor) -> Tensor:
+        """The critic's alone, after one more token of each row. [B]"""
+        trunk = self.trunk if self.value_trunk is None else self.value_trunk
+        return self.policy.value_of(trunk.peek(token_B[:, None])[:, 0])
+
+    def step(self, token_B: Tensor) -> None:
+        """Append a token to each row."""
+        self.now = self._opinion([None if trunk is None else trunk.step(token_B) for trunk in self._trunks])
+
+    def keep(self, keep_k: Tensor) -> None:
+        """Go on with these rows only; a step must follow."""
+        for trunk in self._trunks:
+            if trunk is not None:
+                trunk.keep(keep_k)
+
+
+class Endings:
+    """Which texts are over, and what they are worth in a search.
+
+    Args:
+        rows, prompt_ids: of all rows, as mdp.draw() gave them.
+        scored: by the environment's reward; else by the critic's value before the last token.
+    """
+
+    def __init__(self, mdp: TextVectorEnv, rows: list[Row], prompt_ids: list[list[int]], scored: bool) -> None:
+        self.mdp, self.rows, self.prompt_ids, self.scored = mdp, rows, prompt_ids, scored
+
+    def stops(self, texts: list[list[int]]) -> list[int]:
+        """Why each text is over, as StopReason; RUNNING if it is not."""
+        mdp = self.mdp
+        hits = mdp.stopped(texts) if mdp.stop else [False] * len(texts)
+        reasons = []
+        for ids, hit in zip(texts, hits, strict=True):
+            reason = StopReason.BUDGET if len(ids) >= mdp.max_new_tokens else StopReason.RUNNING
+            reasons.append(StopReason.EOS if ids[-1] == mdp.eos_id else StopReason.STOP_STRING if hit else reason)
+        return [int(reason) for reason in reasons]
+
+    def values(self, row_b: list[int], texts: list[list[int]], stops: list[int], before_b: Tensor) -> Tensor:
+        """The worth of each text that is over; of the others, before_b, the critic's value before the last token."""
+        over = [i for i, stop in enumerate(stops) if stop != StopReason.RUNNING]
+        if not self.scored or not over:
+            return before_b
+        rows = [row_b[i] for i in over]
+        prompts = [self.rows[b] for b in rows]
+        score, _ = self.mdp.score(prompts, [self.prompt_ids[b] for b in rows], [texts[i] for i in over])
+        penalty = [self.mdp.missing_eos_penalty * (stops[i] == StopReason.BUDGET) for i in over]
+        value_b = before_b.clone()
+        value_b[over] = score.to(value_b) - torch.tensor(penalty).to(value_b)
+        return value_b
+
+
+class CriticAgent(Agent):
+    """Decodes with the critic of a saved agent. A subclass says from which distribution the next token is drawn.
+
+    `predict` is the policy's own; what is searched is play(), which evaluation uses.
+    """
+
+    Config: ClassVar[type[CriticConfig]] = CriticConfig
+    config: Any
+    trains = False
+    uses_value = True
+    asks_reference: bool = False
+    """Whether the distribution is made with the reference's log-probabilities."""
+
+    def next_token(
+        self, states: States, endings: Endings, row_b: list[int], texts: list[list[int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The distribution of the next token of each running row.
+
+        Args:
+            row_b: which of all rows these are.
+            texts: the token ids of each so far.
+
+        Returns:
+            token_bK: candidates, the policy's most likely first.
+            logp_bK: their log-probabilities, which sum to 1.
+            passes_b: states that a model was asked about, those of the text so far left out.
+        """
+        raise NotImplementedError
+
+    # -- made of a saved agent ----------------------------------------------------------------------------------------
+
+    def _saved(self) -> dict[str, Any]:
+        folder = Path(self.config.ppo)
+        state = checkpoint.read_state(folder)
+        if not (folder / "value_head.safetensors").is_file():
+            raise ValueError(
+                f"{str(folder)!r} holds the agent {state['agent']!r}, which has no critic: ppo must name a saved PPO"
+            )
+        return state
+
+    def _make_kl(self, mdp: TextVectorEnv) -> FixedKL:
+        saved = self._saved()["kl_coef"]
+        return FixedKL(saved if self.config.kl_coef is None else self.config.kl_coef)
+
+    def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
+        if model is not None and self._saved()["agent"] == plugins.path_of(type(self), "agents"):
+            return super()._make_policy(mdp, model, reference)  # load(): `ppo` is this agent's own checkpoint
+        if model is not None or reference is not None:
+            raise ValueError(f"model and reference are those of ppo={self.config.ppo!r}: leave them out")
+        saved = load_agent(self.config.ppo, mdp.remake(1, group_size=1), device=str(self.device))
+        self.config = dataclasses.replace(self.config, temperature=saved.config.temperature, dtype=saved.config.dtype)
+        self.model_spec, self.reference_spec = saved.model_spec, saved.reference_spec
+        self.rebuilds_model, self.rebuilds_reference = saved.rebuilds_model, saved.rebuilds_reference
+        return saved.policy
+
+    def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
+        saved = Path(self.config.ppo) / "value_model"  # its weights are read by _restore
+        return mdp.task.load_model(str(saved)).to(self.device) if saved.is_dir() else None
+
+    @classmethod
+    def load(
+        cls, path: str | Path, env: Any = None, *, device: str = "auto", out: str | Path | None = None, **settings: Any
+    ) -> Self:
+        """The agent that `save` wrote. Its folder holds policy and critic: the first `ppo` is not needed any more."""
+        return super().load(path, env, device=device, out=out, **(settings | {"ppo": str(path)}))
+
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
+    def play(
+        self,
+        env: Any,
+        *,
+        greedy: bool = False,
+        generator: torch.Generator | None = None,
+        prompt_indices: Any = None,
+    ) -> Rollout:
+        mdp = vector_env(env)
+        rows, prompt_ids = mdp.draw(prompt_indices)
+        shape = (len(rows), mdp.max_new_tokens)
+        uniform_BT = None if greedy else torch.rand(shape, generator=generator, device=self.device)
+        endings = Endings(mdp, rows, prompt_ids, scored=self.config.end_value == "score")
+        out, passes_B = self._decode(endings, uniform_BT)
+        rollout = rollout_of(mdp, self.policy, rows, prompt_ids, out, guided=True)
+        return dataclasses.replace(rollout, passes_B=passes_B)
+
+    @torch.no_grad()
+    def _decode(self, endings: Endings, uniform_BT: Tensor | None) -> tuple[Completions, Tensor]:
+        """A completion of every row, token by token; uniform_BT None: the most likely candidate."""
+        rows, places = len(endings.rows), endings.mdp.max_new_tokens
+        states = States(self.policy, endings.prompt_ids, places, self.asks_reference)
+        token_BT = torch.zeros((rows, places), dtype=torch.long, device=self.device)
+        logp_BT, value_BT = (torch.zeros((rows, places), device=self.device) for _ in range(2))
+        passes_B, stop_B, length_B = (torch.zeros(rows, device=self.device) for _ in range(3))
+        row_b = torch.arange(rows, device=self.device)
+        for t in range(places):
+            texts = token_BT[row_b, :t].tolist()
+            # 1. The distribution, and a token of it.
+            token_bK, logp_bK, passes_b = self.next_token(states, endings, row_b.tolist(), texts)
+            if uniform_BT is None:
+                token_b = token_bK.gather(1, logp_bK.argmax(1, keepdim=True)).squeeze(1)
+            else:  # in the vocabulary's order, as sampling from the policy itself does
+                token_b = functional.inverse_cdf(self._spread(token_bK, logp_bK), uniform_BT[row_b, t])
+            token_BT[row_b, t] = token_b
+            logp_BT[row_b, t] = logp_bK.masked_fill(token_bK != token_b[:, None], -torch.inf).amax(1)
+            value_BT[row_b, t] = states.now.value_B
+            passes_B[row_b] += passes_b + states.models
+
+            # 2. Rows that ended leave; the others go on.
+            stops = endings.stops([[*ids, int(token)] for ids, token in zip(texts, token_b, strict=True)])
+            stop_B[row_b] = torch.tensor(stops, device=self.device).float()
+            length_B[row_b] = t + 1
+            going_k = (stop_B[row_b] == StopReason.RUNNING).nonzero().squeeze(1)
+            if len(going_k) == 0:
+                break
+            if len(going_k) < len(row_b):
+                states.keep(going_k)
+                row_b, token_b = row_b[going_k], token_b[going_k]
+            states.step(token_b)
+        mask_BT = torch.arange(places, device=self.device) < length_B[:, None]
+        return Completions(token_BT, mask_BT, logp_BT, value_BT, stop_B.long()), passes_B
+
+    def _spread(self, token_bK: Tensor, logp_bK: Tensor) -> Tensor:
+        """Log-probabilities over the vocabulary, [b, V]; none outside the candidates."""
+        nothing_bV = logp_bK.new_full((len(token_bK), self.policy.vocab_size), -torch.inf)
+        return nothing_bV.scatter(1, token_bK, logp_bK)
+
+    def candidates(self, logp_BV: Tensor) -> Tensor:
+        """The policy's top_k tokens, the most likely first. int64 [B, K]."""
+        return logp_BV.topk(min(self.config.top_k, logp_BV.shape[1])).indices

@@ -1,0 +1,173 @@
+"""What agents that learn from pairs share: which completions become a pair, and the losses on a pair.
+
+A rollout of pairs has two rows in each group: the chosen one with score 1, the rejected one with score -1. With
+
+    h(x, y_w, y_l) = log pi(y_w | x) / pi_ref(y_w | x) - log pi(y_l | x) / pi_ref(y_l | x)
+
+summed over the tokens of each completion, the loss of a pair is one of
+
+    sigmoid   -log sigmoid(beta h)               DPO, Rafailov et al. 2023, arXiv:2305.18290, equation 7
+              -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)     with label smoothing e: a share e of the labels
+                                                 is taken to be wrong (cDPO, Mitchell 2023)
+    ipo       (h - 1 / (2 beta))^2               IPO, Azar et al. 2023, arXiv:2310.12036, equation 17, tau = beta
+    hinge     max(0, 1 - beta h)                 SLiC's rank loss (Zhao et al. 2023, arXiv:2305.10425) on log-ratios
+
+IPO's h is a sum here, as in the paper; TRL divides each log-ratio by its number of tokens, so that its beta is another.
+
+Shape legend: B rows, T response places, N pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from textrl_gym.agent_config import AgentConfig
+from textrl_gym.core import Rollout
+from textrl_gym.functional import last_places, mean_of
+
+Loss = Literal["sigmoid", "ipo", "hinge"]
+Labels = Literal["best", "bradley_terry"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairConfig(AgentConfig):
+    """Settings of agents that learn from pairs; kl_coef is beta."""
+
+    loss: Loss = "sigmoid"
+    """"sigmoid": DPO's; "ipo": a squared distance to 1 / (2 beta); "hinge": nothing beyond a margin of 1 / beta."""
+    label_smoothing: float = 0.0
+    """The share of labels that is taken to be wrong, for the sigmoid loss."""
+    labels: Labels = "best"
+    """How the reward makes pairs. "best": the best and the worst completion of a prompt; "bradley_terry": neighbours,
+    the first chosen with probability sigmoid(R_1 - R_2), as people do who are less sure of close cases."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("loss", get_args(Loss)), ("labels", get_args(Labels))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing={self.label_smoothing} is for loss='sigmoid', not {self.loss!r}")
+        if self.kl_coef == 0:
+            raise ValueError("kl_coef is beta, by which log-ratios become rewards: it must be > 0, got 0")
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def label_pairs(return_B: Tensor, group_B: Tensor, labels: Labels, generator: torch.Generator | None) -> Tensor:
+    """Rows (chosen, rejected) of the pairs that returns make, int64 [N, 2].
+
+    "best": a group's best and worst row; a group without any spread makes no pair. "bradley_terry": rows 1 and 2, 3 and
+    4, ... of a group, each pair in an order drawn with `generator`.
+    """
+    assert return_B.shape == group_B.shape and return_B.ndim == 1, (return_B.shape, group_B.shape)
+    pairs: list[Tensor] = []
+    for group in group_B.unique():
+        rows = (group_B == group).nonzero().squeeze(1)
+        if labels == "best":
+            if return_B[rows].max() > return_B[rows].min():
+                pairs.append(torch.stack([rows[return_B[rows].argmax()], rows[return_B[rows].argmin()]]))
+        else:
+            pairs += [torch.stack(pair) for pair in zip(rows[::2], rows[1::2], strict=False)]
+    if not pairs:
+        return torch.empty(0, 2, dtype=torch.long, device=group_B.device)
+    row_N2 = torch.stack(pairs)
+    if labels == "best":
+        return row_N2
+    chance_N = torch.sigmoid(return_B[row_N2[:, 0]] - return_B[row_N2[:, 1]])
+    first_N = torch.rand(len(row_N2), generator=generator, device=group_B.device) < chance_N
+    return torch.where(first_N[:, None], row_N2, row_N2.flip(1))
+
+
+def as_pairs(rollout: Rollout, row_N2: Tensor) -> Rollout:
+    """The rollout of these pairs: neighbouring rows of one group, score 1 for the chosen and -1 for the rejected."""
+    picked = rollout.select(row_N2.flatten())
+    rows = torch.arange(len(picked), device=row_N2.device)
+    sign_B = (1 - 2 * (rows % 2)).to(picked.score_B)
+    reward_BT = torch.zeros_like(picked.reward_BT)
+    reward_BT[rows, last_places(picked.mask_BT)] = sign_B
+    return dataclasses.replace(picked, group_B=rows // 2, score_B=sign_B, reward_BT=reward_BT)
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+def pair_loss(margin_N: Tensor, loss: Loss, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """The loss of each pair, [N], of its difference h of log-ratios; see the head of this file."""
+    assert margin_N.ndim == 1, margin_N.shape
+    if loss == "ipo":
+        return (margin_N - 1 / (2 * beta)) ** 2
+    if loss == "hinge":
+        return F.relu(1 - beta * margin_N)
+    right_N, wrong_N = F.logsigmoid(beta * margin_N), F.logsigmoid(-beta * margin_N)
+    return -(1 - label_smoothing) * right_N - label_smoothing * wrong_N
+
+
+def pairs_loss(
+    logp_BT: Tensor,
+    ref_logp_BT: Tensor,
+    sign_B: Tensor,
+    group_B: Tensor,
+    mask_BT: Tensor,
+    config: PairConfig,
+    beta: float,
+    pairs: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the pairs' losses over a micro-batch of whole groups in any order, divided by the minibatch's `pairs`.
+
+    Args:
+        sign_B: 1 for the chosen row of a group, -1 for the rejected.
+    """
+    assert logp_BT.shape == ref_logp_BT.shape == mask_BT.shape, (logp_BT.shape, ref_logp_BT.shape, mask_BT.shape)
+    assert sign_B.shape == group_B.shape == logp_BT.shape[:1], (sign_B.shape, group_B.shape)
+    ratio_B = ((logp_BT - ref_logp_BT) * mask_BT).sum(1)
+    groups, number_B = group_B.unique(return_inverse=True)
+    margin_N = torch.zeros_like(ratio_B[: len(groups)]).index_add(0, number_B, sign_B.to(ratio_B) * ratio_B)
+    loss = pair_loss(margin_N, config.loss, beta, config.label_smoothing).sum() / pairs
+    told_N, told_B = margin_N.detach(), ratio_B.detach()
+    return loss, {
+        "loss": loss.detach(),
+        "accuracy": (0.5 + 0.5 * told_N.sign()).sum() / pairs,
+        "reward_margin": beta * told_N.sum() / pairs,
+        "chosen_log_ratio": told_B[sign_B > 0].sum() / pairs,
+        "rejected_log_ratio": told_B[sign_B < 0].sum() / pairs,
+    }
+
+
+def check_beta(agent: Any) -> None:
+    """Raise ValueError where the task's own KL coefficient cannot be beta."""
+    if not agent.kl.coef > 0:
+        name = type(agent.env.task).__name__
+        raise ValueError(
+            f"{type(agent).__name__} needs kl_coef > 0, its beta; {name}'s own is {agent.kl.coef}: give it"
+        )
+
+
+def learn_pairs(agent: Any, pairs: Rollout) -> dict[str, float]:
+    """An agent's optimizer steps on a rollout of pairs, over its epochs and minibatches; what to log of them."""
+
+    def loss(
+        part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logp_BT = agent.policy.logprobs(part)
+        return pairs_loss(
+            logp_BT,
+            part.ref_logp_BT,
+            part.score_B,
+            part.group_B,
+            part.mask_BT,
+            agent.config,
+            agent.kl.coef,
+            rows // 2,
+        )
+
+    return mean_of([agent.minimise(pairs, rows, loss, whole_groups=True) for rows in agent.shuffled(pairs)])

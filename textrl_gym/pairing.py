@@ -1,0 +1,260 @@
+"""Preference pairs made here: completions sampled from one or two policies, labelled, and written as jsonl.
+
+The file has the form of trl-lib/tldr-preference (prompt, chosen, rejected), with the labeller's scores beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from textrl_gym import adapters, checkpoint, models
+from textrl_gym.annotators import Annotators
+from textrl_gym.comparisons import sample_texts
+from textrl_gym.core import Row
+from textrl_gym.policy import Policy
+from textrl_gym.rewards import load_reward
+from textrl_gym.sft import load_env_task, progress_bar
+
+START = "start"
+ANNOTATORS, JUDGE = "annotators", "judge"
+MOST_PROMPTS = 20
+"""Prompts that are drawn at most for each pair that is wanted, since some give ties."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Settings of sampled preferences."""
+
+    n: int = 5000
+    """Pairs to write."""
+    model: str | None = None
+    """Whose completions: the folder of a saved agent, or a causal LM (folder, Hub id); None: the task's start."""
+    other_model: str | None = None
+    """Whose completions they are compared to, of the same tokenizer; "start" is the task's start; None: others of
+    `model`."""
+    label: str = ANNOTATORS
+    """Who chooses. "annotators": the simulated ones, by the task's judge, noise and all; "judge": the higher score of
+    the task's judge; else the higher score of this reward (a name, package.module:name or a folder)."""
+    dataset: str | None = None
+    """Prompts: a Hub id, or a local file or folder; None: the task's embedded ones."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Of the prompts."""
+    temperature: float = 1.0
+    """Of sampling; 0 is greedy, for two different models."""
+    batch_size: int = 64
+    """Prompts that are sampled at a time."""
+    annotators: Annotators = dataclasses.field(default_factory=Annotators)
+    """Who the simulated annotators are."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Seeds the order of prompts, the samples and the annotators."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if self.temperature == 0 and self.other_model is None:
+            raise ValueError("at temperature 0 a model's completions of a prompt are equal: give other_model")
+
+
+# -- policies ---------------------------------------------------------------------------------------------------------
+
+
+def load_policy(spec: str | None, task: Any, device: Any) -> tuple[Policy, Any]:
+    """The policy of a saved agent, of a model, or of the task's start, and its tokenizer.
+
+    Raises:
+        ValueError: nothing can be loaded, or its tokenizer is another model's.
+    """
+    name = None if spec == START else spec
+    folder = Path(name or "").expanduser()
+    if name is None or not (folder / checkpoint.STATE_FILE).is_file():
+        model, tokenizer = task.load_model(name), task.load_tokenizer(name)
+    else:
+        saved, base = str(folder / "model"), folder / adapters.BASE
+        tokenizer = task.load_tokenizer(saved)
+        if adapters.is_saved_lora(folder / "model"):
+            state = checkpoint.read_state(folder)
+            model = adapters.load(task.load_model(str(base) if base.is_dir() else state["model"]), folder / "model")
+        else:
+            model = task.load_model(saved)
+    models.check_vocab(tokenizer, model)
+    return Policy(model.to(device), vocab_size=len(tokenizer)), tokenizer
+
+
+def load_policies(task: Any, config: PreferenceConfig) -> tuple[list[Policy], Any]:
+    """One policy, or two of one tokenizer, and that."""
+    device = models.resolve_device(config.device)
+    policy, tokenizer = load_policy(config.model, task, device)
+    if config.other_model is None:
+        return [policy], tokenizer
+    other, others = load_policy(config.other_model, task, device)
+    if others.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{config.model or START!r} and {config.other_model!r} have different tokenizers")
+    return [policy, other], tokenizer
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+class Labeller:
+    """Scores completions, and says which of two is chosen."""
+
+    def __init__(self, task: Any, tokenizer: Any, config: PreferenceConfig) -> None:
+        """Raises ValueError where nothing is named so, or the task has no judge."""
+        by_judge = config.label in (ANNOTATORS, JUDGE)
+        if by_judge and task.judge is None:
+            raise ValueError(
+                f"label {config.label!r} needs the task's judge, and {type(task).__name__} has none: name a reward, as "
+                f"--label {task.reward if isinstance(task.reward, str) else 'package.module:name'}"
+            )
+        self.annotators = config.annotators if config.label == ANNOTATORS else None
+        device = models.resolve_device(config.device)
+        self.reward = load_reward(
+            task.judge if by_judge else config.label, task=task, device=device, tokenizer=tokenizer
+        )
+
+    def scores(
+        self, rows: Sequence[Row], prompt_ids: list[list[int]], completion_ids: list[list[int]], texts: list[str]
+    ) -> NDArray[np.float64]:
+        """The score of each text."""
+        names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "completion_ids"}
+        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
+        columns |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+        return self.reward([row["prompt"] for row in rows], texts, **columns).double().numpy()
+
+    def choose(
+        self, score_N2: NDArray[np.float64], texts_N2: list[list[str]], rng: np.random.Generator
+    ) -> list[int | None]:
+        """0 or 1, the place of the chosen text of each pair; None for a tie."""
+        if self.annotators is None:
+            return [None if a == b else int(b > a) for a, b in score_N2]
+        words_N2 = np.array([[len(text.split()) for text in texts] for texts in texts_N2])
+        (score_a, score_b), (words_a, words_b) = score_N2.T, words_N2.T
+        first_N = self.annotators.prefer(score_a, score_b, words_a, words_b, rng)
+        return [int(not first) for first in first_N]
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def draw_prompts(size: int, count: int, seed: int) -> Iterator[list[int]]:
+    """Endless lists of `count` places below `size`: each once in a random order, then each again in another."""
+    rng = np.random.default_rng([seed, 0])
+    endless = (int(place) for _ in itertools.count() for place in rng.permutation(size))
+    while True:
+        yield list(itertools.islice(endless, count))
+
+
+class Pairer:
+    """Samples pairs of a task's prompts and has them labelled."""
+
+    def __init__(self, task: Any, config: PreferenceConfig) -> None:
+        """Raises ValueError where the models, the label or the prompts are not to be had."""
+        self.task, self.config = task, config
+        self.source = task.rows(config.split, config.dataset)
+        self.policies, self.tokenizer = load_policies(task, config)
+        self.labeller = Labeller(task, self.tokenizer, config)
+        self.names = [config.model or START, config.other_model or config.model or START]
+        self.counts = {"prompts": 0, "equal": 0, "ties": 0}
+        """Prompts drawn; those whose texts were equal, and those whose scores were: neither are pairs."""
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """Labelled pairs without end.
+
+        Raises:
+            ValueError: nearly all prompts give none.
+        """
+        config, counts = self.config, self.counts
+        for number, places in enumerate(draw_prompts(len(self.source), config.batch_size, config.seed)):
+            if counts["prompts"] >= MOST_PROMPTS * max(config.n, config.batch_size):
+                told = f"{counts['equal']} with equal texts, {counts['ties']} with equal scores"
+                raise ValueError(f"{counts['prompts']} prompts did not give n={config.n} pairs: {told}")
+            rng = np.random.default_rng([config.seed, 1, number])
+            rows = [self.source[place] for place in places]
+            both = self._sample(rows, rng)
+            texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in two] for two in both]
+            differing = [pair for pair in zip(rows, both, texts, strict=True) if pair[2][0] != pair[2][1]]
+            counts["prompts"] += len(rows)
+            counts["equal"] += len(rows) - len(differing)
+            if differing:
+                yield from self._labelled(differing, rng)
+
+    def _sample(self, rows: list[Row], rng: np.random.Generator) -> list[list[list[int]]]:
+        """Token ids of two completions of each row's prompt: both of the one policy, or one of each."""
+        each, at = 2 // len(self.policies), self.config.temperature
+        sampled = [
+            sample_texts(policy, self.task, self.tokenizer, rows, each, at, int(rng.integers(2**62)))
+            for policy in self.policies
+        ]
+        return [[ids for some in of_row for ids in some] for of_row in zip(*sampled, strict=True)]
+
+    def _labelled(
+        self, pairs: list[tuple[Row, list[list[int]], list[str]]], rng: np.random.Generator
+    ) -> Iterator[dict[str, Any]]:
+        rows = [row for row, _, _ in pairs for _ in range(2)]
+        prompt_ids = [self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens) for row in rows]
+        flat_ids = [ids for _, both, _ in pairs for ids in both]
+        flat_texts = [text for _, _, both in pairs for text in both]
+        score_N2 = self.labeller.scores(rows, prompt_ids, flat_ids, flat_texts).reshape(-1, 2)
+        chosen_N = self.labeller.choose(score_N2, [texts for _, _, texts in pairs], rng)
+        for (row, _, texts), scores, chosen in zip(pairs, score_N2.tolist(), chosen_N, strict=True):
+            if chosen is None:
+                self.counts["ties"] += 1
+                continue
+            order = {"chosen": chosen, "rejected": 1 - chosen}
+            yield (
+                {"prompt": row["prompt"]}
+                | {name: texts[place] for name, place in order.items()}
+                | {f"score_{name}": scores[place] for name, place in order.items()}
+                | {f"model_{name}": self.names[place] for name, place in order.items()}
+            )
+
+
+def make_preferences(env_id: str, config: PreferenceConfig, out: Path) -> dict[str, Any]:
+    """Sample, label and write pairs; the file appears when it is whole.
+
+    Args:
+        env_id: a registered environment.
+        out: the file to write, *.jsonl.
+
+    Returns:
+        {"measured": what was counted: pairs, prompts drawn, those with equal texts and with ties, mean scores}.
+
+    Raises:
+        ValueError: an unknown environment, model or label; a file that is there already; or too few pairs.
+    """
+    if out.suffix != ".jsonl":
+        raise ValueError(f"out must be a file *.jsonl, got {str(out)!r}")
+    if out.exists():
+        raise ValueError(f"{str(out)!r} is there already: name another file")
+    pairer = Pairer(load_env_task(env_id), config)
+    counts = pairer.counts
+    total = {"score_chosen": 0.0, "score_rejected": 0.0}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file, progress_bar() as bar:
+            line = bar.add_task("pairs", total=config.n, note="")
+            for pair in itertools.islice(pairer.pairs(), config.n):
+                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+                total = {name: value + pair[name] for name, value in total.items()}
+                bar.update(line, advance=1, note=f"{counts['equal']} equal, {counts['ties']} ties")
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    means = {name: value / config.n for name, value in total.items()}
+    return {"measured": {"pairs": config.n, **counts, **means}}

@@ -1,0 +1,350 @@
+"""Preferences in the published schemas, from local files or the Hub: which completions of a prompt were preferred.
+
+Every row becomes a prompt, its completions and the pairs (chosen, rejected) among them. Ties, and dialogues that part
+before their last turn, are dropped, and it is said how many.
+
+A prompt may be a text, used letter for letter, or a conversation. A conversation is written by the tokenizer's chat
+template where it has one; else as Anthropic wrote theirs ("\\n\\nHuman: ...\\n\\nAssistant:"), unless the row has the
+prompt as a text too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from textrl_gym import prompts
+
+Row = Mapping[str, Any]
+Talk = list[dict[str, str]]
+"""A conversation: {"role": "user", "assistant" or "system", "content": text} for each turn."""
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
+
+
+TIE = "ties"
+ASTRAY = "dialogues that differ in more than the last turn"
+
+
+class Dropped(Exception):
+    """A row from which nothing can be learnt, and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Completions of one prompt, and which of them were preferred to which."""
+
+    prompt: str | Talk
+    completions: list[str]
+    pairs: list[tuple[int, int]]
+    """(chosen, rejected), as places in completions."""
+    plain: str | None = None
+    """The prompt as a text too, where the prompt is a conversation and the row has both."""
+    dialogue: bool = False
+    """Whether a prompt that is a text is a whole dialogue."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferences:
+    """What a data set holds."""
+
+    rows: list[dict[str, Any]]
+    """A row's own columns, with `prompt` (text), `completions`, `pairs`, and `dialogue`: whether the prompt is one, so
+    that its end matters most."""
+    schema: str
+    """Where its form is published."""
+    dropped: dict[str, int]
+    """Why rows were dropped, and how many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """One published form of preference data, and how its rows become preferences."""
+
+    name: str
+    """Where it is published."""
+    columns: tuple[str, ...]
+    """The columns that must be there."""
+    convert: Callable[[Row], Preference]
+    """From a row; Dropped where it teaches nothing."""
+
+
+# -- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _talk(turns: Any) -> Talk:
+    """A conversation of {"role", "content"} or {"from", "value"} turns; one turn may stand alone."""
+    turns = [turns] if isinstance(turns, Mapping) else turns
+    found = []
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"no turn with role and content: {str(turn)[:60]!r}")
+        found.append({"role": ROLES.get(role, role), "content": content})
+    return found
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items two sequences begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _pair(prompt: str | Talk, chosen: str, rejected: str, plain: str | None = None) -> Preference:
+    if chosen == rejected:
+        raise Dropped(TIE)
+    return Preference(prompt, [chosen, rejected], [(0, 1)], plain)
+
+
+def _user(text: str) -> Talk:
+    return [{"role": "user", "content": text}]
+
+
+def _ordered(prompt: str | Talk, texts: Sequence[str], score: float) -> Preference:
+    """Two texts, the first chosen where score > 0, the second where it is < 0."""
+    if score == 0 or math.isnan(score):
+        raise Dropped(TIE)
+    return _pair(prompt, *(texts if score > 0 else reversed(texts)))
+
+
+# -- schemas ----------------------------------------------------------------------------------------------------------
+
+
+def _of_two_talks(before: Talk, row: Row, plain: str | None) -> Preference:
+    """What two conversations share is the prompt, the turns after it are the completions."""
+    chosen, rejected = before + _talk(row["chosen"]), before + _talk(row["rejected"])
+    if chosen == rejected:
+        raise Dropped(TIE)
+    shared = _common(chosen, rejected)
+    for talk in (chosen, rejected):
+        if shared == 0 or len(talk) != shared + 1 or talk[-1]["role"] != "assistant":
+            raise Dropped(ASTRAY)
+    return _pair(chosen[:shared], chosen[-1]["content"], rejected[-1]["content"], plain)
+
+
+def _implicit(row: Row) -> Preference:
+    """No column for the prompt: it is what chosen and rejected begin with alike."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not isinstance(chosen, str):
+        return _of_two_talks([], row, None)
+    if chosen == rejected:
+        raise Dropped(TIE)
+    shared = _common(chosen, rejected)
+    if ASSISTANT in chosen:  # a whole dialogue; texts that begin alike share more than the prompt
+        cut = chosen[:shared].rfind(ASSISTANT) + len(ASSISTANT)
+        if cut < len(ASSISTANT) or HUMAN in chosen[cut:] + rejected[cut:]:
+            raise Dropped(ASTRAY)
+        return dataclasses.replace(_pair(chosen[:cut], chosen[cut:], rejected[cut:]), dialogue=True)
+    cut = chosen[:shared].rfind(" ")
+    if cut < 1:
+        raise ValueError("chosen and rejected begin with no words in common, so there is no prompt")
+    return _pair(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _explicit(row: Row) -> Preference:
+    prompt, chosen = row["prompt"], row["chosen"]
+    if isinstance(chosen, str) and isinstance(prompt, str):
+        return _pair(prompt, chosen, row["rejected"])
+    if isinstance(chosen, str):
+        return _pair(_talk(prompt), chosen, row["rejected"])
+    if not isinstance(prompt, str):
+        return _of_two_talks(_talk(prompt), row, None)
+    alone = len(_talk(chosen)) == 1  # else the conversation holds the prompt again
+    return _of_two_talks(_user(prompt) if alone else [], row, prompt)
+
+
+def _summaries(row: Row) -> Preference:
+    info, texts = row["info"], [summary["text"] for summary in row["summaries"]]
+    if info.get("article"):
+        prompt = f"TITLE: {info['title']}\n\n{info['article']}\n\nTL;DR:"
+    else:
+        prompt = prompts.tldr_prompt({**info, "summary": ""})["prompt"]
+    return _pair(prompt, texts[row["choice"]], texts[1 - row["choice"]])
+
+
+def _webgpt(row: Row) -> Preference:
+    question = row["question"]
+    text = question["full_text"] if isinstance(question, Mapping) else question
+    return _ordered(_user(text), [row["answer_0"], row["answer_1"]], row["score_0"] - row["score_1"])
+
+
+def _shp(row: Row) -> Preference:
+    return _ordered(_user(row["history"]), [row["human_ref_A"], row["human_ref_B"]], 1 if row["labels"] else -1)
+
+
+def _two_outputs(row: Row) -> Preference:
+    """alpaca_farm and alpaca_eval: preference 1 or 2, or between them; 0, 1.5 or none for a tie."""
+    text = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+    score = 1.5 - row["preference"] if row["preference"] else 0.0
+    return _ordered(_user(text), [row["output_1"], row["output_2"]], score)
+
+
+def rating(completion: Row) -> float | None:
+    """The mean of a completion's ratings in UltraFeedback's aspects, which are texts; None where all are "N/A"."""
+    found = [aspect.get("Rating") for aspect in (completion.get("annotations") or {}).values()]
+    numbers = [float(text) for text in found if text is not None and re.fullmatch(r"\d+(\.\d+)?", str(text))]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _ultrafeedback(row: Row) -> Preference:
+    rated = [(c["response"], score) for c in row["completions"] if (score := rating(c)) is not None]
+    texts, scores = [text for text, _ in rated], [score for _, score in rated]
+    places = range(len(texts))
+    pairs = [(a, b) for a in places for b in places if scores[a] > scores[b] and texts[a] != texts[b]]
+    if not pairs:
+        raise Dropped(TIE)
+    return Preference(_user(row["instruction"]), texts, pairs)
+
+
+def _conversations(row: Row) -> Preference:
+    return _of_two_talks(_talk(row["conversations"]), row, None)
+
+
+PAIR = ("prompt", "chosen", "rejected")
+SCHEMAS = (
+    Schema(
+        "trl-lib/tldr-preference, HuggingFaceH4/ultrafeedback_binarized", ("prompt", "chosen", "rejected"), _explicit
+    ),
+    Schema("ShareGPT's form, as LLaMA-Factory has it", ("conversations", *PAIR[1:]), _conversations),
+    Schema("Anthropic/hh-rlhf, trl-lib/ultrafeedback_binarized (no prompt column)", PAIR[1:], _implicit),
+    Schema("openai/summarize_from_feedback", ("info", "summaries", "choice"), _summaries),
+    Schema("openai/webgpt_comparisons", ("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
+    Schema("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels"), _shp),
+    Schema("openbmb/UltraFeedback", ("instruction", "completions"), _ultrafeedback),
+    Schema("tatsu-lab/alpaca_farm", ("instruction", "output_1", "output_2", "preference"), _two_outputs),
+)
+"""The first whose columns are all there is taken."""
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+SPLIT_NAMES = {
+    "train": ("train", "train_prefs", "preference"),
+    "validation": ("validation", "test", "test_prefs", "eval"),
+}
+"""What the Hub's data sets call a split; the first that is there is taken."""
+CONFIGS = {"openai/summarize_from_feedback": "comparisons", "tatsu-lab/alpaca_farm": "alpaca_human_preference"}
+"""The configuration of data sets that have several, where the preferences are."""
+PARQUET = "refs/convert/parquet"
+
+
+def load(dataset: str, split: str, tokenizer: Any = None, *, whole: bool = False) -> Preferences:
+    """The preferences of a split: "train", or "validation" for those held out.
+
+    Args:
+        dataset: a file or folder as `prompts.load_rows` reads it, or a Hub id, "owner/name" or "owner/name:folder" for
+            a part of it ("Anthropic/hh-rlhf:helpful-base"). Of what has no held-out split, a single file for one, the
+            last tenth of the prompts is held out.
+        tokenizer: whose chat template writes conversations, where it has one.
+        whole: nothing is held out of what has no held-out split: all of it is either split.
+
+    Raises:
+        ValueError: no such data, columns of no schema, a row that does not fit, or too few rows to hold any out.
+        ImportError: a Hub id or a parquet file without the extra "hub".
+    """
+    raw, parted = _read(dataset, split)
+    where = f"dataset {dataset!r}, split {split!r}"
+    rows = [_as_mapping(row, where, number) for number, row in enumerate(raw)]
+    if not rows:
+        raise ValueError(f"{where} is empty: it has no rows")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    schema = next((s for s in SCHEMAS if set(s.columns) <= set(columns)), None)
+    if schema is None:
+        known = "; or ".join(f"{', '.join(s.columns)} (as {s.name})" for s in SCHEMAS)
+        raise ValueError(f"{where} has the columns {', '.join(map(str, columns))}; expected: {known}")
+    found: list[dict[str, Any]] = []
+    dropped: Counter[str] = Counter()
+    for number, row in enumerate(rows):
+        try:
+            found.append({**row, **_texts(schema.convert(row), tokenizer)})
+        except Dropped as why:
+            dropped[str(why)] += 1
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}, row {number} does not fit the schema of {schema.name}: {error!r}") from error
+    if not (parted or whole):
+        places = {text: place for place, text in enumerate(dict.fromkeys(row["prompt"] for row in found))}
+        first_held_out = len(places) - max(1, len(places) // 10)
+        found = [row for row in found if (places[row["prompt"]] >= first_held_out) == (split == "validation")]
+    if not found:
+        raise ValueError(f"dataset {dataset!r} has too few pairs: at least 2 prompts are needed, one of them held out")
+    for reason, number in dropped.items():
+        print(f"{where}: of {len(rows)} rows dropped {number} {reason}", file=sys.stderr)
+    return Preferences(found, schema.name, dict(dropped))
+
+
+def _as_mapping(row: Any, where: str, number: int) -> Row:
+    """The row itself, or of OpenAI's own file of WebGPT, where a row is a list of two answers, its published form."""
+    if isinstance(row, list) and len(row) == 2 and all(isinstance(half, Mapping) for half in row):
+        halves = {f"{name}_{n}": half.get(name) for n, half in enumerate(row) for name in ("answer", "score")}
+        return {"question": row[0].get("question"), **halves}
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}, row {number} is no object with columns but {str(row)[:60]!r}")
+    return row
+
+
+def _texts(preference: Preference, tokenizer: Any) -> dict[str, Any]:
+    """A preference with every part a text, as a policy reads and writes it."""
+    prompt, texts, dialogue = preference.prompt, preference.completions, preference.dialogue
+    for text in [*texts, *([prompt] if isinstance(prompt, str) else [])]:
+        if not isinstance(text, str):
+            raise ValueError(f"{str(text)[:60]!r} is not a text")
+    if not isinstance(prompt, str):
+        dialogue = True
+        if getattr(tokenizer, "chat_template", None):
+            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        else:
+            dialogue = not preference.plain
+            prompt = preference.plain or "".join(_written(turn) for turn in prompt) + ASSISTANT
+            texts = [text if text[:1].isspace() or prompt[-1:].isspace() else f" {text}" for text in texts]
+    return {"prompt": prompt, "completions": texts, "pairs": preference.pairs, "dialogue": dialogue}
+
+
+def _written(turn: dict[str, str]) -> str:
+    names = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
+    return names.get(turn["role"], "\n\n") + turn["content"]
+
+
+def _read(dataset: str, split: str) -> tuple[list[Any], bool]:
+    """The raw rows, and whether the data set itself holds rows out."""
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        names = {file.name.split(".")[0].split("-")[0] for file in path.iterdir()}
+        if split == "validation" and "validation" not in names and "test" in names:
+            split = "test"
+        return prompts.read_raw(dataset, split), True
+    if path.is_file():
+        return prompts.read_raw(dataset, split), False
+    parted: list[bool] = []
+
+    def hub(name: str, split: str) -> list[Any]:
+        rows, has_split = _read_hub(name, part, split)
+        parted.append(has_split)
+        return rows
+
+    name, _, part = dataset.partition(":")
+    return prompts.read_raw(name, split, hub), all(parted)
+
+
+def _read_hub(name: str, part: str, split: str) -> tuple[list[Any], bool]:
+    """A split of a Hub data set. Those that are a script still are read from the branch that the Hub converted."""
+    with prompts.hub_errors(f"{name}:{part}" if part else name, split):
+        import datasets
+
+        try:
+            found = datasets.load_dataset(name, CONFIGS.get(name), data_dir=part or None)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            folder = part or CONFIGS.get(name, "default")
+            found = datasets.load_dataset(name, data_dir=folder, revision=PARQUET)
+        own = [n for n in SPLIT_NAMES[split] if n in found]
+        names = own or [n for n in SPLIT_NAMES["train"] if n in found]
+        if not names:
+            raise ValueError(f"it has the splits {', '.join(found)}; known are {', '.join(SPLIT_NAMES[split])}")
+        parted = any(n in found for n in SPLIT_NAMES["validation"])
+        return found[names[0]].to_list(), parted

@@ -1,0 +1,96 @@
+"""What a reward model is worth on held-out pairs: accuracy by data set, and calibration.
+
+With r_w - r_l the difference of the raw rewards of a pair's chosen and rejected completion:
+
+    accuracy       share of pairs with r_w > r_l, equal rewards counting half
+    interval       Wilson's score interval of that share (Wilson 1927), 95%. It takes pairs for independent; those of
+                   one prompt are not, so with many pairs a prompt it is too narrow.
+    predicted      sigmoid(|r_w - r_l|): how sure the model is of its own order, which is what it was trained to say
+    ECE            sum over bins of (pairs in bin / pairs) |mean predicted - accuracy in bin|  (Guo et al. 2017,
+                   arXiv:1706.04599, equation 3)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from textrl_gym.comparisons import Comparison
+
+BINS = 10
+Z = 1.959964  # of a normal variable within which 95% lie
+ALL = "all"
+
+
+def gaps(raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison]) -> list[float]:
+    """r_w - r_l of every pair."""
+    return [raw[row][chosen] - raw[row][rejected] for row, c in enumerate(comparisons) for chosen, rejected in c.pairs]
+
+
+def share_right(gap_N: Sequence[float]) -> float:
+    """The share of pairs above 0; equal rewards count half."""
+    return sum(0.5 * (gap > 0) + 0.5 * (gap >= 0) for gap in gap_N) / len(gap_N)
+
+
+def wilson(share: float, number: int, z: float = Z) -> tuple[float, float]:
+    """The interval of all p for which `share` of `number` draws lies within z standard errors."""
+    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2))
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding may pass the ends
+
+
+def accuracy_row(name: str, gap_N: Sequence[float]) -> dict[str, Any]:
+    """One line of the table of accuracies."""
+    share = share_right(gap_N)
+    low, high = wilson(share, len(gap_N))
+    return {"data": name, "pairs": len(gap_N), "accuracy": share, "low": low, "high": high}
+
+
+def accuracy_table(gaps_of: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """A line for each data set and, of several, one for all their pairs."""
+    rows = [accuracy_row(name, gap_N) for name, gap_N in gaps_of.items()]
+    return rows if len(rows) == 1 else [*rows, accuracy_row(ALL, [gap for gap_N in gaps_of.values() for gap in gap_N])]
+
+
+def calibration(gap_N: Sequence[float], bins: int = BINS) -> dict[str, Any]:
+    """{"ece", "bins"}: predicted against observed shares, in bins of equal width of what was predicted, 0.5 to 1."""
+    members: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
+    for gap in gap_N:
+        predicted = 1 / (1 + math.exp(-abs(gap)))
+        place = min(bins - 1, int((predicted - 0.5) * 2 * bins))
+        members[place].append((predicted, 0.5 * (gap > 0) + 0.5 * (gap >= 0)))
+    rows = [
+        {
+            "from": 0.5 + place / (2 * bins),
+            "to": 0.5 + (place + 1) / (2 * bins),
+            "pairs": len(some),
+            "predicted": sum(predicted for predicted, _ in some) / len(some),
+            "observed": sum(right for _, right in some) / len(some),
+        }
+        for place, some in enumerate(members)
+        if some
+    ]
+    error = sum(row["pairs"] * abs(row["predicted"] - row["observed"]) for row in rows) / len(gap_N)
+    return {"ece": error, "bins": rows}
+
+
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    """What is in a record, for the terminal."""
+    made = [_table("Accuracy on held-out pairs", record["accuracy"])]
+    error = record["calibration"]["ece"]
+    made.append(_table(f"Calibration: expected error {error:.3f}", record["calibration"]["bins"]))
+    if record.get("curve"):
+        made.append(_table("Accuracy by the number of training pairs", record["curve"]))
+    return made
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table

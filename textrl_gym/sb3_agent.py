@@ -1,0 +1,244 @@
+"""SB3Agent: Stable-Baselines3's algorithms as agents here, with its rollouts and its losses.
+
+`collect` is SB3's collect_rollouts() and `update` its train(); what is around them (evaluations, logs, checkpoints,
+Ctrl-C) is ours, by textrl_gym.train, so that curves can be laid beside those of the other agents. Running SB3's own
+learn() with the same seeds gives the same weights (a test).
+
+Departures from SB3's habits: the optimizer is this project's AdamW for all of its algorithms, gamma and lambda are 1,
+and n_steps is the environment's token budget, in which each row ends at least one text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from torch import Tensor
+
+from textrl_gym.agent import Agent
+from textrl_gym.agent_config import AgentConfig
+from textrl_gym.core import Rollout
+from textrl_gym.policy import Policy
+from textrl_gym.rollout import MICRO_BATCH_TOKENS, micro_batches
+from textrl_gym.sb3 import CausalLMPolicy, PolicyLogprob
+from textrl_gym.sb3_env import TextVecEnv
+
+
+@dataclasses.dataclass(frozen=True)
+class SB3Config(AgentConfig):
+    """Settings of all SB3 algorithms."""
+
+    rollout_episodes: int = 64
+    """Rows of the vector environment (SB3's n_envs); a rollout is n_steps tokens of each."""
+    group_size: int = 8
+    """Rows that go through the same prompts, whose cost they share in the losses."""
+    micro_batch_tokens: int = 65_536
+    """Prompt and response places in one forward and backward pass: memory, not result. Beyond it, passes are computed
+    a second time."""
+    n_steps: int | None = None
+    """Tokens of each row in a rollout; None: the environment's token budget, which is the least."""
+    gamma: float = 1.0
+    """Discount of a token step."""
+    gae_lambda: float = 1.0
+    """Bias against variance in the advantage; 1 is return minus value."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_steps is not None and self.n_steps < 1:
+            raise ValueError(f"n_steps must be None or at least 1, got {self.n_steps}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.dtype != "float32":
+            raise ValueError(
+                f"dtype must be float32, got {self.dtype!r}: SB3 takes its ratios to the log-probabilities that the "
+                "sampler gave, which are rounded otherwise below float32"
+            )
+
+
+class SB3Agent(Agent):
+    """An algorithm of Stable-Baselines3; a subclass makes it in `make_algorithm`.
+
+    Resuming is not exact: SB3's rows are in the middle of texts when a rollout ends, and a checkpoint holds no half
+    texts, so that after `load` every row begins anew. Weights, optimizer, prompts and random streams are restored.
+    """
+
+    Config = SB3Config
+    config: Any
+    uses_value = True
+    _algorithm: Any = None
+
+    def make_algorithm(self, **common: Any) -> Any:
+        """SB3's algorithm from the arguments that all of them take."""
+        raise TypeError(f"{type(self).__name__} must define make_algorithm(**common)")
+
+    @property
+    def batch_steps(self) -> int:
+        """Tokens of a rollout: those of all rows."""
+        return self.n_steps * self.env.num_envs
+
+    @property
+    def n_steps(self) -> int:
+        """Tokens of each row in a rollout."""
+        return self.env.max_new_tokens if self.config.n_steps is None else self.config.n_steps
+
+    @property
+    def algorithm(self) -> Any:
+        """SB3's algorithm; it is made, and its rows begin, when it is first needed."""
+        if self._algorithm is None:
+            self._algorithm = self._begin()
+        return self._algorithm
+
+    def _begin(self) -> Any:
+        logprob = PolicyLogprob(whole=self.env.kl_estimator == "full")
+        mdp = self.env.remake(
+            self.env.num_envs,
+            array="numpy",
+            autoreset_mode=AutoresetMode.DISABLED,
+            kl_estimator=self.env.kl_estimator,
+            missing_eos_penalty=self.env.missing_eos_penalty,
+            reference=self.policy.reference,
+            policy_logprob=logprob,
+        )
+        mdp.streams_of_prompts = self.env.streams_of_prompts  # so that a checkpoint holds them
+        algorithm = self.make_algorithm(
+            policy=CausalLMPolicy,
+            env=TextVecEnv(mdp),
+            learning_rate=lambda _: self.learning_rate,
+            n_steps=self.n_steps,
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+            policy_kwargs={"model": self.policy, "micro_batch_tokens": self.config.micro_batch_tokens},
+            device=self.device,
+        )
+        logprob.policy = algorithm.policy
+        algorithm.policy.optimizer = self.optimizer
+        algorithm.set_logger(Logger(None, []))  # its numbers become our metrics
+        self._episodes = _Episodes()
+        self._episodes.init_callback(algorithm)
+        algorithm._setup_learn(self.batch_steps)
+        return algorithm
+
+    def set_env(self, env: Any) -> None:
+        super().set_env(env)
+        self._algorithm = None
+        if self.n_steps < self.env.max_new_tokens:
+            raise ValueError(
+                f"n_steps={self.n_steps} must be at least max_new_tokens={self.env.max_new_tokens}, so that every "
+                "row ends a text in every rollout"
+            )
+        if self.batch_steps % self.config.minibatches:
+            raise ValueError(
+                f"minibatches={self.config.minibatches} must divide the {self.batch_steps} tokens of a rollout"
+            )
+
+    def restore_streams(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
+        super().restore_streams(numbers, generator, env)
+        self._algorithm = None  # the texts that its rows are in go on from streams of another time
+
+    def learn(self, total_timesteps: int, *args: Any, **options: Any) -> Self:
+        """As of every agent. A call begins new texts in every row, as SB3's own learn() does."""
+        self._algorithm = None
+        return super().learn(total_timesteps, *args, **options)
+
+    def collect(self) -> Rollout:
+        """SB3's rollout. Returned are the texts that ended in it; what SB3 trains on stays in its own buffer."""
+        algorithm = self.algorithm
+        self._collected_at = self.num_timesteps
+        algorithm.env.mdp.kl_coef = self.kl.coef
+        with self._seeded():
+            algorithm.collect_rollouts(algorithm.env, self._episodes, algorithm.rollout_buffer, self.n_steps)
+        rollout = self._episodes.take(algorithm.env.mdp, self.policy)
+        self.dropped_tokens = self.batch_steps - rollout.num_tokens
+        return rollout
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """SB3's update from the rollout that the last collect() left in its buffer."""
+        logger = self.algorithm.logger
+        with self._seeded():
+            self.algorithm.train()
+        numbers = {name.removeprefix("train/"): float(value) for name, value in logger.name_to_value.items()}
+        logger.dump()
+        return {name: number for name, number in numbers.items() if name not in ("learning_rate", "n_updates")}
+
+    @contextlib.contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """SB3 draws from the global generators: inside they are seeded by this agent's, afterwards as before."""
+        seed = int(torch.randint(2**31, (), generator=self.generator, device=self.device))
+        numpy_state = np.random.get_state()  # noqa: NPY002 - SB3's buffers shuffle by it
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            try:
+                torch.manual_seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
+                yield
+            finally:
+                np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+class _Episodes(BaseCallback):
+    """Puts texts together again from SB3's steps."""
+
+    def _init_callback(self) -> None:
+        self.running: list[list[tuple[float, float, float]]] = [[] for _ in range(self.training_env.num_envs)]
+        self.ended: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        now = self.locals
+        facts = (now["log_probs"].tolist(), now["values"].flatten().tolist(), now["rewards"].tolist())
+        for steps, fact, done, info in zip(
+            self.running, zip(*facts, strict=True), now["dones"], now["infos"], strict=True
+        ):
+            steps.append(fact)
+            if done:
+                self.ended.append(info | {"steps": list(steps)})
+                steps.clear()
+        return True
+
+    def take(self, mdp: Any, policy: Policy) -> Rollout:
+        """The texts that ended since the last call, with the reference's log-probabilities."""
+        ended, self.ended = self.ended, []
+        device, places = policy.device, mdp.max_prompt_tokens
+        input_BL, mask_BL = (
+            torch.as_tensor(np.stack([info["terminal_observation"][name] for info in ended]), device=device)
+            for name in ("input_ids", "attention_mask")
+        )
+        facts_BTX = torch.zeros(len(ended), mdp.max_new_tokens, 3, device=device)
+        for b, info in enumerate(ended):
+            facts_BTX[b, : len(info["steps"])] = torch.tensor(info["steps"])
+        logp_BT, value_BT, reward_BT = facts_BTX.unbind(-1)
+        rollout = Rollout(
+            prompt_BP=input_BL[:, :places],
+            prompt_mask_BP=mask_BL[:, :places].bool(),
+            token_BT=input_BL[:, places:],
+            mask_BT=mask_BL[:, places:].bool(),
+            logp_BT=logp_BT,
+            ref_logp_BT=logp_BT,
+            kl_BT=torch.zeros_like(logp_BT),
+            value_BT=value_BT,
+            score_B=torch.tensor([info["score"] for info in ended], device=device),
+            reward_BT=reward_BT,
+            stop_B=torch.tensor([int(info["stop_reason"]) for info in ended], device=device),
+            group_B=torch.arange(len(ended), device=device),
+            prompts=[info["prompt"] for info in ended],
+            completions=[info["completion"] for info in ended],
+        ).trim()
+        ref_logp_BT = _reference_logprobs(rollout, policy)
+        kl_BT = (rollout.logp_BT - ref_logp_BT) * rollout.mask_BT
+        return dataclasses.replace(rollout, ref_logp_BT=ref_logp_BT, kl_BT=kl_BT)
+
+
+@torch.no_grad()
+def _reference_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
+    logp_BT = rollout.logp_BT.clone()
+    assert policy.reference is not None
+    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
+        part = rollout.select(rows)
+        logp_BT[rows, : part.token_BT.shape[1]] = policy.reference.logprobs(part)
+    return logp_BT
