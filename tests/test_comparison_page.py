@@ -250,9 +250,7 @@ def test_few_evaluations_have_no_fit(tmp_path: Path) -> None:
     assert read(tmp_path)[1].row("Proxy and gold", "alpha")["alpha"] == "-"
 
 
-def test_small_numbers() -> None:
-    assert numbers.best_of_n_kl(1) == 0
-    assert numbers.best_of_n_kl(4) == pytest.approx(1.386294 - 0.75, rel=0, abs=1e-6)  # log 4 - 3/4
+def test_confidence_of_all_pairs() -> None:
     # 1 - 0.05 / pairs, rounded up: 1 pair 0.95; 3 pairs 0.98333...; 78 pairs 0.999358...
     assert [numbers.pair_confidence(groups) for groups in (1, 2, 3, 13)] == [0.95, 0.95, 0.984, 0.9994]
 
@@ -323,6 +321,7 @@ def test_agents_that_were_not_trained(tmp_path: Path) -> None:
     (tmp_path / "runs" / "old" / "agent.json").unlink()
     comparison = read_comparison(tmp_path)
     assert [group.label for group in comparison.groups] == ["best_of_n", "old"]
+    assert numbers.best_of_n_kls(comparison) == pytest.approx({4: 1.386294 - 0.75}, rel=0, abs=1e-6)  # log 4 - 3/4
     _, page = read(tmp_path)
     words = "".join(page.words)
     assert words.count("No agent was trained in this comparison.") == 2  # no curve, and no way through training

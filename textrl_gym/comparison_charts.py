@@ -159,11 +159,11 @@ def frontier(comparison: Comparison) -> Chart:
     note = (
         "Each point is a run's last evaluation; up and to the left is better. A line joins an agent's KL coefficients."
     )
-    for n in (most := numbers.best_of_ns(comparison)):
-        kl = numbers.best_of_n_kl(n)
+    bounds = numbers.best_of_n_kls(comparison)
+    for n, kl in bounds.items():
         made.add_vline(x=kl, line={"width": 1, "dash": "dot"}, annotation={"text": f"best of {n}"})
-    if most:
-        values = ", ".join(f"{numbers.best_of_n_kl(n):.2f} for n = {n}" for n in most)
+    if bounds:
+        values = ", ".join(f"{kl:.2f} for n = {n}" for n, kl in bounds.items())
         note += (
             f" Best-of-n stands at log n - (n - 1)/n nats ({values}): a bound that its KL to what it samples from does "
             "not exceed, and lies under where scores tie."
@@ -336,12 +336,15 @@ def cost(comparison: Comparison) -> Chart | None:
         rate = short(tokens / work, 3) if tokens and work else "-"
         updates = short(float(np.mean(group.finals("updates"))), 4) if group.finals("updates") else "-"
         spent = [short(s) for s in seconds[group.label]]
-        rows.append((group.label, f"{tokens:,.0f}", updates, *spent, rate))
+        passes = group.finals("forward_passes")
+        decoding = short(float(np.mean(passes))) if passes else "-"
+        rows.append((group.label, f"{tokens:,.0f}", updates, *spent, rate, decoding))
     note = (
         "Wall-clock seconds of a run, by what they went into. Tokens are all that were generated to learn from; the "
         "last evaluation, on all prompts, is not counted."
     )
-    head = ("agent", "tokens", "updates", *phases, "tokens per second, without evaluating")
+    per_second, decoding = "tokens per second, without evaluating", "model evaluations per token of an answer"
+    head = ("agent", "tokens", "updates", *phases, per_second, decoding)
     return Chart("cost", "Where the time went", note, made, head, rows)
 
 

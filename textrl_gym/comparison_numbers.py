@@ -180,15 +180,14 @@ def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
     return Curve(grid.tolist(), value_SN.mean(0).tolist(), value_SN.min(0).tolist(), value_SN.max(0).tolist())
 
 
-def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n nats: no less than the KL of best-of-n to what it samples from (arXiv:2401.01879)."""
-    return math.log(n) - (n - 1) / n
+def best_of_n_kls(comparison: Comparison) -> dict[int, float]:
+    """n of every agent best_of_n -> the bound of its KL, in nats."""
+    found = {run.state["config"]["n"] for run in comparison.runs if run.state.get("agent") == "best_of_n"}
+    if not found:
+        return {}
+    from textrl_gym.agents.best_of_n import best_of_n_kl_bound
 
-
-def best_of_ns(comparison: Comparison) -> list[int]:
-    """The n of every agent best_of_n."""
-    runs = [run for group in comparison.groups if group.agent == "best_of_n" for run in group.runs]
-    return sorted({run.state["config"]["n"] for run in runs if "n" in run.state.get("config", {})})
+    return {n: best_of_n_kl_bound(n) for n in sorted(found)}
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
