@@ -52,6 +52,11 @@ def test_the_table_has_a_row_an_evaluation(done: Path) -> None:
     assert home.finals(table, "score").keys() == {"reinforce", "grpo"}
     episodes = [json.loads(line) for line in (done / "runs" / "grpo-0" / cell.EPISODES).read_text().splitlines()]
     assert len(episodes) == 8
+    # The start's answers are beside the agent's: the win rate is the share of prompts on which these are better.
+    ahead = [(e["score"] > e["start"]["score"]) + 0.5 * (e["score"] == e["start"]["score"]) for e in episodes]
+    last = table[table["final"] & (table["run"] == "grpo-0")].iloc[0]
+    assert sum(ahead) / 8 == last["win_rate"]
+    assert sum(e["tokens"] for e in episodes) / 8 == last["completion_tokens"]
 
 
 def test_what_is_finished_is_not_run_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +146,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(done: Path, tmp_pa
     subprocess.run(command, check=True, capture_output=True)
     expected = tidy(done)
     expected = expected[expected["run"] == "reinforce-0"].reset_index(drop=True)
+    assert (out / "report.html").is_file()
     pd.testing.assert_frame_equal(
         tidy(out).drop(columns="train_seconds"), expected.drop(columns="train_seconds"), check_exact=True
     )

@@ -19,7 +19,7 @@ from textrl_gym import cli, pairwise, statistics
 from textrl_gym import comparison_numbers as numbers
 from textrl_gym.comparison_charts import DARK, LIGHT
 from textrl_gym.comparison_data import read_comparison
-from textrl_gym.comparison_page import comparison_report
+from textrl_gym.comparison_page import comparison_report, embedded
 
 EVIL = '<script>document.title = "owned"</script>&amp;<img src=x onerror=alert(1)>'
 PROMPTS = ["first question", "second question", EVIL, "the fourth"]
@@ -337,7 +337,7 @@ def test_coefficients_of_an_agent_are_groups(tmp_path: Path) -> None:
             write_run(tmp_path / "runs" / name, "alpha", seed, ALPHA[seed], coef=coef)
     groups = read_comparison(tmp_path).groups
     found = [(g.label, g.color, g.variant, [run.spec["seed"] for run in g.runs]) for g in groups]
-    assert found == [("alpha, KL 0", 0, 0, [0, 1]), ("alpha, KL 0.5", 0, 1, [0, 1])]
+    assert found == [("alpha (KL 0)", 0, 0, [0, 1]), ("alpha (KL 0.5)", 0, 1, [0, 1])]
     _, page = read(tmp_path)
     assert [row[:3] for row in page.tables["Summary"][1:]] == [["alpha", "0", "2"], ["alpha", "0.5", "2"]]
 
@@ -351,6 +351,11 @@ def test_all_text_is_escaped(made: tuple[str, Page]) -> None:
     assert "<img" not in text
     assert "".join(page.words).count(EVIL) >= 3  # prompt, completion and error are there, as text
     assert "secret" not in text  # the streams of random numbers are not
+
+
+def test_data_cannot_end_its_script() -> None:
+    text = embedded("data", {"name": "</script><b>"})
+    assert text == '<script type="application/json" id="data">{"name": "\\u003c/script>\\u003cb>"}</script>'
 
 
 def test_the_file_stands_alone(made: tuple[str, Page]) -> None:

@@ -51,7 +51,7 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
     metrics, samples = evaluator.run(agent)
     reference = agent.policy.reference
     if reference is not None:  # what the win rate was against, beside each answer
-        kept = ("completion", "tokens", "score", "judge")
+        kept = ("completion", "tokens", "score", "judge", "stop_reason")
         for sample, start in zip(samples, evaluator.start(reference), strict=True):
             sample["start"] = {key: start[key] for key in kept if key in start}
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)

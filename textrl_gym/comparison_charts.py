@@ -72,14 +72,13 @@ def look(group: Group, **more: Any) -> dict[str, Any]:
 
 
 def marker(group: Group, size: int = 8) -> dict[str, Any]:
-    """An agent's symbol; among an agent's coefficients, theirs."""
-    return {"symbol": SYMBOLS[(group.variant or group.color) % len(SYMBOLS)], "size": size}
+    """A symbol that differs between an agent's coefficients too."""
+    return {"symbol": SYMBOLS[(group.color + group.variant) % len(SYMBOLS)], "size": size}
 
 
 def line(group: Group) -> dict[str, Any]:
-    """An agent's dash; among an agent's coefficients, theirs."""
-    number = group.variant or group.color
-    return {"dash": DASHES[number % len(DASHES)], "width": 2}
+    """A dash that differs between an agent's coefficients too."""
+    return {"dash": DASHES[(group.color + group.variant) % len(DASHES)], "width": 2}
 
 
 def figure(x: str, y: str, **layout: Any) -> Any:
@@ -110,6 +109,7 @@ def learning_curves(comparison: Comparison, key: str, x_key: str, x_name: str) -
     ends = [curve.x[-1] for curve in curves.values() if curve is not None]
     if not ends:
         return None
+    faint = 0.18 if len(comparison.groups) <= 6 else 0.07
     rows = []
     for group in comparison.groups:
         curve = curves[group.label]
@@ -121,7 +121,7 @@ def learning_curves(comparison: Comparison, key: str, x_key: str, x_name: str) -
         band = {"fill": "toself", "hoverinfo": "skip", "showlegend": False, "mode": "none"}
         if len(group.runs) > 1:
             x, y = curve.x + curve.x[::-1], curve.high + curve.low[::-1]
-            made.add_scatter(x=x, y=y, **look(group, meta={"fill": 0.18}, **band))
+            made.add_scatter(x=x, y=y, **look(group, meta={"fill": faint}, **band))
         made.add_scatter(x=curve.x, y=curve.mean, mode="lines", line=line(group), **look(group))
         spread = f"{short(curve.low[-1])} to {short(curve.high[-1])}" if len(group.runs) > 1 else "-"
         rows.append((group.label, str(len(group.runs)), short(curve.mean[0]), short(curve.mean[-1]), spread))
@@ -221,13 +221,14 @@ def profile(comparison: Comparison) -> Chart:
     thresholds, shares = numbers.profile(comparison)
     made = figure(f"threshold of {comparison.gold_name}", "share of runs above it")
     made.update_layout(yaxis={"range": [-0.03, 1.03], "tickformat": ".0%"})
+    faint = 0.12 if len(comparison.groups) <= 6 else 0.05
     for group in comparison.groups:
         own = shares[group.label]
         if len(group.runs) > 1:
             band = {"hoverinfo": "skip", "showlegend": False, "mode": "lines", "line": {"width": 0, "shape": "hv"}}
             made.add_scatter(x=thresholds, y=[s.low for s in own], **look(group, **band))
             made.add_scatter(
-                x=thresholds, y=[s.high for s in own], fill="tonexty", **look(group, meta={"fill": 0.12}, **band)
+                x=thresholds, y=[s.high for s in own], fill="tonexty", **look(group, meta={"fill": faint}, **band)
             )
         steps = {**line(group), "shape": "hv"}
         made.add_scatter(x=thresholds, y=[s.value for s in own], mode="lines", line=steps, **look(group))

@@ -176,7 +176,7 @@ def _groups(runs: list[Result], named: list[str]) -> tuple[Group, ...]:
     for color, agent in enumerate(agents):
         coefs = sorted((c for a, c in members if a == agent), key=lambda c: -1.0 if c is None else c)
         for variant, coef in enumerate(coefs):
-            label = agent if coef is None else f"{agent}, KL {coef:g}"
+            label = agent if coef is None else f"{agent} (KL {coef:g})"
             seeds = tuple(sorted(members[agent, coef], key=lambda run: run.spec["seed"]))
             groups.append(Group(label, agent, coef, color, variant, seeds))
     return tuple(groups)

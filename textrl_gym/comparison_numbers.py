@@ -128,8 +128,9 @@ def cautions(comparison: Comparison) -> list[str]:
     seeds = [len(group.runs) for group in comparison.groups]
     if min(seeds) == 1:
         single = [group.label for group in comparison.groups if len(group.runs) == 1]
+        who = "Every agent" if len(single) == len(seeds) > 1 else listed(single)
         found.append(
-            f"{listed(single)} {'has' if len(single) == 1 else 'have'} one seed: there is no interval over seeds, and "
+            f"{who} {'have' if 1 < len(single) < len(seeds) else 'has'} one seed: there is no interval over seeds, and "
             "another seed may turn any order round."
         )
     several = [s for s in seeds if s > 1]

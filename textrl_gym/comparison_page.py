@@ -169,7 +169,7 @@ def summary(comparison: Comparison) -> str:
     if rest:
         said += f"<details><summary>All other pairs ({len(rest)})</summary>{bullets(rest)}</details>"
     pairs = len(first) + len(rest)
-    if pairs > 1:
+    if pairs > 1 and sum(len(group.runs) > 1 for group in comparison.groups) > 1:
         level = f"{100 * numbers.pair_confidence(len(comparison.groups)):g}%"
         said += (
             f'<p class="soft small">The intervals are of {level}, so that 95% hold for all {pairs} pairs at once.</p>'

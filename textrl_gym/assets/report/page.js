@@ -29,7 +29,9 @@
     return trace;
   }
 
-  function paintLayout(layout) {
+  function paintLayout(layout, data) {
+    const named = new Set(data.filter((trace) => trace.showlegend !== false).map((trace) => trace.legendgroup)).size;
+    layout.height += narrow() ? 22 * Math.floor(named / 3) : 22 * Math.floor(named / 7); // the legend's further lines
     layout.font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--soft") };
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--ink") };
     layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
@@ -40,7 +42,7 @@
     for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key))) {
       const axis = { gridcolor: css("--line"), linecolor: css("--line"), zeroline: false, automargin: true };
       layout[name] = { ...axis, ...layout[name] };
-      if (layout[name].title) layout[name].title.font = { size: 13 };
+      if (layout[name].title) Object.assign(layout[name].title, { font: { size: 13 }, standoff: 8 });
     }
     for (const shape of layout.shapes || []) shape.line.color = css("--soft");
     for (const note of layout.annotations || []) note.font = { color: css("--soft"), size: 12 };
@@ -54,7 +56,7 @@
 
   function draw() {
     for (const [key, { data, layout }] of Object.entries(structuredClone(charts)))
-      Plotly.react(`chart-${key}`, data.map(paintTrace), paintLayout(layout), config(key));
+      Plotly.react(`chart-${key}`, data.map(paintTrace), paintLayout(layout, data), config(key));
     for (const card of document.querySelectorAll("[data-color]"))
       card.style.borderLeftColor = palettes[dark.matches ? "dark" : "light"][card.dataset.color];
   }
