@@ -107,7 +107,8 @@ def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
     """
     groups = sorted(comparison.groups, key=lambda group: -float(np.mean(group.finals(comparison.gold))))
     confidence = pair_confidence(len(groups))
-    first, rest = [], []
+    first: list[str] = []
+    rest: list[str] = []
     for a, b in itertools.combinations(groups, 2):
         scores = a.finals(comparison.gold), b.finals(comparison.gold)
         said = statistics.verdict(a.label, scores[0], b.label, scores[1], confidence=confidence)
