@@ -212,9 +212,13 @@ def test_looking_gives_the_states_of_the_full_pass_and_forgets_them(
 ) -> None:
     monkeypatch.setattr(Trunk, "shares_prompts", shares)
     agent = PPO(COPY, separate_value_model=True)
-    policy, rollout = agent.policy, agent.collect()
+    policy = agent.policy
+    assert policy.reference is not None and policy.value_head is not None
     with torch.no_grad():
-        torch.nn.init.normal_(policy.value_head.weight)  # type: ignore[union-attr]
+        torch.nn.init.normal_(policy.value_head.weight)
+        for parameter in (*policy.reference.parameters(), *policy.value_model.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator())  # three models that differ
+        rollout = agent.collect()
         rollout = rollout.select((rollout.mask_BT.sum(1) >= 3).nonzero().squeeze(1)[:5])
         prompt_ids = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)]
         logp_BT, value_BT, ref_BT = rollout.logp_BT, policy.values(rollout), rollout.ref_logp_BT
@@ -356,6 +360,14 @@ def test_one_simulation_is_the_policys_most_likely_token(ppo: Path) -> None:
         found = agent.play(agent.env, greedy=mode, generator=generator(), prompt_indices=indices)
         assert torch.equal(found.token_BT, greedy.token_BT)
         assert (found.logp_BT == 0).all()  # a certain token
+
+
+def test_below_float32_the_search_keeps_its_own_log_probabilities(tmp_path: Path) -> None:
+    # Rollouts of a policy in bfloat16 get its log-probabilities anew; those of a search are not the policy's.
+    PPO(COPY, dtype="bfloat16", out=tmp_path).save(tmp_path / "ppo")
+    agent = MCTS(COPY, ppo=str(tmp_path / "ppo"), simulations=1, rollout_episodes=8)
+    assert agent.policy.dtype == torch.bfloat16
+    assert (agent.play(agent.env, generator=generator()).logp_BT == 0).all()
 
 
 def test_rows_are_searched_as_if_each_were_alone(ppo: Path) -> None:
