@@ -389,8 +389,11 @@ class Enumerated:
         texts = [tokenizer.decode(list(y), skip_special_tokens=True) for y in self.every]
         self.logp_Y, self.ref_Y = (known_optimum.sequence_logprobs(p, prompt) for p in (policy, reference))
         score_Y = torch.tensor(known_optimum.table([prompt] * len(texts), texts), dtype=torch.float64)
-        self.kl_coef, self.return_Y = kl_coef, score_Y - kl_coef * (self.logp_Y - self.ref_Y)
-        self.best, self.best_by_score = (list(self.every[int(x_Y.argmax())]) for x_Y in (self.return_Y, score_Y))
+        penalty_Y = kl_coef * (self.logp_Y - self.ref_Y)
+        self.kl_coef, self.return_Y = kl_coef, score_Y - penalty_Y
+        self.best, self.by_score, self.by_penalty = (
+            list(self.every[int(x_Y.argmax())]) for x_Y in (self.return_Y, score_Y, -penalty_Y)
+        )
 
     def among(self, start: tuple[int, ...], x_Y: Tensor) -> Tensor:
         return x_Y[torch.tensor([y[: len(start)] == start for y in self.every])]
@@ -416,14 +419,15 @@ class Enumerated:
 
 def two_policies() -> tuple[Any, Any]:
     """A model and a reference that differ, so that the KL penalty matters; no token of either is very unlikely."""
-    return tiny.llama(4, scale=0.12, seed=5), tiny.llama(4, scale=0.12, seed=15)
+    return tiny.llama(4, scale=0.12, seed=2), tiny.llama(4, scale=0.12, seed=12)
 
 
 @pytest.mark.parametrize("prompt", known_optimum.PROMPTS)
 def test_with_an_exact_critic_search_finds_the_best_kl_shaped_return(prompt: str) -> None:
     policy, reference = (Policy(model) for model in two_policies())
     exact = Enumerated(policy, reference, prompt, kl_coef=1.0)
-    assert exact.best != exact.best_by_score  # the penalty decides
+    assert exact.best != exact.by_penalty  # the score matters
+    assert (exact.best == exact.by_score) == (prompt == "a")  # and for the other prompt the penalty too
     text: tuple[int, ...] = ()
     while text not in exact.every:
 
