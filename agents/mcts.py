@@ -87,9 +87,8 @@ class Tree:
         self.token_BMK, self.child_BMK = zeros_BMK.long(), zeros_BMK.long() - 1
         self.prior_BMK, self.reward_BMK, self.total_BMK = zeros_BMK, zeros_BMK.clone(), zeros_BMK.clone()
         self.visits_BMK, self.value_BM = zeros_BMK.clone(), zeros_BMK[..., 0].clone()
-        self.over_BM, self.parent_BM, self.slot_BM = (
-            self.value_BM.clone().to(t) for t in (torch.bool, *2 * [torch.long])
-        )
+        self.over_BM = torch.zeros_like(self.value_BM, dtype=torch.bool)
+        self.parent_BM, self.slot_BM = self.over_BM.long(), self.over_BM.long()
         self.put(0, root)
 
     def put(self, node: int, leaves: Leaves) -> None:

@@ -36,6 +36,9 @@ except ImportError as error:
 class SB3TRPOConfig(SB3Config):
     """Settings of sb3_contrib's TRPO."""
 
+    rollout_episodes: int = 16
+    """Rows of the vector environment (SB3's n_envs). An update takes the gradient of a gradient over all tokens of a
+    rollout a dozen times and keeps its graph: 768 tokens of the embedded model take 1.5 GiB."""
     learning_rate: float = 1e-3
     """Adam's step size for the critic's head; the actor's step has none."""
     minibatches: int = 4

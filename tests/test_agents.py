@@ -158,7 +158,8 @@ def test_micro_batches_are_one_batch(cls: type[Agent], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("cls", "env", "timesteps"),
-    [*((cls, "CopyText-v0", 600) for cls in AGENTS), *((cls, "TLDRSummarize-v0", 150) for cls in (PPO, GRPO))],
+    [(cls, "CopyText-v0", 150 if cls is SB3TRPO else 600) for cls in AGENTS]
+    + [(cls, "TLDRSummarize-v0", 150) for cls in (PPO, GRPO)],
 )
 def test_same_seed_same_weights_and_another_seed_others(
     cls: type[Agent], env: str, timesteps: int, tmp_path: Path

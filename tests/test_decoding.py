@@ -212,9 +212,13 @@ def test_looking_gives_the_states_of_the_full_pass_and_forgets_them(
 ) -> None:
     monkeypatch.setattr(Trunk, "shares_prompts", shares)
     agent = PPO(COPY, separate_value_model=True)
-    policy, rollout = agent.policy, agent.collect()
+    policy = agent.policy
+    assert policy.reference is not None and policy.value_head is not None
     with torch.no_grad():
-        torch.nn.init.normal_(policy.value_head.weight)  # type: ignore[union-attr]
+        torch.nn.init.normal_(policy.value_head.weight)
+        for parameter in (*policy.reference.parameters(), *policy.value_model.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator())  # three models that differ
+        rollout = agent.collect()
         rollout = rollout.select((rollout.mask_BT.sum(1) >= 3).nonzero().squeeze(1)[:5])
         prompt_ids = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)]
         logp_BT, value_BT, ref_BT = rollout.logp_BT, policy.values(rollout), rollout.ref_logp_BT
@@ -358,6 +362,14 @@ def test_one_simulation_is_the_policys_most_likely_token(ppo: Path) -> None:
         assert (found.logp_BT == 0).all()  # a certain token
 
 
+def test_below_float32_the_search_keeps_its_own_log_probabilities(tmp_path: Path) -> None:
+    # Rollouts of a policy in bfloat16 get its log-probabilities anew; those of a search are not the policy's.
+    PPO(COPY, dtype="bfloat16", out=tmp_path).save(tmp_path / "ppo")
+    agent = MCTS(COPY, ppo=str(tmp_path / "ppo"), simulations=1, rollout_episodes=8)
+    assert agent.policy.dtype == torch.bfloat16
+    assert (agent.play(agent.env, generator=generator()).logp_BT == 0).all()
+
+
 def test_rows_are_searched_as_if_each_were_alone(ppo: Path) -> None:
     agent = MCTS(COPY, ppo=str(ppo), simulations=12, rollout_episodes=6)
     alone = MCTS(agent.env.remake(1), ppo=str(ppo), simulations=12)
@@ -377,8 +389,11 @@ class Enumerated:
         texts = [tokenizer.decode(list(y), skip_special_tokens=True) for y in self.every]
         self.logp_Y, self.ref_Y = (known_optimum.sequence_logprobs(p, prompt) for p in (policy, reference))
         score_Y = torch.tensor(known_optimum.table([prompt] * len(texts), texts), dtype=torch.float64)
-        self.kl_coef, self.return_Y = kl_coef, score_Y - kl_coef * (self.logp_Y - self.ref_Y)
-        self.best, self.best_by_score = (list(self.every[int(x_Y.argmax())]) for x_Y in (self.return_Y, score_Y))
+        penalty_Y = kl_coef * (self.logp_Y - self.ref_Y)
+        self.kl_coef, self.return_Y = kl_coef, score_Y - penalty_Y
+        self.best, self.by_score, self.by_penalty = (
+            list(self.every[int(x_Y.argmax())]) for x_Y in (self.return_Y, score_Y, -penalty_Y)
+        )
 
     def among(self, start: tuple[int, ...], x_Y: Tensor) -> Tensor:
         return x_Y[torch.tensor([y[: len(start)] == start for y in self.every])]
@@ -404,14 +419,15 @@ class Enumerated:
 
 def two_policies() -> tuple[Any, Any]:
     """A model and a reference that differ, so that the KL penalty matters; no token of either is very unlikely."""
-    return tiny.llama(4, scale=0.12, seed=5), tiny.llama(4, scale=0.12, seed=15)
+    return tiny.llama(4, scale=0.12, seed=2), tiny.llama(4, scale=0.12, seed=12)
 
 
 @pytest.mark.parametrize("prompt", known_optimum.PROMPTS)
 def test_with_an_exact_critic_search_finds_the_best_kl_shaped_return(prompt: str) -> None:
     policy, reference = (Policy(model) for model in two_policies())
     exact = Enumerated(policy, reference, prompt, kl_coef=1.0)
-    assert exact.best != exact.best_by_score  # the penalty decides
+    assert exact.best != exact.by_penalty  # the score matters
+    assert (exact.best == exact.by_score) == (prompt == "a")  # and for the other prompt the penalty too
     text: tuple[int, ...] = ()
     while text not in exact.every:
 

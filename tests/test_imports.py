@@ -35,7 +35,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"rollout", "health", "sb3_env"}),
-    frozenset({"evaluation"}),
+    frozenset({"evaluation", "saved"}),
     frozenset({"train"}),
     frozenset({"agent", "decoding", "sb3_agent"}),
     frozenset({"envs", "agents"}),

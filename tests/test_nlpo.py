@@ -95,7 +95,7 @@ def test_a_token_that_was_taken_is_allowed_whatever_rounding_does() -> None:
     hidden_ND = policy.last_hidden(torch.tensor([[1, 2]]), torch.tensor([[1, 1]]))
     forbidden = int(policy.logits(hidden_ND).argmin())
     logp = functional.token_logprobs(policy.logits(hidden_ND, torch.tensor([forbidden])), torch.tensor([forbidden]))
-    assert float(logp) > -50
+    assert logp.item() > -50
 
 
 def test_all_tokens_allowed_is_ppo(tmp_path: Path) -> None:

@@ -84,11 +84,14 @@ def test_length_buckets() -> None:
         (7, 8, 6.5),
         (9, 10, 8.5),
     ]
-    # Six of ten at the budget of 32: texts of one length stay together, and every text is in one bucket.
+    # Six of ten at the budget of 32: their ranks 5 to 10 have the mean 7.5, in the fourth fifth of ten.
     trend = overoptimisation.reward_against_length(range(10), [4, 9, 15, 20, *[32] * 6])
     assert trend is not None
-    # Fifths of ten lengths end at 13.8, 29.6, 32, 32 and 32 (linear quantiles).
     assert [(b.shortest, b.longest, b.texts) for b in trend.buckets] == [(4, 9, 2), (15, 20, 2), (32, 32, 6)]
+    # Two lengths are two buckets.
+    trend = overoptimisation.reward_against_length(range(10), [8] * 5 + [32] * 5)
+    assert trend is not None
+    assert [b.texts for b in trend.buckets] == [5, 5]
 
 
 def test_length_trend_where_there_is_none() -> None:

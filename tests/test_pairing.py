@@ -56,6 +56,12 @@ def test_two_samples_of_the_start_chosen_by_a_reward(tmp_path: Path) -> None:
     assert [row["completions"] for row in found.rows] == [[row["chosen"], row["rejected"]] for row in rows]
 
 
+def test_two_policies_do_not_share_random_numbers(tmp_path: Path) -> None:
+    """A model against itself would write the same twice."""
+    config = PreferenceConfig(n=10, other_model="start", label=COPIED)
+    assert make_preferences("CopyText-v0", config, tmp_path / "a.jsonl")["measured"]["equal"] < 32
+
+
 def test_a_saved_agent_against_the_start(agent: Path, tmp_path: Path) -> None:
     config = PreferenceConfig(n=60, model=str(agent), other_model="start", label=COPIED)
     make_preferences("CopyText-v0", config, tmp_path / "pairs.jsonl")

@@ -284,6 +284,13 @@ def test_prompts_are_cut_where_it_hurts_least(tmp_path: Path) -> None:
     assert texts[0].startswith("SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: My cat")
     assert [text[-8:] for text in texts] == ["\n\nTL;DR:", "sistant:", " The end"]
     assert texts[1].endswith("\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:")
+    task.keep_suffix = ""  # prompts of such a task are cut at their end; a dialogue never is
+    found = comparisons.read_preferences(str(tmp_path / "a.jsonl"), "train", task, tokenizer, whole=True)
+    assert [tokenizer.decode(c.prompt_ids)[-8:] == text[-8:] for c, text in zip(found, texts, strict=True)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_completions_keep_their_eos_only_within_the_budget(tmp_path: Path) -> None:

@@ -482,7 +482,9 @@ def test_known_optimum_is_approached_by_sb3s_ppo(tmp_path: Path) -> None:
     assert known_optimum.distance(agent.policy, agent.policy.reference, agent.kl.coef) < 0.03
 
 
-@pytest.mark.parametrize(("cls", "settings"), [(SB3A2C, {"learning_rate": 3e-3}), (SB3TRPO, {"target_kl": 0.05})])
+@pytest.mark.parametrize(
+    ("cls", "settings"), [(SB3A2C, {"learning_rate": 3e-3}), (SB3TRPO, {"target_kl": 0.05, "rollout_episodes": 64})]
+)
 def test_a2c_and_trpo_learn(cls: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     agent = cls("CopyText-v0", seed=0, out=tmp_path, **settings)
     before = float(agent.collect().score_B.mean())

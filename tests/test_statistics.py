@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +42,12 @@ def test_iqm_bootstrap() -> None:
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=1e-12, rel=0)
     # Stratified: each resample has two runs of 0 and two of 1. A pooled bootstrap would run from 0 to 1.
     assert statistics.iqm([[0, 0], [1, 1]]) == Estimate(0.5, 0.5, 0.5)
-    assert statistics.iqm([[0, 1, 5]], seed=1) == statistics.iqm([[0, 1, 5]], seed=1)
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    scores = np.random.default_rng(0).normal(size=(3, 10))
+    one, again, other = (statistics.iqm(scores, resamples=200, seed=seed) for seed in (1, 1, 2))
+    assert one == again != other
 
 
 def test_iqm_interval_is_too_short_for_three_runs() -> None:
@@ -167,12 +175,12 @@ def test_verdict(a: list[float], b: list[float], sentence: str) -> None:
 
 
 def test_verdict_never_rounds_an_end_to_zero() -> None:
-    # Welch's interval of these runs from 0.0017 to 0.2017: with two digits it would seem to touch 0.
-    half = float(stats.t.ppf(0.975, 4)) * np.sqrt(2 / 3) * 0.01
-    a, b = np.array([0.0017 + half - 0.01, 0.0017 + half, 0.0017 + half + 0.01]), np.array([-0.01, 0, 0.01])
-    gap = statistics.difference_of_means(a, b)
-    assert gap.low == pytest.approx(0.0017, abs=1e-9, rel=0)
-    assert "runs from 0.002 to 0.047 (3 seeds)" in statistics.verdict("ppo", a, "grpo", b)
+    # Half of Welch's interval: t at 4 degrees times sqrt(2/3) times the standard deviation, here 0.1. It runs from
+    # 0.0017 to 0.2017, whose first end would be 0.00 with two digits.
+    step = 0.1 / (stats.t.ppf(0.975, 4) * np.sqrt(2 / 3))
+    runs = step * np.array([-1, 0, 1])
+    wanted = "ppo is better than grpo by 0.102: the 95% interval of the difference runs from 0.002 to 0.202 (3 seeds)."
+    assert statistics.verdict("ppo", 0.1017 + runs, "grpo", runs) == wanted
 
 
 def test_paired_difference_of_two_runs_is_the_paired_t() -> None:
@@ -218,6 +226,13 @@ def test_paired_difference_covers(seed_spread: float) -> None:
         return statistics.paired_difference(*scores).mean
 
     assert 0.94 <= coverage(draw, 0.0) <= 0.99
+
+
+def test_imports_are_light(root: Path) -> None:
+    modules = "statistics", "pairwise", "overoptimisation"
+    code = f"import sys; from textrl_gym import {', '.join(modules)}; print(*{{'torch', 'scipy'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
 def test_outcomes() -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,19 +13,19 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from textrl_gym import adapters, checkpoint, models, plugins, train
+from textrl_gym import adapters, models, train
 from textrl_gym.agent_config import AgentConfig, make_config
 from textrl_gym.core import Rollout
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.kl import AdaptiveKL, FixedKL
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import collect, micro_batches, vector_env
+from textrl_gym.saved import Saved
 
 
-class Agent:
+class Agent(Saved):
     """A policy that learns on a text environment.
 
     Args:
@@ -270,13 +269,6 @@ class Agent:
         """One update from one rollout; returns metrics to log. This is what a subclass writes."""
         raise TypeError(f"{type(self).__name__} must define update(rollout) -> metrics")
 
-    def memory(self) -> dict[str, Any]:
-        """What a subclass keeps from update to update beside the policy, as JSON can hold it; saved and restored."""
-        return {}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        """Go on from what `memory` gave."""
-
     def shuffled(self, rollout: Rollout) -> Iterator[Tensor]:
         """The row indices of each minibatch of each epoch; groups stay together, since they share a prompt's cost."""
         groups = rollout.group_B.unique()
@@ -327,130 +319,3 @@ class Agent:
         if self.config.lr_schedule == "constant" or self._total_timesteps <= 0:
             return self.config.learning_rate
         return self.config.learning_rate * max(0.0, 1.0 - self._collected_at / self._total_timesteps)
-
-    # -- save and load ------------------------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint folder (safetensors and JSON) that `load` goes on from as if never stopped."""
-        checkpoint.write(path, self._fill)
-
-    def _fill(self, folder: Path) -> None:
-        with models.no_bars():
-            adapters.save(self.policy.model, folder / "model", base=not self.rebuilds_model)
-            self.env.tokenizer.save_pretrained(folder / "model")
-            if self.policy.value_model is not None:
-                adapters.save(self.policy.value_model, folder / "value_model", base=False)
-            reference = self.policy.reference
-            if reference is not None and reference.model is not self.policy.model and not self.rebuilds_reference:
-                adapters.save(reference.model, folder / "reference", base=False)
-        if self.policy.value_head is not None:
-            save_file(self.policy.value_head.state_dict(), folder / "value_head.safetensors")
-        extra = {"generator": self.streams()[1]}
-        checkpoint.save_optimizer(folder / "training.safetensors", self.optimizer, extra)
-        checkpoint.write_state(folder, self._state())
-
-    def _state(self) -> dict[str, Any]:
-        mdp = self.env
-        settings = {k: v for k, v in mdp.settings.items() if k not in ("task", "autoreset_mode", "device")}
-        task_path = next((t for t in plugins.env_ids().values() if t == type(mdp.task).__module__), None)
-        return {
-            "agent": plugins.path_of(type(self), "agents"),
-            "task": task_path or f"{type(mdp.task).__module__}:{type(mdp.task).__qualname__}",
-            "env": {k: v for k, v in settings.items() if checkpoint.jsonable(v)},
-            "env_not_saved": sorted(k for k, v in settings.items() if not checkpoint.jsonable(v) and k != "tokenizer"),
-            "num_envs": mdp.num_envs,
-            "config": dataclasses.asdict(self.config),
-            "seed": self.seed,
-            "model": self.model_spec,
-            "reference": self.reference_spec,
-            "total_timesteps": self._total_timesteps,
-            "num_updates": self.num_updates,
-            "kl_coef": self.kl.coef,
-            "seconds": self.seconds,
-            "memory": self.memory(),
-            "streams": self.streams()[0],
-        }
-
-    def streams(self) -> tuple[dict[str, Any], Tensor]:
-        """Where prompts, shuffling and sampling stand, and the timesteps done: JSON, and the generator's state."""
-        numbers = {
-            "num_timesteps": self.num_timesteps,
-            "shuffler": self.shuffler.bit_generator.state,
-            "env": self.env.streams(),
-        }
-        return numbers, self.generator.get_state()
-
-    def restore_streams(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
-        """Go back to where `streams()` was taken (with env=False, not the environment's prompts)."""
-        self.num_timesteps = numbers["num_timesteps"]
-        self.shuffler.bit_generator.state = numbers["shuffler"]
-        self.generator.set_state(generator)
-        if env:
-            self.env.restore_streams(numbers["env"])
-
-    @classmethod
-    def load(
-        cls, path: str | Path, env: Any = None, *, device: str = "auto", out: str | Path | None = None, **settings: Any
-    ) -> Self:
-        """The agent that `save` wrote, ready to predict or to go on learning.
-
-        Args:
-            env: another environment; None makes the saved one again.
-            settings: config fields to change.
-
-        Raises:
-            ValueError: the folder holds no agent, or another class's; or the environment had settings that cannot be
-                written down (a callable reward, say), and no env was given.
-        """
-        folder, state = Path(path), checkpoint.read_state(path)
-        if plugins.load_agent_class(state["agent"]) is not cls:
-            raise ValueError(f"{str(path)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
-        if env is None and state["env_not_saved"]:
-            raise ValueError(
-                f"{str(path)!r} was trained with {state['env_not_saved']}, which cannot be saved: give env="
-            )
-        given = env is not None
-        if not given:
-            kept = state["env"] | {"tokenizer": str(folder / "model"), "array": "torch"}
-            chosen = models.resolve_device(device)
-            env = TextVectorEnv(
-                state["num_envs"],
-                task=state["task"],
-                autoreset_mode=AutoresetMode.DISABLED,
-                device=str(chosen),
-                **kept,
-            )
-        task = vector_env(env).task
-        model: Any = str(folder / "model")
-        saved_reference, saved_base = folder / "reference", folder / adapters.BASE
-        reference = str(saved_reference) if saved_reference.is_dir() else state["reference"]
-        if adapters.is_saved_lora(folder / "model"):  # its reference is the model that it stands on
-            base = task.load_model(str(saved_base) if saved_base.is_dir() else state["model"])
-            model = adapters.load(base, folder / "model")
-        elif reference is None:
-            reference = task.load_model(state["model"])
-        agent = cls(
-            env,
-            model,
-            reference,
-            seed=state["seed"],
-            device=device,
-            out=out,
-            **(state["config"] | settings),
-        )
-        agent.model_spec, agent.reference_spec = state["model"], state["reference"]
-        agent.rebuilds_reference, agent.rebuilds_model = not saved_reference.is_dir(), not saved_base.is_dir()
-        agent._restore(folder, state, streams=not given)
-        return agent
-
-    def _restore(self, folder: Path, state: dict[str, Any], streams: bool) -> None:
-        if self.policy.value_head is not None:
-            self.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors", str(self.device)))
-        if self.policy.value_model is not None:
-            saved = folder / "value_model"
-            adapters.restore_(self.policy.value_model, saved, lambda: models.load_model(str(saved)))
-        extra = checkpoint.load_optimizer(folder / "training.safetensors", self.optimizer)
-        self.restore_streams(state["streams"], extra["generator"], env=streams)
-        self._total_timesteps = state["total_timesteps"]
-        self.remember(state.get("memory", {}))
-        self.num_updates, self.kl.coef, self.seconds = state["num_updates"], state["kl_coef"], state["seconds"]

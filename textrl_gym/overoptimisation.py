@@ -133,8 +133,8 @@ def reward_against_length(
         half = stats.t.ppf((1 + confidence) / 2, len(score_N) - 2) * line.stderr
         slope = Estimate(float(line.slope), float(line.slope - half), float(line.slope + half))
         correlation = float(line.rvalue)
-    edges = np.unique(np.quantile(length_N, np.linspace(0, 1, buckets + 1)))
-    bucket_N = np.digitize(length_N, edges[1:-1], right=True)  # texts of one length share a bucket
+    rank_N = stats.rankdata(length_N) - 0.5  # of equal lengths their mean rank, so that they share a bucket
+    bucket_N = (rank_N * buckets / len(length_N)).astype(int)
     found = []
     for number in np.unique(bucket_N):
         inside_N = bucket_N == number

@@ -73,6 +73,7 @@ class SB3Agent(Agent):
     Config = SB3Config
     config: Any
     uses_value = True
+    resumes = False
     _algorithm: Any = None
 
     def make_algorithm(self, **common: Any) -> Any:
