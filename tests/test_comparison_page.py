@@ -329,6 +329,22 @@ def test_agents_that_were_not_trained(tmp_path: Path) -> None:
     assert page.row("Summary", "old")["collapsed runs"] == "-"
 
 
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        ({"a": [0.4]}, "There is one agent, and nothing to compare it with."),
+        ({"a": [0.4, 0.4, 0.4], "b": [0.4, 0.4]}, "a and b: a equals b in all of 2 and 3 seeds"),
+    ],
+)
+def test_little_to_compare(tmp_path: Path, runs: dict[str, list[float]], says: str) -> None:
+    """One run, or runs that do not differ: warnings would fail the test."""
+    write_plan(tmp_path, *runs)
+    for agent, seeds in runs.items():
+        for seed, gold in enumerate(seeds):
+            write_run(tmp_path / "runs" / f"{agent}-{seed}", agent, seed, [gold] * 4)
+    assert says in "".join(read(tmp_path)[1].words)
+
+
 def test_coefficients_of_an_agent_are_groups(tmp_path: Path) -> None:
     write_plan(tmp_path, "alpha")
     for coef in (0.5, 0.0):
@@ -444,6 +460,7 @@ found.charts = Object.fromEntries($(".chart").map((c) => [c.id, c.querySelectorA
   ".scatterlayer .trace, .barlayer .trace, .heatmaplayer image, .heatmaplayer path, .fills path").length]));
 found.color = document.querySelector("#chart-frontier .point").style.fill;
 found.title = document.title;
+found.buttons = $("#chart-frontier .modebar-btn").map((b) => b.dataset.title);
 found.fetched = performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:"));
 found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 found.all = [seen(".prompt"), seen(".answer")];
@@ -495,6 +512,8 @@ def test_in_a_browser(made: tuple[str, Page], folder: Path, tmp_path: Path) -> N
     assert console == []
     assert found["title"] == "CopyText-v0: alpha and my:Beta"  # no completion has run as a script
     assert found["fetched"] == []
+    assert "Download plot" in found["buttons"]
+    assert not [name for name in found["buttons"] if "hare" in name or "loud" in name], "nothing is sent anywhere"
     charts = "curve-tokens curve-seconds frontier matrix profile overoptimisation lengths cost"
     assert set(found["charts"]) == {f"chart-{key}" for key in charts.split()}
     assert all(count > 0 for count in found["charts"].values()), found["charts"]

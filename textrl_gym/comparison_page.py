@@ -21,7 +21,10 @@ from textrl_gym.statistics import Estimate
 
 ASSETS = Path(__file__).parent / "assets" / "report"
 SAMPLES_SHOWN = 40
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "form-action 'none'; base-uri 'none'"
+)
 
 
 def comparison_report(folder: str | Path) -> Path:

@@ -50,8 +50,13 @@
   }
 
   const config = (key) => ({
-    displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"],
-    displayModeBar: coarse.matches || narrow() ? false : "hover", toImageButtonOptions: { format: "svg", filename: key },
+    displaylogo: false,
+    responsive: true,
+    displayModeBar: coarse.matches || narrow() ? false : "hover",
+    modeBarButtonsToRemove: ["lasso2d", "select2d"],
+    toImageButtonOptions: { format: "svg", filename: key },
+    showSendToCloud: false, // nothing leaves the page
+    plotlyServerURL: "",
   });
 
   function draw() {
@@ -68,7 +73,8 @@
   const form = document.getElementById("filters");
   if (!form) return;
   const prompts = [...document.querySelectorAll(".prompt")], status = document.getElementById("found");
-  const lower = new Map(prompts.map((p) => [p, [...p.querySelectorAll(".said")].map((e) => e.textContent.toLowerCase())]));
+  const words = (prompt) => [...prompt.querySelectorAll(".said")].map((said) => said.textContent.toLowerCase());
+  const lower = new Map(prompts.map((prompt) => [prompt, words(prompt)])); // the prompt's, then each answer's
 
   function filter() {
     const text = form.elements.text.value.trim().toLowerCase(), number = form.elements.number.value;
