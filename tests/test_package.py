@@ -56,6 +56,11 @@ def test_plugin_folders_are_flat_and_linked(root: Path, folder: str) -> None:
     assert os.readlink(link) == f"../{folder}"
 
 
+def test_every_agent_is_a_file_of_a_few_screens(root: Path) -> None:
+    long = {path.name: n for path in (root / "agents").glob("*.py") if (n := len(path.read_text().splitlines())) >= 200}
+    assert long == {}, "what several algorithms need goes into textrl_gym/"
+
+
 def test_package_data_names_the_assets(project: dict[str, Any]) -> None:
     assert project["tool"]["setuptools"]["package-data"] == {"textrl_gym": ["py.typed", "assets/**/*"]}
 
