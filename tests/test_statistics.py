@@ -174,6 +174,13 @@ def test_verdict(a: list[float], b: list[float], sentence: str) -> None:
         assert statistics.verdict("grpo", b, "ppo", a) == sentence
 
 
+def test_rounding_makes_no_difference() -> None:
+    wanted = "ppo equals grpo in all of 2 and 3 seeds, which do not differ and so have no interval."
+    assert statistics.verdict("ppo", [0.4, 0.4, 0.4], "grpo", [0.4, 0.4]) == wanted  # the sum of three is no 1.2
+    found = statistics.paired_difference(np.full((3, 4), 0.4), np.full((2, 4), 0.4)).mean
+    assert (found.low, found.high) == (found.value, found.value)
+
+
 def test_verdict_never_rounds_an_end_to_zero() -> None:
     # Half of Welch's interval: t at 4 degrees times sqrt(2/3) times the standard deviation, here 0.1. It runs from
     # 0.0017 to 0.2017, whose first end would be 0.00 with two digits.

@@ -111,8 +111,8 @@ def probability_of_improvement(strata: Strata, other: Strata, *, confidence: flo
 def difference_of_means(a_S: ArrayLike, b_S: ArrayLike, *, confidence: float = 0.95) -> Estimate:
     """Mean score of a's runs minus that of b's, with Welch's t interval: right for 3 normal seeds."""
     a_S, b_S = vector(a_S, "scores", 2), vector(b_S, "scores", 2)
-    noise = [(row.var(ddof=1) / len(row), len(row) - 1) for row in (a_S, b_S)]
-    return _t_interval(a_S.mean() - b_S.mean(), noise, confidence)
+    noise = [(_variance(row) / len(row), len(row) - 1) for row in (a_S, b_S)]
+    return _t_interval(_mean(a_S) - _mean(b_S), noise, confidence)
 
 
 def verdict(name_a: str, a_S: ArrayLike, name_b: str, b_S: ArrayLike, *, confidence: float = 0.95) -> str:
@@ -128,11 +128,11 @@ def verdict(name_a: str, a_S: ArrayLike, name_b: str, b_S: ArrayLike, *, confide
         confidence: of the interval.
     """
     a_S, b_S = vector(a_S, "scores"), vector(b_S, "scores")
-    if a_S.mean() < b_S.mean():
+    if _mean(a_S) < _mean(b_S):
         name_a, a_S, name_b, b_S = name_b, b_S, name_a, a_S  # from here on a is the one ahead
     fewest, most = sorted((len(a_S), len(b_S)))
     seeds = f"{fewest} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} and {most} seeds"
-    difference = a_S.mean() - b_S.mean()
+    difference = _mean(a_S) - _mean(b_S)
     if fewest == 1:
         lead = f"{name_a} is ahead by {difference:.3g}" if difference else f"{name_a} and {name_b} are level"
         return f"{seeds} {'are' if most > 1 else 'is'} too few to tell: {lead}, and one seed has no interval."
@@ -181,9 +181,9 @@ def paired_difference(a_SN: ArrayLike, b_SN: ArrayLike, *, confidence: float = 0
     _finite(a_SN, "scores")
     _finite(b_SN, "scores")
     difference_N = a_SN.mean(0) - b_SN.mean(0)
-    noise = [(difference_N.var(ddof=1) / len(difference_N), len(difference_N) - 1)]
+    noise = [(_variance(difference_N) / len(difference_N), len(difference_N) - 1)]
     if min(seeds) > 1:
-        noise += [(runs_SN.mean(1).var(ddof=1) / len(runs_SN), len(runs_SN) - 1) for runs_SN in (a_SN, b_SN)]
+        noise += [(_variance(runs_SN.mean(1)) / len(runs_SN), len(runs_SN) - 1) for runs_SN in (a_SN, b_SN)]
     mean = _t_interval(difference_N.mean(), noise, confidence)
     return PairedDifference(mean, float((difference_N > 0).mean()), float((difference_N < 0).mean()))
 
@@ -197,6 +197,16 @@ def outcomes(score: ArrayLike, other: ArrayLike) -> Array:
     _finite(score, "scores")
     _finite(other, "scores")
     return (score > other) + 0.5 * (score == other)
+
+
+def _mean(values: Array) -> float:
+    """Exact where all values are equal: the sum of three times 0.4 is a little more than 1.2."""
+    return float(values[0] if np.ptp(values) == 0 else values.mean())
+
+
+def _variance(values: Array) -> float:
+    """Of the population that they are drawn from; exactly 0 where all are equal."""
+    return float(values.var(ddof=1)) if np.ptp(values) > 0 else 0.0
 
 
 def _bootstrap(
