@@ -459,6 +459,7 @@ const type = (name, value) => {
 found.charts = Object.fromEntries($(".chart").map((c) => [c.id, c.querySelectorAll(
   ".scatterlayer .trace, .barlayer .trace, .heatmaplayer image, .heatmaplayer path, .fills path").length]));
 found.color = document.querySelector("#chart-frontier .point").style.fill;
+found.hatched = $("#chart-cost pattern rect").map((e) => e.getAttribute("fill") || e.style.fill);
 found.title = document.title;
 found.buttons = $("#chart-frontier .modebar-btn").map((b) => b.dataset.title);
 found.fetched = performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:"));
@@ -525,6 +526,7 @@ def test_in_a_browser(made: tuple[str, Page], folder: Path, tmp_path: Path) -> N
     assert found["number"] == [1, "3"]
     assert found["reset"] == [4, 12]
     assert found["color"] == rgb(LIGHT[0])
+    assert {rgb(LIGHT[1]), rgb(LIGHT[2])} <= set(found["hatched"]), "hatched bars have their colour"
 
 
 def test_on_a_dark_phone(made: tuple[str, Page], folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,10 @@
       const color = palettes[dark.matches ? "dark" : "light"][meta.color];
       if (meta.fill) trace.fillcolor = faint(color, meta.fill);
       else if (trace.type === "bar")
-        trace.marker = { color, pattern: { shape: ["", "/", "x"][meta.pattern], fgcolor: css("--card"), size: 6 } };
+        trace.marker = {
+          color,
+          pattern: { shape: ["", "/", "x"][meta.pattern], fillmode: "overlay", fgcolor: css("--card"), size: 7 },
+        };
       else {
         trace.marker = { ...trace.marker, color, line: { color: css("--card"), width: 1 } };
         trace.line = { ...trace.line, color };
@@ -36,7 +39,8 @@
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--ink") };
     layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
     layout.margin = { l: narrow() ? 44 : 56, r: 12, t: narrow() ? 8 : 30, b: 44 };
-    layout.legend = { orientation: "h", x: 0, xanchor: "left", y: 0, yanchor: "bottom", yref: "container" };
+    const below = { y: 0, yanchor: "bottom", yref: "container" };
+    layout.legend = { orientation: "h", traceorder: "normal", x: 0, xanchor: "left", ...below };
     layout.hoverlabel = { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } };
     layout.dragmode = coarse.matches ? false : "zoom"; // a finger scrolls the page
     for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key))) {
