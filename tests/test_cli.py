@@ -13,6 +13,7 @@ import pytest
 
 from textrl_gym import checkpoint, cli
 from textrl_gym.evaluation import load_agent
+from textrl_gym.names import text_envs
 
 TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
 
@@ -227,7 +228,7 @@ def test_report(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pat
 def test_envs(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "envs")
     assert code == 0
-    assert all(env_id in out for env_id in cli.text_envs())
+    assert all(env_id in out for env_id in text_envs())
 
 
 def test_resume_of_a_finished_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"train"}),
     frozenset({"agent", "decoding", "sb3_agent"}),
     frozenset({"envs", "agents"}),
-    frozenset({"check", "cell", "compare", "report", "run_settings", "build_assets", "bench"})
+    frozenset({"check", "cell", "compare", "report", "run_settings", "names", "build_assets", "bench"})
     | frozenset({"comparison_data", "comparison_numbers", "comparison_charts", "comparison_page"}),
     frozenset({"cli", "__main__"}),
 )

@@ -16,13 +16,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are abo
 
 import argparse
 import dataclasses
-import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from textrl_gym.names import find_agent, find_env, text_envs
 from textrl_gym.run_settings import (
     EnvSettings,
     RunSettings,
@@ -83,40 +83,6 @@ def show_error(error: Exception) -> int:
     Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="bold red", markup=False, highlight=False)
     health = sys.modules.get("textrl_gym.health")  # not imported for this: that would load torch for a wrong word
     return 1 if health is not None and isinstance(error, health.HealthError) else 2
-
-
-# -- names ------------------------------------------------------------------------------------------------------------
-
-
-def text_envs() -> dict[str, Any]:
-    """Environment id -> the task that it was registered with."""
-    import gymnasium
-
-    return {env_id: spec.kwargs["task"] for env_id, spec in gymnasium.registry.items() if "task" in spec.kwargs}
-
-
-def find_env(name: str) -> str:
-    """A registered id; "module:ID" imports the module that registers it, as gymnasium.make does."""
-
-    module, _, env_id = name.rpartition(":")
-    if module:
-        importlib.import_module(module)
-    if env_id not in text_envs():
-        raise unknown("environment", env_id, text_envs(), ", or module:ID, where module registers ID")
-    return env_id
-
-
-def find_agent(name: str) -> Any:
-    """The agent class of a file in agents/, or at module:Class."""
-    from textrl_gym import plugins
-    from textrl_gym.agent import Agent
-
-    if ":" not in name and name not in plugins.names("agents"):
-        raise unknown("agent", name, plugins.names("agents"), ", or module:Class")
-    found = plugins.load_agent_class(name)
-    if not (isinstance(found, type) and issubclass(found, Agent)):
-        raise ValueError(f"{name!r} is {found!r}, not a subclass of textrl_gym.agents.Agent")
-    return found
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -353,7 +319,7 @@ def show_page(folder: Path) -> None:
 
 
 def print_finals(table: Any) -> None:
-    """A line an agent: the mean of its seeds' last evaluations."""
+    """A line an agent: the mean of its seeds' last evaluations. The page and the table of the comparison have more."""
     from rich.console import Console
     from rich.table import Table
 
@@ -362,11 +328,13 @@ def print_finals(table: Any) -> None:
     if table.empty:
         return
     last = table[table["final"]]
-    keys = ["agent", "kl_coef"]
-    names = [name for name in METRICS if name in last]
-    shown = Table("agent", "KL coefficient", "seeds", *names)
-    for (agent, coef), rows in last.groupby(keys, sort=False, dropna=False):
-        numbers = [f"{rows[name].mean():.{METRICS[name][1]}f}" for name in names]
+    words = {"judge": "gold", "score": "score", "win_rate": "win rate", "kl_sequence": "KL nats/seq"}
+    words |= {"completion_tokens": "tokens", "train_seconds": "seconds"}
+    names = [name for name in words if name in last and last[name].notna().any()]
+    shown = Table("agent", "KL coef.", "seeds", *(words[name] for name in names))
+    for (agent, coef), rows in last.groupby(["agent", "kl_coef"], sort=False, dropna=False):
+        means = {name: rows[name].mean() for name in names}
+        numbers = ["" if mean != mean else f"{mean:.{METRICS[name][1]}f}" for name, mean in means.items()]
         shown.add_row(agent, "own" if coef != coef else f"{coef:g}", str(len(rows)), *numbers)
     Console().print(shown)
 
