@@ -6,7 +6,8 @@ supervised example:
     y* = argmax_i R_i,   R_i = score_i - beta sum_t KL_it,   L = - 1/tokens sum_t log pi(y*_t | x, y*_<t)
 
 The mean is over all tokens of the batch's best completions. Nothing pushes the others down, and how good the best was
-does not matter. beta = kl_coef holds the policy near the reference through the ranking only.
+does not matter. beta = kl_coef holds the policy near the reference through the ranking only; but that is enough for the
+KL-regularised optimum to be where it rests: there R is the same for all completions, and none is better than another.
 
 Departures: the paper fine-tunes on the best of a large batch until converged; here a rollout gives `epochs` passes. It
 sometimes ranks over the whole batch; here always within a prompt. Of equal best completions the first is taken.

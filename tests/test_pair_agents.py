@@ -255,6 +255,18 @@ def test_copy_text_is_learnt(cls: type[Agent], score: float, tmp_path: Path) -> 
         assert metrics["score_greedy"] == 1.0
 
 
+def test_raft_reaches_the_known_optimum(tmp_path: Path) -> None:
+    # Where pi is proportional to pi_ref exp(score / beta), score - beta log(pi / pi_ref) is the same for all
+    # completions: none is better than another, and nothing moves any more.
+    agent = RAFT("KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path)
+    reference = agent.policy.reference
+    assert reference is not None
+    before = known_optimum.distance(agent.policy, reference, agent.kl.coef)
+    agent.learn(100_000, progress_bar=False, eval_every=0, eval_episodes=8)
+    assert before > 0.2
+    assert known_optimum.distance(agent.policy, reference, agent.kl.coef) < 0.03
+
+
 def test_online_dpo_with_bradley_terry_labels_reaches_the_known_optimum(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"labels": "bradley_terry", "rollout_episodes": 256, "learning_rate": 5e-4}
     agent = OnlineDPO("KnownOptimum-v0", seed=0, out=tmp_path, **settings)

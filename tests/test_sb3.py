@@ -473,11 +473,12 @@ def test_copy_text_is_solved_by_sb3s_ppo(tmp_path: Path) -> None:
     assert metrics["score"] > 0.9
 
 
-def test_known_optimum_is_approached_by_sb3s_ppo(tmp_path: Path) -> None:
-    agent = SB3PPO("KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path)
+@pytest.mark.parametrize(("cls", "timesteps"), [(SB3PPO, 30_000), (SB3A2C, 45_000), (SB3TRPO, 20_000)])
+def test_known_optimum_is_approached(cls: Any, timesteps: int, tmp_path: Path) -> None:
+    agent = cls("KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path)
     assert agent.policy.reference is not None
     before = known_optimum.distance(agent.policy, agent.policy.reference, agent.kl.coef)
-    agent.learn(30_000, **QUIET)
+    agent.learn(timesteps, **QUIET)
     assert before > 0.1
     assert known_optimum.distance(agent.policy, agent.policy.reference, agent.kl.coef) < 0.03
 
