@@ -17,7 +17,6 @@ from torch import Tensor
 
 from textrl_gym import functional, kl
 from textrl_gym.agents.grpo import GRPO, GroupConfig
-from textrl_gym.core import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +64,4 @@ class CISPO(GRPO):
 
     Config = CISPOConfig
     config: CISPOConfig
-
-    def loss(
-        self, logp_BT: Tensor, part: Rollout, advantage_B: Tensor, rows: int, tokens: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return cispo_loss(
-            logp_BT,
-            part.logp_BT,
-            part.ref_logp_BT,
-            advantage_B,
-            part.mask_BT,
-            self.config,
-            self.kl_coef_in_loss,
-            rows,
-            tokens,
-        )
+    loss_function = staticmethod(cispo_loss)

@@ -126,6 +126,8 @@ class GRPO(Agent):
 
     Config: ClassVar[type[GroupConfig]] = GRPOConfig
     config: Any  # a relative's may have no clips
+    loss_function: ClassVar[Callable[..., tuple[Tensor, dict[str, Tensor]]]] = staticmethod(grpo_loss)
+    """Of the arguments of grpo_loss; what a relative changes."""
     needs_groups = True
 
     @property
@@ -144,7 +146,7 @@ class GRPO(Agent):
         self, logp_BT: Tensor, part: Rollout, advantage_B: Tensor, rows: int, tokens: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch; rows and tokens are the minibatch's."""
-        return grpo_loss(
+        return self.loss_function(
             logp_BT,
             part.logp_BT,
             part.ref_logp_BT,

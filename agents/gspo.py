@@ -20,7 +20,6 @@ from torch import Tensor
 
 from textrl_gym import functional, kl
 from textrl_gym.agents.grpo import GRPO, GRPOConfig
-from textrl_gym.core import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +76,4 @@ class GSPO(GRPO):
 
     Config = GSPOConfig
     config: GSPOConfig
-
-    def loss(
-        self, logp_BT: Tensor, part: Rollout, advantage_B: Tensor, rows: int, tokens: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return gspo_loss(
-            logp_BT,
-            part.logp_BT,
-            part.ref_logp_BT,
-            advantage_B,
-            part.mask_BT,
-            self.config,
-            self.kl_coef_in_loss,
-            rows,
-            tokens,
-        )
+    loss_function = staticmethod(gspo_loss)

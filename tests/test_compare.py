@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 
 from textrl_gym import cell
-from textrl_gym import compare as home
 from textrl_gym.compare import CompareConfig, compare, lay_out, tidy
 
 ENV = "CopyText-v0"
@@ -49,7 +48,6 @@ def test_the_table_has_a_row_an_evaluation(done: Path) -> None:
     assert start["score"].nunique() == 1  # one start, the same prompts and the same random numbers for all
     assert table[table["final"]]["score"].nunique() > 1
     assert (done / "results.csv").is_file() and (done / "results.parquet").is_file()
-    assert home.finals(table, "score").keys() == {"reinforce", "grpo"}
     episodes = [json.loads(line) for line in (done / "runs" / "grpo-0" / cell.EPISODES).read_text().splitlines()]
     assert len(episodes) == 8
     # The start's answers are beside the agent's: the win rate is the share of prompts on which these are better.

@@ -385,7 +385,8 @@ def test_read_only_actions() -> None:
     envs.reset(seed=0)
     token_B = np.array([1, 2, 3])
     token_B.flags.writeable = False  # as JAX hands them out
-    envs.step(token_B)
+    observation, *_ = envs.step(token_B)
+    assert observation["input_ids"][:, envs.max_prompt_tokens].tolist() == [1, 2, 3]
 
 
 # -- the KL penalty ---------------------------------------------------------------------------------------------------

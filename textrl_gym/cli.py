@@ -300,7 +300,7 @@ def compare(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"go on with the same command, --out {parsed.out}", file=sys.stderr)
         raise
-    print_finals(table)
+    home.print_finals(table)
     failed = [path.parent.name for path in sorted((parsed.out / home.RUNS).glob(f"*/{cell.ERROR}"))]
     if not table.empty:
         show_page(parsed.out)
@@ -316,27 +316,6 @@ def show_page(folder: Path) -> None:
         print(comparison_report(folder))
     except ImportError as error:
         print(f"no page: {error}", file=sys.stderr)
-
-
-def print_finals(table: Any) -> None:
-    """A line an agent: the mean of its seeds' last evaluations. The page and the table of the comparison have more."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from textrl_gym.report import METRICS
-
-    if table.empty:
-        return
-    last = table[table["final"]]
-    words = {"judge": "gold", "score": "score", "win_rate": "win rate", "kl_sequence": "KL nats/seq"}
-    words |= {"completion_tokens": "tokens", "train_seconds": "seconds"}
-    names = [name for name in words if name in last and last[name].notna().any()]
-    shown = Table("agent", "KL coef.", "seeds", *(words[name] for name in names))
-    for (agent, coef), rows in last.groupby(["agent", "kl_coef"], sort=False, dropna=False):
-        means = {name: rows[name].mean() for name in names}
-        numbers = ["" if mean != mean else f"{mean:.{METRICS[name][1]}f}" for name, mean in means.items()]
-        shown.add_row(agent, "own" if coef != coef else f"{coef:g}", str(len(rows)), *numbers)
-    Console().print(shown)
 
 
 def report(args: Sequence[str]) -> int:

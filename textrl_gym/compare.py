@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,12 +227,9 @@ def progress(folder: Path) -> dict[str, Any]:
     """The last row of a run's log; empty before the first."""
     files = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
     for file in reversed(files):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        for line in reversed(lines[-2:]):  # the last may be half written
-            try:
-                return json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        whole = cell.whole_lines(file)
+        if whole:
+            return json.loads(whole[-1])
     return {}
 
 
@@ -371,7 +368,22 @@ def _save(table: Any, out: Path) -> None:
     table.to_parquet(out / f"{TABLE}.parquet", index=False)
 
 
-def finals(table: Any, metric: str) -> dict[str, Sequence[float]]:
-    """Agent -> the final values of a metric, a number for each seed."""
+def print_finals(table: Any) -> None:
+    """A line an agent: the mean of its seeds' last evaluations. The page and the table of the comparison have more."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from textrl_gym.report import METRICS
+
+    if table.empty:
+        return
     last = table[table["final"]]
-    return {agent: group[metric].tolist() for agent, group in last.groupby("agent", sort=False)}
+    words = {"judge": "gold", "score": "score", "win_rate": "win rate", "kl_sequence": "KL nats/seq"}
+    words |= {"completion_tokens": "tokens", "train_seconds": "seconds"}
+    names = [name for name in words if name in last and last[name].notna().any()]
+    shown = Table("agent", "KL coef.", "seeds", *(words[name] for name in names))
+    for (agent, coef), rows in last.groupby(["agent", "kl_coef"], sort=False, dropna=False):
+        means = {name: rows[name].mean() for name in names}
+        numbers = ["" if mean != mean else f"{mean:.{METRICS[name][1]}f}" for name, mean in means.items()]
+        shown.add_row(agent, "own" if coef != coef else f"{coef:g}", str(len(rows)), *numbers)
+    Console().print(shown)

@@ -8,6 +8,7 @@ Shape legend: B rows, K candidate tokens or places of a path, V vocabulary, T re
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ class Endings:
         return value_b
 
 
-class CriticAgent(Agent):
+class CriticAgent(Agent, abc.ABC):
     """Decodes with the critic of a saved agent. A subclass says from which distribution the next token is drawn.
 
     `predict` is the policy's own; what is searched is play(), which evaluation uses.
@@ -167,6 +168,7 @@ class CriticAgent(Agent):
     asks_reference: bool = False
     """Whether the distribution is made with the reference's log-probabilities."""
 
+    @abc.abstractmethod
     def next_token(
         self, states: States, endings: Endings, row_b: list[int], texts: list[list[int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +183,6 @@ class CriticAgent(Agent):
             logp_bK: their log-probabilities, which sum to 1.
             passes_b: states that a model was asked about, those of the text so far left out.
         """
-        raise NotImplementedError
 
     # -- made of a saved agent ----------------------------------------------------------------------------------------
 

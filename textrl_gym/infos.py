@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,14 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from textrl_gym.core import Row, StopReason
+from textrl_gym.streams import Prompt
+
+
+def reset_infos(prompts: Sequence[Prompt], chosen_B: np.ndarray) -> dict[str, Any]:
+    """Which prompts the rows that begin now (bool chosen_B) have, as places in the split; 0 in the others."""
+    index_B = np.zeros(len(prompts), np.int64)
+    index_B[chosen_B] = [prompts[b].index for b in np.flatnonzero(chosen_B).tolist()]
+    return {"prompt_index": index_B, "_prompt_index": chosen_B.copy()}
 
 
 def final_info(row: Row, completion: str, score: float, stop_reason: StopReason) -> dict[str, Any]:

@@ -78,10 +78,8 @@ def generate(
         logp_BT[row_b, t] = torch.where(alive_b, logp_bV.gather(1, token_b[:, None]).squeeze(1).float(), 0.0)
 
         # 3. Who ended with this token?
-        reason_b = torch.where(token_b == eos_id, StopReason.EOS.value, StopReason.RUNNING.value)
-        if stopped is not None:
-            hit_b = torch.tensor(stopped(token_BT[row_b, : t + 1].tolist()), device=device)
-            reason_b = torch.where(hit_b & (token_b != eos_id), StopReason.STOP_STRING.value, reason_b)
+        hit_b = None if stopped is None else torch.tensor(stopped(token_BT[row_b, : t + 1].tolist()), device=device)
+        reason_b = _reasons(token_b, eos_id, hit_b)
         stop_B[row_b] = torch.where(alive_b, reason_b, stop_B[row_b])
         ended_b = alive_b & (reason_b != StopReason.RUNNING)
         length_B[row_b] = torch.where(ended_b, t + 1, length_B[row_b])
@@ -103,3 +101,11 @@ def generate(
     stop_B = torch.where(stop_B == StopReason.RUNNING, StopReason.BUDGET.value, stop_B)
     mask_BT = torch.arange(max_new_tokens, device=device) < length_B[:, None]
     return Completions(token_BT * mask_BT, mask_BT, logp_BT * mask_BT, value_BT * mask_BT, stop_B)
+
+
+def _reasons(token_b: Tensor, eos_id: int, hit_b: Tensor | None) -> Tensor:
+    """Why each row ends with its token, as StopReason; hit_b: whether it completes a stop string. EOS comes first."""
+    reason_b = torch.where(token_b == eos_id, StopReason.EOS.value, StopReason.RUNNING.value)
+    if hit_b is None:
+        return reason_b
+    return torch.where(hit_b & (token_b != eos_id), StopReason.STOP_STRING.value, reason_b)

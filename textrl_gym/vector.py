@@ -20,7 +20,7 @@ from torch import Tensor
 from textrl_gym import models, plugins
 from textrl_gym.actions import parse, penalty, to_tensor
 from textrl_gym.core import RewardSpec, Row, StopReason
-from textrl_gym.infos import final_info, with_finals
+from textrl_gym.infos import final_info, reset_infos, with_finals
 from textrl_gym.mdp import BUDGET, RUNNING, Array, State, append_, initial_state, restart_, shape_reward
 from textrl_gym.policy import Policy
 from textrl_gym.render import RENDER_MODES, Renderer
@@ -182,7 +182,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.streams_of_prompts.seed(seed, chosen_B)
         self.streams_of_prompts.rejoin(chosen_B)
         self._begin(chosen_B, indices)
-        return self._observation(), self._reset_infos(chosen_B)
+        return self._observation(), reset_infos(self._prompts, chosen_B)
 
     def streams(self) -> list[Any]:
         """The state of every row's random stream, as JSON can hold it."""
@@ -218,11 +218,6 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._over_B = self._over_B & ~chosen_B
         if self._renderer is not None and self.render_mode == "human" and chosen_B[0]:
             self._renderer.begin(prompts[0].ids)
-
-    def _reset_infos(self, chosen_B: np.ndarray) -> dict[str, Any]:
-        index_B = np.zeros(self.num_envs, np.int64)
-        index_B[chosen_B] = [self._prompts[b].index for b in np.flatnonzero(chosen_B)]
-        return {"prompt_index": index_B, "_prompt_index": chosen_B.copy()}
 
     # -- step ---------------------------------------------------------------------------------------------------------
 
@@ -268,7 +263,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         starting_B = ~active_B if self._mode is AutoresetMode.NEXT_STEP else ended_B
         if self._mode is not AutoresetMode.DISABLED and starting_B.any():
             self._begin(starting_B)
-            infos |= self._reset_infos(starting_B)
+            infos |= reset_infos(self._prompts, starting_B)
         reward = self._array(reward_B, np.float64)
         return self._observation(), reward, self._flags(terminated_B), self._flags(truncated_B), infos
 
