@@ -18,7 +18,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from textrl_gym.agents.grpo import GRPO, GRPOConfig
+from textrl_gym.agents.grpo import GRPO, GRPOConfig, group_advantages
 from textrl_gym.core import Rollout
 
 
@@ -56,12 +56,8 @@ def overlong(length_B: Tensor, budget: int, share: float, penalty: float) -> Ten
 
 def with_spread(rollout: Rollout) -> Tensor:
     """bool [B]: the rows whose group has more than one return."""
-    return_B = rollout.reward_BT.sum(1)
-    spread_B = torch.zeros_like(rollout.group_B, dtype=torch.bool)
-    for group in rollout.group_B.unique():
-        rows = rollout.group_B == group
-        spread_B[rows] = return_B[rows].max() > return_B[rows].min()
-    return spread_B
+    _, flat_B = group_advantages(rollout.reward_BT.sum(1), rollout.group_B, scale_by_std=False, std_eps=0.0)
+    return ~flat_B
 
 
 class DAPO(GRPO):
