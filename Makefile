@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
 	touch $@
 
-demo: $(STAMP)  ## Train PPO and GRPO on the embedded corpus and write runs/demo/report.html.
+demo: $(STAMP)  ## Compare PPO, GRPO and best-of-n on the embedded corpus: runs/demo/report.html.
 	$(BIN)/python examples/demo.py --out runs/demo
 
 test: $(STAMP)  ## Run the tests: two workers, one thread each.

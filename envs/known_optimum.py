@@ -19,6 +19,7 @@ from torch import Tensor
 
 from textrl_gym import prompts, tiny
 from textrl_gym.core import Row
+from textrl_gym.packing import pad
 from textrl_gym.policy import Policy
 from textrl_gym.tasks import Task
 
@@ -49,18 +50,16 @@ def completions() -> list[list[int]]:
 
 @torch.no_grad()
 def sequence_logprobs(policy: Policy, prompt: str) -> Tensor:
-    """log pi(y | prompt) of every completion, in the order of completions(). float64 [40], exact."""
-    tokenizer = tiny.symbol_tokenizer(SYMBOLS)
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    logps = []
-    for y in completions():
-        prompt_1P, y_1T = (torch.tensor([ids], device=policy.device) for ids in (prompt_ids, y))
-        hidden_1XD = policy.trunk.hidden(
-            prompt_1P, torch.ones_like(prompt_1P).bool(), y_1T, torch.ones_like(y_1T).bool()
-        )
-        logp_TV = policy.logits(hidden_1XD[0, :-1]).double().log_softmax(-1)
-        logps.append(logp_TV[torch.arange(len(y)), torch.tensor(y)].sum())
-    return torch.stack(logps)
+    """log pi(y | prompt) of every completion, in the order of completions(). float64 [40], exact.
+
+    Read from the distribution of the next token after each prefix, so that any kind of policy will do.
+    """
+    prompt_ids = tiny.symbol_tokenizer(SYMBOLS)(prompt)["input_ids"]
+    prefixes = sorted({tuple(y[:t]) for y in completions() for t in range(len(y))})
+    input_XL, mask_XL = pad([[*prompt_ids, *prefix] for prefix in prefixes], "left")
+    logp_XV = policy.next_logprobs(input_XL.to(policy.device), mask_XL.to(policy.device)).double()
+    after = dict(zip(prefixes, logp_XV, strict=True))
+    return torch.stack([torch.stack([after[tuple(y[:t])][y[t]] for t in range(len(y))]).sum() for y in completions()])
 
 
 def optimum(reference: Policy, prompt: str, kl_coef: float) -> Tensor:

@@ -277,6 +277,33 @@ def test_dapo_reaches_the_optimum_of_its_own_objective(tmp_path: Path) -> None:
         assert float((logp_Y.exp() * (logp_Y - plain_Y)).sum()) > 0.05  # another optimum
 
 
+def test_nlpo_reaches_the_optimum_of_its_own_objective(tmp_path: Path) -> None:
+    # While the mask policy is the start, all texts but those whose every token is in the start's top-p set are
+    # impossible, and of the policies on these texts pi_ref exp(r / beta), made to sum to 1, is the best.
+    agent = plugins.load_agent_class("nlpo")(
+        "KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path, kl_coef=0.25, top_p=0.95,
+        refresh_every=10**6,
+    )  # fmt: skip
+
+    def distances() -> Tensor:
+        """KL(pi || its optimum) and KL(pi || the optimum of all texts), nats a sequence, means over prompts."""
+        found = []
+        for prompt in known_optimum.PROMPTS:
+            logp_Y = known_optimum.sequence_logprobs(agent.policy, prompt)
+            possible_Y = logp_Y > -1e9
+            assert 20 <= possible_Y.sum() <= 21  # of 40
+            plain_Y = known_optimum.optimum(agent.policy.reference, prompt, 0.25)
+            best_Y = plain_Y.masked_fill(~possible_Y, -1e30).log_softmax(0)
+            found.append([float((logp_Y.exp() * (logp_Y - other_Y)).sum()) for other_Y in (best_Y, plain_Y)])
+        return torch.tensor(found).mean(0)
+
+    assert distances()[0] > 0.5
+    agent.learn(45_000, **QUIET)
+    own, other = distances()
+    assert own < 0.03
+    assert other > 0.1
+
+
 def test_optimum_is_the_best_of_all_policies() -> None:
     # The objective J(pi) = E[r] - beta KL(pi || ref) of pi* is beta log Z, and no other distribution's is larger.
     task = known_optimum.KnownOptimum()

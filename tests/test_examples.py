@@ -106,13 +106,15 @@ def test_custom_agent_outside_the_package(root: Path, tmp_path: Path) -> None:
 
 def test_demo(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo = importlib.import_module("demo")
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second finds all done
         demo.main(["--env", "CopyText-v0", "--tokens", "800", "--out", "runs/demo"])
         out = capsys.readouterr().out
-        assert "GRPO" in out
-        assert "PPO" in out
-        assert "report: runs/demo/report.html" in out
+        for said in ("grpo", "ppo", "best_of_n", "reference", "report: runs/demo/report.html"):
+            assert said in out
         assert (example / "runs" / "demo" / "report.html").is_file()
+    assert sorted(p.name for p in Path("runs/demo/runs").iterdir()) == [
+        "best_of_n-0", "grpo-0", "grpo-1", "ppo-0", "ppo-1", "reference-0",
+    ]  # fmt: skip
 
 
 def test_bench_vs_trl(example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,7 +197,7 @@ def test_dpo_resumes_in_its_second_pass(tmp_path: Path) -> None:
 def test_dpo_on_a_file(tmp_path: Path) -> None:
     rows = [{"prompt": p, "chosen": f" {p}", "rejected": " d d d"} for p in ("a b", "b c", "c a", "b a") for _ in "xyz"]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    agent = DPO("CopyText-v0", pairs=str(tmp_path / "pairs.jsonl"), learning_rate=3e-3, out=tmp_path / "run")
+    agent = DPO("CopyText-v0", pairs=str(tmp_path / "pairs"), learning_rate=3e-3, out=tmp_path / "run")
     assert len(agent.pairs) == 9  # one prompt of four is held out
     agent.learn(2000, **QUIET)
     rollout = agent.collect()
@@ -276,3 +276,68 @@ def test_online_dpo_with_bradley_terry_labels_reaches_the_known_optimum(tmp_path
     agent.learn(45_000, **QUIET)
     assert before > 0.2
     assert known_optimum.distance(agent.policy, reference, agent.kl.coef) < 0.05  # seeds 1, 2: 0.022, 0.037
+
+
+def write_pairs(path: Path) -> dict[str, list[tuple[int, int]]]:
+    """Ten judgements each of 80 pairs of completions a prompt, as (chosen, rejected), written as a data set.
+
+    By Bradley-Terry: of ten judgements round(10 sigmoid(r_i - r_j)) prefer i, and at least one prefers either.
+    """
+    tokenizer = known_optimum.KnownOptimum().load_tokenizer()
+    texts = [tokenizer.decode(y, skip_special_tokens=True) for y in known_optimum.completions()]
+    judged: dict[str, list[tuple[int, int]]] = {}
+    for prompt in known_optimum.PROMPTS:
+        scores = known_optimum.table([prompt] * len(texts), texts)
+        judged[prompt] = []
+        for i in range(len(texts)):
+            for step in (1, 7):  # a ring, and chords: every completion is compared to every other through some
+                j = (i + step) % len(texts)
+                wins = min(max(round(10 / (1 + math.exp(scores[j] - scores[i]))), 1), 9)
+                judged[prompt] += [(i, j)] * wins + [(j, i)] * (10 - wins)
+    rows = [
+        {"prompt": prompt, "chosen": texts[i], "rejected": texts[j]} for prompt, some in judged.items() for i, j in some
+    ]
+    path.mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (path / "train.jsonl").write_text(text, encoding="utf-8")  # a folder, so that nothing is held out
+    return judged
+
+
+def best_log_ratios(pairs: list[tuple[int, int]], beta: float, completions: int) -> torch.Tensor:
+    """log pi / pi_ref, up to a constant, of the policy with the least DPO loss of all policies: convex, so exact."""
+    chosen_N, rejected_N = torch.tensor(pairs).T
+    ratio_Y = torch.zeros(completions, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([ratio_Y], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = pair_loss(ratio_Y[chosen_N] - ratio_Y[rejected_N], "sigmoid", beta).mean()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert ratio_Y.grad is not None and float(ratio_Y.grad.abs().max()) < 1e-6
+    return ratio_Y.detach()
+
+
+def test_dpo_reaches_the_optimum_of_a_fixed_set_of_pairs(tmp_path: Path) -> None:
+    judged = write_pairs(tmp_path / "pairs")
+    agent = DPO(
+        "KnownOptimum-v0", seed=0, out=tmp_path / "out", pairs=str(tmp_path / "pairs"), rollout_episodes=512,
+        learning_rate=3e-3,
+    )  # fmt: skip
+    assert len(agent.pairs) == 1600
+
+    def distance() -> float:
+        """KL(pi || the optimum), nats a sequence, mean over prompts."""
+        found = []
+        for prompt, pairs in judged.items():
+            logp_Y = known_optimum.sequence_logprobs(agent.policy, prompt)
+            ref_Y = known_optimum.sequence_logprobs(agent.policy.reference, prompt)
+            best_Y = (ref_Y + best_log_ratios(pairs, agent.kl.coef, len(ref_Y))).log_softmax(0)
+            found.append(float((logp_Y.exp() * (logp_Y - best_Y)).sum()))
+        return sum(found) / len(found)
+
+    assert distance() > 0.2
+    agent.learn(150_000, **QUIET)
+    assert distance() < 0.05

@@ -33,7 +33,7 @@ class CompareConfig:
     agents: tuple[str, ...]
     """Names of files in agents/, module:Class, or folders of saved agents, which are only evaluated."""
     seeds: int = 3
-    """Runs of each agent, with the seeds 0, 1, ..."""
+    """Runs of each agent, with the seeds 0, 1, ...; one of an agent that does not train."""
     total_timesteps: int = 100_000
     """Generated tokens of each run."""
     kl_coef: tuple[float, ...] = ()
@@ -109,9 +109,10 @@ def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
     found = {}
     for agent, settings in settings_of(config).items():
         saved = Path(agent).is_dir()
+        trains = not saved and plugins.load_agent_class(agent).trains
         short = Path(agent).resolve().name if saved else agent.replace(":", ".")
         for coef in (None,) if saved else config.kl_coef or (None,):
-            for seed in (0,) if saved else range(config.seeds):
+            for seed in range(config.seeds if trains else 1):
                 name = short if saved else "-".join([short, *([f"kl{coef:g}"] if coef is not None else []), str(seed)])
                 if name in found:
                     raise ValueError(f"agents: two of them would be called {name!r}")

@@ -24,8 +24,8 @@ from textrl_gym.decoders import Decoder
 from textrl_gym.steps import StepCache, aligned
 from textrl_gym.trunk import Trunk
 
-CHUNK_NUMBERS = 2**22
-"""Logits that are held at a time, as numbers: 16 MiB of float32."""
+CHUNK_NUMBERS = 2**23
+"""Logits that are held at a time, as numbers: 32 MiB of float32."""
 
 
 @dataclass(frozen=True)
