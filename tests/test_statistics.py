@@ -181,6 +181,26 @@ def test_rounding_makes_no_difference() -> None:
     assert (found.low, found.high) == (found.value, found.value)
 
 
+def test_verdict_on_agents_that_are_not_trained() -> None:
+    # Mean 0.5, standard error 0.1 / sqrt 3 = 0.0577, t(0.975, 2) = 4.303: 0.5 +- 0.248, minus 0.2 or 0.3
+    runs = [0.4, 0.5, 0.6]
+    wanted = (
+        "ppo is better than best_of_n by 0.30: the 95% interval of the difference runs from 0.05 to 0.55 (3 seeds)."
+    )
+    assert statistics.verdict("ppo", runs, "best_of_n", 0.2) == wanted
+    assert statistics.verdict("best_of_n", 0.2, "ppo", runs) == wanted
+    wanted = (
+        "3 seeds are too few to tell: ppo is ahead by 0.20, the 95% interval of the difference runs from -0.05 to 0.45."
+    )
+    assert statistics.verdict("ppo", runs, "best_of_n", 0.3) == wanted
+    wanted = "best_of_n is ahead by 0.3; neither is trained, so there are no seeds to differ."
+    assert statistics.verdict("reference", 0.4, "best_of_n", 0.7) == wanted
+    wanted = "1 seed is too few to tell: ppo is ahead by 0.1, and one seed has no interval."
+    assert statistics.verdict("ppo", [0.5], "best_of_n", 0.4) == wanted
+    with pytest.raises(ValueError, match="got two numbers"):
+        statistics.difference_of_means(0.4, 0.7)
+
+
 def test_verdict_never_rounds_an_end_to_zero() -> None:
     # Half of Welch's interval: t at 4 degrees times sqrt(2/3) times the standard deviation, here 0.1. It runs from
     # 0.0017 to 0.2017, whose first end would be 0.00 with two digits.

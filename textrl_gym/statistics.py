@@ -109,9 +109,15 @@ def probability_of_improvement(strata: Strata, other: Strata, *, confidence: flo
 
 
 def difference_of_means(a_S: ArrayLike, b_S: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Mean score of a's runs minus that of b's, with Welch's t interval: right for 3 normal seeds."""
-    a_S, b_S = vector(a_S, "scores", 2), vector(b_S, "scores", 2)
-    noise = [(_variance(row) / len(row), len(row) - 1) for row in (a_S, b_S)]
+    """Mean score of a's runs minus that of b's, with Welch's t interval: right for 3 normal seeds.
+
+    A number in place of one agent's scores is the same for every seed, and Student's interval of the other is left.
+    """
+    fixed = [np.ndim(scores) == 0 for scores in (a_S, b_S)]
+    if all(fixed):
+        raise ValueError("one agent's scores must be those of seeds, got two numbers")
+    a_S, b_S = (vector(np.atleast_1d(s), "scores", 1 if f else 2) for s, f in zip((a_S, b_S), fixed, strict=True))
+    noise = [(_variance(row) / len(row), len(row) - 1) for row, f in zip((a_S, b_S), fixed, strict=True) if not f]
     return _t_interval(_mean(a_S) - _mean(b_S), noise, confidence)
 
 
@@ -124,15 +130,19 @@ def verdict(name_a: str, a_S: ArrayLike, name_b: str, b_S: ArrayLike, *, confide
 
     Args:
         name_a, name_b: of the agents.
-        a_S, b_S: one score for each seed; the two may differ in number.
+        a_S, b_S: one score for each seed; the two may differ in number. A number: the agent is not trained, and its
+            score is the same for every seed.
         confidence: of the interval.
     """
-    a_S, b_S = vector(a_S, "scores"), vector(b_S, "scores")
-    if _mean(a_S) < _mean(b_S):
+    if _mean(vector(np.atleast_1d(a_S), "scores")) < _mean(vector(np.atleast_1d(b_S), "scores")):
         name_a, a_S, name_b, b_S = name_b, b_S, name_a, a_S  # from here on a is the one ahead
-    fewest, most = sorted((len(a_S), len(b_S)))
+    difference = _mean(np.atleast_1d(a_S)) - _mean(np.atleast_1d(b_S))
+    trained = [np.size(scores) for scores in (a_S, b_S) if np.ndim(scores)]
+    if not trained:
+        lead = f"{name_a} is ahead by {difference:.3g}" if difference else f"{name_a} and {name_b} are level"
+        return f"{lead}; neither is trained, so there are no seeds to differ."
+    fewest, most = min(trained), max(trained)
     seeds = f"{fewest} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} and {most} seeds"
-    difference = _mean(a_S) - _mean(b_S)
     if fewest == 1:
         lead = f"{name_a} is ahead by {difference:.3g}" if difference else f"{name_a} and {name_b} are level"
         return f"{seeds} {'are' if most > 1 else 'is'} too few to tell: {lead}, and one seed has no interval."
