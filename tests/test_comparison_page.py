@@ -12,15 +12,18 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from textrl_gym import cli, compare_command, pairwise, statistics
 from textrl_gym import comparison_numbers as numbers
+from textrl_gym.comparison_charts import charts
 from textrl_gym.comparison_credit import scale
 from textrl_gym.comparison_data import read_comparison
 from textrl_gym.comparison_drawing import DARK, LIGHT
+from textrl_gym.comparison_figures import printed
 from textrl_gym.comparison_page import comparison_report, embedded
 
 EVIL = '<script>document.title = "owned"</script>&amp;<img src=x onerror=alert(1)>'
@@ -535,6 +538,59 @@ def test_without_plotly(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "no page: " in capsys.readouterr().err
 
 
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_files_for_papers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("kaleido", reason="kaleido is not installed (extra figures)")
+    find_browser()
+    assert cli.main(["report", str(folder), "--figures"]) == 0
+    named = [Path(line) for line in capsys.readouterr().out.split()[1:]]
+    assert sorted(named) == sorted((folder / "figures").iterdir())
+    assert {file.stem for file in named} == set(charts(read_comparison(folder)))
+    for file in named:
+        if file.suffix == ".png":
+            head = file.read_bytes()[:24]
+            assert head[:16] == b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+            assert int.from_bytes(head[16:20]) == 2 * 760
+            continue
+        drawn = ElementTree.fromstring(file.read_text(encoding="utf-8"))
+        assert drawn.tag == "{http://www.w3.org/2000/svg}svg" and drawn.get("width") == "760"
+        assert "alpha" in " ".join(drawn.itertext())
+    words = " ".join(ElementTree.fromstring((folder / "figures" / "frontier.svg").read_text()).itertext())
+    assert "KL to the reference, nats per sequence" in words and "my:Beta" in words
+
+
+def test_printed_figures_are_as_on_a_light_page(folder: Path) -> None:
+    drawn = charts(read_comparison(folder))
+    figure = printed(drawn["curve-tokens"])
+    assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "white"
+    assert figure.layout.showlegend and figure.layout.xaxis.title.text == "generated tokens"
+    band, line, other = figure.data
+    assert band.fillcolor == "rgba(0,114,178,0.18)"  # LIGHT[0], 0072b2
+    assert (line.line.color, line.line.dash, other.line.color) == (LIGHT[0], "solid", LIGHT[1])
+    assert [bar.marker.pattern.shape for bar in printed(drawn["cost"]).data] == ["", "/", "x"]
+    heat = printed(drawn["matrix"])
+    assert not heat.layout.showlegend and heat.data[0].colorscale[-1] == (1, LIGHT[0])
+    assert drawn["curve-tokens"].figure.layout.paper_bgcolor is None, "the page's own is as it was"
+
+
+def test_figures_need_kaleido_and_a_browser(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "kaleido", None)
+        assert cli.main(["report", str(folder), "--figures"]) == 2
+        assert "figures need kaleido: pip install textrl-gym[figures]" in capsys.readouterr().err
+    write_run(tmp_path / "run", "alpha", 0, [0.5, 0.5, 0.5, 0.5])
+    assert cli.main(["report", str(tmp_path / "run"), "--figures"]) == 2
+    assert "holds no comparison: --figures are those of one" in capsys.readouterr().err
+    pytest.importorskip("kaleido", reason="kaleido is not installed (extra figures)")
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "nowhere"))
+    assert cli.main(["report", str(folder), "--figures"]) == 2
+    assert "or name its program in the environment variable BROWSER_PATH" in capsys.readouterr().err
+
+
 # -- in a browser -----------------------------------------------------------------------------------------------------
 
 PROBE = """
@@ -592,13 +648,17 @@ FRAME = """<!doctype html><iframe src="probe.html" style="border:0;width:390px;h
 onmessage = (event) => { document.body.textContent = "FOUND" + event.data + "DNUOF"; };</script>"""
 
 
+def find_browser() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for name in names if (path := shutil.which(name))), "")
+    if not found:
+        pytest.skip("there is no Chromium on this machine")
+    return found
+
+
 def browse(page: Path, folder: Path, *flags: str, frame: bool = False) -> tuple[dict[str, Any], list[str]]:
     """What the probe found in headless Chromium, and what the console said. Nothing outside can be reached."""
-    browser = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-    )
-    if not browser:
-        pytest.skip("there is no Chromium on this machine")
+    browser = find_browser()
     probe = f"<script>{PROBE}</script></body>".join(page.read_text(encoding="utf-8").rsplit("</body>", 1))
     (folder / "probe.html").write_text(probe, encoding="utf-8")
     (folder / "frame.html").write_text(FRAME, encoding="utf-8")
@@ -650,7 +710,7 @@ def test_on_a_dark_phone(made: tuple[str, Page], folder: Path, tmp_path: Path) -
 def test_tokens_in_a_browser(made: tuple[str, Page], folder: Path, tmp_path: Path) -> None:
     seen = browse(folder / "report.html", tmp_path, "--window-size=1280,1000")[0]["credit"]
     assert seen["boxes"] == 4  # two texts, alpha and my:Beta
-    assert seen["pieces"] == [" the", EVIL, "↵\n", "▯", "é", "⏹"]
+    assert seen["pieces"] == [" the", EVIL, "↵\n", "·", "é", "end"]
     # alpha's numbers, and my:Beta's, which are half of them.
     assert seen["said"] == [[f"Advantage {x / d:g}" for x in ADVANTAGE] for d in (1, 2)]
     # 98% of 32 numbers are 31.4: the scale ends at the largest, for both.
@@ -675,7 +735,9 @@ def test_tokens_in_a_browser(made: tuple[str, Page], folder: Path, tmp_path: Pat
 
 def parts(color: str) -> Any:
     """Red, green and blue of what Chromium writes for a mixture, from 0 to 1."""
-    return pytest.approx([float(part) for part in color.removeprefix("color(srgb ").rstrip(")").split()], rel=0, abs=1e-4)
+    return pytest.approx(
+        [float(part) for part in color.removeprefix("color(srgb ").rstrip(")").split()], rel=0, abs=1e-4
+    )
 
 
 def mixed(end: str, share: float) -> list[float]:

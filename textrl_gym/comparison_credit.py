@@ -60,7 +60,7 @@ def credit_data(comparison: Comparison) -> dict[str, Any] | None:
         return None
     texts = next(iter(told.values()))
     same = {group: lines for group, lines in told.items() if list(map(_key, lines)) == list(map(_key, texts))}
-    agents = [
+    agents: list[dict[str, Any]] = [
         {
             "name": group.label,
             "color": group.color % len(LIGHT),
@@ -98,7 +98,7 @@ def credit(comparison: Comparison, data: dict[str, Any] | None) -> str:
         names = ", ".join(group.label for group in missing)
         told = f"<p>Not here, since their runs kept no credit.jsonl or one of other texts: {escape(names)}.</p>"
     prompts = list(dict.fromkeys(text["prompt"] for text in data["texts"]))
-    options = "".join(f'<option value="{place}">Prompt {place + 1}</option>' for place in range(len(prompts)))
+    options = "".join(f'<option value="{place}">{place + 1}</option>' for place in range(len(prompts)))
     radios = "".join(
         f'<label><input type="radio" name="quantity" value="{name}"{" checked" * (place == 0)}>{WORDS[name][0]}</label>'
         for place, name in enumerate(data["scales"])
@@ -112,8 +112,8 @@ def credit(comparison: Comparison, data: dict[str, Any] | None) -> str:
     )
     return (
         f'<p class="soft">{escape(note)}</p>{told}<noscript><p>The tokens need JavaScript.</p></noscript>'
-        '<form id="credit-form" class="card filters" aria-label="Choose the text and the quantity" hidden>'
-        f'<label>Text <select name="prompt">{options}</select></label>'
+        '<form id="credit-form" class="card filters" aria-label="Choose the prompt and the quantity" hidden>'
+        f'<label>Prompt <select name="prompt">{options}</select></label>'
         f"<fieldset><legend>Colour by</legend>{radios}</fieldset></form>"
         '<div id="credit-legend" class="scale" hidden><p id="credit-words" class="soft small"></p>'
         '<div class="ramp" aria-hidden="true"></div><div class="ends small"><span></span><span></span><span></span>'

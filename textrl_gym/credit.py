@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os.path import commonprefix
 from typing import Any
 
@@ -99,7 +99,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return found
 
 
-def lines(agent: Any, mdp: Any, indices: Sequence[int], seed: int) -> list[str]:
+def lines(agent: Any, mdp: Any, indices: Iterable[Any], seed: int) -> list[str]:
     """A JSON object for each shown text: prompt, tokens, score and what the agent says of every token.
 
     Args:

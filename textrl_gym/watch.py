@@ -160,10 +160,9 @@ class WatchServer(ThreadingHTTPServer):
     @property
     def own_names(self) -> frozenset[str]:
         """What the Host header may say on a loopback address."""
-        names = ("127.0.0.1", "localhost", "[::1]", self.host.lower())
-        return frozenset(f"{name}:{self.port}" for name in names) | (
-            frozenset(names) if self.port == 80 else frozenset()
-        )
+        names = ("127.0.0.1", "localhost", "[::1]", self.host)
+        with_port = [f"{name}:{self.port}" for name in names]
+        return frozenset([*with_port, *names] if self.port == 80 else with_port)
 
 
 def is_loopback(host: str) -> bool:

@@ -55,7 +55,7 @@
   function visible(text, place) {
     const piece = text.tokens[place];
     if (piece) return piece.replaceAll("\n", "↵\n");
-    return text.stop_reason === "EOS" && place === text.tokens.length - 1 ? "⏹" : "▯"; // ▯: a part of a character
+    return text.stop_reason === "EOS" && place === text.tokens.length - 1 ? "end" : "·"; // ·: a part of a character
   }
 
   function card(number, agent) {
@@ -67,7 +67,7 @@
     box.setAttribute("role", "listbox");
     box.setAttribute("aria-label", `Tokens, ${name}`);
     text.tokens.forEach((_, place) => {
-      const token = make("span", "token", visible(text, place));
+      const token = make("span", text.tokens[place] ? "token" : "token mark", visible(text, place));
       token.dataset.place = place;
       token.tabIndex = place ? -1 : 0;
       token.setAttribute("role", "option");

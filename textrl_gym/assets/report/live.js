@@ -9,25 +9,25 @@
 
   // -- what a reload keeps --------------------------------------------------------------------------------------------
 
+  const fields = () => forms().flatMap((form) => [...form.elements].filter((field) => field.name));
+  const key = (field) => field.name + (isBox(field) ? field.closest("label").textContent : ""); // agents come and go
+
   function keep() {
-    const fields = forms().map((form) => [...form.elements].map((field) => (isBox(field) ? field.checked : field.value)));
+    const values = Object.fromEntries(fields().map((field) => [key(field), isBox(field) ? field.checked : field.value]));
     const open = folds().map((fold) => fold.open);
-    sessionStorage.setItem(memory, JSON.stringify({ fields, open, top: scrollY }));
+    sessionStorage.setItem(memory, JSON.stringify({ values, open, top: scrollY }));
   }
 
   function restore() {
     const kept = JSON.parse(sessionStorage.getItem(memory));
     sessionStorage.removeItem(memory);
     if (!kept) return;
-    forms().forEach((form, number) => {
-      const values = kept.fields[number] || [];
-      if (values.length !== form.elements.length) return; // other agents: other boxes
-      [...form.elements].forEach((field, place) => {
-        if (isBox(field)) field.checked = values[place];
-        else if (field.tagName !== "BUTTON" && field.tagName !== "FIELDSET") field.value = values[place];
-      });
-      form.dispatchEvent(new Event("input"));
-    });
+    for (const field of fields()) {
+      if (!(key(field) in kept.values)) continue;
+      if (isBox(field)) field.checked = kept.values[key(field)];
+      else field.value = kept.values[key(field)];
+    }
+    for (const form of forms()) form.dispatchEvent(new Event("input"));
     if (kept.open.length === folds().length) folds().forEach((fold, place) => (fold.open = kept.open[place]));
     scrollTo(0, kept.top);
   }
