@@ -72,7 +72,7 @@ class DAPO(GRPO):
         for _ in range(self.config.most_draws):
             drawn = super().collect()
             generated += drawn.num_tokens
-            drawn = self._shaped(drawn)
+            drawn = self.shaped(drawn)
             spread_B = with_spread(drawn)
             if spread_B.any():
                 found.append(drawn.select(spread_B))
@@ -83,7 +83,7 @@ class DAPO(GRPO):
         self.dropped_tokens = generated - rollout.num_tokens
         return rollout
 
-    def _shaped(self, rollout: Rollout) -> Rollout:
+    def shaped(self, rollout: Rollout) -> Rollout:
         config, length_B = self.config, rollout.mask_BT.sum(1)
         shaping_B = overlong(length_B, self.env.max_new_tokens, config.overlong_share, config.overlong_penalty)
         reward_BT = rollout.reward_BT.scatter_add(1, (length_B - 1)[:, None], shaping_B[:, None].to(rollout.reward_BT))

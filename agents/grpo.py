@@ -134,13 +134,13 @@ class GRPO(Agent):
     def kl_in_reward(self) -> bool:  # type: ignore[override]
         return self.config.kl_in == "reward"
 
-    def advantages(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """One number for each completion, compared within its group, and what to log of them."""
-        config = self.config
-        return_B = rollout.reward_BT.sum(1)
-        advantage_B, flat_B = group_advantages(return_B, rollout.group_B, config.scale_by_std, config.std_eps)
-        told = {"groups_without_spread": float(flat_B.float().mean()), "advantage_std": float(advantage_B.std())}
-        return advantage_B, told
+    def compared(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """group_advantages of the rollout's completions."""
+        return_B, config = rollout.reward_BT.sum(1), self.config
+        return group_advantages(return_B, rollout.group_B, config.scale_by_std, config.std_eps)
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        return self.compared(rollout)[0][:, None] * rollout.mask_BT
 
     def loss(
         self, logp_BT: Tensor, part: Rollout, advantage_B: Tensor, rows: int, tokens: int
@@ -165,7 +165,7 @@ class GRPO(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Advantages.
-        advantage_B, told = self.advantages(rollout)
+        advantage_B, flat_B = self.compared(rollout)
         advantage_BT = advantage_B[:, None].expand_as(rollout.logp_BT)
 
         # 2. Clipped steps on minibatches.
@@ -177,4 +177,5 @@ class GRPO(Agent):
         steps = [self.minimise(rollout, rows, loss) for rows in self.shuffled(rollout)]
 
         # 3. What to log.
+        told = {"groups_without_spread": float(flat_B.float().mean()), "advantage_std": float(advantage_B.std())}
         return functional.mean_of(steps) | told

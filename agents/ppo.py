@@ -132,9 +132,9 @@ class PPO(Agent):
     def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
         return copy.deepcopy(model).to(self.device).float() if self.config.separate_value_model else None
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
+    def estimates(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Advantages and returns from token rewards, in which score and KL are."""
         config = self.config
-        # 1. Token rewards (score and KL are in them) to advantages and returns.
         reward_BT = rollout.reward_BT
         if config.whiten_rewards:
             reward_BT = functional.whiten(reward_BT, rollout.mask_BT, shift_mean=False)
@@ -143,6 +143,15 @@ class PPO(Agent):
         )
         if config.whiten_advantages:
             advantage_BT = functional.whiten(advantage_BT, rollout.mask_BT)
+        return advantage_BT, return_BT
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        return self.estimates(rollout)[0]
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        config = self.config
+        # 1. Token rewards to advantages and returns.
+        advantage_BT, return_BT = self.estimates(rollout)
 
         # 2. Clipped steps on minibatches, until the policy has moved far enough.
         def loss(

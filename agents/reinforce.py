@@ -65,14 +65,21 @@ class Reinforce(Agent):
     running: float | None = None
     """The running baseline; None before the first batch."""
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
-        config = self.config
-        # 1. Returns-to-go, less a baseline that knows nothing of the actions.
+    def estimates(self, rollout: Rollout) -> tuple[Tensor, float, float]:
+        """Returns-to-go less a baseline that knows nothing of the actions, this baseline, and the mean return."""
         return_BT = functional.returns_to_go(rollout.reward_BT, rollout.mask_BT)
         mean = float(functional.masked_mean(return_BT, rollout.mask_BT))
-        baseline = {"none": 0.0, "batch": mean, "running": mean if self.running is None else self.running}
-        advantage_BT = (return_BT - baseline[config.baseline]) * rollout.mask_BT
-        past = config.baseline_decay if self.running is not None else 0.0
+        baselines = {"none": 0.0, "batch": mean, "running": mean if self.running is None else self.running}
+        baseline = baselines[self.config.baseline]
+        return (return_BT - baseline) * rollout.mask_BT, baseline, mean
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        return self.estimates(rollout)[0]
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        # 1. Advantages, and the baseline of the next rollout.
+        advantage_BT, baseline, mean = self.estimates(rollout)
+        past = self.config.baseline_decay if self.running is not None else 0.0
         self.running = past * (self.running or 0.0) + (1 - past) * mean
 
         # 2. One step.
@@ -82,7 +89,7 @@ class Reinforce(Agent):
             return reinforce_loss(self.policy.logprobs(part), pick(advantage_BT), part.mask_BT, tokens)
 
         rows = torch.arange(len(rollout), device=self.device)
-        return self.minimise(rollout, rows, loss) | {"baseline": baseline[config.baseline]}
+        return self.minimise(rollout, rows, loss) | {"baseline": baseline}
 
     def memory(self) -> dict[str, Any]:
         return {"running": self.running}

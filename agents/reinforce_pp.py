@@ -62,10 +62,12 @@ class ReinforcePP(Agent):
     Config = ReinforcePPConfig
     config: ReinforcePPConfig
 
+    def advantages(self, rollout: Rollout) -> Tensor:
+        return functional.whiten(functional.returns_to_go(rollout.reward_BT, rollout.mask_BT), rollout.mask_BT)
+
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Returns-to-go with the KL in them, on one scale for the batch.
-        return_BT = functional.returns_to_go(rollout.reward_BT, rollout.mask_BT)
-        advantage_BT = functional.whiten(return_BT, rollout.mask_BT)
+        advantage_BT = self.advantages(rollout)
 
         # 2. Clipped steps on minibatches.
         def loss(

@@ -66,10 +66,12 @@ class RLOO(Agent):
     config: RLOOConfig
     needs_groups = True
 
+    def advantages(self, rollout: Rollout) -> Tensor:
+        return leave_one_out(rollout.reward_BT.sum(1), rollout.group_B)[:, None] * rollout.mask_BT
+
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Each completion's return, KL included, against its group's others.
-        advantage_B = leave_one_out(rollout.reward_BT.sum(1), rollout.group_B)
-        advantage_BT = advantage_B[:, None].expand_as(rollout.logp_BT)
+        advantage_BT = self.advantages(rollout)
 
         # 2. One step.
         def loss(
@@ -78,4 +80,4 @@ class RLOO(Agent):
             return rloo_loss(self.policy.logprobs(part), pick(advantage_BT)[:, 0], part.mask_BT, rows)
 
         rows = torch.arange(len(rollout), device=self.device)
-        return self.minimise(rollout, rows, loss) | {"advantage_std": float(advantage_B.std())}
+        return self.minimise(rollout, rows, loss) | {"advantage_std": float(advantage_BT[:, 0].std())}

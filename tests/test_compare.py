@@ -16,6 +16,7 @@ import pytest
 
 from textrl_gym import cell
 from textrl_gym.compare import CompareConfig, compare, lay_out, tidy
+from textrl_gym.evaluation import load_agent
 
 ENV = "CopyText-v0"
 SMALL = CompareConfig(
@@ -55,6 +56,25 @@ def test_the_table_has_a_row_an_evaluation(done: Path) -> None:
     last = table[table["final"] & (table["run"] == "grpo-0")].iloc[0]
     assert sum(ahead) / 8 == last["win_rate"]
     assert sum(e["tokens"] for e in episodes) / 8 == last["completion_tokens"]
+
+
+def test_credit_is_of_the_same_texts_and_the_work_is_counted(done: Path) -> None:
+    told = {}
+    for agent in ("reinforce", "grpo"):
+        run = done / "runs" / f"{agent}-0"
+        told[agent] = [json.loads(line) for line in (run / cell.CREDIT).read_text().splitlines()]
+        counted = json.loads((run / cell.FLOPS).read_text())
+        first = json.loads((run / "progress.json").read_text().splitlines()[0])
+        assert counted["tokens"] == first["time/total_timesteps"]
+        # Forward passes of sampling, reference and update and a backward pass: 2 + 2 + 2 + 4 for each weight of a
+        # matrix and place. Places are the tokens and less than as many of prompts; attention adds to it.
+        model = load_agent(run, device="cpu").policy.model
+        weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "transformer.h" in name)
+        assert 10 * 0.6 < counted["flop"] / counted["tokens"] / weights < 10 * 3
+    assert [line["tokens"] for line in told["grpo"]] == [line["tokens"] for line in told["reinforce"]]
+    assert len(told["grpo"]) == 12
+    assert all(len(set(line["advantage"])) == 1 for line in told["grpo"])  # one number for a whole completion
+    assert any(len(set(line["advantage"])) > 1 for line in told["reinforce"])  # the KL still to come
 
 
 def test_what_is_finished_is_not_run_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:

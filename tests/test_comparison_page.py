@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,14 +12,18 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from textrl_gym import cli, pairwise, statistics
+from textrl_gym import cli, compare_command, pairwise, statistics
 from textrl_gym import comparison_numbers as numbers
-from textrl_gym.comparison_charts import DARK, LIGHT
+from textrl_gym.comparison_charts import charts
+from textrl_gym.comparison_credit import scale
 from textrl_gym.comparison_data import read_comparison
+from textrl_gym.comparison_drawing import DARK, LIGHT
+from textrl_gym.comparison_figures import printed
 from textrl_gym.comparison_page import comparison_report, embedded
 
 EVIL = '<script>document.title = "owned"</script>&amp;<img src=x onerror=alert(1)>'
@@ -37,6 +42,7 @@ def write_run(
     spec = {"environment": "CopyText-v0", "agent": agent, "seed": seed, "kl_coef": coef, "total_timesteps": 400}
     mean, key = float(np.mean(gold)), "judge" if judge else "score"
     common = {"score": 2 * mean, "kl_token": 0.1, "completion_tokens": 4.0, "eos_share": 0.5, "win_rate": 0.75}
+    common |= {"distinct_2": 0.25 + 0.125 * seed, "repetition": 0.0625} if judge else {}
     final = {"timesteps": 410, "updates": 5, **common, "kl_sequence": 2.0, key: mean, "train_seconds": 3.0 + seed}
     rows = [
         {"timesteps": 100 * i, **common, "kl_sequence": 0.5 * i, "train_seconds": i * (1.0 + seed)}
@@ -55,6 +61,33 @@ def write_run(
         (folder / name).write_text(json.dumps(data), encoding="utf-8")
     for name, lines in (("evaluations.jsonl", rows), ("episodes.jsonl", episodes)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if judge and agent != "old":
+        write_cost_and_credit(folder, critic=agent != "alpha")
+
+
+TOKENS = [[" the", EVIL, "\n", "", "é", ""], ["no", ""]]
+ADVANTAGE = [0.5, -0.5, 0.25, 0.0, 2.0, -4.0]
+"""Of the tokens of a first text, without a critic; with one each half of it. A second text has 0."""
+
+
+def write_cost_and_credit(folder: Path, critic: bool) -> None:
+    """200 tokens in texts of 4, 200 in texts of 5; 1000 operations for the first 200. Two texts of each of two."""
+    rows = [{"time/total_timesteps": 200, "rollout/completion_tokens": 4.0}]
+    rows.append({"time/total_timesteps": 400, "rollout/completion_tokens": 5.0})
+    (folder / "progress.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "flops.json").write_text('{"flop": 1000, "tokens": 200}')
+    lines = []
+    for prompt in PROMPTS[:3:2]:
+        for number, tokens in enumerate(TOKENS):
+            zeros = [0.0] * len(tokens)
+            advantage = [x / (1 + critic) for x in ADVANTAGE] if number == 0 else zeros
+            lines.append(
+                {"index": 0, "prompt": prompt, "completion": "".join(tokens), "tokens": tokens, "score": 0.75}
+                | {"group_scores": [0.75, 0.25], "stop_reason": "BUDGET" if number else "EOS", "kl": zeros}
+                | {"ratio": [1.0] * len(tokens), "entropy": [None] * len(tokens), "advantage": advantage}
+                | ({"value": [0.5] * len(tokens)} if critic else {})
+            )
+    (folder / "credit.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def write_plan(folder: Path, *agents: str) -> Path:
@@ -255,6 +288,64 @@ def test_confidence_of_all_pairs() -> None:
     assert [numbers.pair_confidence(groups) for groups in (1, 2, 3, 13)] == [0.95, 0.95, 0.984, 0.9994]
 
 
+def test_costs_are_counted(made: tuple[str, Page]) -> None:
+    row = made[1].row("Where the time went", "alpha")
+    assert row["tokens"] == "410"
+    assert row["reward calls"] == "90"  # 200 / 4 + 200 / 5
+    assert row["FLOP, estimated"] == "2e03"  # 1000 / 200 * 410 = 2050
+
+
+def test_scores_by_length_are_told(made: tuple[str, Page]) -> None:
+    rows = [row for row in made[1].tables["Score by length"] if row[:3] == ["alpha", "score", "2"]]
+    # The shortest answers are those to the first prompt: 2 * (0.3 + 0.4 + 0.5) / 3 = 0.8
+    assert rows == [["alpha", "score", "2", "3", "0.800"]]
+
+
+def test_text_quality_is_told_where_it_was_measured(made: tuple[str, Page], tmp_path: Path) -> None:
+    page = made[1]
+    assert page.tables["Text quality"][0] == ["agent", "distinct-2", "repetition of 4-grams"]
+    assert page.row("Text quality", "alpha")["distinct-2"] == "0.375"  # (0.25 + 0.375 + 0.5) / 3
+    assert page.row("Different bigrams through training", "alpha")["last"] == "0.375"
+    assert "quality" in [known.get("id") for _, known in page.elements]
+    _, page = read(write_comparison(tmp_path, judge=False))
+    assert "Text quality" not in page.tables
+    assert "quality" not in [known.get("id") for _, known in page.elements]
+
+
+# -- credit -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_scale_is_common_and_leaves_out_the_far_ends() -> None:
+    assert vars(scale("kl", [None, -1.0, 3.0])) == {"low": -3.0, "middle": 0.0, "high": 3.0}
+    assert vars(scale("kl", [*[1.0] * 98, -50.0, 50.0])) == {"low": -1.0, "middle": 0.0, "high": 1.0}  # 98 of 100
+    assert vars(scale("entropy", [0.0, 2.0])) == {"low": 0.0, "middle": 0.0, "high": 2.0}
+    assert vars(scale("value", [1.0, 2.0, 6.0])) == {"low": 0.0, "middle": 3.0, "high": 6.0}
+    found = scale("ratio", [0.0, 1.0, math.e**2])
+    assert [found.low, found.middle, found.high] == pytest.approx([-2, 0, 2], rel=0, abs=1e-12)
+    assert vars(scale("kl", [0.0, 0.0])) == {"low": -1.0, "middle": 0.0, "high": 1.0}
+
+
+def test_credit_of_older_runs_and_of_other_texts(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    file = tmp_path / "runs" / "my.Beta-0" / "credit.jsonl"
+    file.write_text(file.read_text().replace('"no"', '"yes"'))
+    _, page = read(tmp_path)
+    assert "Not here, since their runs kept no credit.jsonl or one of other texts: my:Beta." in page.words
+    for kept in tmp_path.glob("runs/*/credit.jsonl"):
+        kept.unlink()
+    words = "".join(read(tmp_path)[1].words)
+    assert "These runs kept no credit.jsonl: they were made before it was written" in words
+
+
+@pytest.mark.parametrize(("scheme", "ink"), [(0, "#16181d"), (1, "#eceded")])
+def test_words_can_be_read_on_every_colour(scheme: int, ink: str) -> None:
+    css = (Path(cli.__file__).parent / "assets" / "report" / "page.css").read_text()
+    assert f"--ink: {ink}" in css
+    for end in ("plus", "minus"):
+        low, high = sorted(luminance(c) for c in (re.findall(f"--{end}: (#[0-9a-f]{{6}})", css)[scheme], ink))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (end, ink)  # WCAG 2.1, 1.4.3
+
+
 # -- what is missing --------------------------------------------------------------------------------------------------
 
 
@@ -396,7 +487,7 @@ def test_the_page_can_be_read_without_seeing_it(made: tuple[str, Page]) -> None:
     links = [known["href"] for tag, known in elements if tag == "a"]
     assert links and all(link is not None and link[1:] in ids for link in links)
     drawn = [known for _, known in elements if known.get("class") == "chart"]
-    assert len(drawn) == 8
+    assert len(drawn) == 12
     for known in drawn:
         assert known["role"] == "img" and known["aria-label"]
         title = (known["aria-label"] or "").partition(". The numbers")[0]
@@ -443,15 +534,89 @@ def test_without_plotly(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(ImportError, match=r"needs plotly.graph_objects: pip install textrl-gym\[report\]"):
         comparison_report(folder)
-    cli.show_page(folder)  # at the end of compare: said, and no more
+    compare_command.show_page(folder)  # at the end of compare: said, and no more
     assert "no page: " in capsys.readouterr().err
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_files_for_papers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("kaleido", reason="kaleido is not installed (extra figures)")
+    find_browser()
+    assert cli.main(["report", str(folder), "--figures"]) == 0
+    named = [Path(line) for line in capsys.readouterr().out.split()[1:]]
+    assert sorted(named) == sorted((folder / "figures").iterdir())
+    assert {file.stem for file in named} == set(charts(read_comparison(folder)))
+    for file in named:
+        if file.suffix == ".png":
+            head = file.read_bytes()[:24]
+            assert head[:16] == b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+            assert int.from_bytes(head[16:20]) == 2 * 760
+            continue
+        drawn = ElementTree.fromstring(file.read_text(encoding="utf-8"))
+        assert drawn.tag == "{http://www.w3.org/2000/svg}svg" and drawn.get("width") == "760"
+        assert "alpha" in " ".join(drawn.itertext())
+    words = " ".join(ElementTree.fromstring((folder / "figures" / "frontier.svg").read_text()).itertext())
+    assert "KL to the reference, nats per sequence" in words and "my:Beta" in words
+
+
+def test_printed_figures_are_as_on_a_light_page(folder: Path) -> None:
+    drawn = charts(read_comparison(folder))
+    figure = printed(drawn["curve-tokens"])
+    assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "white"
+    assert figure.layout.showlegend and figure.layout.xaxis.title.text == "generated tokens"
+    band, line, other = figure.data
+    assert band.fillcolor == "rgba(0,114,178,0.18)"  # LIGHT[0], 0072b2
+    assert (line.line.color, line.line.dash, other.line.color) == (LIGHT[0], "solid", LIGHT[1])
+    assert [bar.marker.pattern.shape for bar in printed(drawn["cost"]).data] == ["", "/", "x"]
+    heat = printed(drawn["matrix"])
+    assert not heat.layout.showlegend and heat.data[0].colorscale[-1] == (1, LIGHT[0])
+    assert drawn["curve-tokens"].figure.layout.paper_bgcolor is None, "the page's own is as it was"
+
+
+def test_figures_need_kaleido_and_a_browser(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "kaleido", None)
+        assert cli.main(["report", str(folder), "--figures"]) == 2
+        assert "figures need kaleido: pip install textrl-gym[figures]" in capsys.readouterr().err
+    write_run(tmp_path / "run", "alpha", 0, [0.5, 0.5, 0.5, 0.5])
+    assert cli.main(["report", str(tmp_path / "run"), "--figures"]) == 2
+    assert "holds no comparison: --figures are those of one" in capsys.readouterr().err
+    pytest.importorskip("kaleido", reason="kaleido is not installed (extra figures)")
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "nowhere"))
+    assert cli.main(["report", str(folder), "--figures"]) == 2
+    assert "or name its program in the environment variable BROWSER_PATH" in capsys.readouterr().err
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
 
 PROBE = """
 const found = {}, form = document.getElementById("filters"), $ = (s) => [...document.querySelectorAll(s)];
-const seen = (s) => $(s).filter((e) => e.offsetParent !== null).length;
+const seen = (s) => $("#samples " + s).filter((e) => e.offsetParent !== null).length;
+const choice = document.getElementById("credit-form").elements;
+const pick = (name) => { const b = $(`[name=quantity][value=${name}]`)[0]; b.checked = true; b.dispatchEvent(
+  new Event("input", {bubbles: true})); };
+const color = (token) => getComputedStyle(token).backgroundColor;
+const read = () => document.getElementById("credit-readout").textContent;
+const said = () => $(".tokens").slice(0, 2).map((box) => [...box.children].map((t) => t.title));
+const colors = () => $(".tokens").slice(0, 2).map((box) => [...box.children].map(color));
+found.credit = {said: said(), colors: colors(), pieces: [...$(".tokens")[0].children].map((t) => t.textContent),
+  ends: $(".ends span").map((e) => e.textContent), boxes: $("#credit .tokens").length,
+  labels: [$(".token")[0].getAttribute("aria-label"), $("#credit .facts")[0].textContent],
+  stops: $(".token").filter((t) => t.tabIndex === 0).length};
+$(".token")[0].focus(); found.credit.focus = read();
+const key = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+key("ArrowRight"); key("ArrowRight"); key("ArrowDown"); found.credit.moved = read();
+found.credit.selected = $(".token[aria-selected=true]").length; found.credit.same = $(".token.same").length;
+$(".token")[1].dispatchEvent(new PointerEvent("pointerover", {bubbles: true})); found.credit.hover = read();
+pick("value"); found.credit.value = {said: said(), colors: colors(), lacks: $(".lacks").map((e) => e.textContent)};
+pick("entropy"); found.credit.none = [said()[0][0], color($(".token")[0])];
+pick("advantage");
+choice.prompt.value = "1"; choice.prompt.dispatchEvent(new Event("input", {bubbles: true}));
+found.credit.prompt = $("#credit details .said").map((e) => e.textContent);
 const type = (name, value) => {
   form.elements[name].value = value;
   form.elements[name].dispatchEvent(new Event("input", {bubbles: true}));
@@ -483,13 +648,17 @@ FRAME = """<!doctype html><iframe src="probe.html" style="border:0;width:390px;h
 onmessage = (event) => { document.body.textContent = "FOUND" + event.data + "DNUOF"; };</script>"""
 
 
+def find_browser() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for name in names if (path := shutil.which(name))), "")
+    if not found:
+        pytest.skip("there is no Chromium on this machine")
+    return found
+
+
 def browse(page: Path, folder: Path, *flags: str, frame: bool = False) -> tuple[dict[str, Any], list[str]]:
     """What the probe found in headless Chromium, and what the console said. Nothing outside can be reached."""
-    browser = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-    )
-    if not browser:
-        pytest.skip("there is no Chromium on this machine")
+    browser = find_browser()
     probe = f"<script>{PROBE}</script></body>".join(page.read_text(encoding="utf-8").rsplit("</body>", 1))
     (folder / "probe.html").write_text(probe, encoding="utf-8")
     (folder / "frame.html").write_text(FRAME, encoding="utf-8")
@@ -515,7 +684,8 @@ def test_in_a_browser(made: tuple[str, Page], folder: Path, tmp_path: Path) -> N
     assert found["fetched"] == []
     assert "Download plot" in found["buttons"]
     assert not [name for name in found["buttons"] if "hare" in name or "loud" in name], "nothing is sent anywhere"
-    charts = "curve-tokens curve-seconds frontier matrix profile overoptimisation lengths cost"
+    charts = "curve-tokens curve-seconds frontier matrix profile overoptimisation lengths cost "
+    charts += "drift-completion_tokens drift-eos_share drift-distinct_2 drift-repetition"
     assert set(found["charts"]) == {f"chart-{key}" for key in charts.split()}
     assert all(count > 0 for count in found["charts"].values()), found["charts"]
     assert found["all"] == [4, 12]  # the start, alpha and my:Beta
@@ -535,6 +705,47 @@ def test_on_a_dark_phone(made: tuple[str, Page], folder: Path, tmp_path: Path) -
     assert found["wide"] == 0, "the page scrolls sideways"
     assert all(count > 0 for count in found["charts"].values()), found["charts"]
     assert found["color"] == rgb(DARK[0])
+
+
+def test_tokens_in_a_browser(made: tuple[str, Page], folder: Path, tmp_path: Path) -> None:
+    seen = browse(folder / "report.html", tmp_path, "--window-size=1280,1000")[0]["credit"]
+    assert seen["boxes"] == 4  # two texts, alpha and my:Beta
+    assert seen["pieces"] == [" the", EVIL, "↵\n", "·", "é", "end"]
+    # alpha's numbers, and my:Beta's, which are half of them.
+    assert seen["said"] == [[f"Advantage {x / d:g}" for x in ADVANTAGE] for d in (1, 2)]
+    # 98% of 32 numbers are 31.4: the scale ends at the largest, for both.
+    assert seen["ends"] == ["-4 or less", "0", "4 or more"]
+    first, second = seen["colors"]
+    assert parts(first[3]) == mixed("plus", 0) and parts(first[5]) == mixed("minus", 1)
+    assert parts(first[4]) == mixed("plus", 0.5)
+    assert parts(second[4]) == mixed("plus", 0.25)  # 1 of 4: one scale for both
+    assert seen["labels"] == ["the: Advantage 0.5", "Score 0.75; its group of 2: mean 0.5, from 0.25 to 0.75"]
+    assert seen["stops"] == 4, "one stop for the Tab key in each text"
+    assert seen["focus"].startswith("“ the”, token 1 of 6. alpha: Advantage 0.5, KL 0, Entropy -, Ratio 1.")
+    assert seen["focus"].endswith("Advantage of the others: my:Beta 0.25.")
+    assert seen["moved"].startswith("“↵\n”, token 3 of 6. my:Beta: Advantage 0.125, Value 0.5, ")
+    assert (seen["selected"], seen["same"]) == (1, 2)
+    assert seen["hover"].startswith(f"“{EVIL}”, token 2 of 6. alpha: Advantage -0.5")
+    assert seen["value"]["said"] == [["Value -"] * 6, ["Value 0.5"] * 6]
+    assert seen["value"]["colors"] != seen["colors"]
+    assert seen["value"]["lacks"] == ["No value: this agent has no critic.", ""] * 2
+    assert seen["none"] == ["Entropy -", "rgba(0, 0, 0, 0)"]
+    assert seen["prompt"] == [EVIL]
+
+
+def parts(color: str) -> Any:
+    """Red, green and blue of what Chromium writes for a mixture, from 0 to 1."""
+    return pytest.approx(
+        [float(part) for part in color.removeprefix("color(srgb ").rstrip(")").split()], rel=0, abs=1e-4
+    )
+
+
+def mixed(end: str, share: float) -> list[float]:
+    """The page's colour of a scale's end on a light card."""
+    css = (Path(cli.__file__).parent / "assets" / "report" / "page.css").read_text()
+    color = re.search(f"--{end}: (#[0-9a-f]{{6}})", css)
+    assert color is not None
+    return [share * int(color[1][i : i + 2], 16) / 255 + 1 - share for i in (1, 3, 5)]
 
 
 def rgb(color: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 # The floors of the house, lowest first. A module may import from its own floor and from those below it. A folder
 # (agents, envs, rewards) stands on one floor with all its files. A new module goes on the lowest floor it can.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"core", "functional", "plugins", "statistics", "pairwise", "overoptimisation"}),
+    frozenset({"core", "functional", "plugins", "statistics", "pairwise", "overoptimisation", "flops"}),
     frozenset({"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases"})
     | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk", "decoders", "preferences"}),
     frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
@@ -35,13 +35,14 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"rollout", "health", "sb3_env"}),
-    frozenset({"evaluation", "saved"}),
+    frozenset({"evaluation", "saved", "credit"}),
     frozenset({"train"}),
     frozenset({"agent", "decoding", "sb3_agent"}),
     frozenset({"envs", "agents"}),
     frozenset({"check", "cell", "compare", "report", "run_settings", "names", "build_assets", "bench"})
-    | frozenset({"comparison_data", "comparison_numbers", "comparison_charts", "comparison_page"}),
-    frozenset({"cli", "__main__"}),
+    | frozenset({"comparison_data", "comparison_numbers", "comparison_drawing", "comparison_curves"})
+    | frozenset({"comparison_charts", "comparison_credit", "comparison_page", "comparison_figures", "watch"}),
+    frozenset({"cli", "train_command", "compare_command", "__main__"}),
 )
 STRANGERS = frozenset({"envs", "agents"})  # these two never import each other
 

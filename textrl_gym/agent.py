@@ -265,6 +265,17 @@ class Agent(Saved):
         self._collected_at = self.num_timesteps
         return collect(self.env, self.policy, kl_coef=coef, generator=self.generator)
 
+    def shaped(self, rollout: Rollout) -> Rollout:
+        """A rollout with the rewards that this algorithm learns from, where it changes the environment's."""
+        return rollout
+
+    def advantages(self, rollout: Rollout) -> Tensor | None:
+        """What the loss weighs each action of a rollout by, [B, T], 0 outside the mask; None where it does not.
+
+        It changes nothing, so that what an update learns from can be looked at (textrl_gym.credit).
+        """
+        return None
+
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One update from one rollout; returns metrics to log. This is what a subclass writes."""
         raise TypeError(f"{type(self).__name__} must define update(rollout) -> metrics")

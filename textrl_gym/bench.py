@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import resource
 import statistics
 import time
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from textrl_gym import linear, models, plugins, sampler, tiny
+from textrl_gym import flops, linear, models, plugins, sampler, tiny
 from textrl_gym.core import Row
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.rewards.reward_model import RewardModel
@@ -173,11 +171,6 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def _linear_flop(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of textrl_gym.linear, which PyTorch's counter does not know."""
-    return 2 * math.prod(x_shape) * weight_shape[0]
-
-
 def peak_bytes(device: torch.device) -> int:
     """Most memory so far: of the process on a CPU, allocated on a GPU."""
     if device.type == "cuda":
@@ -218,7 +211,7 @@ def bench(config: BenchConfig, **settings: Any) -> dict[str, Any]:
             seconds.append(watch.now() - begin)
             tokens.append(rollout.num_tokens)
     peak = peak_bytes(device) - before
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flop}) as counter:
+    with flops.counter() as counter:
         agent.update(agent.collect())
     total = sum(seconds)
     phases = {name: value / total for name, value in watch.seconds.items() if value > 0}

@@ -24,6 +24,10 @@ from textrl_gym import checkpoint
 SPEC = "cell.json"
 RESULT = "evaluation.json"
 EPISODES = "episodes.jsonl"
+CREDIT = "credit.jsonl"
+"""What the agent says of each token of some texts of the start; see textrl_gym.credit."""
+FLOPS = "flops.json"
+"""The floating-point operations of the first rollout and update, and that rollout's tokens."""
 ERROR = "error.txt"
 """Written by the comparison when the process has failed."""
 LOG = "log.txt"
@@ -45,6 +49,7 @@ def main(folder: Path) -> int:
 def run(folder: Path, spec: dict[str, Any]) -> None:
     """Train as far as the spec's total, and evaluate."""
     agent = trained(folder, spec)
+    from textrl_gym import credit
     from textrl_gym.evaluation import Evaluator
 
     evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"])
@@ -54,6 +59,8 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
         kept = ("completion", "tokens", "score", "judge", "stop_reason")
         for sample, start in zip(samples, evaluator.start(reference), strict=True):
             sample["start"] = {key: start[key] for key in kept if key in start}
+        told = credit.lines(agent, evaluator.mdp, evaluator.indices, spec["eval_seed"])
+        write(folder / CREDIT, "".join(line + "\n" for line in told))
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     write(folder / EPISODES, lines)
     seconds = agent.seconds["collect"] + agent.seconds["update"]
@@ -82,6 +89,7 @@ def trained(folder: Path, spec: dict[str, Any]) -> Any:
         agent = agent_class(
             spec["environment"], spec["model"], seed=spec["seed"], device=spec["device"], out=folder, **settings
         )
+    count_flops(agent, folder / FLOPS)
     agent.learn(
         spec["total_timesteps"] - agent.num_timesteps,
         reset_num_timesteps=not goes_on,
@@ -90,6 +98,36 @@ def trained(folder: Path, spec: dict[str, Any]) -> Any:
         save_every=spec["save_every"],
     )
     return agent
+
+
+def count_flops(agent: Any, file: Path) -> None:
+    """Have the agent's first rollout and update counted, once in a run, and written down.
+
+    PyTorch sees no operations inside CUDA graphs, so with them nothing is counted.
+    """
+    from textrl_gym import flops
+
+    if agent.num_updates or not agent.trains or agent.config.cuda_graphs:
+        return
+    collect, update = agent.collect, agent.update
+    counted = []
+
+    def first_collect() -> Any:
+        del agent.collect
+        with flops.counter() as counter:
+            rollout = collect()
+        counted.append(counter.get_total_flops())
+        return rollout
+
+    def first_update(rollout: Any) -> dict[str, float]:
+        del agent.update
+        with flops.counter() as counter:
+            metrics = update(rollout)
+        tokens = rollout.num_tokens + agent.dropped_tokens
+        write(file, json.dumps({"flop": sum(counted) + counter.get_total_flops(), "tokens": tokens}) + "\n")
+        return metrics
+
+    agent.collect, agent.update = first_collect, first_update
 
 
 def begin_anew(folder: Path) -> None:

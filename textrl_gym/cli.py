@@ -14,30 +14,16 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(8, len(os.sched_getaffinity(0))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads above are all there are to share
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses that are not ours
 
-import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from textrl_gym.names import find_agent, find_env, text_envs
-from textrl_gym.run_settings import (
-    EnvSettings,
-    RunSettings,
-    as_arguments,
-    flag,
-    flat,
-    make_env,
-    parse,
-    place,
-    read_toml,
-    unknown,
-)
-
-RUN_FILE = "run.json"
-"""How a run was started; `train --resume` takes its options from there."""
+from textrl_gym.compare_command import compare, report, watch
+from textrl_gym.names import find_env, text_envs
+from textrl_gym.run_settings import flag, flat, parse, place, unknown
+from textrl_gym.train_command import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,114 +115,6 @@ def check(args: Sequence[str]) -> int:
     return 0 if all(line.ok for line in lines) else 1
 
 
-TRAIN = """Train an agent: textrl-gym train AGENT ENV --total-timesteps N --out DIR; --resume DIR goes on.
-
-An agent that does not train is evaluated and saved, and needs no --total-timesteps.
-
-AGENT is the name of a file in agents/, or module:Class; ENV is an environment id, or module:ID. They come first. The
-settings of AGENT are among those below. A TOML file given by --config holds the tables [agent], [train] and [env]."""
-
-
-def train(args: Sequence[str]) -> int:
-    """Train an agent: AGENT ENV --total-timesteps N --out DIR, or --resume DIR."""
-    if any(arg.partition("=")[0] == "--resume" for arg in args):
-        return resume(args)
-    names = [arg for arg in args[:2] if not arg.startswith("-")]
-    if len(names) < 2 and not {"-h", "--help"} & set(args):
-        raise ValueError("train needs AGENT and ENV first: textrl-gym train AGENT ENV --total-timesteps N --out DIR")
-    from textrl_gym.agent import Agent
-    from textrl_gym.train import TrainOptions
-
-    agent_class = find_agent(names[0]) if names else Agent
-    env_id = find_env(names[1]) if len(names) == 2 else ""
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--config", type=Path)
-    file = flags.parse_known_args(args[2:])[0].config
-    schema = {"agent": (agent_class.Config,), "train": (RunSettings, TrainOptions), "env": (EnvSettings,)}
-    tables = read_toml(file, schema) if file else {name: {} for name in schema}
-    parts = [
-        ("run", flat(RunSettings)),
-        ("options", flat(TrainOptions)),
-        ("agent", flat(agent_class.Config)),
-        ("env", EnvSettings, EnvSettings(**tables["env"])),
-    ]
-    # The agent's settings are checked together, so the file's are given as flags and not as a finished default.
-    before = [*as_arguments(tables["train"]), *as_arguments(tables["agent"])]
-    parsed = parse(" ".join(["train", *names]), TRAIN, parts, [*before, *args[len(names) :]])
-
-    run = parsed.run
-    if agent_class.trains and run.total_timesteps is None:
-        raise ValueError(f"{names[0]} trains: give --total-timesteps N, the generated tokens to train for")
-    out = run.out or Path("runs") / f"{names[0].rpartition(':')[2]}-{env_id}-seed{run.seed}"
-    refuse_used(out)
-    config = dataclasses.asdict(parsed.agent)
-    agent = agent_class(
-        make_env(env_id, parsed.env, run.model, run.device, config),
-        run.model,
-        seed=run.seed,
-        device=run.device,
-        out=out,
-        **config,
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"command": list(args), "environment": env_id, "options": dataclasses.asdict(parsed.options)}
-    (out / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return learn(agent, run.total_timesteps or 0, parsed.options, goes_on=False)
-
-
-def refuse_used(out: Path) -> None:
-    """Raise where a folder holds a run already: two runs' logs would mix."""
-    if any((out / name).exists() for name in ("agent.json", "evaluations.jsonl")):
-        raise ValueError(f"{str(out)!r} holds a run already: go on with --resume {out}, or name another --out")
-
-
-def learn(agent: Any, timesteps: int, options: Any, goes_on: bool) -> int:
-    """Train and say where the results are; Ctrl-C leaves a checkpoint."""
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()  # what may be downloaded is here; a checkpoint's bar breaks into training's own
-    try:
-        agent.learn(timesteps, reset_num_timesteps=not goes_on, **dataclasses.asdict(options))
-    except KeyboardInterrupt:
-        print(f"go on with: textrl-gym train --resume {agent.out}", file=sys.stderr)
-        raise
-    print(f"saved in {agent.out}; plots: textrl-gym report {agent.out}")
-    return 0
-
-
-def resume(args: Sequence[str]) -> int:
-    """Go on with an interrupted run, or with a finished one for more tokens."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--resume", type=Path, nargs="?")
-    folder = peek.parse_known_args(args)[0].resume
-    from textrl_gym import checkpoint
-    from textrl_gym.evaluation import load_agent
-    from textrl_gym.train import TrainOptions
-
-    saved = {}
-    if folder is not None and (folder / RUN_FILE).is_file():
-        saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["options"]
-    more = "tokens more than now; None: up to the run's own total"
-    parts = [
-        ("resume", flag(Path, "the run's folder")),
-        ("total_timesteps", flag(int | None, more), None),
-        ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
-        ("options", flat(TrainOptions), TrainOptions(**saved)),
-    ]
-    parsed = parse("train", resume.__doc__, parts, args)
-    total = checkpoint.read_state(parsed.resume)["total_timesteps"]
-    agent = load_agent(parsed.resume, device=parsed.device, out=parsed.resume)
-    if not agent.trains:
-        raise ValueError(
-            f"{str(parsed.resume)!r} holds {type(agent).__name__}, which does not train: nothing to resume"
-        )
-    left = total - agent.num_timesteps if parsed.total_timesteps is None else parsed.total_timesteps
-    if left < 1:
-        done = f"{str(parsed.resume)!r} has {agent.num_timesteps:,} of {total:,} tokens"
-        raise ValueError(f"{done}: give --total-timesteps N, at least 1, to train for N more")
-    return learn(agent, left, parsed.options, goes_on=True)
-
-
 def evaluate(args: Sequence[str]) -> int:
     """Evaluate a saved agent on held-out prompts."""
     parts = [
@@ -278,59 +156,6 @@ def print_rows(title: str, rows: dict[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
-
-
-def compare(args: Sequence[str]) -> int:
-    """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
-    from textrl_gym import cell
-    from textrl_gym import compare as home
-
-    parts = [
-        ("env", place(str, "an environment id, or module:ID")),
-        ("out", flag(Path, "the comparison's folder; the same one goes on")),
-        ("config", flat(home.CompareConfig)),
-    ]
-    parsed = parse("compare", compare.__doc__, parts, args)
-    env_id = find_env(parsed.env)
-    for agent in parsed.config.agents:
-        if not Path(agent).is_dir():
-            find_agent(agent)
-    try:
-        table = home.compare(env_id, parsed.config, parsed.out)
-    except KeyboardInterrupt:
-        print(f"go on with the same command, --out {parsed.out}", file=sys.stderr)
-        raise
-    home.print_finals(table)
-    failed = [path.parent.name for path in sorted((parsed.out / home.RUNS).glob(f"*/{cell.ERROR}"))]
-    if not table.empty:
-        show_page(parsed.out)
-    print(f"saved in {parsed.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
-
-
-def show_page(folder: Path) -> None:
-    """Write a comparison's page; what has been computed is not worth less without plotly."""
-    from textrl_gym.comparison_page import comparison_report
-
-    try:
-        print(comparison_report(folder))
-    except ImportError as error:
-        print(f"no page: {error}", file=sys.stderr)
-
-
-def report(args: Sequence[str]) -> int:
-    """Write DIR/report.html, one self-contained file, about a run, the runs in DIR's subfolders, or a comparison."""
-    parsed = parse("report", report.__doc__, [("folder", place(Path, "a run, a folder of runs, a comparison"))], args)
-    from textrl_gym import compare as comparison
-    from textrl_gym import report as home
-
-    if (parsed.folder / comparison.PLAN).is_file():
-        from textrl_gym.comparison_page import comparison_report
-
-        print(comparison_report(parsed.folder))
-        return 0
-    print(home.report([parsed.folder], parsed.folder / "report.html"))
-    return 0
 
 
 def sft(args: Sequence[str]) -> int:
@@ -391,6 +216,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "compare": compare,
     "report": report,
+    "watch": watch,
     "sft": sft,
     "reward-model": reward_model,
     "preferences": preferences,

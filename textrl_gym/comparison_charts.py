@@ -1,95 +1,13 @@
-"""The charts of a comparison's page: plotly figures, each with words and with its numbers as a table.
-
-Colours are the page's to choose (light or dark): a trace names the agent's number in `meta`, and the script paints it.
-An agent also has a symbol and a dash of its own, so that nothing is told by colour alone.
-"""
+"""The charts of a comparison's page: plotly figures, each with words and with its numbers as a table."""
 
 from __future__ import annotations
-
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from textrl_gym import comparison_numbers as numbers
-from textrl_gym.comparison_data import Comparison, Group
-
-LIGHT = ("#0072b2", "#c84e00", "#00805f", "#7208f0", "#541c03", "#142a41")
-DARK = ("#56b4e9", "#ee7733", "#2bbf93", "#c942fd", "#e8e70a", "#dfe6ee")
-"""Far apart for people who see two colours too, and at 3:1 or more to the page."""
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure, and what it says for those who do not see it."""
-
-    key: str
-    title: str
-    note: str
-    """How to read it, in a sentence or two."""
-    figure: Any
-    head: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-def go() -> Any:
-    """plotly.graph_objects.
-
-    Raises:
-        ImportError: it or scipy, which the statistics are made with, is missing; the message says how to install them.
-    """
-    try:
-        import plotly.graph_objects
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"the page of a comparison needs {error.name}: pip install textrl-gym[report]") from error
-    return plotly.graph_objects
-
-
-def short(x: float, digits: int = 3) -> str:
-    """A number to so many digits, without an exponent where that can be."""
-    if not math.isfinite(x):
-        return "-"
-    if x and abs(x) < 1e-4:
-        return f"{x:.{digits}g}"
-    return f"{x:,.{max(digits - 1 - math.floor(math.log10(abs(x))), 0) if x else 0}f}"
-
-
-def plain(text: str) -> str:
-    """For plotly, which reads a little HTML in its texts."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def look(group: Group, **more: Any) -> dict[str, Any]:
-    """What all traces of a group share: its name, and its colour by number."""
-    meta = {"color": group.color % len(LIGHT)} | more.pop("meta", {})
-    return {"name": plain(group.label), "legendgroup": group.label, "meta": meta} | more
-
-
-def marker(group: Group, size: int = 8) -> dict[str, Any]:
-    """A symbol that differs between an agent's coefficients too."""
-    return {"symbol": SYMBOLS[(group.color + group.variant) % len(SYMBOLS)], "size": size}
-
-
-def line(group: Group) -> dict[str, Any]:
-    """A dash that differs between an agent's coefficients too."""
-    return {"dash": DASHES[(group.color + group.variant) % len(DASHES)], "width": 2}
-
-
-def figure(x: str, y: str, **layout: Any) -> Any:
-    """An empty figure with its axes named."""
-    made = go().Figure()
-    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
-    made.update_layout(template="none", **{"height": 380, **axes, **layout})
-    return made
-
-
-# -- the charts -------------------------------------------------------------------------------------------------------
+from textrl_gym.comparison_curves import drifts, learning_curves, lengths
+from textrl_gym.comparison_data import Comparison
+from textrl_gym.comparison_drawing import Chart, between, figure, line, look, marker, plain, short
 
 
 def charts(comparison: Comparison) -> dict[str, Chart]:
@@ -97,43 +15,8 @@ def charts(comparison: Comparison) -> dict[str, Chart]:
     tokens = learning_curves(comparison, "tokens", "timesteps", "generated tokens")
     seconds = learning_curves(comparison, "seconds", "train_seconds", "seconds of training")
     made = [tokens, seconds, frontier(comparison), matrix(comparison), profile(comparison)]
-    made += [overoptimisation(comparison), lengths(comparison), cost(comparison)]
+    made += [overoptimisation(comparison), lengths(comparison), *drifts(comparison), cost(comparison)]
     return {chart.key: chart for chart in made if chart is not None}
-
-
-def learning_curves(comparison: Comparison, key: str, x_key: str, x_name: str) -> Chart | None:
-    """Mean over seeds, and the band from the lowest to the highest."""
-    gold = comparison.gold
-    made = figure(x_name, comparison.gold_name)
-    curves = {group.label: numbers.learning_curve(group, x_key, gold) for group in comparison.groups}
-    ends = [curve.x[-1] for curve in curves.values() if curve is not None]
-    if not ends:
-        return None
-    faint = 0.18 if len(comparison.groups) <= 6 else 0.07
-    rows = []
-    for group in comparison.groups:
-        curve = curves[group.label]
-        if curve is None:  # nothing was trained: a level
-            level = float(np.mean(group.finals(gold)))
-            made.add_scatter(x=[0, max(ends)], y=[level, level], mode="lines", line=line(group), **look(group))
-            rows.append((group.label, str(len(group.runs)), short(level), short(level), "-"))
-            continue
-        band = {"fill": "toself", "hoverinfo": "skip", "showlegend": False, "mode": "none"}
-        if len(group.runs) > 1:
-            x, y = curve.x + curve.x[::-1], curve.high + curve.low[::-1]
-            made.add_scatter(x=x, y=y, **look(group, meta={"fill": faint}, **band))
-        made.add_scatter(x=curve.x, y=curve.mean, mode="lines", line=line(group), **look(group))
-        spread = f"{short(curve.low[-1])} to {short(curve.high[-1])}" if len(group.runs) > 1 else "-"
-        rows.append((group.label, str(len(group.runs)), short(curve.mean[0]), short(curve.mean[-1]), spread))
-    note = (
-        f"Mean {comparison.gold_name} over seeds at the evaluations of training, with fewer held-out prompts than "
-        "the summary's, as far as all seeds go. The band runs from the lowest seed to the highest. A level line is an "
-        "agent that was not trained in this comparison."
-    )
-    if key == "seconds":
-        note += " Evaluating is not counted; runs that shared a machine slowed each other down."
-    head = ("agent", "seeds", "first", "last", "lowest and highest seed at the end")
-    return Chart(f"curve-{key}", f"{comparison.gold_name.capitalize()} over {x_name}", note, made, head, rows)
 
 
 def frontier(comparison: Comparison) -> Chart:
@@ -209,13 +92,6 @@ def matrix(comparison: Comparison) -> Chart | None:
     return Chart("matrix", "Who beats whom", note, made, head, rows)
 
 
-def between(estimate: Any) -> str:
-    """A number with its interval."""
-    if math.isnan(estimate.low):
-        return short(estimate.value)
-    return f"{short(estimate.value)} ({short(estimate.low)} to {short(estimate.high)})"
-
-
 def profile(comparison: Comparison) -> Chart:
     """Share of runs above each threshold."""
     thresholds, shares = numbers.profile(comparison)
@@ -283,37 +159,6 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
     return Chart("overoptimisation", "Proxy and gold", note, made, head, rows)
 
 
-def lengths(comparison: Comparison) -> Chart | None:
-    """Mean score of short and of long answers."""
-    keys = ["score", *(["judge"] if comparison.gold == "judge" else [])]
-    trends = [
-        (group, key, trend)
-        for group in comparison.groups
-        for key in keys
-        if (trend := numbers.length_trend(group, key)) is not None
-    ]
-    if not trends:
-        return None
-    made = figure("completion, tokens", "score that was trained on")
-    rows = []
-    for group, key, trend in trends:
-        name = "gold" if key == "judge" else "score"
-        rows.append((group.label, name, between(trend.slope), short(trend.correlation, 2)))
-        if key == "score":
-            x = [(bucket.shortest + bucket.longest) / 2 for bucket in trend.buckets]
-            y = [bucket.mean_score for bucket in trend.buckets]
-            hover = [f"{b.shortest:g} to {b.longest:g} tokens, {b.texts} texts" for b in trend.buckets]
-            drawn = {"mode": "lines+markers", "line": line(group), "marker": marker(group), "hovertext": hover}
-            made.add_scatter(x=x, y=y, **look(group, **drawn))
-    note = (
-        "Mean score of each tenth of an agent's answers, from the shortest to the longest. A slope is no proof "
-        "that the reward likes length, for longer answers may be better. It is by least squares over all answers of "
-        "all seeds; where there is a judge, its slope stands beside that of the score."
-    )
-    head = ("agent", "of", "slope per token", "correlation")
-    return Chart("lengths", "Length and score", note, made, head, rows)
-
-
 def cost(comparison: Comparison) -> Chart | None:
     """Seconds by phase, mean over seeds."""
     phases = ("collect", "update", "evaluate")
@@ -339,21 +184,19 @@ def cost(comparison: Comparison) -> Chart | None:
         spent = [short(s) for s in seconds[group.label]]
         passes = group.finals("forward_passes")
         decoding = short(float(np.mean(passes))) if passes else "-"
-        rows.append((group.label, f"{tokens:,.0f}", updates, *spent, rate, decoding))
+        texts, flop = numbers.mean_known(group, numbers.texts), numbers.mean_known(group, numbers.flop)
+        scored = "-" if texts is None else f"{texts:,.0f}"
+        work_done = "-" if flop is None else f"{flop:.2g}".replace("e+", "e")
+        rows.append((group.label, f"{tokens:,.0f}", scored, work_done, updates, *spent, rate, decoding))
     note = (
-        "Wall-clock seconds of a run, by what they went into. Tokens are all that were generated to learn from; the "
-        "last evaluation, on all prompts, is not counted."
+        "Wall-clock seconds of a run, by what they went into. Means over seeds; evaluations are in no other number of "
+        "the table. Tokens are all that were generated to learn from. Reward calls are completions scored to learn "
+        "from: tokens by the mean length of each rollout (of DPO, those of the pairs that it learnt from). FLOP is an "
+        "estimate: the matrix products of the first rollout and update, as PyTorch counts them, policy, reference, "
+        "critic and reward model, forward and backward, times tokens by that rollout's tokens. By the usual rule it is "
+        "2 for each parameter and token in a forward pass, and 6 with its backward pass."
     )
     per_second, decoding = "tokens per second, without evaluating", "model evaluations per token of an answer"
-    head = ("agent", "tokens", "updates", *phases, per_second, decoding)
+    work_done = "FLOP, estimated"
+    head = ("agent", "tokens", "reward calls", work_done, "updates", *phases, per_second, decoding)
     return Chart("cost", "Where the time went", note, made, head, rows)
-
-
-def painted(chart: Chart) -> dict[str, Any]:
-    """The figure as plain data for the script."""
-    return json.loads(chart.figure.to_json())
-
-
-def palettes() -> dict[str, Sequence[str]]:
-    """The agents' colours on a light page and on a dark one."""
-    return {"light": LIGHT, "dark": DARK}

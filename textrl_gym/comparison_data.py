@@ -1,7 +1,7 @@
 """What a comparison's folder holds, read for its page: finished runs by agent and KL coefficient, others by name.
 
 Read is what compare and its runs wrote: compare.json, and of each run cell.json, evaluation.json, evaluations.jsonl,
-episodes.jsonl and agent.json. Nothing is computed here.
+episodes.jsonl, agent.json, the log, and, of runs that have them, credit.jsonl and flops.json. Nothing is computed here.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ class Result:
     """A completion for each prompt of the last evaluation."""
     state: dict[str, Any]
     """agent.json, empty where there is none."""
+    rollouts: list[dict[str, Any]]
+    """Rows of the log, of the rollouts of training."""
+    credit: list[dict[str, Any]]
+    """What the agent says of each token of some texts; see textrl_gym.credit."""
+    flops: dict[str, Any]
+    """Operations of the first rollout and update, and that rollout's tokens; empty where they were not counted."""
 
     def column(self, key: str) -> Array:
         """A number of every episode. [N]"""
@@ -154,6 +160,9 @@ def _read_result(folder: Path) -> Result:
         known.evaluations if known else [],
         report.read_lines(folder / cell.EPISODES),
         {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
+        known.rollouts if known else [],
+        report.read_lines(folder / cell.CREDIT),
+        _json(folder / cell.FLOPS) if (folder / cell.FLOPS).is_file() else {},
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -333,6 +333,31 @@ def length_trend(group: Group, key: str) -> overoptimisation.LengthTrend | None:
         return None
     score_N, length_N = (np.concatenate([run.column(name) for run in runs]) for name in (key, "tokens"))
     return overoptimisation.reward_against_length(score_N, length_N, buckets=10)
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+
+
+def texts(run: Result) -> float | None:
+    """Completions of training: each rollout's tokens by its mean length; None where no log was kept."""
+    known = [row for row in run.rollouts if "time/total_timesteps" in row and row.get("rollout/completion_tokens")]
+    rows = sorted(known, key=lambda row: row["time/total_timesteps"])
+    done_N = np.array([0, *(row["time/total_timesteps"] for row in rows)], float)
+    length_N = np.array([row["rollout/completion_tokens"] for row in rows], float)
+    return float((np.diff(done_N) / length_N).sum()) if rows else None
+
+
+def flop(run: Result) -> float | None:
+    """Floating-point operations of training: those of the first rollout and update, times tokens by their tokens."""
+    if not run.flops:
+        return None
+    return run.flops["flop"] / run.flops["tokens"] * run.final["timesteps"]
+
+
+def mean_known(group: Group, number: Callable[[Result], float | None]) -> float | None:
+    """Mean over the runs that have the number; None where none has."""
+    known = [x for run in group.runs if (x := number(run)) is not None]
+    return float(np.mean(known)) if known else None
 
 
 def warnings(comparison: Comparison) -> dict[str, str]:

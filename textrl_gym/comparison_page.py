@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import comparison_numbers as numbers
-from textrl_gym.comparison_charts import Chart, charts, go, painted, palettes, short
+from textrl_gym.comparison_charts import charts
+from textrl_gym.comparison_credit import credit, credit_data
+from textrl_gym.comparison_curves import quality
 from textrl_gym.comparison_data import KEPT_STATE, Comparison, Group, read_comparison
+from textrl_gym.comparison_drawing import LIGHT, Chart, Table, go, painted, palettes, short
 from textrl_gym.report import METRICS
 from textrl_gym.statistics import Estimate
 
@@ -42,20 +45,36 @@ def comparison_report(folder: str | Path) -> Path:
     return out
 
 
-def page(comparison: Comparison) -> str:
-    """The whole page; every text of a run is escaped."""
+def live_page(folder: Path, version: str) -> str:
+    """The page as `textrl-gym watch` serves it: it asks its server whether there is a newer one.
+
+    Raises:
+        ValueError: no run is finished, or a file is broken.
+    """
+    return page(read_comparison(folder), version)
+
+
+def page(comparison: Comparison, version: str = "") -> str:
+    """The whole page; every text of a run is escaped.
+
+    Args:
+        version: of a page that is served; the empty string: a file of its own, which fetches nothing.
+    """
     from plotly.offline import get_plotlyjs
 
-    drawn = charts(comparison)
+    drawn, told = charts(comparison), credit_data(comparison)
+    text = text_quality(comparison, drawn)
     sections = {
         "summary": ("Summary", summary(comparison)),
-        "learning": ("Learning curves", pair_of(drawn, "curve-tokens", "curve-seconds")),
+        "learning": ("Learning curves", pair_of(drawn, "curve-tokens", "curve-seconds") or UNTRAINED),
         "frontier": ("KL and reward", figure(drawn["frontier"])),
         "pairs": ("Pairs of agents", beaten(comparison, drawn.get("matrix"))),
         "profile": ("Performance profile", figure(drawn["profile"])),
         "overoptimisation": ("Over-optimisation", exploited(comparison, drawn.get("overoptimisation"))),
-        "length": ("Length", figure(drawn["lengths"]) if "lengths" in drawn else NO_LENGTHS),
+        "length": ("Length", lengths(drawn)),
+        **({"quality": ("Text quality", text)} if text else {}),
         "samples": ("Samples", samples(comparison)),
+        "credit": ("Credit", credit(comparison, told)),
         "cost": ("Cost", figure(drawn["cost"]) if "cost" in drawn else "<p>No run kept its seconds.</p>"),
         "settings": ("Settings", settings(comparison)),
     }
@@ -64,16 +83,22 @@ def page(comparison: Comparison) -> str:
         f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{name}</h2>{html}</section>'
         for key, (name, html) in sections.items()
     )
+    policy, live, scripts = POLICY, "", ["page.js", "credit.js"]
+    if version:
+        policy, live = f"{POLICY}; connect-src 'self'", f'<div id="live" data-version="{version}"></div>'
+        scripts.append("live.js")
     title = escape(f"{comparison.environment}: {numbers.listed([g.label for g in comparison.groups])}")
     data = {key: painted(chart) for key, chart in drawn.items()}
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>\n{asset('page.css')}</style></head>\n<body><header><h1>{escape(comparison.environment)}: agents "
-        f'compared</h1>{lead(comparison)}<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+        f"compared</h1>{live}{lead(comparison, bool(version))}"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
         f"\n<main>{body}</main>\n{embedded('chart-data', data)}{embedded('palettes', palettes())}"
-        f"<script>{get_plotlyjs()}</script>\n<script>\n{asset('page.js')}</script></body></html>\n"
+        f"{embedded('credit-data', told)}<script>{get_plotlyjs()}</script>\n"
+        f"{''.join(f'<script>{chr(10)}{asset(name)}</script>' for name in scripts)}</body></html>\n"
     )
 
 
@@ -87,6 +112,7 @@ def embedded(name: str, data: Any) -> str:
     return f'<script type="application/json" id="{name}">{json.dumps(data).replace("<", chr(92) + "u003c")}</script>'
 
 
+UNTRAINED = "<p>No agent was trained in this comparison.</p>"
 NO_LENGTHS = "<p>No slope: the answers all have one length, or their lengths were not kept.</p>"
 
 
@@ -114,16 +140,20 @@ def figure(chart: Chart) -> str:
         f'aria-label="{escape(chart.title)}. The numbers are in the table below."></div><noscript><p>The chart needs '
         f"JavaScript; its numbers are below.</p></noscript><figcaption>{escape(chart.note)}</figcaption>"
         f"<details><summary>The numbers of “{escape(chart.title)}”</summary>"
-        f"{table(chart.head, rows, chart.title)}</details></figure>"
+        f"{table(chart.head, rows, chart.title)}</details>{folded(chart.more) if chart.more else ''}</figure>"
     )
+
+
+def folded(more: Table) -> str:
+    """A further table, folded away."""
+    rows = [[escape(cell) for cell in row] for row in more.rows]
+    return f"<details><summary>{escape(more.title)}</summary>{table(more.head, rows, more.title)}</details>"
 
 
 def pair_of(drawn: dict[str, Chart], *keys: str) -> str:
     """Charts side by side where there is room."""
     there = [figure(drawn[key]) for key in keys if key in drawn]
-    if not there:
-        return "<p>No agent was trained in this comparison.</p>"
-    return f'<div class="two">{"".join(there)}</div>'
+    return f'<div class="two">{"".join(there)}</div>' if there else ""
 
 
 def bullets(items: Iterable[str]) -> str:
@@ -144,15 +174,16 @@ def with_interval(number: numbers.Number, digits: int = 3) -> str:
 # -- sections ---------------------------------------------------------------------------------------------------------
 
 
-def lead(comparison: Comparison) -> str:
-    """What was compared, and what is missing."""
+def lead(comparison: Comparison, live: bool = False) -> str:
+    """What was compared, and what is missing; a live page tells by itself what is not finished."""
     runs, config = len(comparison.runs), comparison.config
     words = (
         f"{runs} finished run{'s' * (runs > 1)} of {config['total_timesteps']:,} tokens each, evaluated on "
         f"{config['eval_episodes']:,} held-out prompts that are the same for all."
     )
     html = f'<p class="soft">{escape(words)}</p>'
-    for what, names in (("failed", comparison.failed), ("are not finished", comparison.unfinished)):
+    unfinished = {} if live else comparison.unfinished
+    for what, names in (("failed", comparison.failed), ("are not finished", unfinished)):
         if names:
             told = bullets(f"{name}: {why}" for name, why in names.items())
             html += f'<div class="warning"><b>Runs that {what}</b> and are not in the numbers:{told}</div>'
@@ -231,7 +262,27 @@ def exploited(comparison: Comparison, chart: Chart | None) -> str:
     told = ""
     if found := numbers.warnings(comparison):
         told = f'<div class="warning"><b>Reward hacking</b>{bullets(f"{run}: {w}" for run, w in found.items())}</div>'
-    return told + (figure(chart) if chart else "<p>No agent was trained in this comparison.</p>")
+    return told + (figure(chart) if chart else UNTRAINED)
+
+
+def lengths(drawn: dict[str, Chart]) -> str:
+    """Score by length, and how length and ends drift."""
+    by_length = figure(drawn["lengths"]) if "lengths" in drawn else NO_LENGTHS
+    return by_length + pair_of(drawn, "drift-completion_tokens", "drift-eos_share")
+
+
+def text_quality(comparison: Comparison, drawn: dict[str, Chart]) -> str:
+    """The texts in numbers, and how these drift; nothing where none was measured."""
+    found, html = quality(comparison), ""
+    if found is not None:
+        note = (
+            "Means over seeds of the last evaluation. Distinct-n is the share of different n-grams among all of its "
+            "completions: it is low where an agent says the same to every prompt, and falls with their number. "
+            "Repetition is within a completion. Reference texts are the prompts' own, where they have them."
+        )
+        rows = [[escape(cell) for cell in row] for row in found.rows]
+        html = f'{table(found.head, rows, found.title)}<p class="soft small">{note}</p>'
+    return html + pair_of(drawn, "drift-entropy_token", "drift-distinct_2", "drift-repetition")
 
 
 def samples(comparison: Comparison) -> str:
@@ -282,7 +333,7 @@ def _answer(place: int, name: str, group: Group | None, sample: dict[str, Any]) 
     if sample.get("stop_reason", "EOS") != "EOS":
         facts.append(str(sample["stop_reason"]).lower().replace("_", " "))
     said = escape(sample["completion"].strip()) or '<i class="soft">(empty)</i>'
-    color = "" if group is None else f' data-color="{group.color % len(palettes()["light"])}"'
+    color = "" if group is None else f' style="border-left-color: var(--agent-{group.color % len(LIGHT)})"'
     return (
         f'<div class="answer" data-agent="{place}"{color}><h4>{escape(name)}</h4><div class="said">{said}</div>'
         f'<p class="facts">{escape(" · ".join(facts))}</p></div>'

@@ -124,7 +124,15 @@ def rollout_of(
     ).trim()
 
     # 2. One teacher-forced pass each for the policy (where something of it is missing) and the reference.
-    rollout = _with_passes(rollout, policy, policy.reference or mdp.reference, mdp.kl_estimator, guided)
+    # What the sampler gave is the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
+    exact = policy.samples_exactly or guided
+    rollout = _with_passes(rollout, policy, policy.reference or mdp.reference, mdp.kl_estimator, exact, guided)
+    return dataclasses.replace(rollout, reward_BT=_reward(rollout, kl_coef, mdp.missing_eos_penalty))
+
+
+def as_written_by(policy: Policy, rollout: Rollout, mdp: TextVectorEnv, *, kl_coef: float = 0.0) -> Rollout:
+    """The rollout of the same texts and scores, had the policy written them: its log-probabilities, values, rewards."""
+    rollout = _with_passes(rollout, policy, policy.reference or mdp.reference, mdp.kl_estimator, False, False)
     return dataclasses.replace(rollout, reward_BT=_reward(rollout, kl_coef, mdp.missing_eos_penalty))
 
 
@@ -195,10 +203,10 @@ def token_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
 
 
 @torch.no_grad()
-def _with_passes(rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str, guided: bool) -> Rollout:
-    """The rollout with reference log-probabilities, KL and values; and, below float32, the policy's recomputed."""
-    # What the sampler gave is the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
-    exact = policy.samples_exactly or guided
+def _with_passes(
+    rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str, exact: bool, guided: bool
+) -> Rollout:
+    """The rollout with reference log-probabilities, KL and values; and, where not `exact`, the policy's recomputed."""
     full = estimator == "full" and reference is not None and not guided
     logp_BT, value_BT = rollout.logp_BT.clone(), rollout.value_BT.clone()
     ref_logp_BT, kl_BT = rollout.logp_BT.clone(), rollout.kl_BT.clone()

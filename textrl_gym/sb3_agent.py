@@ -22,6 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout
@@ -159,6 +160,15 @@ class SB3Agent(Agent):
         rollout = self._episodes.take(algorithm.env.mdp, self.policy)
         self.dropped_tokens = self.batch_steps - rollout.num_tokens
         return rollout
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """Those of SB3's buffer, for whole texts. SB3 scales them within each minibatch; here over the rollout."""
+        mask_BT, config = rollout.mask_BT, self.config
+        advantage_BT, _ = functional.gae(rollout.reward_BT, rollout.value_BT, mask_BT, config.gamma, config.gae_lambda)
+        if getattr(config, "whiten_advantages", False):
+            flat_N = advantage_BT[mask_BT]
+            advantage_BT = (advantage_BT - flat_N.mean()) / (flat_N.std() + 1e-8) * mask_BT
+        return advantage_BT
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """SB3's update from the rollout that the last collect() left in its buffer."""

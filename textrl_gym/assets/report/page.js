@@ -1,5 +1,5 @@
 "use strict";
-// The charts take the page's colours, light or dark; the samples are filtered. Nothing is fetched.
+// The charts take the page's colours, light or dark, as all that is an agent's; samples are filtered. Nothing is fetched.
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const charts = read("chart-data"), palettes = read("palettes");
@@ -66,8 +66,8 @@
   function draw() {
     for (const [key, { data, layout }] of Object.entries(structuredClone(charts)))
       Plotly.react(`chart-${key}`, data.map(paintTrace), paintLayout(layout, data), config(key));
-    for (const card of document.querySelectorAll("[data-color]"))
-      card.style.borderLeftColor = palettes[dark.matches ? "dark" : "light"][card.dataset.color];
+    palettes[dark.matches ? "dark" : "light"].forEach((color, place) =>
+      document.documentElement.style.setProperty(`--agent-${place}`, color));
   }
   draw();
   dark.addEventListener("change", draw);
@@ -76,7 +76,7 @@
 
   const form = document.getElementById("filters");
   if (!form) return;
-  const prompts = [...document.querySelectorAll(".prompt")], status = document.getElementById("found");
+  const prompts = [...document.querySelectorAll("#samples .prompt")], status = document.getElementById("found");
   const words = (prompt) => [...prompt.querySelectorAll(".said")].map((said) => said.textContent.toLowerCase());
   const lower = new Map(prompts.map((prompt) => [prompt, words(prompt)])); // the prompt's, then each answer's
 

@@ -1,0 +1,90 @@
+"""`textrl-gym compare`, and what shows its results: `report` and `watch`. No torch before the flags are read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from textrl_gym.names import find_agent, find_env
+from textrl_gym.run_settings import flag, flat, parse, place
+
+
+def compare(args: Sequence[str]) -> int:
+    """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
+    from textrl_gym import cell
+    from textrl_gym import compare as home
+
+    parts = [
+        ("env", place(str, "an environment id, or module:ID")),
+        ("out", flag(Path, "the comparison's folder; the same one goes on")),
+        ("config", flat(home.CompareConfig)),
+    ]
+    parsed = parse("compare", compare.__doc__, parts, args)
+    env_id = find_env(parsed.env)
+    for agent in parsed.config.agents:
+        if not Path(agent).is_dir():
+            find_agent(agent)
+    try:
+        table = home.compare(env_id, parsed.config, parsed.out)
+    except KeyboardInterrupt:
+        print(f"go on with the same command, --out {parsed.out}", file=sys.stderr)
+        raise
+    home.print_finals(table)
+    failed = [path.parent.name for path in sorted((parsed.out / home.RUNS).glob(f"*/{cell.ERROR}"))]
+    if not table.empty:
+        show_page(parsed.out)
+    print(f"saved in {parsed.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+def show_page(folder: Path) -> None:
+    """Write a comparison's page; what has been computed is not worth less without plotly."""
+    from textrl_gym.comparison_page import comparison_report
+
+    try:
+        print(comparison_report(folder))
+    except ImportError as error:
+        print(f"no page: {error}", file=sys.stderr)
+
+
+def report(args: Sequence[str]) -> int:
+    """Write DIR/report.html, one self-contained file, about a run, the runs in DIR's subfolders, or a comparison."""
+    about = "also write the charts of a comparison into DIR/figures, as PNG and SVG (by Chromium)"
+    parts = [
+        ("folder", place(Path, "a run, a folder of runs, a comparison")),
+        ("figures", flag(bool, about), False),
+    ]
+    parsed = parse("report", report.__doc__, parts, args)
+    from textrl_gym import compare as comparison
+    from textrl_gym import report as home
+
+    if (parsed.folder / comparison.PLAN).is_file():
+        from textrl_gym.comparison_figures import comparison_figures
+        from textrl_gym.comparison_page import comparison_report
+
+        print(comparison_report(parsed.folder))
+        if parsed.figures:
+            for file in comparison_figures(parsed.folder):
+                print(file)
+        return 0
+    if parsed.figures:
+        raise ValueError(f"{str(parsed.folder)!r} holds no comparison: --figures are those of one")
+    print(home.report([parsed.folder], parsed.folder / "report.html"))
+    return 0
+
+
+def watch(args: Sequence[str]) -> int:
+    """Serve a comparison's page while its runs go on, to this machine or, with a secret in the address, to others."""
+    parts = [
+        ("folder", place(Path, "a comparison")),
+        ("host", flag(str, "where to listen; beyond this machine the address has a secret token"), "127.0.0.1"),
+        ("port", flag(int, "0: a free one"), 0),
+    ]
+    parsed = parse("watch", watch.__doc__, parts, args)
+    from textrl_gym import watch as home
+
+    with home.make_server(parsed.folder, parsed.host, parsed.port) as server:
+        print(f"{server.address}  (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+    return 0

@@ -1,0 +1,152 @@
+"""Charts of what goes on through training, and of length: score, drift of the texts, score by length."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from textrl_gym import comparison_numbers as numbers
+from textrl_gym.comparison_data import Comparison, Group
+from textrl_gym.comparison_drawing import Chart, Table, between, figure, line, look, marker, short
+
+DRIFT = {
+    "completion_tokens": ("Length through training", "completion, tokens"),
+    "eos_share": ("Ends through training", "share ended by EOS"),
+    "entropy_token": ("Entropy through training", "entropy, nats per token"),
+    "distinct_2": ("Different bigrams through training", "different bigrams / all bigrams"),
+    "repetition": ("Repetition through training", "share of 4-grams said before"),
+}
+"""Number of an evaluation -> title and axis of its curve over tokens."""
+DRIFT_NOTES = {
+    "completion_tokens": "A reward that likes long or short texts pulls here.",
+    "eos_share": "The rest ran into the token budget or a stop string. A policy that forgets to end, or ends at once, "
+    "shows here first.",
+    "entropy_token": "Of the policy's distribution at the places that it sampled. At 0 nothing is left to explore.",
+    "distinct_2": "Over all completions of an evaluation. It falls where the policy says the same everywhere, and "
+    "with the number of completions.",
+    "repetition": "The mean share of a completion's 4-grams that it had already.",
+}
+QUALITY = {
+    "entropy_token": ("entropy, nats per token", 2),
+    "distinct_1": ("distinct-1", 3),
+    "distinct_2": ("distinct-2", 3),
+    "repetition": ("repetition of 4-grams", 3),
+    "rouge_l": ("ROUGE-L to the reference text", 3),
+    "win_rate_human": ("win rate against the reference text", 3),
+}
+"""Number of an evaluation -> heading in the table of text quality, and decimals."""
+
+
+# -- through training -------------------------------------------------------------------------------------------------
+
+
+def learning_curves(comparison: Comparison, key: str, x_key: str, x_name: str) -> Chart | None:
+    """The score at the evaluations of training."""
+    name = comparison.gold_name
+    note = (
+        f"Mean {name} over seeds at the evaluations of training, with fewer held-out prompts than the summary's, as "
+        "far as all seeds go. The band runs from the lowest seed to the highest. A level line is an agent that was not "
+        "trained in this comparison."
+    )
+    if key == "seconds":
+        note += " Evaluating is not counted; runs that shared a machine slowed each other down."
+    title = f"{name.capitalize()} over {x_name}"
+    return over_training(comparison, f"curve-{key}", comparison.gold, (x_key, x_name, name), title, note)
+
+
+def drifts(comparison: Comparison) -> list[Chart]:
+    """How the texts change through training, of each number that was measured."""
+    made = []
+    for key, (title, name) in DRIFT.items():
+        words = ("timesteps", "generated tokens", name)
+        chart = over_training(comparison, f"drift-{key}", key, words, title, DRIFT_NOTES[key])
+        made += [chart] if chart is not None else []
+    return made
+
+
+def over_training(
+    comparison: Comparison, key: str, y_key: str, words: tuple[str, str, str], title: str, note: str
+) -> Chart | None:
+    """Mean over seeds of a number of the evaluations, and the band from the lowest to the highest.
+
+    Args:
+        key: of the chart.
+        y_key: of the number.
+        words: the key of what it is over, its name, and the number's.
+    """
+    x_key, x_name, y_name = words
+    groups = [group for group in comparison.groups if group.finals(y_key)]
+    curves = {group.label: numbers.learning_curve(group, x_key, y_key) for group in groups}
+    ends = [curve.x[-1] for curve in curves.values() if curve is not None]
+    if not ends:
+        return None
+    made = figure(x_name, y_name)
+    faint = 0.18 if len(groups) <= 6 else 0.07
+    rows = []
+    for group in groups:
+        curve = curves[group.label]
+        if curve is None:  # nothing was trained: a level
+            level = float(np.mean(group.finals(y_key)))
+            made.add_scatter(x=[0, max(ends)], y=[level, level], mode="lines", line=line(group), **look(group))
+            rows.append((group.label, str(len(group.runs)), short(level), short(level), "-"))
+            continue
+        band = {"fill": "toself", "hoverinfo": "skip", "showlegend": False, "mode": "none"}
+        if len(group.runs) > 1:
+            x, y = curve.x + curve.x[::-1], curve.high + curve.low[::-1]
+            made.add_scatter(x=x, y=y, **look(group, meta={"fill": faint}, **band))
+        made.add_scatter(x=curve.x, y=curve.mean, mode="lines", line=line(group), **look(group))
+        spread = f"{short(curve.low[-1])} to {short(curve.high[-1])}" if len(group.runs) > 1 else "-"
+        rows.append((group.label, str(len(group.runs)), short(curve.mean[0]), short(curve.mean[-1]), spread))
+    head = ("agent", "seeds", "first", "last", "lowest and highest seed at the end")
+    return Chart(key, title, note, made, head, rows)
+
+
+# -- length and quality -----------------------------------------------------------------------------------------------
+
+
+def lengths(comparison: Comparison) -> Chart | None:
+    """Mean score of short and of long answers."""
+    keys = ["score", *(["judge"] if comparison.gold == "judge" else [])]
+    trends = [
+        (group, key, trend)
+        for group in comparison.groups
+        for key in keys
+        if (trend := numbers.length_trend(group, key)) is not None
+    ]
+    if not trends:
+        return None
+    made = figure("completion, tokens", "score that was trained on")
+    rows, buckets = [], []
+    for group, key, trend in trends:
+        name = "gold" if key == "judge" else "score"
+        rows.append((group.label, name, between(trend.slope), short(trend.correlation, 2)))
+        for b in trend.buckets:
+            span = f"{b.shortest:g}" if b.shortest == b.longest else f"{b.shortest:g} to {b.longest:g}"
+            buckets.append((group.label, name, span, str(b.texts), short(b.mean_score)))
+        if key == "score":
+            x = [(bucket.shortest + bucket.longest) / 2 for bucket in trend.buckets]
+            y = [bucket.mean_score for bucket in trend.buckets]
+            hover = [f"{b.shortest:g} to {b.longest:g} tokens, {b.texts} texts" for b in trend.buckets]
+            drawn = {"mode": "lines+markers", "line": line(group), "marker": marker(group), "hovertext": hover}
+            made.add_scatter(x=x, y=y, **look(group, **drawn))
+    note = (
+        "Mean score of each tenth of an agent's answers, from the shortest to the longest. A slope is no proof "
+        "that the reward likes length, for longer answers may be better. It is by least squares over all answers of "
+        "all seeds; where there is a judge, its slope stands beside that of the score."
+    )
+    head = ("agent", "of", "slope per token", "correlation")
+    by_length = Table("Score by length", ("agent", "of", "tokens", "texts", "mean"), buckets)
+    return Chart("lengths", "Length and score", note, made, head, rows, by_length)
+
+
+def quality(comparison: Comparison) -> Table | None:
+    """The texts of the last evaluations in numbers, means over seeds; None where none of them was measured."""
+    keys = [key for key in QUALITY if any(group.finals(key) for group in comparison.groups)]
+    if not keys:
+        return None
+
+    def mean(group: Group, key: str) -> str:
+        values = group.finals(key)
+        return f"{np.mean(values):.{QUALITY[key][1]}f}" if values else "-"
+
+    rows = [(group.label, *(mean(group, key) for key in keys)) for group in comparison.groups]
+    return Table("Text quality", ("agent", *(QUALITY[key][0] for key in keys)), rows)

@@ -1,0 +1,114 @@
+"""What the charts of a comparison are drawn with: plotly, colours, symbols, and numbers in words.
+
+Colours are the page's to choose (light or dark): a trace names the agent's number in `meta`, and the script paints it.
+An agent also has a symbol and a dash of its own, so that nothing is told by colour alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from textrl_gym.comparison_data import Group
+
+LIGHT = ("#0072b2", "#c84e00", "#00805f", "#7208f0", "#541c03", "#142a41")
+DARK = ("#56b4e9", "#ee7733", "#2bbf93", "#c942fd", "#e8e70a", "#dfe6ee")
+"""Far apart for people who see two colours too, and at 3:1 or more to the page."""
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down", "pentagon")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers beside a figure's own."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure, and what it says for those who do not see it."""
+
+    key: str
+    title: str
+    note: str
+    """How to read it, in a sentence or two."""
+    figure: Any
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    more: Table | None = None
+    """A second table."""
+
+
+def go() -> Any:
+    """plotly.graph_objects.
+
+    Raises:
+        ImportError: it or scipy, which the statistics are made with, is missing; the message says how to install them.
+    """
+    try:
+        import plotly.graph_objects
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the page of a comparison needs {error.name}: pip install textrl-gym[report]") from error
+    return plotly.graph_objects
+
+
+def short(x: float, digits: int = 3) -> str:
+    """A number to so many digits, without an exponent where that can be."""
+    if not math.isfinite(x):
+        return "-"
+    if x and abs(x) < 1e-4:
+        return f"{x:.{digits}g}"
+    return f"{x:,.{max(digits - 1 - math.floor(math.log10(abs(x))), 0) if x else 0}f}"
+
+
+def plain(text: str) -> str:
+    """For plotly, which reads a little HTML in its texts."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def look(group: Group, **more: Any) -> dict[str, Any]:
+    """What all traces of a group share: its name, and its colour by number."""
+    meta = {"color": group.color % len(LIGHT)} | more.pop("meta", {})
+    return {"name": plain(group.label), "legendgroup": group.label, "meta": meta} | more
+
+
+def marker(group: Group, size: int = 8) -> dict[str, Any]:
+    """A symbol that differs between an agent's coefficients too."""
+    return {"symbol": SYMBOLS[(group.color + group.variant) % len(SYMBOLS)], "size": size}
+
+
+def line(group: Group) -> dict[str, Any]:
+    """A dash that differs between an agent's coefficients too."""
+    return {"dash": DASHES[(group.color + group.variant) % len(DASHES)], "width": 2}
+
+
+def figure(x: str, y: str, **layout: Any) -> Any:
+    """An empty figure with its axes named."""
+    made = go().Figure()
+    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    made.update_layout(template="none", **{"height": 380, **axes, **layout})
+    return made
+
+
+def between(estimate: Any) -> str:
+    """A number with its interval."""
+    if math.isnan(estimate.low):
+        return short(estimate.value)
+    return f"{short(estimate.value)} ({short(estimate.low)} to {short(estimate.high)})"
+
+
+def painted(chart: Chart) -> dict[str, Any]:
+    """The figure as plain data for the script."""
+    return json.loads(chart.figure.to_json())
+
+
+def palettes() -> dict[str, Sequence[str]]:
+    """The agents' colours on a light page and on a dark one."""
+    return {"light": LIGHT, "dark": DARK}

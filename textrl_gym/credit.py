@@ -1,0 +1,134 @@
+"""Credit: what an agent says of each token of given texts, so that agents can be laid side by side on the same ones.
+
+Each quantity is of the action that was taken, float32 [B, T], 0 outside the mask:
+
+    kl         log pi - log pi_ref, nats: k1, what the penalty in the reward is made of; it may be negative
+    ratio      pi / pi_ref = exp(kl)
+    entropy    of the distribution that the action was taken from, nats
+    value      the critic's V before the action, of agents that have one
+    advantage  what the agent's loss would weigh the action by, of agents that have such a weight (Agent.advantages)
+
+The texts are the start's: groups of completions of held-out prompts by the reference, sampled with random numbers that
+depend on the seed alone, so that all agents of a comparison meet the same ones. Each agent reads them teacher-forced,
+as if it had written them; its KL penalty is its own. Advantages that are centred or scaled are so over these texts.
+
+Shape legend: B rows, T response places.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textrl_gym.core import Rollout, StopReason
+from textrl_gym.rollout import MICRO_BATCH_TOKENS, as_written_by, complete, micro_batches, rollout_of
+
+PROMPTS = 6
+GROUP = 8
+SHOWN = 2
+"""Texts of each group that are written down."""
+QUANTITIES = ("advantage", "value", "kl", "entropy", "ratio")
+LARGEST_LOG = 80.0
+"""Its exponential is still a float32."""
+
+
+def token_credit(agent: Any, rollout: Rollout) -> dict[str, Tensor]:
+    """Quantity -> [B, T], of those above that the agent has. The rollout's texts may be anyone's, in whole groups."""
+    coef = agent.kl.coef if agent.kl_in_reward else 0.0
+    own = as_written_by(agent.policy, rollout, agent.env, kl_coef=coef)
+    log_ratio_BT = (own.logp_BT - own.ref_logp_BT) * own.mask_BT
+    found = {
+        "kl": log_ratio_BT,
+        "entropy": _entropy(agent.policy, own),
+        "ratio": log_ratio_BT.clamp(max=LARGEST_LOG).exp() * own.mask_BT,
+    }
+    if agent.policy.value_head is not None:
+        found["value"] = own.value_BT * own.mask_BT
+    advantage_BT = agent.advantages(agent.shaped(own))
+    if advantage_BT is not None:
+        found["advantage"] = advantage_BT * own.mask_BT
+    return {name: found[name] for name in QUANTITIES if name in found}
+
+
+@torch.no_grad()
+def _entropy(policy: Any, rollout: Rollout) -> Tensor:
+    entropy_BT = torch.zeros_like(rollout.logp_BT)
+    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
+        part = rollout.select(rows)
+        entropy_BT[rows, : part.token_BT.shape[1]] = policy.response(part, entropy=True).entropy_BT.float()
+    return entropy_BT
+
+
+def start_texts(agent: Any, mdp: Any, indices: Sequence[int], seed: int) -> Rollout:
+    """A group of the reference's completions of each prompt, scored by the environment's reward.
+
+    Args:
+        mdp: a text vector environment with the prompts.
+        indices: which prompts.
+        seed: of the random numbers.
+    """
+    reference = agent.policy.reference
+    groups = mdp.remake(len(indices) * GROUP, group_size=GROUP)
+    rows, prompt_ids = groups.draw([index for index in indices for _ in range(GROUP)])
+    generator = torch.Generator(reference.device).manual_seed(seed)
+    shape = (len(rows), groups.max_new_tokens)
+    uniform_BT = torch.rand(shape, generator=generator, device=reference.device)
+    return rollout_of(groups, reference, rows, prompt_ids, complete(groups, reference, prompt_ids, uniform_BT))
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of all; put together they are the text, without special tokens.
+
+    A token that is a part of a character adds nothing, and the last one of it the character.
+    """
+
+    def text(count: int) -> str:
+        return tokenizer.decode(list(ids[:count]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    whole, found, done = text(len(ids)), [], 0
+    for count in range(1, len(ids) + 1):
+        now = len(whole) if count == len(ids) else max(done, len(commonprefix([text(count), whole])))  # noqa: RUF071
+        found.append(whole[done:now])
+        done = now
+    return found
+
+
+def lines(agent: Any, mdp: Any, indices: Iterable[Any], seed: int) -> list[str]:
+    """A JSON object for each shown text: prompt, tokens, score and what the agent says of every token.
+
+    Args:
+        mdp: a text vector environment with held-out prompts.
+        indices: of the prompts, of which the first few are taken.
+        seed: of the texts.
+    """
+    chosen = list(dict.fromkeys(int(index) for index in indices))[:PROMPTS]
+    rollout = start_texts(agent, mdp, chosen, seed)
+    credit = token_credit(agent, rollout)
+    scores, stops, lengths = rollout.score_B.tolist(), rollout.stop_B.tolist(), rollout.mask_BT.sum(1).tolist()
+    made = []
+    for group, index in enumerate(chosen):
+        of_group = slice(group * GROUP, (group + 1) * GROUP)
+        for row in range(group * GROUP, group * GROUP + SHOWN):
+            record = {
+                "index": index,
+                "prompt": rollout.prompts[row],
+                "completion": rollout.completions[row],
+                "tokens": pieces(mdp.tokenizer, rollout.token_BT[row, : lengths[row]].tolist()),
+                "stop_reason": StopReason(stops[row]).name,
+                "score": scores[row],
+                "group_scores": [rounded(score) for score in scores[of_group]],
+            }
+            record |= {name: [rounded(x) for x in x_BT[row, : lengths[row]].tolist()] for name, x_BT in credit.items()}
+            made.append(json.dumps(record))
+    return made
+
+
+def rounded(x: float) -> float | None:
+    """To four digits; None for what JSON has no word for."""
+    return float(f"{x:.4g}") if math.isfinite(x) else None
