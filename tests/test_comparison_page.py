@@ -175,6 +175,22 @@ def read(folder: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
+def test_an_agent_that_does_not_train_needs_no_seeds(tmp_path: Path) -> None:
+    # Three groups are three pairs: each at 98.4%, 1 - 0.05 / 3 rounded up to a thousandth.
+    out = write_comparison(tmp_path / "comparison")
+    write_run(out / "runs" / "reference-0", "reference", 0, START, judge=True)
+    (out / "runs" / "reference-0" / "evaluations.jsonl").unlink()
+    comparison = read_comparison(out)
+    assert [group.label for group in comparison.groups if group.untrained] == ["reference"]
+    alpha = [float(np.mean(gold)) for gold in ALPHA.values()]
+    first, rest = numbers.verdicts(comparison)
+    said = statistics.verdict("alpha", alpha, "reference", float(np.mean(START)), confidence=0.984)
+    assert f"alpha and reference: {said}" in first + rest
+    told = " ".join(numbers.cautions(comparison))
+    assert "my:Beta has one seed" in told
+    assert "reference" not in told
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_comparison(tmp_path_factory.mktemp("pages") / "comparison")

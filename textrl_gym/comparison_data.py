@@ -78,6 +78,11 @@ class Group:
         return [run.final[key] for run in self.runs if key in run.final]
 
     @property
+    def untrained(self) -> bool:
+        """Whether the agent does not train, so that no seed changes it. A saved agent is one seed of some training."""
+        return not any(run.evaluations or Path(run.spec["agent"]).is_absolute() for run in self.runs)
+
+    @property
     def coefficient(self) -> str:
         """The KL coefficient in words."""
         if self.kl_coef is not None:

@@ -110,8 +110,9 @@ def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
     first: list[str] = []
     rest: list[str] = []
     for a, b in itertools.combinations(groups, 2):
-        scores = a.finals(comparison.gold), b.finals(comparison.gold)
-        said = statistics.verdict(a.label, scores[0], b.label, scores[1], confidence=confidence)
+        scores = [x.finals(comparison.gold) for x in (a, b)]
+        seeds = [x[0] if group.untrained else x for x, group in zip(scores, (a, b), strict=True)]
+        said = statistics.verdict(a.label, seeds[0], b.label, seeds[1], confidence=confidence)
         (first if a is groups[0] else rest).append(f"{a.label} and {b.label}: {said}")
     return first, rest
 
@@ -126,9 +127,10 @@ def pair_confidence(groups: int) -> float:
 def cautions(comparison: Comparison) -> list[str]:
     """What cannot be said, in sentences."""
     found = []
-    seeds = [len(group.runs) for group in comparison.groups]
-    if min(seeds) == 1:
-        single = [group.label for group in comparison.groups if len(group.runs) == 1]
+    trained = [group for group in comparison.groups if not group.untrained]
+    seeds = [len(group.runs) for group in trained]
+    if 1 in seeds:
+        single = [group.label for group in trained if len(group.runs) == 1]
         who = "Every agent" if len(single) == len(seeds) > 1 else listed(single)
         found.append(
             f"{who} {'have' if 1 < len(single) < len(seeds) else 'has'} one seed: there is no interval over seeds, and "
