@@ -605,6 +605,9 @@ def test_figures_need_kaleido_and_a_browser(
     monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "nowhere"))
     assert cli.main(["report", str(folder), "--figures"]) == 2
     assert "or name its program in the environment variable BROWSER_PATH" in capsys.readouterr().err
+    monkeypatch.setenv("BROWSER_PATH", shutil.which("false") or "")
+    assert cli.main(["report", str(folder), "--figures"]) == 2
+    assert "the browser that draws the figures could not be started: " in capsys.readouterr().err
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------

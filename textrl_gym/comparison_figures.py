@@ -50,7 +50,10 @@ def comparison_figures(folder: str | Path) -> list[Path]:
             "figures need Chromium or Chrome: install it, or name its program in the environment variable BROWSER_PATH"
         ) from error
     except (BrowserClosedError, BrowserFailedError) as error:
-        raise OSError(f"the browser that draws the figures could not be started: {error}") from error
+        raise OSError(
+            f"the browser that draws the figures could not be started: {error.args[0]} For other users than root it runs "
+            "in its sandbox, which some containers do not allow."
+        ) from error
     return [one["path"] for one in wanted]
 
 
