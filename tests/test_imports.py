@@ -12,7 +12,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "plugins", "statistics", "pairwise", "overoptimisation"}),
     frozenset({"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases"})
     | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk", "decoders", "preferences"}),
-    frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
+    frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"})
+    | frozenset({"text_metrics", "judges", "endpoint"}),
     frozenset(
         {
             "actions",
@@ -40,8 +41,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"agent", "decoding", "sb3_agent"}),
     frozenset({"envs", "agents"}),
     frozenset({"check", "cell", "compare", "report", "run_settings", "names", "build_assets", "bench"})
-    | frozenset({"comparison_data", "comparison_numbers", "comparison_charts", "comparison_page"}),
-    frozenset({"cli", "__main__"}),
+    | frozenset({"comparison_data", "comparison_numbers", "comparison_charts", "comparison_page", "judging"}),
+    frozenset({"cli", "cli_judge", "__main__"}),
 )
 STRANGERS = frozenset({"envs", "agents"})  # these two never import each other
 
