@@ -165,7 +165,7 @@ def test_a_judge_of_ones_own_judges_every_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
-        ("endpoint", r"gives no scores: finish the comparison .* textrl-gym judge DIR --judge endpoint"),
+        ("endpoint", r"gives no scores: finish the comparison .* `textrl-gym judge DIR --judge endpoint"),
         ("gold", "CopyText has no judge of its own"),
         ("lenght", "unknown reward 'lenght'; allowed: "),
     ],

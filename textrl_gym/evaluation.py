@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textrl_gym import checkpoint, plugins
+from textrl_gym import checkpoint, functional, plugins
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.judges import Answer, load_scorer, reward_of
-from textrl_gym.policy import Policy
+from textrl_gym.policy import CHUNK_NUMBERS, Policy
 from textrl_gym.rollout import MICRO_BATCH_TOKENS, collect, micro_batches, vector_env
 from textrl_gym.statistics import outcomes
 from textrl_gym.text_metrics import text_metrics
@@ -188,13 +188,15 @@ def entropy(policy: Policy, rollouts: list[Rollout]) -> float:
     best_of_n picks among whole samples, value_guided and mcts search. There it is the policy's, at the places where
     they went.
     """
-    total = torch.zeros((), device=policy.device)
+    total, size = 0.0, max(1, CHUNK_NUMBERS // policy.vocab_size)
     for rollout in rollouts:
         for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
-            found = policy.response(rollout.select(rows), entropy=True).entropy_BT
-            assert found is not None
-            total += found.sum()
-    return float(total) / max(sum(rollout.num_tokens for rollout in rollouts), 1)
+            part = rollout.select(rows)
+            # Not Policy.response: that asks a critic too, which may have a trunk of its own.
+            flat = policy.hidden(part)[part.mask_BT].split(size), part.token_BT[part.mask_BT].split(size)
+            for hidden_nD, token_n in zip(*flat, strict=True):
+                total += float(functional.entropy(policy.logits(hidden_nD, token_n)).sum())
+    return total / max(sum(rollout.num_tokens for rollout in rollouts), 1)
 
 
 def _means(rollouts: list[Rollout]) -> dict[str, float]:
