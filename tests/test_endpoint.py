@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import email.utils
 import json
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from textrl_gym import endpoint
+from textrl_gym import cli, endpoint
 from textrl_gym.core import Row
 from textrl_gym.endpoint import Endpoint, EndpointConfig, EndpointError
 from textrl_gym.judges import Answer, Noisy
@@ -41,6 +42,7 @@ class Server(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.now = self.most = 0
+        self.fixed = False
         self.lock = threading.Lock()
 
     @property
@@ -407,3 +409,66 @@ def test_wrong_settings_name_themselves(config: EndpointConfig, tmp_path: Path) 
     (tmp_path / "text.sqlite").write_text("this is a text and not a data base" * 100)
     with pytest.raises(ValueError, match=r"text.sqlite' cannot hold verdicts: file is not a database"):
         judge_of(config, cache=tmp_path / "text.sqlite")
+
+
+# -- on the command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    """A finished comparison of two agents on CopyText-v0, with answers written by hand."""
+    out = tmp_path / "three"
+    answers = {"grpo": ["longer text", "short", "odd"], "ppo": ["same here", "longer text", "mine too"]}
+    for agent, texts in answers.items():
+        folder = out / "runs" / f"{agent}-0"
+        folder.mkdir(parents=True)
+        spec = {"environment": "CopyText-v0", "agent": agent, "seed": 0, "kl_coef": None, "total_timesteps": 9}
+        (folder / "cell.json").write_text(json.dumps(spec))
+        (folder / "evaluation.json").write_text(json.dumps({"timesteps": 9, "score": 0.5}))
+        lines = [
+            {"index": i, "prompt": "a b", "completion": text, "tokens": i, "score": 0.5, "stop_reason": "EOS"}
+            | {"reference": "a b", "start": {"completion": "same here", "tokens": 2, "score": 0, "stop_reason": "EOS"}}
+            for i, text in enumerate(texts)
+        ]
+        (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = {"environment": "CopyText-v0", "config": {"agents": ["grpo", "ppo"]}}
+    (out / "compare.json").write_text(json.dumps(plan))
+    return out
+
+
+def test_judge_by_the_command_line_fails_and_goes_on(
+    comparison: Path, server: Server, config: EndpointConfig, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    args = ["judge", str(comparison), "--judge", "endpoint", "--judge-model", "my/judge", "--judge-url", server.url]
+    args += ["--judge-template", str(config.template), "--judge-backoff-seconds", "0.001", "--judge-retries", "1"]
+    args += ["--judge-concurrency", "1"]
+
+    def act(handler: Handler, a: str, b: str, times: int) -> None:
+        if "odd" in (a, b):
+            handler.say("hm") if server.fixed else handler.send(502, "down")
+        else:
+            handler.say(better(a, b))
+
+    server.act, server.fixed = act, False
+    assert cli.main(args) == 2
+    err = capsys.readouterr().err
+    assert f"error: {server.url}/chat/completions: status 502: down (2 tries); 4 of 8 verdicts are kept in " in err
+    assert not list(comparison.glob("judged-*.csv"))
+    server.fixed = True
+    assert cli.main(args) == 0
+    with (comparison / "judged-endpoint-my-judge-start.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    counts = [[row[key] for key in ("run", "wins", "ties", "losses", "no_verdict")] for row in rows]
+    # Against "same here": longer wins, shorter loses, nothing is said of "odd"; ppo's first is the same text, a tie.
+    assert counts == [["grpo-0", "1", "0", "1", "1"], ["ppo-0", "1", "1", "1", "0"]]
+    assert (
+        rows[0]["win_rate"] == "0.5" and rows[0]["length_controlled"] == "" and rows[0]["judge"] == "endpoint my/judge"
+    )
+    # What both agents said is asked about once; "odd" 2 times before (one failed try again) and 3 times in each order.
+    assert server.asked["longer text", "same here"] == 1 and server.asked["odd", "same here"] == 5
+    asked = sum(server.asked.values())
+    assert cli.main(args) == 0 and sum(server.asked.values()) == asked
+    written = [path.read_bytes() for path in comparison.rglob("*") if path.is_file()]
+    assert len(written) == 9 and not any(b"sk-secret" in data for data in written)
