@@ -246,7 +246,7 @@ def fails_once(fail: Callable[[Handler], None]) -> Act:
         lambda handler: handler.send(200, '{"choices": [{"mess'),
         lambda handler: handler.send(200, '{"choices": []}'),
         lambda handler: handler.send(200, "[1]"),
-        lambda handler: time.sleep(0.4),
+        lambda handler: (time.sleep(0.4), handler.say("tie")),
     ],
     ids=["429", "500", "503", "cut", "dropped", "broken", "empty", "list", "slow"],
 )

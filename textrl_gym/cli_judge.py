@@ -169,18 +169,19 @@ def tally_rows(found: Any) -> dict[str, str]:
 
 def interval(estimate: Any) -> str:
     """A number with its 95% interval; a dash where there is none."""
-    return "-" if estimate is None else f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 def print_rows(title: str, rows: dict[str, str]) -> None:
     """A table of two columns."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("measure", title=title, title_justify="left")
     table.add_column("value", justify="right")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     Console().print(table)
 
 
@@ -192,6 +193,7 @@ def judge(args: Sequence[str]) -> int:
     parts = [("folder", place(Path, "what `compare` wrote")), ("flags", flat(JudgeFlags))]
     parsed = parse("judge", judge.__doc__, parts, args)
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from textrl_gym import judging
@@ -204,13 +206,14 @@ def judge(args: Sequence[str]) -> int:
     judged = judging.judge_runs(comparison, judged_by, against, reader)
     file = folder / judging.file_name(judged_by.name, against)
     judging.tidy(judged, judged_by.name, against).to_csv(file, index=False)
-    table = Table("agent", "runs", title=f"judged by {judged_by.name} against {against}", title_justify="left")
-    for heading in ("win rate (95%)", "at equal lengths (95%)", "no verdict"):
-        table.add_column(heading, justify="right")
+    table = Table(title=f"judged by {judged_by.name} against {against}", title_justify="left")
+    for heading in ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "no verdict"):
+        wide = heading not in ("runs", "no verdict")
+        table.add_column(heading, justify="left" if heading == "agent" else "right", no_wrap=wide)
     for group, found in judging.by_agent(judged):
         missing = sum(int((one.outcome_N != one.outcome_N).sum()) for one in judged if one.group is group)
         rates = (interval(found.win_rate), interval(found.length_controlled))
-        table.add_row(group.label, str(len(group.runs)), *rates, str(missing))
+        table.add_row(escape(group.label), str(len(group.runs)), *map(escape, rates), str(missing))
     Console().print(table)
     print(f"saved in {file}")
     return 0
