@@ -235,6 +235,11 @@ def fails_once(fail: Callable[[Handler], None]) -> Act:
     return lambda handler, a, b, times: handler.say(better(a, b)) if times else fail(handler)
 
 
+def too_late(handler: Handler) -> None:
+    time.sleep(0.4)
+    handler.say("tie")
+
+
 @pytest.mark.parametrize(
     "fail",
     [
@@ -246,7 +251,7 @@ def fails_once(fail: Callable[[Handler], None]) -> Act:
         lambda handler: handler.send(200, '{"choices": [{"mess'),
         lambda handler: handler.send(200, '{"choices": []}'),
         lambda handler: handler.send(200, "[1]"),
-        lambda handler: (time.sleep(0.4), handler.say("tie")),
+        too_late,
     ],
     ids=["429", "500", "503", "cut", "dropped", "broken", "empty", "list", "slow"],
 )
