@@ -97,8 +97,9 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("the judge's model must be named, got ''")
-        if not re.match(r"https?://[^/\s]", self.url):
-            raise ValueError(f"the judge's url must begin with http:// or https:// and a host, got {self.url!r}")
+        if not re.fullmatch(r"https?://[^/?#\s@]+(/[^?#\s]*)?", self.url):
+            shown = re.sub(r"//.*@", "//...@", self.url)  # errors name the url, so that no password may be in it
+            raise ValueError(f"the judge's url must be http(s)://HOST/PATH and no more, got {shown!r}")
         for name in ("asks", "concurrency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
