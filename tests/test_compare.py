@@ -168,3 +168,29 @@ def test_killed_and_started_again_it_ends_with_the_same_table(done: Path, tmp_pa
     pd.testing.assert_frame_equal(
         tidy(out).drop(columns="train_seconds"), expected.drop(columns="train_seconds"), check_exact=True
     )
+
+
+def test_a_judge_of_ones_own_judges_every_evaluation(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, agents=("grpo",), seeds=1, set=("grpo.rollout_episodes=16",), judge="length")
+    table = compare(ENV, config, tmp_path / "out", progress_bar=False)
+    assert table["judge"].notna().all() and len(table) > 2  # those of training, too
+    run = tmp_path / "out" / "runs" / "grpo-0"
+    assert json.loads((run / cell.SPEC).read_text())["judge"] == "length"
+    episodes = [json.loads(line) for line in (run / cell.EPISODES).read_text().splitlines()]
+    assert table["judge"].iloc[-1] == pytest.approx(sum(e["judge"] for e in episodes) / 8, abs=1e-6, rel=0)
+    with pytest.raises(ValueError, match=r"holds the run grpo-0 with judge='length', not None"):
+        lay_out(tmp_path / "out", ENV, dataclasses.replace(config, judge=None))
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ("endpoint", r"gives no scores: finish the comparison .* `textrl-gym judge DIR --judge endpoint"),
+        ("gold", "CopyText has no judge of its own"),
+        ("lenght", "unknown reward 'lenght'; allowed: "),
+    ],
+)
+def test_a_wrong_judge_is_told_before_any_run(judge: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(ENV, dataclasses.replace(SMALL, judge=judge), tmp_path / "out", progress_bar=False)
+    assert not (tmp_path / "out").exists()

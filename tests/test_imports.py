@@ -12,7 +12,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "plugins", "statistics", "pairwise", "overoptimisation", "flops"}),
     frozenset({"models", "tokenizer", "packing", "prompts", "kl", "checkpoint", "corpus", "phrases"})
     | frozenset({"annotators", "render", "adapters", "linear", "prefix", "trunk", "decoders", "preferences"}),
-    frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"}),
+    frozenset({"tasks", "rewards", "mdp", "tiny", "settings", "streams", "infos"})
+    | frozenset({"text_metrics", "judges", "endpoint"}),
     frozenset(
         {
             "actions",
@@ -41,8 +42,10 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"envs", "agents"}),
     frozenset({"check", "cell", "compare", "report", "run_settings", "names", "build_assets", "bench"})
     | frozenset({"comparison_data", "comparison_numbers", "comparison_drawing", "comparison_curves"})
-    | frozenset({"comparison_charts", "comparison_credit", "comparison_page", "comparison_figures", "watch"}),
-    frozenset({"cli", "train_command", "compare_command", "__main__"}),
+    | frozenset(
+        {"comparison_charts", "comparison_credit", "comparison_page", "comparison_figures", "watch", "judging"}
+    ),
+    frozenset({"cli", "train_command", "compare_command", "judge_command", "__main__"}),
 )
 STRANGERS = frozenset({"envs", "agents"})  # these two never import each other
 

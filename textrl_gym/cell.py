@@ -52,7 +52,7 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
     from textrl_gym import credit
     from textrl_gym.evaluation import Evaluator
 
-    evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"])
+    evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"], judge=spec.get("judge"))
     metrics, samples = evaluator.run(agent)
     reference = agent.policy.reference
     if reference is not None:  # what the win rate was against, beside each answer
@@ -96,6 +96,7 @@ def trained(folder: Path, spec: dict[str, Any]) -> Any:
         progress_bar=False,
         eval_every=spec["eval_every"],
         save_every=spec["save_every"],
+        judge=spec.get("judge"),  # a comparison of an earlier version names none
     )
     return agent
 

@@ -14,13 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(8, len(os.sched_getaffinity(0))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads above are all there are to share
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses that are not ours
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from textrl_gym.compare_command import compare, report, watch
+from textrl_gym.judge_command import evaluate, judge, print_rows
 from textrl_gym.names import find_env, text_envs
 from textrl_gym.run_settings import flag, flat, parse, place, unknown
 from textrl_gym.train_command import train
@@ -115,49 +115,6 @@ def check(args: Sequence[str]) -> int:
     return 0 if all(line.ok for line in lines) else 1
 
 
-def evaluate(args: Sequence[str]) -> int:
-    """Evaluate a saved agent on held-out prompts."""
-    parts = [
-        ("folder", place(Path, "what training saved")),
-        ("env", flag(str | None, "another environment id; None: the agent's own, with its settings"), None),
-        ("episodes", flag(int, "prompts, one completion of each"), 256),
-        ("seed", flag(int, "of prompts and sampling"), 0),
-        ("split", flag(Literal["train", "validation", "test"], "of the prompts"), "validation"),
-        ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
-        ("json", flag(Path | None, "also write the numbers to this file"), None),
-    ]
-    parsed = parse("evaluate", evaluate.__doc__, parts, args)
-    import gymnasium
-
-    from textrl_gym import checkpoint
-    from textrl_gym import evaluation as home
-    from textrl_gym.report import METRICS
-
-    checkpoint.read_state(parsed.folder)
-    env = None
-    if parsed.env is not None:
-        env = gymnasium.make(find_env(parsed.env), tokenizer=str(parsed.folder / "model"))
-    agent = home.load_agent(parsed.folder, env, device=parsed.device)
-    metrics = home.evaluate(agent, None, parsed.episodes, parsed.seed, parsed.split)
-    rows = {METRICS[name][0]: f"{metrics[name]:.{METRICS[name][1]}f}" for name in METRICS if name in metrics}
-    print_rows(f"{parsed.folder}: {parsed.episodes} prompts of {parsed.split}, seed {parsed.seed}", rows)
-    if parsed.json is not None:
-        parsed.json.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-def print_rows(title: str, rows: dict[str, str]) -> None:
-    """A table of two columns."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("measure", title=title, title_justify="left")
-    table.add_column("value", justify="right")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
-
-
 def sft(args: Sequence[str]) -> int:
     """Fine-tune a language model on a task's prompts and completions."""
     from textrl_gym import sft as home
@@ -216,6 +173,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "compare": compare,
     "report": report,
+    "judge": judge,
     "watch": watch,
     "sft": sft,
     "reward-model": reward_model,

@@ -42,6 +42,9 @@ class CompareConfig:
     """Settings as agent.setting=value, the value in JSON or plain: ppo.learning_rate=1e-4."""
     model: str | None = None
     """The start of all: a Hub id or a folder; None: the task's own."""
+    judge: str | None = None
+    """Who judges: gold (the task's own), or a reward (its name, module:function, a folder with a reward model); None:
+    the task's own, where it has one. A language model judges finished runs: textrl-gym judge."""
     eval_episodes: int = 256
     """Held-out prompts of the last evaluation."""
     eval_seed: int = 0
@@ -102,10 +105,8 @@ def settings_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
 
 def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
     """Name of each run -> what textrl_gym.cell needs to know."""
-    shared = {
-        name: getattr(config, name)
-        for name in ("total_timesteps", "model", "eval_episodes", "eval_seed", "eval_every", "save_every", "device")
-    }
+    names = ("total_timesteps", "model", "judge", "eval_episodes", "eval_seed", "eval_every", "save_every", "device")
+    shared = {name: getattr(config, name) for name in names}
     found = {}
     for agent, settings in settings_of(config).items():
         saved = Path(agent).is_dir()
@@ -303,11 +304,15 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
         the tidy table, a pandas DataFrame; see `tidy`. Runs that failed are not in it, and named in a warning.
 
     Raises:
-        ValueError: an unknown agent or environment, a wrong setting, a folder with another comparison.
+        ValueError: an unknown agent, environment or judge, a wrong setting, a folder with another comparison.
     """
     import gymnasium
 
-    gymnasium.spec(environment)
+    from textrl_gym.judges import load_scorer
+
+    task = gymnasium.spec(environment).kwargs["task"]
+    if config.judge is not None:
+        load_scorer(config.judge, task=plugins.load_task(task))  # a wrong name is told before any run begins
     out = Path(out)
     folders = lay_out(out, environment, config)
     gpus = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textrl_gym import checkpoint, plugins
-from textrl_gym.core import Rollout, StopReason
+from textrl_gym import checkpoint, functional, plugins
+from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.env import TextVectorEnv
-from textrl_gym.policy import Policy
-from textrl_gym.rewards import load_reward
-from textrl_gym.rollout import collect, vector_env
+from textrl_gym.judges import Answer, load_scorer, reward_of
+from textrl_gym.policy import CHUNK_NUMBERS, Policy
+from textrl_gym.rollout import MICRO_BATCH_TOKENS, collect, micro_batches, vector_env
+from textrl_gym.statistics import outcomes
+from textrl_gym.text_metrics import text_metrics
 
 ROWS = 64
 
@@ -28,9 +32,18 @@ class Evaluator:
         episodes: how many prompts, one completion of each.
         seed: of the prompts and of sampling.
         split: of the dataset.
+        judge: a reward that judges, or "gold", the task's own; None: the task's own on its embedded prompts, and
+            else the reward that is trained on.
     """
 
-    def __init__(self, env: Any, episodes: int = 256, seed: int = 0, split: str = "validation") -> None:
+    def __init__(
+        self,
+        env: Any,
+        episodes: int = 256,
+        seed: int = 0,
+        split: str = "validation",
+        judge: RewardSpec | None = None,
+    ) -> None:
         if episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {episodes}")
         self.mdp: TextVectorEnv = vector_env(env).remake(
@@ -40,10 +53,13 @@ class Evaluator:
         rng = np.random.default_rng(seed)
         size = len(self.mdp.source)
         self.indices = rng.choice(size, episodes, replace=episodes > size)
-        embedded = self.mdp.settings["dataset"] is None  # a judge may need columns that other datasets lack
-        judge = self.mdp.task.judge if embedded else None
-        self.judge = None if judge is None else load_reward(judge, task=self.mdp.task, tokenizer=self.mdp.tokenizer)
+        mdp = self.mdp
+        if judge is None and mdp.settings["dataset"] is None:  # a task's judge may need columns that others lack
+            judge = mdp.task.judge
+        given = {"task": mdp.task, "device": mdp.device, "tokenizer": mdp.tokenizer}
+        self.judge = None if judge is None else load_scorer(judge, **given)
         self._start: tuple[Policy, list[Rollout], Tensor] | None = None
+        self._human: Tensor | None = None
 
     def play(self, player: Any, greedy: bool = False) -> list[Rollout]:
         """Rollouts of every prompt, in order, by a Policy or by an Agent's own `play`."""
@@ -61,20 +77,47 @@ class Evaluator:
         return rollouts
 
     def judged(self, rollouts: list[Rollout]) -> Tensor:
-        """The judge's score of every completion (the training reward's, where the task has no judge). [episodes]"""
+        """The judge's score of every completion (the training reward's, where there is no judge). [episodes]"""
+        if self.judge is None:
+            return torch.cat([rollout.score_B.cpu() for rollout in rollouts])
         scores = []
-        for number, rollout in enumerate(rollouts):
-            if self.judge is None:
-                scores.append(rollout.score_B.cpu())
-                continue
-            first = number * self.mdp.num_envs
-            rows = [self.mdp.source[int(i)] for i in self.indices[first : first + len(rollout)]]
-            prompt_ids = [
-                ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)
-            ]
+        for rows, prompt_ids, rollout in self._batches(rollouts):
             completion_ids = [ids[mask].tolist() for ids, mask in zip(rollout.token_BT, rollout.mask_BT, strict=True)]
             scores.append(self.mdp.score(rows, prompt_ids, completion_ids, self.judge)[0].cpu())
         return torch.cat(scores)
+
+    def human(self, rollouts: list[Rollout]) -> Tensor:
+        """The same scores of the rows' reference texts, computed once; nan where there is none to score. [episodes]
+
+        A text that does not fit behind its prompt into the environment's places is none: no reward need take it.
+        """
+        if self._human is None:
+            reward, scores = self.judge or self.mdp.reward_model, []
+            for rows, prompt_ids, _ in self._batches(rollouts):
+                score_B = torch.full((len(rows),), math.nan)
+                texts = [self._reference(row, ids) for row, ids in zip(rows, prompt_ids, strict=True)]
+                there = [b for b, text in enumerate(texts) if text is not None]
+                if there:
+                    columns = [{**rows[b], "prompt_ids": prompt_ids[b]} for b in there]
+                    score_B[there] = reward_of(reward, columns, [text for text in texts if text is not None])
+                scores.append(score_B)
+            self._human = torch.cat(scores)
+        return self._human
+
+    def _reference(self, row: Row, prompt_ids: list[int]) -> Answer | None:
+        text, places = row.get("completion"), self.mdp.max_prompt_tokens + self.mdp.max_new_tokens
+        if not text:
+            return None
+        ids = (*self.mdp.tokenizer(text, add_special_tokens=False)["input_ids"], self.mdp.eos_id)
+        return Answer(text, ids) if len(prompt_ids) + len(ids) <= places else None
+
+    def _batches(self, rollouts: list[Rollout]) -> Iterator[tuple[list[Row], list[list[int]], Rollout]]:
+        """Each rollout with its prompts' rows and tokens."""
+        for number, rollout in enumerate(rollouts):
+            first = number * self.mdp.num_envs
+            rows = [self.mdp.source[int(i)] for i in self.indices[first : first + len(rollout)]]
+            masks = zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)
+            yield rows, [ids[mask].tolist() for ids, mask in masks], rollout
 
     def run(self, player: Any, greedy: bool = True) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics of a Policy or an Agent, and its completions with their scores.
@@ -82,29 +125,34 @@ class Evaluator:
         Returns:
             metrics: score (mean raw reward), judge (mean judge score, where the task has a judge), win_rate (share of
                 prompts on which the judge prefers the policy's completion to the reference's, ties counting half),
-                kl_sequence (nats, k1 summed over each sequence), kl_token, completion_tokens, eos_share, forward_passes
-                (states that a model was asked about, for each token of the completions; 1 is plain sampling), and what
-                an agent's own extra_metrics adds; with `greedy` also score_greedy and judge_greedy, of the most likely
-                tokens.
+                win_rate_human (the same against the row's reference text, over the rows that have one), kl_sequence
+                (nats, k1 summed over each sequence), kl_token, entropy_token (nats; see `entropy`), completion_tokens,
+                eos_share, forward_passes (states that a model was asked about, for each token of the completions; 1 is
+                plain sampling), those of textrl_gym.text_metrics, and what an agent's own extra_metrics adds; with
+                `greedy` also score_greedy and judge_greedy, of the most likely tokens.
             samples: a dict for each prompt.
         """
-        reference = player.reference if isinstance(player, Policy) else player.policy.reference
+        policy = player if isinstance(player, Policy) else player.policy
         rollouts = self.play(player)
         judged = self.judged(rollouts)
-        metrics = _means(rollouts)
+        samples = self._samples(rollouts, judged)
+        metrics = _means(rollouts) | {"entropy_token": entropy(policy, rollouts)}
+        metrics |= text_metrics([s["completion"] for s in samples], [s["reference"] for s in samples])
         if not isinstance(player, Policy):
             metrics |= player.extra_metrics(rollouts)
         if self.judge is not None:
             metrics["judge"] = float(judged.mean())
-        if reference is not None:
-            _, start = self._played_start(reference)
-            metrics["win_rate"] = float(((judged > start) + 0.5 * (judged == start)).mean())
+        if policy.reference is not None:
+            metrics["win_rate"] = float(outcomes(judged, self._played_start(policy.reference)[1]).mean())
+        human = self.human(rollouts)
+        if bool((there := ~human.isnan()).any()):
+            metrics["win_rate_human"] = float(outcomes(judged[there], human[there]).mean())
         if greedy:
             argmax = self.play(player, greedy=True)
             metrics["score_greedy"] = float(torch.cat([r.score_B for r in argmax]).mean())
             if self.judge is not None:
                 metrics["judge_greedy"] = float(self.judged(argmax).mean())
-        return metrics, self._samples(rollouts, judged)
+        return metrics, samples
 
     def start(self, reference: Policy) -> list[dict[str, Any]]:
         """What the reference answered to each prompt, which the win rate is against: samples as those of `run`."""
@@ -130,6 +178,25 @@ class Evaluator:
                     sample["judge"] = float(judged[len(samples)])
                 samples.append(sample)
         return samples
+
+
+@torch.no_grad()
+def entropy(policy: Policy, rollouts: list[Rollout]) -> float:
+    """Mean entropy, in nats, of the distributions that a policy gives where the tokens of rollouts stand.
+
+    That is what was sampled from, at the temperature of training, unless an agent's play samples from something else:
+    best_of_n picks among whole samples, value_guided and mcts search. There it is the policy's, at the places where
+    they went.
+    """
+    total, size = 0.0, max(1, CHUNK_NUMBERS // policy.vocab_size)
+    for rollout in rollouts:
+        for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
+            part = rollout.select(rows)
+            # Not Policy.response: that asks a critic too, which may have a trunk of its own.
+            flat = policy.hidden(part)[part.mask_BT].split(size), part.token_BT[part.mask_BT].split(size)
+            for hidden_nD, token_n in zip(*flat, strict=True):
+                total += float(functional.entropy(policy.logits(hidden_nD, token_n)).sum())
+    return total / max(sum(rollout.num_tokens for rollout in rollouts), 1)
 
 
 def _means(rollouts: list[Rollout]) -> dict[str, float]:

@@ -34,6 +34,9 @@ class TrainOptions:
     """Updates between two evaluations on the validation split; 0 for none but the first and the last."""
     eval_episodes: int = 64
     """Held-out prompts of an evaluation during training."""
+    judge: str | None = None
+    """Who judges the evaluations: gold (the task's own), or a reward (its name, module:function, a folder with a reward
+    model); None: the task's own, where it has one."""
     show_samples: int = 2
     """Sample completions printed at each evaluation; all of them are in samples.jsonl."""
     save_every: int = 0
@@ -121,7 +124,7 @@ class _Run:
             folder = agent.out / tb_log_name if tb_log_name else agent.out
             agent.set_logger(_logger(folder))
         self.callback = _callback(callback)
-        self.evaluator = Evaluator(agent.env, options.eval_episodes)
+        self.evaluator = Evaluator(agent.env, options.eval_episodes, judge=options.judge)
         self.before_rollout: Any = None
         self.seconds = agent.seconds  # kept by the agent, so that a resumed run goes on counting
         self.bar = Progress(

@@ -1,0 +1,408 @@
+"""Judges: rewards that compare, noise, and what a comparison's answers are judged to be."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import textrl_gym
+from textrl_gym import cli, judging, pairwise
+from textrl_gym.agents import GRPO
+from textrl_gym.core import Row
+from textrl_gym.env import TextVectorEnv
+from textrl_gym.envs.copy_text import CopyText
+from textrl_gym.evaluation import Evaluator, entropy
+from textrl_gym.judges import Answer, Noisy, Pointwise, load_judge, load_scorer
+from textrl_gym.policy import Policy
+from textrl_gym.statistics import Array
+from textrl_gym.tasks import Task
+
+
+def longer(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A judge that likes words."""
+    return [float(len(text.split())) for text in completions]
+
+
+def rows_of(*prompts: str) -> list[Row]:
+    return [{"prompt": prompt, "completion": f"what {prompt} wants"} for prompt in prompts]
+
+
+def texts(*some: str) -> list[Answer]:
+    return [Answer(text) for text in some]
+
+
+# -- pointwise judges -------------------------------------------------------------------------------------------------
+
+
+def test_the_higher_score_wins() -> None:
+    judge = load_judge(longer)
+    found = judge.prefer(rows_of("p", "q", "r"), texts("a b", "a", "a b"), texts("a", "b", "a b c"))
+    assert judge.name == "longer" and found.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_judge_gets_columns_and_tokens_and_scores_nothing_twice() -> None:
+    seen: list[tuple[str, str, str, list[int]]] = []
+
+    def judge(
+        prompts: list[str], completions: list[str], completion: list[str], completion_ids: list[list[int]], **more: Any
+    ) -> list[float]:
+        assert set(more) == {"prompt_ids"}
+        seen.extend(zip(prompts, completions, completion, completion_ids, strict=True))
+        return [float(len(text)) for text in completions]
+
+    rows = [{**row, "prompt_ids": [1, 2]} for row in rows_of("p", "q")]
+    pointwise = load_judge(judge)
+    a, b = [Answer("xx", (5, 0)), Answer("y", (6,))], [Answer("z", (7, 0)), Answer("y", (6,))]
+    assert pointwise.prefer(rows, a, b).tolist() == [1.0, 0.5]
+    wants = {"p": "what p wants", "q": "what q wants"}
+    assert seen == [("p", "xx", wants["p"], [5, 0]), ("q", "y", wants["q"], [6]), ("p", "z", wants["p"], [7, 0])]
+    assert pointwise.prefer(rows, b, a).tolist() == [0.0, 0.5]
+    assert len(seen) == 3
+    # The same text for another prompt, or cut off where it had ended, is another answer.
+    pointwise.prefer(rows[:1], [Answer("y", (6,))], [Answer("xx", (5,))])
+    assert [(prompt, ids) for prompt, _, _, ids in seen[3:]] == [("p", [6]), ("p", [5])]
+
+
+def test_names_of_judges() -> None:
+    class Gold(Task):
+        judge = "length"
+
+    assert load_judge("gold", task=Gold()).name == "gold"
+    assert isinstance(load_judge("length"), Pointwise)
+    custom = Noisy(load_judge(longer), 0.1)
+    assert load_judge(custom) is custom
+    for spec, task, words in (
+        ("gold", Task(), "judge 'gold': Task has no judge of its own; name a reward"),
+        ("gold", None, "judge 'gold': no task is known"),
+        ("lenght", None, r"judge \(gold, or a reward\): unknown reward 'lenght'; allowed: exact_match, "),
+        ("endpoint", None, "textrl-gym judge DIR --judge endpoint"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_scorer(spec, task=task)
+
+
+# -- noise ------------------------------------------------------------------------------------------------------------
+
+
+class Always:
+    """Prefers the first answer, but for ties and silence on demand."""
+
+    name = "always"
+
+    def prefer(self, rows: Any, a: Any, b: Any) -> Array:
+        special = {"tie": 0.5, "silent": math.nan}
+        return np.array([special.get(row["prompt"].split()[0], 1.0) for row in rows])
+
+
+def test_noise_turns_a_share_of_the_verdicts_round() -> None:
+    n = 4000
+    rows, a, b = rows_of(*(f"p{i}" for i in range(n))), texts(*(["x"] * n)), texts(*(["y"] * n))
+    noisy = Noisy(Always(), 0.25, seed=1)
+    found = noisy.prefer(rows, a, b)
+    # The standard error is sqrt(0.25 * 0.75 / 4000) = 0.007.
+    assert set(found.tolist()) == {0.0, 1.0} and abs((found == 0).mean() - 0.25) < 0.03
+    assert noisy.name == "always, noise 0.25"
+    assert (found == Noisy(Always(), 0.25, seed=1).prefer(rows, a, b)).all()
+    assert (found != Noisy(Always(), 0.25, seed=2).prefer(rows, a, b)).any()
+    # The same pairs err, whichever answer comes first and whatever else is judged.
+    assert (noisy.prefer(rows, b, a) == found).all()
+    assert (noisy.prefer(rows[100:200], a[:100], b[:100]) == found[100:200]).all()
+
+
+def test_noise_leaves_ties_and_silence() -> None:
+    rows = rows_of(*(f"{kind} {i}" for kind in ("tie", "silent") for i in range(20)))
+    found = Noisy(Always(), 0.5).prefer(rows, texts(*["x"] * 40), texts(*["y"] * 40))
+    assert (found[:20] == 0.5).all() and np.isnan(found[20:]).all()
+    for wrong in (-0.1, 0.6, math.nan):
+        with pytest.raises(ValueError, match=f"between 0 and 0.5 .a coin., got {wrong}"):
+            Noisy(Always(), wrong)
+
+
+# -- counting ---------------------------------------------------------------------------------------------------------
+
+
+def test_tally_by_hand() -> None:
+    outcome_N = np.array([1, 1, 0.5, 0, math.nan, 1])
+    longer_N = np.array([3, 1, 0, -2, 50, 1.0])
+    found = judging.tally(outcome_N, longer_N)
+    assert (found.wins, found.ties, found.losses, found.no_verdict) == (3, 1, 1, 1)
+    judged = [1, 1, 0.5, 0, 1]  # what has no verdict is in no rate: 3.5 of 5
+    assert found.win_rate == pairwise.win_rate(judged) and found.win_rate is not None
+    assert found.win_rate.value == pytest.approx(0.7, abs=1e-12, rel=0)
+    assert found.length_controlled == pairwise.length_controlled_win_rate(judged, [3, 1, 0, -2, 1]).win_rate
+    assert set(found.numbers()) >= {"win_rate_low", "length_controlled_high", "no_verdict"}
+
+
+def test_tally_of_little() -> None:
+    nothing = judging.tally(np.array([math.nan]), np.array([1.0]))
+    assert (nothing.win_rate, nothing.length_controlled) == (None, None)
+    assert nothing.numbers() == {"wins": 0, "ties": 0, "losses": 0, "no_verdict": 1}
+    alike = judging.tally(np.ones(4), np.full(4, 2.0))  # what length does cannot be told
+    assert alike.win_rate is not None and alike.length_controlled is None
+
+
+# -- the evaluator ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def agent() -> GRPO:
+    return GRPO("CopyText-v0", rollout_episodes=16, group_size=4, device="cpu", seed=0)
+
+
+def test_entropy_is_that_of_what_was_sampled_from(agent: GRPO) -> None:
+    evaluator = Evaluator(agent.env, 20)
+    rollouts = evaluator.play(agent)
+    total, places = 0.0, 0
+    for rollout in rollouts:
+        for b in range(len(rollout)):  # a row at a time, by the model's own forward
+            prompt = rollout.prompt_BP[b][rollout.prompt_mask_BP[b]]
+            tokens = rollout.token_BT[b][rollout.mask_BT[b]]
+            ids = torch.cat([prompt, tokens])[None]
+            with torch.no_grad():
+                logits_TV = agent.policy.model(ids).logits[0, len(prompt) - 1 : -1, :5]
+            logp_TV = logits_TV.log_softmax(-1)
+            total -= float((logp_TV.exp() * logp_TV).sum())
+            places += len(tokens)
+    assert entropy(agent.policy, rollouts) == pytest.approx(total / places, abs=1e-5, rel=0)
+    assert evaluator.run(agent)[0]["entropy_token"] == pytest.approx(total / places, abs=1e-5, rel=0)
+    uniform = textrl_gym.evaluate(_random(), episodes=8)["entropy_token"]
+    assert uniform == pytest.approx(math.log(5), abs=1e-6, rel=0)  # of 5 tokens, each alike
+
+
+def _random() -> Any:
+    from textrl_gym.agents import Random
+
+    return Random("CopyText-v0", device="cpu", rollout_episodes=8)
+
+
+def test_win_rate_against_the_reference_texts(agent: GRPO) -> None:
+    evaluator = Evaluator(agent.env, 20, judge=longer)
+    metrics, samples = evaluator.run(agent)
+    # The reference text is the prompt: two words.
+    words = np.array([len(s["completion"].split()) for s in samples])
+    assert metrics["win_rate_human"] == pytest.approx(((words > 2) + 0.5 * (words == 2)).mean(), abs=1e-12, rel=0)
+    assert [s["judge"] for s in samples] == words.tolist()
+    # By the task's own reward, which knows of ends, a reference text is worth 1.
+    own = Evaluator(agent.env, 20)
+    own.run(agent)
+    assert own.human([]).tolist() == [1.0] * 20
+    assert {"rouge_l", "distinct_1"} <= set(own.run(agent)[0])
+
+
+def test_reference_texts_are_scored_once(agent: GRPO) -> None:
+    calls = []
+
+    def judge(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(prompts))
+        return [0.0] * len(prompts)
+
+    evaluator = Evaluator(agent.env, 16, judge=judge)
+    evaluator.run(agent, greedy=False)
+    assert calls == [16, 16, 16]  # the answers, the start's, the reference texts
+    assert evaluator.run(agent, greedy=False)[0]["win_rate_human"] == 0.5
+    assert calls == [16] * 4
+
+
+def test_rows_without_a_reference_text_or_with_too_long_a_one_are_left_out() -> None:
+    known = GRPO("KnownOptimum-v0", rollout_episodes=4, group_size=2, device="cpu")
+    metrics, _ = Evaluator(known.env, 4, judge=longer).run(known)
+    assert "win_rate_human" not in metrics and "rouge_l" not in metrics
+
+    class Few(CopyText):
+        def rows(self, split: str, dataset: str | None = None) -> list[Row]:
+            # Places are 2 + 3: two symbols, two more and EOS fit, three more and EOS do not.
+            return [{"prompt": "a b", "completion": text} for text in ("a b", "a b c", None, "")]
+
+    env = TextVectorEnv(num_envs=4, task=Few(), array="torch", device="cpu")
+    evaluator = Evaluator(env, 4, judge=longer)
+    evaluator.run(Policy(Few().load_model(), vocab_size=5), greedy=False)
+    by_text = {
+        evaluator.mdp.source[i]["completion"]: score
+        for i, score in zip(evaluator.indices, evaluator.human([]).tolist(), strict=True)
+    }
+    assert by_text["a b"] == 2.0 and all(math.isnan(by_text[text]) for text in ("a b c", None, ""))
+
+
+# -- a comparison's folder --------------------------------------------------------------------------------------------
+
+ANSWERS = {
+    "grpo-0": ["a b", "a b", "a", "a b c"],
+    "grpo-1": ["a b", "a", "a", "a b c"],
+    "ppo-0": ["a", "a", "a b", "a b"],
+}
+"""By words, against the start's "a b": grpo-0 tie tie loss win, grpo-1 tie loss loss win, ppo-0 loss loss tie tie."""
+PROMPTS = ["a a", "a b", "b a", "c d"]
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    """A finished comparison on CopyText-v0, with answers written by hand; the references are the prompts."""
+    config = {"agents": ["grpo", "ppo"], "seeds": 2, "total_timesteps": 9, "kl_coef": [], "set": [], "eval_episodes": 4}
+    (tmp_path / "compare.json").write_text(json.dumps({"environment": "CopyText-v0", "config": config}))
+    for name, answers in ANSWERS.items():
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        agent, _, seed = name.partition("-")
+        spec = {"environment": "CopyText-v0", "agent": agent, "seed": int(seed), "kl_coef": None, "total_timesteps": 9}
+        (folder / "cell.json").write_text(json.dumps(spec))
+        (folder / "evaluation.json").write_text(json.dumps({"timesteps": 9, "score": 0.5}))
+        lines = [
+            {"index": i, "prompt": prompt, "completion": text, "tokens": len(text.split()) + 1, "score": 0.5}
+            | {"stop_reason": "EOS", "reference": prompt}
+            | {"start": {"completion": "a b", "tokens": 3, "score": 0.1, "stop_reason": "BUDGET"}}
+            for i, (prompt, text) in enumerate(zip(PROMPTS, answers, strict=True))
+        ]
+        (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def judged_rows(folder: Path, name: str) -> dict[str, dict[str, str]]:
+    with (folder / name).open(newline="") as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+LENGTH = "textrl_gym_test_judge:longer"
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "textrl_gym_test_judge.py").write_text(
+        "def longer(prompts, completions, **columns):\n    return [len(text.split()) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("module")
+def test_judge_against_the_start(comparison: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["judge", str(comparison), "--judge", LENGTH]) == 0
+    rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-start.csv")
+    counts = {run: [int(row[key]) for key in ("wins", "ties", "losses", "no_verdict")] for run, row in rows.items()}
+    assert counts == {"grpo-0": [1, 2, 1, 0], "grpo-1": [1, 1, 2, 0], "ppo-0": [0, 2, 2, 0]}
+    assert [float(rows[run]["win_rate"]) for run in ANSWERS] == [0.5, 0.375, 0.25]
+    rate = pairwise.win_rate([0.5, 0, 0, 1])
+    row = rows["grpo-1"]
+    assert (float(row["win_rate_low"]), float(row["win_rate_high"])) == (rate.low, rate.high)
+    assert (row["agent"], row["seed"], row["judge"], row["against"]) == ("grpo", "1", LENGTH, "start")
+    fair = pairwise.length_controlled_win_rate([0.5, 0, 0, 1], [0, -1, -1, 1]).win_rate
+    assert float(row["length_controlled"]) == fair.value
+    # The table has a line for an agent: the mean over seeds of each prompt, 0.5, 0.25, 0, 1.
+    shown = pairwise.win_rate([0.5, 0.25, 0, 1])
+    assert f"{shown.value:.3f} [{shown.low:.3f}, {shown.high:.3f}]" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("module")
+def test_judge_against_reference_texts_and_agents(comparison: Path) -> None:
+    assert cli.main(["judge", str(comparison), "--judge", LENGTH, "--against", "human"]) == 0
+    rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-human.csv")
+    assert float(rows["grpo-0"]["win_rate"]) == 0.5 and float(rows["ppo-0"]["win_rate"]) == 0.25
+    assert cli.main(["judge", str(comparison), "--judge", LENGTH, "--against", "grpo"]) == 0
+    rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-grpo.csv")
+    assert list(rows) == ["ppo-0"]  # against grpo's run of its seed: loss loss win loss
+    assert [rows["ppo-0"][key] for key in ("wins", "ties", "losses")] == ["1", "0", "3"]
+    assert cli.main(["judge", str(comparison), "--judge", LENGTH, "--against", "ppo"]) == 0
+    rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-ppo.csv")
+    assert [float(row["win_rate"]) for row in rows.values()] == [0.75, 0.625]  # grpo-1 against ppo's only run
+
+
+def test_judge_by_a_reward_that_reads_tokens(comparison: Path) -> None:
+    # CopyText's own reward wants EOS: "a b" is right for the second prompt, and ended; the start's was cut off, so that
+    # it is worth 1/2 there, 1/4 where one symbol is right, as for "a a" and none for "b a" and "c d".
+    judge = ["--judge", "textrl_gym.envs.copy_text:copied"]
+    assert cli.main(["judge", str(comparison), *judge]) == 0
+    row = judged_rows(comparison, "judged-textrl_gym.envs.copy_text-copied-start.csv")["grpo-0"]
+    # "a b" for "a a": 1/2 + 1/4 against 1/4; for "a b": 1 against 1/2; "a" for "b a": 0 against 0; "a b c": 0 and 0.
+    assert [row[key] for key in ("wins", "ties", "losses")] == ["2", "2", "0"]
+
+
+@pytest.mark.usefixtures("module")
+def test_judge_with_noise(comparison: Path) -> None:
+    noise = ["--judge-noise", "0.5", "--judge-seed", "3"]
+    assert cli.main(["judge", str(comparison), "--judge", LENGTH, *noise]) == 0
+    rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-noise-0.5-start.csv")
+    assert rows["ppo-0"]["ties"] == "2" and rows["ppo-0"]["judge"] == f"{LENGTH}, noise 0.5"
+    decided = [int(row["wins"]) + int(row["losses"]) for row in rows.values()]
+    assert decided == [2, 3, 2] and rows["ppo-0"]["losses"] != "2"
+
+
+def one_error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    assert cli.main([str(arg) for arg in args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_wrong_words_for_judge(comparison: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    by_length = ("judge", comparison, "--judge", "length")
+    line = one_error(capsys, *by_length, "--against", "gpro")
+    assert "unknown opponent 'gpro' (did you mean 'grpo'?); allowed: grpo, human, ppo, start" in line
+    assert "CopyText has no judge of its own" in one_error(capsys, "judge", comparison)
+    assert "holds no comparison" in one_error(capsys, "judge", tmp_path / "nowhere")
+    assert "--judge endpoint needs --judge-model" in one_error(capsys, "judge", comparison, "--judge", "endpoint")
+    assert "between 0 and 0.5" in one_error(capsys, *by_length, "--judge-noise", "0.7")
+    file = comparison / "runs" / "ppo-0" / "episodes.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**line, "prompt": "b b"}) + "\n" for line in lines))
+    assert "answered different prompts" in one_error(capsys, *by_length, "--against", "grpo")
+    file.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "start"}) + "\n" for line in lines))
+    assert "the run ppo-0 has not kept the start's answers" in one_error(capsys, *by_length)
+
+
+def test_a_comparison_of_a_task_that_is_not_registered_is_judged_by_its_texts(comparison: Path) -> None:
+    plan = json.loads((comparison / "compare.json").read_text()) | {"environment": "Elsewhere-v0"}
+    (comparison / "compare.json").write_text(json.dumps(plan))
+    assert cli.main(["judge", str(comparison), "--judge", "exact_match", "--against", "start"]) == 0
+    # exact_match reads the reference: grpo-0 is right about the second prompt only, and so is the start.
+    row = judged_rows(comparison, "judged-exact_match-start.csv")["grpo-0"]
+    assert (row["wins"], row["ties"], row["losses"]) == ("0", "4", "0")
+
+
+def test_every_setting_of_an_endpoint_has_a_flag() -> None:
+    from textrl_gym.endpoint import EndpointConfig
+    from textrl_gym.judge_command import JudgeFlags
+
+    flags = {field.name: field.default for field in dataclasses.fields(JudgeFlags)}
+    for field in dataclasses.fields(EndpointConfig):
+        default = flags[f"judge_{field.name}"]
+        assert field.name in ("model", "cache") or default == field.default, field.name
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(agent: GRPO, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "agent"
+    agent.save(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("module")
+def test_evaluate_with_a_judge(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "numbers.json"
+    common = ["evaluate", str(saved), "--episodes", "16", "--device", "cpu", "--json", str(file)]
+    own = ["--judge", "textrl_gym.envs.copy_text:copied"]
+    assert cli.main([*common, *own, "--against", "human"]) == 0
+    assert "judged by textrl_gym.envs.copy_text:copied against human" in " ".join(capsys.readouterr().out.split())
+    numbers = json.loads(file.read_text())
+    judged = numbers["judged"]
+    assert judged["win_rate"] == numbers["win_rate_human"]  # the judge is the reward that was trained on
+    assert judged["wins"] + judged["ties"] + judged["losses"] == 16
+    assert judged["win_rate_low"] <= judged["win_rate"] < judged["win_rate_high"]
+    for against in ("start", str(saved)):  # the policy is its own start
+        assert cli.main([*common, *own, "--against", against]) == 0
+        judged = json.loads(file.read_text())["judged"]
+        assert (judged["ties"], judged["win_rate"], judged["against"]) == (16, 0.5, against)
+    assert cli.main(common) == 0
+    assert "judged" not in json.loads(file.read_text())
+    capsys.readouterr()
+    assert "CopyText has no judge of its own" in one_error(capsys, *common, "--against", "start")
+    line = one_error(capsys, *common, "--judge", LENGTH, "--against", "nobody")
+    assert "--against must be start, human or the folder of a saved agent, got 'nobody'" in line

@@ -1,0 +1,230 @@
+"""The commands `evaluate` and `judge`, and the flags of a judge that they share."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from textrl_gym.names import find_env, text_envs
+from textrl_gym.run_settings import flag, flat, parse, place
+
+CACHE = "judge-cache.sqlite"
+"""The file of an endpoint's verdicts, in the folder that is judged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeFlags:
+    """Who judges, and against whom."""
+
+    judge: str | None = None
+    """gold (the task's own), a reward (its name, module:function, a folder with a reward model), or endpoint, which is
+    a language model; None: gold."""
+    against: str | None = None
+    """start (the model from which training began), human (the reference texts), or another agent: for `evaluate` the
+    folder that it was saved to, for `judge` its name in the comparison. None: start."""
+    judge_noise: float = 0.0
+    """Share of the pairs whose verdict is turned round, as people differ: 0.25 in AlpacaFarm."""
+    judge_seed: int = 0
+    """Decides which pairs these are."""
+    judge_model: str = ""
+    """The endpoint's model."""
+    judge_url: str = "https://api.openai.com/v1"
+    """The OpenAI-compatible endpoint, to which /chat/completions is added."""
+    judge_template: Path | None = None
+    """A file with the question, which holds {prompt}, {answer_a} and {answer_b}; None: our own."""
+    judge_key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the endpoint's key."""
+    judge_max_answer_tokens: int = 16
+    """Sent as max_tokens; 0: not sent, for models that refuse it or that think before they answer."""
+    judge_timeout_seconds: float = 60.0
+    """Without a byte from the endpoint, after which a request has failed."""
+    judge_retries: int = 6
+    """Tries after the first where a request has failed."""
+    judge_backoff_seconds: float = 1.0
+    """Wait before the first of these, doubled for each further one; a Retry-After that is longer is kept to."""
+    judge_max_wait_seconds: float = 120.0
+    """The longest wait. An endpoint that wants a longer one is given up."""
+    judge_asks: int = 3
+    """Times that a question is asked before a reply that is none of A, B and tie counts as no verdict."""
+    judge_concurrency: int = 4
+    """Requests at a time."""
+    judge_cache: Path | None = None
+    """The file of the endpoint's verdicts, from which it is never asked again; None: judge-cache.sqlite in the folder
+    that is judged."""
+
+    def make(self, folder: Path, task: Any, device: Any = "cpu", tokenizer: Any = None) -> Any:
+        """The judge that the flags name."""
+        from textrl_gym import judges
+
+        if importlib.util.find_spec("scipy") is None:
+            raise ImportError("win rates with intervals need the package scipy: pip install textrl-gym[judge]")
+        if self.judge == judges.ENDPOINT:
+            judge: Any = self._endpoint(folder)
+        else:
+            judge = judges.load_judge(self.judge or judges.GOLD, task=task, device=device, tokenizer=tokenizer)
+        return judges.Noisy(judge, self.judge_noise, self.judge_seed) if self.judge_noise else judge
+
+    def _endpoint(self, folder: Path) -> Any:
+        from textrl_gym.endpoint import Endpoint, EndpointConfig
+
+        settings = {f.name: getattr(self, f"judge_{f.name}") for f in dataclasses.fields(EndpointConfig)}
+        if not self.judge_model:
+            raise ValueError("--judge endpoint needs --judge-model NAME (and --judge-url, where it is not OpenAI's)")
+        return Endpoint(EndpointConfig(**(settings | {"cache": self.judge_cache or folder / CACHE})))
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Evaluate a saved agent on held-out prompts; with --judge or --against also as another judge sees it."""
+    parts = [
+        ("folder", place(Path, "what training saved")),
+        ("env", flag(str | None, "another environment id; None: the agent's own, with its settings"), None),
+        ("episodes", flag(int, "prompts, one completion of each"), 256),
+        ("seed", flag(int, "of prompts and sampling"), 0),
+        ("split", flag(Literal["train", "validation", "test"], "of the prompts"), "validation"),
+        ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
+        ("json", flag(Path | None, "also write the numbers to this file"), None),
+        ("flags", flat(JudgeFlags)),
+    ]
+    parsed = parse("evaluate", evaluate.__doc__, parts, args)
+    from textrl_gym import checkpoint
+    from textrl_gym.evaluation import Evaluator
+    from textrl_gym.report import METRICS
+
+    checkpoint.read_state(parsed.folder)
+    agent = _agent(parsed.folder, parsed)
+    evaluator = Evaluator(agent.env, parsed.episodes, parsed.seed, parsed.split)
+    flags, against, judge = parsed.flags, parsed.flags.against or "start", None
+    if flags != JudgeFlags():  # made first: what is wrong is said before any work
+        mdp = evaluator.mdp
+        judge = flags.make(parsed.folder, mdp.task, mdp.device, mdp.tokenizer)
+        opponent = _opponent(against, parsed)
+    metrics, samples = evaluator.run(agent)
+    numbers: dict[str, Any] = dict(metrics)
+    rows = {METRICS[name][0]: f"{metrics[name]:.{METRICS[name][1]}f}" for name in METRICS if name in metrics}
+    title = f"{parsed.folder}: {parsed.episodes} prompts of {parsed.split}, seed {parsed.seed}"
+    print_rows(title, rows)
+    if judge is not None:
+        found = _judged(judge, evaluator, agent, samples, opponent)
+        numbers["judged"] = {"judge": judge.name, "against": against} | found.numbers()
+        print_rows(f"judged by {judge.name} against {against}", tally_rows(found))
+    if parsed.json is not None:
+        parsed.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _agent(folder: Path, parsed: Any) -> Any:
+    """The saved agent, in its own environment or in the one that was named."""
+    import gymnasium
+
+    from textrl_gym.evaluation import load_agent
+
+    env = None
+    if parsed.env is not None:
+        env = gymnasium.make(find_env(parsed.env), tokenizer=str(folder / "model"))
+    return load_agent(folder, env, device=parsed.device)
+
+
+def _opponent(against: str, parsed: Any) -> Any:
+    """An agent, or the name of an opponent that is none."""
+    from textrl_gym.judging import HUMAN, START
+
+    if against in (START, HUMAN):
+        return against
+    if not Path(against).is_dir():
+        raise ValueError(f"--against must be {START}, {HUMAN} or the folder of a saved agent, got {against!r}")
+    return _agent(Path(against), parsed)
+
+
+def _judged(judge: Any, evaluator: Any, agent: Any, samples: list[dict[str, Any]], opponent: Any) -> Any:
+    """The tally of an evaluation's answers against the opponent's, by the same prompts and random numbers."""
+    from textrl_gym import judging
+    from textrl_gym.evaluation import Evaluator
+
+    mdp = evaluator.mdp
+    reader = judging.Reader(mdp.task, mdp.tokenizer, mdp.source, mdp.max_prompt_tokens)
+    if opponent == judging.HUMAN:
+        pairs = judging.against_references(samples, reader)
+    elif opponent == judging.START:
+        pairs = judging.against_answers(samples, evaluator.start(agent.policy.reference), reader)
+    else:
+        split = mdp.settings["split"]
+        other = Evaluator(opponent.env, evaluator.episodes, evaluator.seed, split).run(opponent, greedy=False)[1]
+        pairs = judging.against_answers(samples, other, reader)
+    return judging.tally(judge.prefer(pairs.rows, pairs.own, pairs.other), pairs.longer_N)
+
+
+def tally_rows(found: Any) -> dict[str, str]:
+    """A tally for the terminal."""
+    counts = {"wins": found.wins, "ties": found.ties, "losses": found.losses, "no verdict": found.no_verdict}
+    rates = {"win rate": found.win_rate, "win rate at equal lengths": found.length_controlled}
+    return {name: str(count) for name, count in counts.items()} | {n: interval(rate) for n, rate in rates.items()}
+
+
+def interval(estimate: Any) -> str:
+    """A number with its 95% interval; a dash where there is none."""
+    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def print_rows(title: str, rows: dict[str, str]) -> None:
+    """A table of two columns."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("measure", title=title, title_justify="left")
+    table.add_column("value", justify="right")
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    Console().print(table)
+
+
+# -- judge ------------------------------------------------------------------------------------------------------------
+
+
+def judge(args: Sequence[str]) -> int:
+    """Judge the answers of a finished comparison: DIR --judge gold|REWARD|endpoint --against start|human|AGENT."""
+    parts = [("folder", place(Path, "what `compare` wrote")), ("flags", flat(JudgeFlags))]
+    parsed = parse("judge", judge.__doc__, parts, args)
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from textrl_gym import judging
+    from textrl_gym.comparison_data import read_comparison
+
+    folder, against = parsed.folder, parsed.flags.against or "start"
+    comparison = read_comparison(folder)
+    reader = _reader(comparison.environment)
+    judged_by = parsed.flags.make(folder, reader.task, tokenizer=reader.tokenizer)
+    judged = judging.judge_runs(comparison, judged_by, against, reader)
+    file = folder / judging.file_name(judged_by.name, against)
+    judging.tidy(judged, judged_by.name, against).to_csv(file, index=False)
+    table = Table(title=f"judged by {judged_by.name} against {against}", title_justify="left")
+    for heading in ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "no verdict"):
+        wide = heading not in ("runs", "no verdict")
+        table.add_column(heading, justify="left" if heading == "agent" else "right", no_wrap=wide)
+    for group, found in judging.by_agent(judged):
+        missing = sum(int((one.outcome_N != one.outcome_N).sum()) for one in judged if one.group is group)
+        rates = (interval(found.win_rate), interval(found.length_controlled))
+        table.add_row(escape(group.label), str(len(group.runs)), *map(escape, rates), str(missing))
+    Console().print(table)
+    print(f"saved in {file}")
+    return 0
+
+
+def _reader(environment: str) -> Any:
+    """What the comparison's task knows of its prompts; nothing where it is not registered here."""
+    from textrl_gym import plugins
+    from textrl_gym.judging import Reader
+
+    if environment not in text_envs():
+        return Reader()
+    task = plugins.load_task(text_envs()[environment])
+    return Reader(task, task.load_tokenizer(), task.rows("validation"), task.max_prompt_tokens)

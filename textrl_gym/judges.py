@@ -1,0 +1,140 @@
+"""Judges: which of two answers to a prompt is the better one.
+
+A judge is whatever has `prefer(rows, a, b)`. Any reward is one, the higher score being the better answer, and so is a
+language model behind an endpoint (textrl_gym.endpoint). `Noisy` makes a judge of another one that errs as often as
+people do.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from textrl_gym.core import RewardSpec, Row
+from textrl_gym.rewards import RewardFunction, load_reward
+from textrl_gym.statistics import Array, outcomes
+
+GOLD = "gold"
+"""The name of a task's own judge."""
+ENDPOINT = "endpoint"
+"""The name of the judge that is a language model; it has settings, see textrl_gym.endpoint."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text that is judged."""
+
+    text: str
+    ids: tuple[int, ...] | None = None
+    """Its tokens, with EOS unless it was cut off; None: unknown, so that it is taken for finished."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Pairwise preference."""
+
+    name: str
+
+    def prefer(self, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Array:
+        """Outcomes in [0, 1], [N]: 1 where a is better, 0.5 for a tie, 0 where b is; nan where there is no verdict.
+
+        Args:
+            rows: the N prompts' rows, with the column `prompt_ids` where their tokens are known.
+            a: N answers.
+            b: N others.
+        """
+        ...
+
+
+class Pointwise:
+    """A reward as a judge: the higher score wins. No answer is scored twice while it lives."""
+
+    def __init__(self, reward: RewardFunction, name: str | None = None) -> None:
+        self.reward, self.name = reward, name or reward.name
+        self._scores: dict[tuple[str, Answer], float] = {}
+
+    def score(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Array:
+        """The reward of each answer, with the columns of its row. [N]"""
+        keys = [(repr(row), answer) for row, answer in zip(rows, answers, strict=True)]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._scores}
+        if new:
+            found = reward_of(self.reward, list(new.values()), [answer for _, answer in new])
+            self._scores |= dict(zip(new, found.tolist(), strict=True))
+        return np.array([self._scores[key] for key in keys])
+
+    def prefer(self, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Array:
+        """See Judge."""
+        score_2N = self.score([*rows, *rows], [*a, *b])
+        return outcomes(score_2N[: len(rows)], score_2N[len(rows) :])
+
+
+def reward_of(reward: RewardFunction, rows: Sequence[Row], answers: Sequence[Answer]) -> torch.Tensor:
+    """A reward of given texts, with every column of their rows, and their tokens where all are known. [N]"""
+    names = {name for row in rows for name in row} - {"prompt", "completion_ids"}
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
+    if all(answer.ids is not None for answer in answers):
+        columns["completion_ids"] = [list(answer.ids or ()) for answer in answers]
+    return reward([row["prompt"] for row in rows], [answer.text for answer in answers], **columns)
+
+
+class Noisy:
+    """A judge whose verdict is turned round for a share of the pairs, as AlpacaFarm's annotators' are.
+
+    AlpacaFarm (Dubois et al. 2023, arXiv:2305.14387) turns a quarter, which made simulated annotators as different from
+    each other as people are. Which pairs is decided by the seed and their texts: the same pair is always judged alike,
+    whichever answer comes first and whatever else is judged. A tie stays one. This is not textrl_gym.annotators, whose
+    mistakes depend on how far two gold scores are apart: here only the verdict is known.
+    """
+
+    def __init__(self, judge: Judge, noise: float, seed: int = 0) -> None:
+        if not 0 <= noise <= 0.5:
+            raise ValueError(f"a judge's noise must lie between 0 and 0.5 (a coin), got {noise}")
+        self.judge, self.noise, self.seed = judge, noise, seed
+        self.name = f"{judge.name}, noise {noise:g}"
+
+    def prefer(self, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Array:
+        """See Judge."""
+        outcome_N = self.judge.prefer(rows, a, b)
+        return np.where([self._errs(*pair) for pair in zip(rows, a, b, strict=True)], 1 - outcome_N, outcome_N)
+
+    def _errs(self, row: Row, a: Answer, b: Answer) -> bool:
+        pair = sorted((a.text, b.text))
+        return random.Random(repr((self.seed, row["prompt"], pair))).random() < self.noise
+
+
+def load_scorer(
+    spec: RewardSpec | RewardFunction, *, task: Any = None, device: Any = "cpu", tokenizer: Any = None
+) -> RewardFunction:
+    """A judge that gives scores: what `load_reward` takes, or "gold", the task's own judge.
+
+    Raises:
+        ValueError: nothing is named so, the task has no judge, or it is the one that only compares.
+    """
+    if spec == ENDPOINT:
+        raise ValueError(
+            f"judge {ENDPOINT!r} compares two answers and gives no scores: finish the comparison without it, and then "
+            f"run `textrl-gym judge DIR --judge {ENDPOINT} --judge-model NAME`"
+        )
+    if spec == GOLD:
+        own = getattr(task, "judge", None)
+        if own is None:
+            whose = "no task is known" if task is None else f"{type(task).__name__} has no judge of its own"
+            raise ValueError(f"judge {GOLD!r}: {whose}; name a reward, module:function or a folder with a reward model")
+        spec = own
+    try:
+        return load_reward(spec, task=task, device=device, tokenizer=tokenizer)
+    except ValueError as error:
+        raise ValueError(f"judge ({GOLD}, or a reward): {error}") from error
+
+
+def load_judge(spec: Any, *, task: Any = None, device: Any = "cpu", tokenizer: Any = None) -> Judge:
+    """A judge from what has `prefer` already, or from what `load_scorer` takes."""
+    if isinstance(spec, Judge):
+        return spec
+    reward = load_scorer(spec, task=task, device=device, tokenizer=tokenizer)
+    return Pointwise(reward, spec if isinstance(spec, str) else None)
