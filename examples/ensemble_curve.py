@@ -60,21 +60,20 @@ def difference(a: np.ndarray, b: np.ndarray) -> str:
     return f"{(a - b).mean():+.3f} ± {(a - b).std(ddof=1) / math.sqrt(len(a)):.3f}"
 
 
-def table(curves: dict[str, list[BestOfN]]) -> Table:
-    """A row for each n: gold by each selector, and each combination's lead over a single reward model."""
+def tables(curves: dict[str, list[BestOfN]]) -> list[Table]:
+    """Gold by each selector for each n, and each combination's lead over a single reward model."""
     singles = [curve for name, curve in curves.items() if name.startswith("single")]
     ensembles = [name for name in curves if name in get_args(Combination)]
-    shown = Table(
-        "n", "KL", "single", "its range", *ensembles, "gold itself", *(f"{name} - single" for name in ensembles)
-    )
+    others = [*ensembles, "by gold"]
+    shown = Table("n", "KL", "single", "range of singles", *others, title="Gold of the best of n, by selector")
+    leads = Table("n", *ensembles, title="Lead over a single one, ± its standard error over posts")
     for row, point in enumerate(singles[0]):
         of_singles = np.stack([curve[row].gold_P for curve in singles])
         means = of_singles.mean(1)
         cells = [str(point.n), f"{point.kl:.2f}", f"{means.mean():.3f}", f"{means.min():.3f} to {means.max():.3f}"]
-        cells += [f"{curves[name][row].gold_P.mean():.3f}" for name in (*ensembles, "gold itself")]
-        cells += [difference(curves[name][row].gold_P, of_singles.mean(0)) for name in ensembles]
-        shown.add_row(*cells)
-    return shown
+        shown.add_row(*cells, *(f"{curves[name][row].gold_P.mean():.3f}" for name in others))
+        leads.add_row(str(point.n), *(difference(curves[name][row].gold_P, of_singles.mean(0)) for name in ensembles))
+    return [shown, leads]
 
 
 def plot(curves: dict[str, list[BestOfN]], file: Path) -> None:
@@ -109,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         name: [best_of_n(score_B.reshape(args.posts, args.pool), gold_PN, n) for n in sizes]
         for name, score_B in selectors(args.ensemble, task, tokenizer, columns).items()
     }
-    curves["gold itself"] = [best_of_n(gold_PN, gold_PN, n) for n in sizes]
-    Console().print(table(curves))
+    curves["by gold"] = [best_of_n(gold_PN, gold_PN, n) for n in sizes]
+    Console().print(*tables(curves))
     if args.plot:
         plot(curves, args.plot)
 

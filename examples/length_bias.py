@@ -41,7 +41,7 @@ def trained(out: Path, preference: float, args: argparse.Namespace) -> GRPO:
     if (run / "agent.json").is_file():
         return GRPO.load(run)
     agent = GRPO(gym.make(ENV, reward=str(reward)), seed=args.seed, out=run, kl_coef=args.kl_coef)
-    return agent.learn(args.tokens, show_samples=0)
+    return agent.learn(args.tokens, show_samples=0, eval_episodes=min(64, args.episodes))
 
 
 def judged(agent: GRPO, episodes: int, taste: float) -> dict[str, str]:
