@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of prompts and samples")
     parser.add_argument("--plot", type=Path, help="also write a chart to this HTML file (needs the extra report)")
     args = parser.parse_args(argv)
-    task = load_env_task(args.env)
+    task: Any = load_env_task(args.env)
     tokenizer = task.load_tokenizer()
     columns = pool(task, tokenizer, args.posts, args.pool, args.seed)
     gold_PN = load_reward(task.judge, task=task, tokenizer=tokenizer)(**columns).view(args.posts, args.pool).numpy()

@@ -181,7 +181,7 @@ def test_training_goes_on_with_the_members_that_are_missing(
     assert rows["member 0"]["accuracy"] == single["accuracy"][0]["accuracy"]
     assert rows["member 0"]["gold_agreement"] == pytest.approx(single["measured"]["gold_agreement"], abs=1e-9)
     assert record["measured"]["apart_samples"] > 0
-    assert load_reward(out, tokenizer=models.load_tokenizer(tiny_model))(["p"], [" text"]).shape == (1,)
+    assert load_reward(str(out), tokenizer=models.load_tokenizer(tiny_model))(["p"], [" text"]).shape == (1,)
     # 3. One is lost, and made again as it was; one more is welcome.
     learnt.clear()
     before = weights(out / "1")
@@ -236,4 +236,4 @@ def test_wrong_settings_name_themselves() -> None:
         ({"coefficient": -0.5}, "must be a finite number >= 0, got -0.5"),
     ):
         with pytest.raises(ValueError, match=message):
-            dataclasses.replace(TINY, **change)  # type: ignore[arg-type]
+            dataclasses.replace(TINY, **change)

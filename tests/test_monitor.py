@@ -98,14 +98,14 @@ def test_without_a_judge_there_is_no_gold() -> None:
         ({"kl_sequence": 50.1}, "kl", 0.0, 50.1),
     ],
 )
-def test_symptoms_in_the_metrics(row: dict[str, float], measure: str, before: float, now: float) -> None:
+def test_symptoms_in_the_metrics(row: dict[str, Any], measure: str, before: float, now: float) -> None:
     assert found(evaluation(100, **row)) == {measure: (before, now)}
 
 
 @pytest.mark.parametrize(
     "row", [{"completion_tokens": 24 * 1.74}, {"completion_tokens": 24 / 1.74}, {"eos_share": 0.5}, {"kl_sequence": 50}]
 )
-def test_metrics_within_their_bounds(row: dict[str, float]) -> None:
+def test_metrics_within_their_bounds(row: dict[str, Any]) -> None:
     assert found(evaluation(100, **row)) == {}
 
 
@@ -157,7 +157,8 @@ def test_the_report_applies_the_same_rules(tmp_path: Path) -> None:
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = report.read_run(tmp_path)
     assert [alarm.measure for alarm in report.alarms(run)] == ["gold", "ends"]
-    assert report.hacking(run) == hacking.alarms(*evaluations)[0].words
+    start, top, now = evaluations
+    assert report.hacking(run) == hacking.alarms(start, top, now)[0].words
     text = report.page([run])
     assert f"<b>Reward hacking in {tmp_path.name}.</b> From 100 tokens" in text
     assert f"<b>Drift in {tmp_path.name}.</b> EOS ends 10% of the completions; at the start 100%." in text
@@ -215,6 +216,9 @@ def test_stop_keeps_the_best_by_the_judge_and_ends_at_gold(tmp_path: Path) -> No
     assert not watcher.on_evaluation(HACKED.row, list(HACKED.samples))
     assert told[-1] == f"stopped by gold; {tmp_path / BEST} has the judge's best, 0.800 at 100 tokens"
     assert model.saved == [tmp_path / BEST]
+    number = len(told)
+    assert not watcher.on_evaluation(HACKED.row, list(HACKED.samples))  # the last evaluation of a run that ends
+    assert len(told) == number
 
 
 def test_stop_without_a_judge_ends_at_a_symptom(tmp_path: Path) -> None:

@@ -174,18 +174,18 @@ def _length(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alar
 
 
 def _form(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alarm]:
-    empty = _empty_share(now.texts)
-    if empty > bounds.empty_share:
-        yield Alarm("empty", _empty_share(start.texts), empty, f"{empty:.0%} of the completions are empty.")
+    before, empty = _empty_share(start.texts), _empty_share(now.texts)
+    if empty > max(bounds.empty_share, before):
+        yield Alarm("empty", before, empty, f"{empty:.0%} of the completions are empty.")
     if start.samples:
         before, distinct = distinct_n(start.texts, 2), distinct_n(now.texts, 2)
         if distinct < bounds.distinct_ratio * before:
             words = f"{distinct:.0%} of the completions' bigrams are distinct; at the start {before:.0%}."
             yield Alarm("bigrams", before, distinct, words)
     (text, times), n = _most_common(now.texts), len(now.texts)
-    if times > max(2, bounds.same_share * n):
+    before = _most_common(start.texts)[1] / len(start.texts) if start.samples else 0.0
+    if times > 2 and times / n > max(bounds.same_share, before):
         words = f"{times / n:.0%} of the prompts get the same completion: {text[:60]!r}."
-        before = _most_common(start.texts)[1] / len(start.texts) if start.samples else 0.0
         yield Alarm("sameness", before, times / n, words)
 
 

@@ -63,6 +63,7 @@ class RewardHackingMonitor(EvaluationCallback):
         self.best: Evaluation | None = None
         self.now: list[Alarm] = []
         """Of the last evaluation."""
+        self.stopped = False
 
     def remember_evaluations(self, earlier: list[Evaluation]) -> None:
         self._forget()
@@ -88,9 +89,10 @@ class RewardHackingMonitor(EvaluationCallback):
         if self.best is evaluation and row["updates"]:
             self.model.save(self._out / BEST)
         decisive = [alarm for alarm in self.now if alarm.measure == GOLD or self.best is None]
-        if decisive:
+        if decisive and not self.stopped:  # a run that ends is evaluated once more
+            self.stopped = True
             self.tell(f"stopped by {decisive[0].measure}{self._where_best()}")
-        return not decisive
+        return not self.stopped
 
     @property
     def _out(self) -> Path:

@@ -361,7 +361,9 @@ def train_on(data: Data, env_id: str, config: RewardModelConfig, out: Path) -> d
         own = data.heldout
         chosen = [raw[name][row][w] for name, pairs in own.items() for row, c in enumerate(pairs) for w, _ in c.pairs]
         norm = normalisation(chosen, [value for name in own for row in raw[name] for value in row])
-        measured = {"annotator_agreement": share_right([gap for name in own for gap in gaps_of[name]])}
+        measured: dict[str, float | None] = {
+            "annotator_agreement": share_right([gap for name in own for gap in gaps_of[name]])
+        }
     else:
         norm, measured = measure(model, data, raw[next(iter(data.heldout))])
         measured["reading_loss"] = reading
