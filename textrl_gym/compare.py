@@ -43,7 +43,7 @@ class CompareConfig:
     model: str | None = None
     """The start of all: a Hub id or a folder; None: the task's own."""
     reward: str | None = None
-    """What all are trained on, as `train --reward` names it; None: the task's own. Saved agents keep their own."""
+    """What all are trained on, as `train --env.reward` names it; None: the task's own. Saved agents keep their own."""
     eval_episodes: int = 256
     """Held-out prompts of the last evaluation."""
     eval_seed: int = 0
