@@ -150,12 +150,12 @@ def test_length_bias(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):  # the second reads what the first has trained
         module.main([*small, "--out", "length"])
         out = capsys.readouterr().out
-        for words in ("length preference", "0.15", "wins by gold", "controlled, length-loving"):
+        for words in ("length preference", "0.4", "wins by gold", "controlled, length-loving"):
             assert words in out
-    state = json.loads((example / "length" / "preference-0.15" / "grpo" / "agent.json").read_text())
-    assert state["env"]["reward"] == "length/preference-0.15/reward"
-    record = json.loads((example / "length" / "preference-0.15" / "reward" / "reward_training.json").read_text())
-    assert record["config"]["annotators"]["length_preference"] == 0.15
+    state = json.loads((example / "length" / "preference-0.4" / "grpo" / "agent.json").read_text())
+    assert state["env"]["reward"] == "length/preference-0.4/reward"
+    record = json.loads((example / "length" / "preference-0.4" / "reward" / "reward_training.json").read_text())
+    assert record["config"]["annotators"]["length_preference"] == 0.4
 
 
 def test_ensemble_curve(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
