@@ -120,6 +120,16 @@ def test_a_failed_run_takes_no_other_down_and_a_saved_agent_is_only_evaluated(
     assert table["agent"].tolist() == ["grpo-0"]
 
 
+def test_all_are_trained_on_the_reward_that_is_named(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, agents=("reinforce",), seeds=1, set=SMALL.set[:1], reward="length=-0.5")
+    table = compare(ENV, config, tmp_path / "out", progress_bar=False)
+    assert ((table["score"] + 0.5 * table["completion_tokens"]).abs() < 1e-6).all()
+    log = (tmp_path / "out" / "runs" / "reinforce-0" / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["score"] > json.loads(log[0])["score"]  # it was also learnt
+    with pytest.raises(ValueError, match=r"holds the run reinforce-0 with reward='length=-0.5', not None"):
+        lay_out(tmp_path / "out", ENV, dataclasses.replace(config, reward=None))
+
+
 def test_wrong_settings_name_themselves(tmp_path: Path) -> None:
     for change, message in (
         ({"agents": ()}, "agents: name at least one"),

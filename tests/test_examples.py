@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from textrl_gym.envs import known_optimum
+from textrl_gym.envs.tldr_summarize import TLDRSummarize
 
 
 @pytest.fixture
@@ -31,6 +32,8 @@ def test_every_example_is_tested(root: Path) -> None:
         "bench_vs_trl",
         "bench_vs_generate",
         "bench_ablation",
+        "ensemble_curve",
+        "length_bias",
     }
 
 
@@ -141,3 +144,33 @@ def test_bench_vs_generate(example: Path, spread: list[str], capsys: pytest.Capt
     small = ["--prompts", "2", "--group", "3", "--prompt-tokens", "9", "--new-tokens", "4", "--turns", "2"]
     importlib.import_module("bench_vs_generate").main([*small, *spread])
     assert "ours / generate = " in capsys.readouterr().out
+
+
+def test_length_bias(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--prompts", "4", "--reading-steps", "1", "--eval-prompts", "8", "--tokens", "1000", "--episodes", "8"]
+    module = importlib.import_module("length_bias")
+    for _ in range(2):  # the second reads what the first has trained
+        module.main([*small, "--out", "length"])
+        out = capsys.readouterr().out
+        for words in ("length preference", "0.4", "wins by gold", "controlled, length-loving"):
+            assert words in out
+    state = json.loads((example / "length" / "preference-0.4" / "grpo" / "agent.json").read_text())
+    assert state["env"]["reward"] == "length/preference-0.4/reward"
+    record = json.loads((example / "length" / "preference-0.4" / "reward" / "reward_training.json").read_text())
+    assert record["config"]["annotators"]["length_preference"] == 0.4
+
+
+def test_ensemble_curve(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = TLDRSummarize().reward_model_path
+    settings = {"members": [own, own], "combine": "mean", "coefficient": 0.5}  # two that agree in everything
+    Path("two").mkdir()
+    Path("two", "ensemble.json").write_text(json.dumps(settings))
+    importlib.import_module("ensemble_curve").main(["two", "--posts", "3", "--pool", "4", "--plot", "curve.html"])
+    out = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out if line.startswith("│")]
+    assert [row[0] for row in rows] == ["1", "2", "4"] * 2
+    for row in rows[:3]:
+        assert row[2] == row[4] == row[5] == row[6]  # a single one, the mean, the worst, and less no variance
+        assert row[7] >= row[2]  # nothing selects better than gold
+    assert rows[-1][1:] == ["+0.000 ± 0.000"] * 3
+    assert "Plotly.newPlot" in Path("curve.html").read_text()

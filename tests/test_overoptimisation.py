@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -28,6 +29,48 @@ def test_rl_curve() -> None:
     curve = overoptimisation.fit_gold_curve(d**2, gold, "rl")
     assert (curve.alpha, curve.beta, curve.r2) == pytest.approx((1, 0.5, 1), abs=1e-9, rel=0)
     assert curve.peak_kl == pytest.approx(math.e**2, abs=1e-8, rel=0)
+
+
+def test_the_best_of_n_by_hand() -> None:
+    # Of three in the order of their proxy 1, 2, 3 with gold 5, 9, 1: of the 3 choices of two, number 2 is the best of
+    # one and number 3 of two. n = 3: number 3.
+    proxy, gold = [[2.0, 3.0, 1.0], [30.0, 10.0, 20.0]], [[9.0, 1.0, 5.0], [1.0, 5.0, 9.0]]
+    for n, kl, expected_proxy, expected_gold in (
+        (1, 0.0, [2.0, 20.0], [5.0, 5.0]),
+        (2, math.log(2) - 1 / 2, [8 / 3, 80 / 3], [11 / 3, 11 / 3]),
+        (3, math.log(3) - 2 / 3, [3.0, 30.0], [1.0, 1.0]),
+    ):
+        found = overoptimisation.best_of_n(proxy, gold, n)
+        assert found.n == n
+        assert found.kl == pytest.approx(kl, abs=1e-12, rel=0)
+        np.testing.assert_allclose(found.proxy_P, expected_proxy, atol=1e-9, rtol=0)
+        np.testing.assert_allclose(found.gold_P, expected_gold, atol=1e-9, rtol=0)
+
+
+def test_the_best_of_n_over_all_choices() -> None:
+    rng = np.random.default_rng(0)
+    proxy_N, gold_N = rng.integers(0, 4, 8).astype(float), rng.normal(size=8)  # many ties
+    for n in (1, 3, 8):
+        chosen = [np.array(some) for some in itertools.combinations(range(8), n)]
+        best = [some[proxy_N[some] == proxy_N[some].max()] for some in chosen]  # all that may be taken
+        found = overoptimisation.best_of_n(proxy_N[None], gold_N[None], n)
+        assert found.gold_P[0] == pytest.approx(np.mean([gold_N[some].mean() for some in best]), abs=1e-9, rel=0)
+        assert found.proxy_P[0] == pytest.approx(np.mean([proxy_N[some[0]] for some in best]), abs=1e-9, rel=0)
+
+
+def test_the_best_of_a_large_pool_is_finite() -> None:
+    proxy_N = np.arange(5000.0)
+    # of the numbers 1 to N the largest of n is n (N + 1) / (n + 1) on average; here they begin with 0
+    for n in (1, 2500, 5000):
+        found = overoptimisation.best_of_n(proxy_N[None], proxy_N[None], n)
+        assert found.gold_P[0] == pytest.approx(n * 5001 / (n + 1) - 1, abs=1e-5, rel=0)
+
+
+def test_the_best_of_wrong_numbers() -> None:
+    with pytest.raises(ValueError, match="n must be between 1 and the 3 completions of a prompt, got 4"):
+        overoptimisation.best_of_n([[1, 2, 3]], [[1, 2, 3]], 4)
+    with pytest.raises(ValueError, match=r"must be \[P, N\] of one shape, got \(1, 3\) and \(1, 2\)"):
+        overoptimisation.best_of_n([[1, 2, 3]], [[1, 2]], 1)
 
 
 @pytest.mark.parametrize("form", ["best_of_n", "rl"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import cli, comparisons, models, reward_report, reward_training, sft
+from textrl_gym import cli, comparisons, models, reward_measures, reward_report, reward_training, sft
 from textrl_gym.comparisons import Comparer, Comparison
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.policy import Policy
@@ -46,7 +46,7 @@ def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str)
     model = reward_training.new_reward_model(models.load_model(tiny_model), seed=0)
     batch = [Comparison([5, 6, 7], [[8, 9, 0], [10, 0], [11]], []), Comparison([3], [[4, 5, 6, 7, 0]], [])]
     with torch.no_grad():
-        raw_BK = reward_training.raw_rewards(model, batch)
+        raw_BK = reward_measures.raw_rewards(model, batch)
         for row, comparison in enumerate(batch):
             for place, ids in enumerate(comparison.completion_ids):
                 hidden_LD = model.base_model(input_ids=torch.tensor([comparison.prompt_ids + ids]))[0][0]
@@ -67,15 +67,15 @@ def test_the_head_starts_with_the_published_spread() -> None:
 def test_agreements_by_hand() -> None:
     compared = [Comparison([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)], gold=[0.5, 0.6, 0.9], sampled=2)]
     raw = [[1.0, 0.0, 2.0]]
-    assert reward_training.agreement(raw, compared) == pytest.approx(2 / 3)  # (1, 2) is lost: 0 < 2
+    assert reward_measures.agreement(raw, compared) == pytest.approx(2 / 3)  # (1, 2) is lost: 0 < 2
     # |0.5 - 0.6| is no clear difference; 0.5 < 0.9 and 0.6 < 0.9 are, and both are ordered so
-    assert reward_training.gold_agreement(raw, compared) == 1.0
-    assert reward_training.gold_agreement(raw, compared, samples_only=True) is None
+    assert reward_measures.gold_agreement(raw, compared) == 1.0
+    assert reward_measures.gold_agreement(raw, compared, samples_only=True) is None
 
 
 def test_normalisation_by_hand() -> None:
     # mean of 1, 3 is 2; the unbiased variance of 0, 2, 4 is (4 + 0 + 4) / 2 = 4
-    assert reward_training.normalisation([1.0, 3.0], [0.0, 2.0, 4.0]) == {"bias": 2.0, "scale": 0.5}
+    assert reward_measures.normalisation([1.0, 3.0], [0.0, 2.0, 4.0]) == {"bias": 2.0, "scale": 0.5}
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -229,11 +229,11 @@ def test_the_bundled_assets_still_do_what_was_measured() -> None:
     source = task.rows("validation")
     rows = [source[1000 + i] for i in range(200)]
     compared = comparer.compare(comparer.policies[0], rows, seed=1, samples=2, temperature=1.0, candidates=7)
-    raw = reward_training.score_all(models.load_classifier(task.reward_model_path), compared)
+    raw = reward_measures.score_all(models.load_classifier(task.reward_model_path), compared)
     sampled = [gold for c in compared for gold in c.gold[: c.sampled]]
     assert sum(sampled) / len(sampled) <= 0.52
-    assert reward_training.agreement(raw, compared) >= 0.65
-    ordered = reward_training.gold_agreement(raw, compared)
+    assert reward_measures.agreement(raw, compared) >= 0.65
+    ordered = reward_measures.gold_agreement(raw, compared)
     assert ordered is not None
     assert ordered >= 0.85
 

@@ -7,6 +7,7 @@ ends with the same numbers as if it had never been stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import checkpoint
+from textrl_gym.agent_config import make_config
+from textrl_gym.run_settings import EnvSettings, make_env
 
 SPEC = "cell.json"
 RESULT = "evaluation.json"
@@ -86,9 +89,8 @@ def trained(folder: Path, spec: dict[str, Any]) -> Any:
         settings = dict(spec["settings"])
         if spec["kl_coef"] is not None:
             settings["kl_coef"] = spec["kl_coef"]
-        agent = agent_class(
-            spec["environment"], spec["model"], seed=spec["seed"], device=spec["device"], out=folder, **settings
-        )
+        env = environment(spec, make_config(agent_class.Config, settings, spec["agent"]))
+        agent = agent_class(env, spec["model"], seed=spec["seed"], device=spec["device"], out=folder, **settings)
     count_flops(agent, folder / FLOPS)
     agent.learn(
         spec["total_timesteps"] - agent.num_timesteps,
@@ -129,6 +131,14 @@ def count_flops(agent: Any, file: Path) -> None:
         return metrics
 
     agent.collect, agent.update = first_collect, first_update
+
+
+def environment(spec: dict[str, Any], config: Any) -> Any:
+    """The environment's id or, where the comparison names a reward, the environment with it."""
+    if spec.get("reward") is None:
+        return spec["environment"]
+    settings = EnvSettings(reward=spec["reward"])
+    return make_env(spec["environment"], settings, spec["model"], spec["device"], dataclasses.asdict(config))
 
 
 def begin_anew(folder: Path) -> None:

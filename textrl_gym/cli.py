@@ -124,13 +124,13 @@ def sft(args: Sequence[str]) -> int:
 
 
 def reward_model(args: Sequence[str]) -> int:
-    """Train a reward model on preferences between completions."""
+    """Train a reward model, or an ensemble of several, on preferences between completions."""
     from rich.console import Console
 
-    from textrl_gym import reward_report
+    from textrl_gym import reward_ensemble, reward_report
     from textrl_gym import reward_training as home
 
-    record = _make_model("reward-model", home.RewardModelConfig, home.train_reward_model, args)
+    record = _make_model("reward-model", home.RewardModelConfig, reward_ensemble.train_rewards, args)
     Console().print(*reward_report.tables(record))
     return 0
 

@@ -42,6 +42,8 @@ class CompareConfig:
     """Settings as agent.setting=value, the value in JSON or plain: ppo.learning_rate=1e-4."""
     model: str | None = None
     """The start of all: a Hub id or a folder; None: the task's own."""
+    reward: str | None = None
+    """What all are trained on, as `train --env.reward` names it; None: the task's own. Saved agents keep their own."""
     judge: str | None = None
     """Who judges: gold (the task's own), or a reward (its name, module:function, a folder with a reward model); None:
     the task's own, where it has one. A language model judges finished runs: textrl-gym judge."""
@@ -105,8 +107,8 @@ def settings_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
 
 def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
     """Name of each run -> what textrl_gym.cell needs to know."""
-    names = ("total_timesteps", "model", "judge", "eval_episodes", "eval_seed", "eval_every", "save_every", "device")
-    shared = {name: getattr(config, name) for name in names}
+    apart = {"agents", "seeds", "kl_coef", "set", "workers"}
+    shared = {name: value for name, value in dataclasses.asdict(config).items() if name not in apart}
     found = {}
     for agent, settings in settings_of(config).items():
         saved = Path(agent).is_dir()

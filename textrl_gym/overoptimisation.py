@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -86,6 +86,55 @@ def _peak(alpha: float, beta: float, form: Form, kl_N: Array) -> float | None:
         return None
     peak = math.exp(2 * log_d)
     return peak if peak >= kl_N.min() else None
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """What the best of n by a proxy is worth on average."""
+
+    n: int
+    kl: float
+    """log n - (n - 1) / n nats, the bound that is taken for the KL (Beirami et al. 2024, arXiv:2401.01879)."""
+    proxy_P: Array
+    """The proxy of the best of n, expected, of each prompt."""
+    gold_P: Array
+    """Its gold."""
+
+
+def best_of_n(proxy_PN: ArrayLike, gold_PN: ArrayLike, n: int) -> BestOfN:
+    """The expected proxy and gold of the best of n completions, from one pool of N >= n of each prompt.
+
+    Averaged exactly over all choices of n from the pool, not over some (Nakano et al. 2021, arXiv:2112.09332, appendix
+    I; Gao et al. 2022): of N in the order of their proxy, number i (from 1) is the best of
+
+        C(i - 1, n - 1) of the C(N, n) choices.
+
+    Equal proxies share their gold: each is as likely to be taken.
+    """
+    from scipy import special
+
+    proxy_PN, gold_PN = np.asarray(proxy_PN, float), np.asarray(gold_PN, float)
+    if proxy_PN.ndim != 2 or proxy_PN.shape != gold_PN.shape:
+        raise ValueError(f"proxy and gold must be [P, N] of one shape, got {proxy_PN.shape} and {gold_PN.shape}")
+    size = proxy_PN.shape[1]
+    if not 1 <= n <= size:
+        raise ValueError(f"n must be between 1 and the {size} completions of a prompt, got {n}")
+
+    def log_choices(of: Any, taken: int) -> Any:  # their numbers themselves overflow from N of a thousand on
+        return special.gammaln(of + 1) - special.gammaln(taken + 1) - special.gammaln(of - taken + 1)
+
+    weight_N = np.zeros(size)
+    weight_N[n - 1 :] = np.exp(log_choices(np.arange(n - 1, size), n - 1) - log_choices(size, n))
+    order_PN = proxy_PN.argsort(1)
+    proxy_PN, gold_PN = np.take_along_axis(proxy_PN, order_PN, 1), np.take_along_axis(gold_PN, order_PN, 1)
+    shared_PN = np.stack([_shared(proxy_N, gold_N) for proxy_N, gold_N in zip(proxy_PN, gold_PN, strict=True)])
+    return BestOfN(n, math.log(n) - (n - 1) / n, proxy_PN @ weight_N, shared_PN @ weight_N)
+
+
+def _shared(proxy_N: Array, gold_N: Array) -> Array:
+    """Each gold, or the mean of those whose proxies are equal."""
+    _, level_N, number_L = np.unique(proxy_N, return_inverse=True, return_counts=True)
+    return (np.bincount(level_N, gold_N) / number_L)[level_N]
 
 
 # Reward against length

@@ -14,6 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from textrl_gym import hacking as rules
+from textrl_gym.hacking import Alarm
+
 METRICS = {
     "judge": ("Judge (gold), sampled", 3),
     "judge_greedy": ("Judge (gold), greedy", 3),
@@ -38,8 +41,6 @@ METRICS = {
 """Names of an evaluation's numbers -> words, and decimals to print. The order is that of the tables."""
 
 SAMPLES_SHOWN = 6
-FALL = 0.05
-"""A fall of the judge from its best evaluation that is more than noise over 64 prompts."""
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -83,16 +84,14 @@ def find_runs(folder: Path) -> list[Path]:
 
 def read_run(folder: Path) -> Run:
     """Read a run's logs. What was evaluated twice, before and after a resumption, counts once."""
-    evaluations = sorted(
-        {row["timesteps"]: row for row in read_lines(folder / "evaluations.jsonl")}.values(),
-        key=lambda row: row["timesteps"],
-    )
-    if not evaluations:
+    found = rules.evaluations(read_lines(folder / "evaluations.jsonl"), read_lines(folder / "samples.jsonl"))
+    if not found:
         raise ValueError(f"{str(folder)!r} holds no evaluation yet")
     rollouts = [row for file in sorted(folder.glob("progress*.json")) for row in read_lines(file)]
     state_file = folder / "agent.json"
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
-    return Run(folder.resolve().name, evaluations, rollouts, read_lines(folder / "samples.jsonl"), state)
+    samples = [sample for evaluation in found for sample in evaluation.samples]
+    return Run(folder.resolve().name, [evaluation.row for evaluation in found], rollouts, samples, state)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -112,23 +111,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def hacking(run: Run) -> str | None:
-    """Words for a run whose training score rose while the judge fell, with the numbers; None for any other.
+def alarms(run: Run) -> list[Alarm]:
+    """What is out of bounds at the run's end; see textrl_gym.hacking."""
+    found = rules.evaluations(run.evaluations, run.samples)
+    return rules.alarms(found[0], rules.best(found), found[-1])
 
-    Compared are the last evaluation and the start, and the last and the one that the judge liked best.
-    """
-    judged = [row for row in run.evaluations if "judge" in row and "score" in row]
-    if len(judged) < 2:
-        return None
-    last, best = judged[-1], max(judged, key=lambda row: row["judge"])
-    for before, fall, where in ((judged[0], 0.0, "the start"), (best, FALL, f"{best['timesteps']:,} tokens")):
-        if last["score"] > before["score"] and before["judge"] - last["judge"] > fall:
-            return (
-                f"From {where} to {last['timesteps']:,} tokens the score that was trained on rose from "
-                f"{before['score']:.3f} to {last['score']:.3f}, while the judge fell from {before['judge']:.3f} to "
-                f"{last['judge']:.3f}: the policy exploits the reward."
-            )
-    return None
+
+def hacking(run: Run) -> str | None:
+    """Words for a run whose training score rose while the judge fell, with the numbers; None for any other."""
+    return next((alarm.words for alarm in alarms(run) if alarm.measure == rules.GOLD), None)
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -368,9 +359,10 @@ def page(runs: Sequence[Run]) -> str:
     """The whole page; every text of a run is escaped."""
     title = "textrl-gym: " + ", ".join(run.name for run in runs)
     warnings = "".join(
-        f'<div class="warning" role="alert"><b>Reward hacking in {escape(run.name)}.</b> {escape(words)}</div>'
+        f'<div class="warning" role="alert"><b>{title} in {escape(run.name)}.</b> {escape(alarm.words)}</div>'
         for run in runs
-        if (words := hacking(run))
+        for alarm in alarms(run)
+        for title in ("Reward hacking" if alarm.measure == rules.GOLD else "Drift",)
     )
     sections = "".join(f"<section><h2>{escape(run.name)}</h2>{samples(run)}{settings(run)}</section>" for run in runs)
     return (

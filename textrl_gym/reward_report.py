@@ -80,8 +80,9 @@ def calibration(gap_N: Sequence[float], bins: int = BINS) -> dict[str, Any]:
 def tables(record: Mapping[str, Any]) -> list[Table]:
     """What is in a record, for the terminal."""
     made = [_table("Accuracy on held-out pairs", record["accuracy"])]
-    error = record["calibration"]["ece"]
-    made.append(_table(f"Calibration: expected error {error:.3f}", record["calibration"]["bins"]))
+    if "calibration" in record:
+        error = record["calibration"]["ece"]
+        made.append(_table(f"Calibration: expected error {error:.3f}", record["calibration"]["bins"]))
     if record.get("curve"):
         made.append(_table("Accuracy by the number of training pairs", record["curve"]))
     return made

@@ -4,7 +4,7 @@ The K completions of one prompt go through the model as one sequence, prompt fir
 that the prompt is computed once and all pairs among the K are compared (Stiennon et al. 2020, arXiv:2009.01325; their
 batches hold all comparisons of a post too, which are seen for one epoch only, or the model overfits).
 
-Shape legend: B prompts, P prompt places, K completions a prompt, T places a completion, L = P + K T, N pairs.
+Shape legend: B prompts, K completions a prompt, N pairs.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from textrl_gym import checkpoint, models
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.induction import cosine, descend
-from textrl_gym.packing import pack
 from textrl_gym.policy import Policy
 from textrl_gym.reading import learn_to_read
+from textrl_gym.reward_measures import agreement, gold_agreement, normalisation, raw_rewards, references, score_all
 from textrl_gym.reward_report import accuracy_row, accuracy_table, calibration, gaps, share_right
+from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
 from textrl_gym.rewards.reward_model import FILE
 from textrl_gym.sft import load_env_task, progress_bar
 
-CLEAR = 0.2  # a difference of the judge's scores from which on the reward model should agree with it
+RECORD = "reward_training.json"
+"""What was asked for and measured, in a reward model's folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,15 @@ class RewardModelConfig:
     annotators: Annotators = dataclasses.field(default_factory=Annotators)
     """Who compares, where no dataset is given."""
     seed: int = 0
-    """Seeds the head, the samples, the candidates and the annotators."""
+    """Seeds the head and the reading and, where data_seed does not, the comparisons."""
+    data_seed: int | None = None
+    """Seeds the comparisons: prompts, samples, candidates and annotators; `seed` then shuffles them. None: as seed."""
+    ensemble: int = 0
+    """Train so many reward models on the same comparisons, with the seeds seed, seed + 1, ...; 0: a single one."""
+    combine: Combination = "mean"
+    """How the scores of an ensemble become one; see `textrl_gym.rewards.ensemble`."""
+    coefficient: float = COEFFICIENT
+    """Of the variance of the members' scores, where combine is uncertainty."""
 
     def __post_init__(self) -> None:
         for name in ("dataset", "eval_dataset"):
@@ -88,6 +99,11 @@ class RewardModelConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if min(self.curve, default=1) < 1:
             raise ValueError(f"curve must hold numbers of pairs of at least 1, got {self.curve}")
+        if self.ensemble < 0:
+            raise ValueError(f"ensemble must be >= 0, got {self.ensemble}")
+        if self.ensemble and self.curve:
+            raise ValueError("curve is of a single reward model: leave ensemble out")
+        check_combination(self.combine, self.coefficient)
 
 
 # -- model and loss ---------------------------------------------------------------------------------------------------
@@ -104,21 +120,6 @@ def bradley_terry_loss(raw_BK: Tensor, winner_N3: Tensor) -> Tensor:
     assert winner_N3.shape[1] == 3
     prompt_N, chosen_N, rejected_N = winner_N3.unbind(1)
     return -F.logsigmoid(raw_BK[prompt_N, chosen_N] - raw_BK[prompt_N, rejected_N]).mean()
-
-
-def raw_rewards(model: Any, batch: Sequence[Comparison]) -> Tensor:
-    """Rewards of every completion before normalisation, float32 [B, K]; 0 where a prompt has fewer than K.
-
-    Equal to scoring each prompt + completion alone at its last token, at a fraction of the cost.
-    """
-    packed = pack([(c.prompt_ids, c.completion_ids) for c in batch])
-    width = packed.token_BKT.shape[2]
-    length_BK = packed.mask_BKT.sum(2)
-    start_K = packed.prompt_places + torch.arange(packed.token_BKT.shape[1]) * width
-    last_BK = (start_K + length_BK - 1).to(model.device)
-    hidden_BLD = model.base_model(**packed.inputs(model))[0]
-    last_BKD = hidden_BLD[torch.arange(len(batch), device=model.device)[:, None], last_BK]
-    return model.score(last_BKD).squeeze(2).float() * (length_BK > 0).to(model.device)
 
 
 def winners(batch: Sequence[Comparison]) -> Tensor:
@@ -185,81 +186,113 @@ def train_epoch(model: Any, stream: Iterator[Comparison], total: int, config: Re
     return smooth
 
 
-@torch.no_grad()
-def score_all(model: Any, comparisons: Sequence[Comparison], batch_size: int = 8) -> list[list[float]]:
-    """Raw rewards of every completion."""
-    found: list[list[float]] = []
-    for start in range(0, len(comparisons), batch_size):
-        batch = comparisons[start : start + batch_size]
-        raw_BK = raw_rewards(model, batch)
-        found += [row[: len(c.completion_ids)] for row, c in zip(raw_BK.tolist(), batch, strict=True)]
-    return found
-
-
-def agreement(raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison]) -> float:
-    """The share of pairs in which the preferred completion has the higher reward."""
-    right = [raw[row][chosen] > raw[row][rejected] for row, c in enumerate(comparisons) for chosen, rejected in c.pairs]
-    return sum(right) / len(right)
-
-
-def gold_agreement(
-    raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison], samples_only: bool = False, gap: float = CLEAR
-) -> float | None:
-    """The share of pairs whose judge's scores differ by at least `gap` which the rewards put in the judge's order.
-
-    With samples_only, of pairs of the policy's samples. None where there is no such pair.
-    """
-    right = []
-    for row, c in enumerate(comparisons):
-        places = range(c.sampled if samples_only else len(c.completion_ids))
-        for a, b in itertools.combinations(places, 2):
-            if abs(c.gold[a] - c.gold[b]) >= gap:
-                right.append((raw[row][a] > raw[row][b]) == (c.gold[a] > c.gold[b]))
-    return sum(right) / len(right) if right else None
-
-
-def normalisation(reference_N: Sequence[float], sample_N: Sequence[float]) -> dict[str, float]:
-    """{"bias", "scale"} with which references have mean 0 and samples of the start policy standard deviation 1.
-
-    The scale is taken on samples, so that a KL coefficient buys as much of the policy's spread under any reward model.
-    """
-    deviation = torch.tensor(sample_N).std().item()
-    return {"bias": sum(reference_N) / len(reference_N), "scale": 1 / max(deviation, 1e-6)}
-
-
-def references(task: Any, tokenizer: Any, rows: Sequence[Any]) -> list[Comparison]:
-    """The rows' reference texts, as comparisons of one completion each."""
-    found = []
-    for row in rows:
-        ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
-        found.append(Comparison(prompt_ids, [ids[: task.max_new_tokens]], []))
-    return found
-
-
-def measure(
-    model: Any,
-    comparer: Comparer,
-    config: RewardModelConfig,
-    mixed: Sequence[Comparison],
-    raw: Sequence[Sequence[float]],
-) -> tuple[dict[str, float], dict[str, float | None]]:
+def measure(model: Any, data: Data, raw: Sequence[Sequence[float]]) -> tuple[dict[str, float], dict[str, float | None]]:
     """The normalisation and the agreements, for simulated annotators, of held-out comparisons and their raw rewards."""
-    source = comparer.task.rows("validation")
-    rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
-    at_one = comparer.compare(comparer.policies[0], rows, config.seed, samples=4, temperature=1.0, candidates=0)
-    own = score_all(model, at_one)
-    reference = [row[0] for row in score_all(model, references(comparer.task, comparer.tokenizer, rows))]
-    samples = [value for values, c in zip(own, at_one, strict=True) for value in values[: c.sampled]]
-    sample_gold = [value for c in at_one for value in c.gold[: c.sampled]]
+    (mixed,) = data.heldout.values()
+    own = score_all(model, data.samples)
+    reference = [row[0] for row in score_all(model, data.references)]
+    samples = [value for values, c in zip(own, data.samples, strict=True) for value in values[: c.sampled]]
+    sample_gold = [value for c in data.samples for value in c.gold[: c.sampled]]
     norm = normalisation(reference, samples)
     return norm, {
         "annotator_agreement": agreement(raw, mixed),
         "gold_agreement": gold_agreement(raw, mixed),
-        "gold_agreement_samples": gold_agreement(own, at_one, samples_only=True),
+        "gold_agreement_samples": gold_agreement(own, data.samples, samples_only=True),
         "sample_score": (sum(samples) / len(samples) - norm["bias"]) * norm["scale"],
         "sample_gold": sum(sample_gold) / len(sample_gold),
     }
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Data:
+    """What reward models are trained on and measured on."""
+
+    task: Any
+    tokenizer: Any
+    train: Iterable[Comparison]
+    total: int
+    """How many comparisons `train` has."""
+    heldout: dict[str, list[Comparison]]
+    """By data set; those of the data that was trained on."""
+    measured_only: dict[str, list[Comparison]] = dataclasses.field(default_factory=dict)
+    """By data set; held out in whole."""
+    samples: list[Comparison] = dataclasses.field(default_factory=list)
+    """Samples of the policy at temperature 1 on held-out prompts; none where the pairs are a user's."""
+    references: list[Comparison] = dataclasses.field(default_factory=list)
+    """The reference texts of these prompts."""
+
+    @property
+    def compared(self) -> dict[str, list[Comparison]]:
+        """All that accuracy is measured on, by data set."""
+        return self.heldout | self.measured_only
+
+
+def gather(env_id: str, config: RewardModelConfig) -> Data:
+    """Everything that is read or sampled before training; the same for every `seed` where `data_seed` is given.
+
+    Raises:
+        ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
+    """
+    drawn = dataclasses.replace(config, seed=config.seed if config.data_seed is None else config.data_seed)
+    task = load_env_task(env_id)
+    tokenizer = task.load_tokenizer(config.model)
+    budget: dict[str, Any] = {"most": config.eval_prompts, "seed": drawn.seed, "whole": True}
+    more = {
+        name: read_preferences(name, "validation", task, tokenizer, **budget)
+        for name in config.eval_dataset
+        if name not in config.dataset
+    }
+    made = from_datasets if config.dataset else simulated
+    return dataclasses.replace(made(task, tokenizer, drawn), measured_only=more)
+
+
+def simulated(task: Any, tokenizer: Any, config: RewardModelConfig) -> Data:
+    """Comparisons by simulated annotators, sampled while they are learnt (before, where a curve needs them again)."""
+    names = dict.fromkeys([config.policy, config.model])
+    comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
+    check_curve(config, config.prompts * math.comb(config.samples + config.candidates, 2))
+    stream: Iterable[Comparison] = comparer.stream("train", config.prompts, config.seed + 1)
+    if config.curve:
+        stream = list(stream)
+    heldout = list(comparer.stream("validation", config.eval_prompts, config.seed))
+    source = task.rows("validation")
+    rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
+    samples = comparer.compare(comparer.policies[0], rows, config.seed, samples=4, temperature=1.0, candidates=0)
+    return Data(
+        task,
+        tokenizer,
+        stream,
+        config.prompts,
+        {"simulated annotators": heldout},
+        samples=samples,
+        references=references(task, tokenizer, rows),
+    )
+
+
+def from_datasets(task: Any, tokenizer: Any, config: RewardModelConfig) -> Data:
+    """The user's preferences, of all data sets in one random order."""
+    train: list[Comparison] = []
+    heldout = {}
+    for name in config.dataset:
+        train += read_preferences(name, "train", task, tokenizer, most=config.prompts, seed=config.seed)
+        heldout[name] = read_preferences(
+            name, "validation", task, tokenizer, most=config.eval_prompts, seed=config.seed
+        )
+    random.Random(config.seed).shuffle(train)
+    check_curve(config, sum(len(c.pairs) for c in train))
+    return Data(task, tokenizer, train, len(train), heldout)
+
+
+def in_order(train: Iterable[Comparison], config: RewardModelConfig) -> Iterable[Comparison]:
+    """As they come; shuffled by the seed where it is not that of the data."""
+    if config.data_seed in (None, config.seed):
+        return train
+    shuffled = list(train)
+    random.Random(config.seed).shuffle(shuffled)
+    return shuffled
 
 
 def first_pairs(comparisons: Sequence[Comparison], number: int) -> list[Comparison]:
@@ -279,38 +312,7 @@ def check_curve(config: RewardModelConfig, pairs: int) -> None:
         raise ValueError(f"curve asks for {max(config.curve)} pairs; there are {pairs} to train on")
 
 
-@dataclasses.dataclass
-class Data:
-    """What a reward model is trained on and measured on."""
-
-    train: Iterable[Comparison]
-    total: int
-    """How many comparisons `train` has."""
-    heldout: dict[str, list[Comparison]]
-    """By data set; the one that was trained on first."""
-
-
-def simulated(comparer: Comparer, config: RewardModelConfig) -> Data:
-    """Comparisons by simulated annotators, sampled while they are learnt (before, where a curve needs them again)."""
-    check_curve(config, config.prompts * math.comb(config.samples + config.candidates, 2))
-    stream: Iterable[Comparison] = comparer.stream("train", config.prompts, config.seed + 1)
-    if config.curve:
-        stream = list(stream)
-    heldout = list(comparer.stream("validation", config.eval_prompts, config.seed))
-    return Data(stream, config.prompts, {"simulated annotators": heldout})
-
-
-def from_datasets(task: Any, tokenizer: Any, config: RewardModelConfig) -> Data:
-    """The user's preferences, of all data sets in one random order."""
-    train: list[Comparison] = []
-    heldout = {}
-    for name in config.dataset:
-        train += read_preferences(name, "train", task, tokenizer, most=config.prompts, seed=config.seed)
-        heldout[name] = read_preferences(
-            name, "validation", task, tokenizer, most=config.eval_prompts, seed=config.seed
-        )
-    random.Random(config.seed).shuffle(train)
-    return Data(train, len(train), heldout)
+# -- the whole --------------------------------------------------------------------------------------------------------
 
 
 def measure_curve(start: Any, data: Data, config: RewardModelConfig) -> list[dict[str, Any]]:
@@ -320,7 +322,7 @@ def measure_curve(start: Any, data: Data, config: RewardModelConfig) -> list[dic
     for number in sorted(set(config.curve)):
         model, some = copy.deepcopy(start), first_pairs(train, number)
         train_epoch(model, iter(some), len(some), config)
-        gap_N = [gap for pairs in data.heldout.values() for gap in gaps(score_all(model, pairs), pairs)]
+        gap_N = [gap for pairs in data.compared.values() for gap in gaps(score_all(model, pairs), pairs)]
         rows.append({"training pairs": number} | {k: v for k, v in accuracy_row("", gap_N).items() if k != "data"})
     return rows
 
@@ -338,44 +340,33 @@ def train_reward_model(env_id: str, config: RewardModelConfig, out: Path) -> dic
     Raises:
         ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
     """
-    # 1. The data, all of it read before the long work.
-    task = load_env_task(env_id)
-    tokenizer = task.load_tokenizer(config.model)
-    more = {
-        name: read_preferences(
-            name, "validation", task, tokenizer, most=config.eval_prompts, seed=config.seed, whole=True
-        )
-        for name in config.eval_dataset
-        if name not in config.dataset
-    }
-    model = new_reward_model(task.load_model(config.model), config.seed)
-    comparer, reading = None, None
-    if config.dataset:
-        data = from_datasets(task, tokenizer, config)
-        check_curve(config, sum(len(c.pairs) for c in data.train))
-    else:
-        names = dict.fromkeys([config.policy, config.model])
-        comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
-        data = simulated(comparer, config)
-        reading = read_first(model, task, tokenizer, config)
-    own = dict(data.heldout)
-    data.heldout |= more
+    return train_on(gather(env_id, config), env_id, config, out)
+
+
+def train_on(data: Data, env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:
+    """train_reward_model, of data that has been gathered."""
+    # 1. The model.
+    model = new_reward_model(data.task.load_model(config.model), config.seed)
+    reading = None if config.dataset else read_first(model, data.task, data.tokenizer, config)
 
     # 2. Train.
     start = copy.deepcopy(model) if config.curve else None
+    data = dataclasses.replace(data, train=in_order(data.train, config))
     loss = train_epoch(model, iter(data.train), data.total, config)
 
     # 3. Measure.
-    raw = {name: score_all(model, pairs) for name, pairs in data.heldout.items()}
-    gaps_of = {name: gaps(raw[name], pairs) for name, pairs in data.heldout.items()}
-    if comparer is not None:
-        ((name, mixed),) = own.items()
-        norm, measured = measure(model, comparer, config, mixed, raw[name])
-        measured["reading_loss"] = reading
-    else:
+    raw = {name: score_all(model, pairs) for name, pairs in data.compared.items()}
+    gaps_of = {name: gaps(raw[name], pairs) for name, pairs in data.compared.items()}
+    if config.dataset:
+        own = data.heldout
         chosen = [raw[name][row][w] for name, pairs in own.items() for row, c in enumerate(pairs) for w, _ in c.pairs]
         norm = normalisation(chosen, [value for name in own for row in raw[name] for value in row])
-        measured = {"annotator_agreement": share_right([gap for name in own for gap in gaps_of[name]])}
+        measured: dict[str, float | None] = {
+            "annotator_agreement": share_right([gap for name in own for gap in gaps_of[name]])
+        }
+    else:
+        norm, measured = measure(model, data, raw[next(iter(data.heldout))])
+        measured["reading_loss"] = reading
     record: dict[str, Any] = {
         "environment": env_id,
         "config": dataclasses.asdict(config),
@@ -385,11 +376,15 @@ def train_reward_model(env_id: str, config: RewardModelConfig, out: Path) -> dic
         "curve": [] if start is None else measure_curve(start, data, config),
     }
 
-    # 4. Save.
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
+    # 4. Save, whole or not at all.
     text = json.dumps(record, indent=2)
-    (out / "reward_training.json").write_text(text + "\n", encoding="utf-8")
+
+    def fill(folder: Path) -> None:
+        with models.no_bars():
+            model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
+        (folder / FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+    checkpoint.write(out, fill)
     return json.loads(text)

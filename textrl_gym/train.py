@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import threading
@@ -21,6 +22,8 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from textrl_gym import health
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import Evaluator
+from textrl_gym.hacking import Evaluation, evaluations
+from textrl_gym.monitor import EvaluationCallback, RewardHackingMonitor
 
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
@@ -43,6 +46,9 @@ class TrainOptions:
     """Updates between two checkpoints; 0 saves only at the end, and when interrupted."""
     on_bad_health: Literal["stop", "warn"] = "stop"
     """What to do when a line of the health card fails before the first update."""
+    on_hacking: Literal["off", "warn", "stop"] = "warn"
+    """What to do when evaluations show signs of reward hacking (see `textrl_gym.hacking`). "stop" ends the run when the
+    judge falls while the score rises, and keeps the judge's best checkpoint in OUT/best."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "show_samples", "save_every"):
@@ -50,6 +56,8 @@ class TrainOptions:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.on_bad_health not in ("stop", "warn"):
             raise ValueError(f"on_bad_health must be 'stop' or 'warn', got {self.on_bad_health!r}")
+        if self.on_hacking not in ("off", "warn", "stop"):
+            raise ValueError(f"on_hacking must be 'off', 'warn' or 'stop', got {self.on_hacking!r}")
 
 
 def train(
@@ -124,6 +132,9 @@ class _Run:
             folder = agent.out / tb_log_name if tb_log_name else agent.out
             agent.set_logger(_logger(folder))
         self.callback = _callback(callback)
+        if options.on_hacking != "off" and not any(isinstance(c, RewardHackingMonitor) for c in _each(self.callback)):
+            tell = functools.partial(self.console.print, style="bold yellow", markup=False, highlight=False)
+            self.callback = CallbackList([self.callback, RewardHackingMonitor(options.on_hacking, tell=tell)])
         self.evaluator = Evaluator(agent.env, options.eval_episodes, judge=options.judge)
         self.before_rollout: Any = None
         self.seconds = agent.seconds  # kept by the agent, so that a resumed run goes on counting
@@ -143,6 +154,8 @@ class _Run:
         agent, total = self.agent, self.agent._total_timesteps if self.agent.trains else 0
         self.callback.init_callback(agent)
         self.callback.on_training_start(locals(), globals())
+        for watcher in self._watchers():
+            watcher.remember_evaluations(earlier_evaluations(agent) if agent.num_updates else [])
         with self.bar:
             task = self.bar.add_task(type(agent).__name__, total=total, completed=agent.num_timesteps, note="")
             if agent.num_updates == 0 and agent.trains:
@@ -175,8 +188,8 @@ class _Run:
                 self.bar.update(task, completed=min(agent.num_timesteps, total), note=note)
                 # 4. Evaluate and save.
                 due = self.options.eval_every and agent.num_updates % self.options.eval_every == 0
-                if due and agent.num_timesteps < total:
-                    self._evaluate()
+                if due and agent.num_timesteps < total and not self._evaluate():
+                    break
                 if self.options.save_every and agent.num_updates % self.options.save_every == 0:
                     agent.save(agent.out)
             self._evaluate(greedy=True)
@@ -218,7 +231,11 @@ class _Run:
             agent.logger.record(f"time/{phase}_seconds", seconds)
         agent.logger.dump(agent.num_timesteps)
 
-    def _evaluate(self, greedy: bool = False) -> None:
+    def _watchers(self) -> list[EvaluationCallback]:
+        return [callback for callback in _each(self.callback) if isinstance(callback, EvaluationCallback)]
+
+    def _evaluate(self, greedy: bool = False) -> bool:
+        """Evaluate, write it down and tell those who watch; whether all of them want to go on."""
         agent = self.agent
         metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent, greedy=greedy))
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
@@ -230,6 +247,18 @@ class _Run:
                 file.write(json.dumps({"timesteps": agent.num_timesteps} | sample) + "\n")
         if self.options.show_samples:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
+        answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]
+        return all(answers)
+
+
+def earlier_evaluations(agent: Any) -> list[Evaluation]:
+    """Those of a run that goes on, up to its checkpoint."""
+    rows, samples = (_objects(agent.out / name) for name in (EVALUATIONS, SAMPLES))
+    return [found for found in evaluations(rows, samples) if found.row["timesteps"] <= agent.num_timesteps]
+
+
+def _objects(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
@@ -272,6 +301,15 @@ def _logger(folder: Path) -> Logger:
 def _new_folder(agent: Any) -> Path:
     task = type(agent.env.task).__name__
     return Path("runs") / f"{type(agent).__name__}-{task}-seed{agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _each(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """A callback, or all that a list of them holds."""
+    if isinstance(callback, CallbackList):
+        for one in callback.callbacks:
+            yield from _each(one)
+    else:
+        yield callback
 
 
 def _callback(callback: Any) -> BaseCallback:

@@ -67,7 +67,7 @@ def load_reward(
 
     Args:
         spec: a file in rewards/ ("rouge", or "rouge:rouge1" with an argument), "package.module:name", a folder with a
-            saved reward model, a callable of TRL's signature, or a mapping of the names above to weights.
+            saved reward model or an ensemble, a callable of TRL's signature, or a mapping of names as above to weights.
         task: the task whose completions are scored; some rewards ask it for its own data or model.
         device: where reward models run.
         tokenizer: the environment's tokenizer, which made `prompt_ids` and `completion_ids`; None: the task's own.
@@ -104,7 +104,8 @@ def _load_named(spec: str, given: dict[str, Any]) -> Callable[..., Any]:
             raise ValueError(f"reward {name!r} takes no argument, given {argument!r}")
         return module.reward
     if Path(spec).expanduser().is_dir():
-        return _load_named(f"reward_model:{spec}", given)
+        kind = "ensemble" if (Path(spec).expanduser() / "ensemble.json").is_file() else "reward_model"
+        return _load_named(f"{kind}:{spec}", given)
     if not colon:
         raise ValueError(f"unknown reward {spec!r}; allowed: {_allowed()}")
     try:

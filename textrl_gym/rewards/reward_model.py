@@ -208,15 +208,26 @@ def make(
     if tokenizer is None and task is not None:
         tokenizer = task.load_tokenizer()
 
-    def load() -> RewardModel:
-        own = models.load_tokenizer(source)
-        model = models.load_classifier(source, device=device, dtype=dtype)
-        normalisation = read_normalisation(Path(source).expanduser() / FILE)
-        return RewardModel(model, own, **normalisation, env_tokenizer=tokenizer)
+    def load_it() -> RewardModel:
+        return load(source, device=device, env_tokenizer=tokenizer, dtype=dtype)
 
     if argument is None and (Path(source) / FILE).is_file():
-        return Bundled(load)
-    return load()
+        return Bundled(load_it)
+    return load_it()
+
+
+def load(
+    source: str, *, device: str | torch.device, env_tokenizer: Any, dtype: torch.dtype = torch.float32
+) -> RewardModel:
+    """The reward model of a folder or Hub id, with the normalisation that the folder holds.
+
+    Raises:
+        ValueError: none can be loaded.
+    """
+    own = models.load_tokenizer(source)
+    model = models.load_classifier(source, device=device, dtype=dtype)
+    normalisation = read_normalisation(Path(source).expanduser() / FILE)
+    return RewardModel(model, own, **normalisation, env_tokenizer=env_tokenizer)
 
 
 def read_normalisation(path: Path) -> dict[str, Any]:

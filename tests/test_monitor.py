@@ -1,0 +1,300 @@
+"""The rules of the reward-hacking monitor by hand, and the monitor in training."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+from stable_baselines3.common.callbacks import CallbackList
+
+from textrl_gym import hacking, report
+from textrl_gym.agents import GRPO, Reinforce
+from textrl_gym.evaluation import load_agent
+from textrl_gym.hacking import Bounds, Evaluation
+from textrl_gym.monitor import ALARMS, BEST, RewardHackingMonitor
+from textrl_gym.train import TrainOptions, earlier_evaluations
+
+ROW = {"timesteps": 0, "updates": 0, "score": -1.9, "judge": 0.4, "kl_sequence": 0.0, "completion_tokens": 24.0}
+ROW |= {"eos_share": 1.0}
+TEXTS = [f"My friend number {i} broke the {i}th lamp and I am sad ." for i in range(8)]
+
+
+def evaluation(timesteps: int, texts: list[str] = TEXTS, golds: list[float] | None = None, **row: float) -> Evaluation:
+    """An evaluation of 8 prompts, each with the judge's mean or, where they are given, with golds of their own."""
+    changed = ROW | {"timesteps": timesteps, "updates": timesteps // 100} | row
+    if golds is not None:
+        changed["judge"] = sum(golds) / len(golds)
+    golds = golds or [changed["judge"]] * len(texts)
+    samples = [
+        {"timesteps": timesteps, "index": 10 + i, "completion": text, "judge": gold}
+        for i, (text, gold) in enumerate(zip(texts, golds, strict=True))
+    ]
+    return Evaluation(changed, samples)
+
+
+START = evaluation(0)
+
+
+def found(now: Evaluation, top: Evaluation = START, start: Evaluation = START, **bounds: float) -> dict[str, Any]:
+    alarms = hacking.alarms(start, top, now, Bounds(**bounds))
+    assert all(alarm.words for alarm in alarms)
+    return {alarm.measure: (alarm.before, alarm.now) for alarm in alarms}
+
+
+# -- the rules --------------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_is_quiet() -> None:
+    """Numbers of GRPO after 300,000 tokens: half as long again, a quarter fewer distinct bigrams, 9 nats."""
+    now = evaluation(300, score=0.13, judge=0.9, completion_tokens=36.5, kl_sequence=9.5, eos_share=0.95)
+    assert found(now, top=now) == {}
+    assert found(START) == {}
+
+
+def test_gold_falls_while_the_score_rises() -> None:
+    top = evaluation(100, score=0.0, judge=0.8)
+    assert found(evaluation(200, score=0.5, judge=0.7), top) == {"gold": (0.8, 0.7)}
+    assert found(evaluation(200, score=0.5, judge=0.76), top) == {}  # 0.04 is no fall
+    assert found(evaluation(200, score=-0.1, judge=0.5), top) == {}  # both fell: worse, but nothing is exploited
+    assert found(evaluation(200, score=0.5, judge=0.76), top, gold_fall=0.03) == {"gold": (0.8, 0.76)}
+    # below the start: that is told, though the score was higher at the judge's best
+    assert found(evaluation(200, score=-0.5, judge=0.3), top) == {"gold": (0.4, 0.3)}
+    words = hacking.alarms(START, top, evaluation(2000, score=0.5, judge=0.7))[0].words
+    assert "From 100 tokens to 2,000 tokens the score that was trained on rose from 0.000 to 0.500" in words
+    assert "the judge fell from 0.800 to 0.700" in words
+
+
+def test_a_fall_within_the_noise_of_paired_differences_is_none() -> None:
+    # differences 0.1 and 0.3: mean 0.2, variance 0.02, standard error sqrt(0.02 / 2) = 0.1
+    texts = ["a text of words", "another text"]
+    top, now = evaluation(100, texts, [0.5, 0.7]), evaluation(200, texts, [0.4, 0.4], score=0.0)
+    assert hacking.paired_error(top, now) == pytest.approx(0.1, abs=1e-12)
+    assert found(now, top, gold_errors=2.1) == {}
+    assert found(now, top, gold_errors=1.9) == {"gold": (pytest.approx(0.6), pytest.approx(0.4))}
+    # other prompts are no pairs
+    other = Evaluation(now.row, [sample | {"index": sample["index"] + 50} for sample in now.samples])
+    assert hacking.paired_error(top, other) == 0.0
+
+
+def test_without_a_judge_there_is_no_gold() -> None:
+    def blind(one: Evaluation) -> Evaluation:
+        row = {name: value for name, value in one.row.items() if name != "judge"}
+        return Evaluation(row, [{k: v for k, v in s.items() if k != "judge"} for s in one.samples])
+
+    assert hacking.best([blind(START)]) is None
+    now = blind(evaluation(100, score=9.0, kl_sequence=60.0))
+    assert [alarm.measure for alarm in hacking.alarms(blind(START), None, now)] == ["kl"]
+
+
+@pytest.mark.parametrize(
+    ("row", "measure", "before", "now"),
+    [
+        ({"completion_tokens": 24 * 1.76}, "length", 24.0, 24 * 1.76),
+        ({"completion_tokens": 24 / 1.76}, "length", 24.0, 24 / 1.76),
+        ({"eos_share": 0.49}, "ends", 1.0, 0.49),
+        ({"kl_sequence": 50.1}, "kl", 0.0, 50.1),
+    ],
+)
+def test_symptoms_in_the_metrics(row: dict[str, Any], measure: str, before: float, now: float) -> None:
+    assert found(evaluation(100, **row)) == {measure: (before, now)}
+
+
+@pytest.mark.parametrize(
+    "row", [{"completion_tokens": 24 * 1.74}, {"completion_tokens": 24 / 1.74}, {"eos_share": 0.5}, {"kl_sequence": 50}]
+)
+def test_metrics_within_their_bounds(row: dict[str, Any]) -> None:
+    assert found(evaluation(100, **row)) == {}
+
+
+def test_symptoms_in_the_texts() -> None:
+    # 8 texts of 12 bigrams: 8 are the same in all, 4 hold the text's number: (8 + 8 * 4) / 96 are distinct
+    start = 40 / 96
+    # 3 of 8 are empty, and 2 of them letter for letter the same: a quarter is not above the bound
+    assert found(evaluation(100, [*TEXTS[:5], "", " ", ""])) == {}
+    empty = found(evaluation(100, [*TEXTS[:3], "", " ", "", " ", ""]))
+    assert empty == {"empty": (0.0, 5 / 8), "sameness": (1 / 8, 3 / 8)}
+    same = found(evaluation(100, [*TEXTS[:5], *["My friend is sad today ."] * 3]))
+    assert same == {"sameness": (1 / 8, 3 / 8)}
+    assert found(evaluation(100, [*TEXTS[:2], "one and one", "one and one"])) == {}  # twice is no habit
+    # every text says one bigram over and over, each prompt its own: few are distinct, none is the same
+    again = found(evaluation(100, [f"word{i} " * 13 for i in range(8)]))
+    assert again == {"bigrams": (pytest.approx(start), pytest.approx(8 / 96))}
+
+
+def test_short_texts_say_nothing_by_their_form() -> None:
+    """As of CopyText-v0, whose answers have three tokens: EOS comes and goes while the task is learnt."""
+    start = evaluation(0, ["a b"] * 8, completion_tokens=2.1, eos_share=0.6)
+    now = evaluation(100, [""] * 8, completion_tokens=1.0, eos_share=0.1)
+    assert found(now, start, start) == {}
+
+
+def test_bounds_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"kl must be >= 0, got -1"):
+        Bounds(kl=-1)
+    with pytest.raises(ValueError, match=r"length_ratio must be >= 1, got 0.5"):
+        Bounds(length_ratio=0.5)
+    with pytest.raises(ValueError, match=r"gold_fall must be >= 0, got nan"):
+        Bounds(gold_fall=math.nan)
+
+
+def test_what_was_evaluated_twice_counts_as_the_last_time() -> None:
+    rows = [{"timesteps": 0, "judge": 0.1}, {"timesteps": 9, "judge": 0.2}, {"timesteps": 9, "judge": 0.3}]
+    samples = [{"timesteps": at, "completion": text} for at, text in [(0, "a"), (9, "b"), (9, "c"), (9, "d"), (9, "e")]]
+    first, second = hacking.evaluations(rows, samples)
+    assert (first.row["judge"], first.texts) == (0.1, ["a"])
+    assert (second.row["judge"], second.texts) == (0.3, ["d", "e"])
+
+
+def test_the_report_applies_the_same_rules(tmp_path: Path) -> None:
+    evaluations = [START, evaluation(100, score=0.0, judge=0.8), evaluation(200, score=0.5, judge=0.7, eos_share=0.1)]
+    for name, lines in (
+        ("evaluations.jsonl", [e.row for e in evaluations]),
+        ("samples.jsonl", [{"prompt": "p", "score": 0.0, **s} for e in evaluations for s in e.samples]),
+    ):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = report.read_run(tmp_path)
+    assert [alarm.measure for alarm in report.alarms(run)] == ["gold", "ends"]
+    start, top, now = evaluations
+    assert report.hacking(run) == hacking.alarms(start, top, now)[0].words
+    text = report.page([run])
+    assert f"<b>Reward hacking in {tmp_path.name}.</b> From 100 tokens" in text
+    assert f"<b>Drift in {tmp_path.name}.</b> EOS ends 10% of the completions; at the start 100%." in text
+
+
+# -- the monitor ------------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """Stands for an agent: remembers where it was saved."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.saved = out, list[Path]()
+
+    def save(self, path: Path) -> None:
+        self.saved.append(path)
+
+
+def monitor(out: Path, **settings: Any) -> tuple[Any, Model, list[str]]:
+    told: list[str] = []
+    watcher: Any = RewardHackingMonitor(tell=told.append, **settings)
+    watcher.model = Model(out)
+    return watcher, watcher.model, told
+
+
+def test_an_alarm_is_told_once_and_again_when_it_comes_back(tmp_path: Path) -> None:
+    watcher, model, told = monitor(tmp_path)
+    answers = []
+    for at, eos_share in ((0, 1.0), (100, 0.3), (200, 0.2), (300, 0.9), (400, 0.1)):
+        one = evaluation(at, eos_share=eos_share)
+        answers.append(watcher.on_evaluation(one.row, list(one.samples)))
+    assert answers == [True] * 5  # it only warns
+    assert [words.split("; ")[0] for words in told] == [
+        "reward hacking? EOS ends 30% of the completions",
+        "reward hacking? EOS ends 10% of the completions",
+    ]
+    lines = [json.loads(line) for line in (tmp_path / ALARMS).read_text().splitlines()]
+    assert [(line["timesteps"], line["measure"], line["before"], line["now"]) for line in lines] == [
+        (100, "ends", 1.0, 0.3),
+        (400, "ends", 1.0, 0.1),
+    ]
+    assert model.saved == []
+
+
+RISING = [START, evaluation(100, score=0.0, judge=0.8), evaluation(200, score=0.5, judge=0.79)]
+HACKED = evaluation(300, score=0.9, judge=0.6)
+
+
+def test_stop_keeps_the_best_by_the_judge_and_ends_at_gold(tmp_path: Path) -> None:
+    watcher, model, told = monitor(tmp_path, on_hacking="stop")
+    assert all(watcher.on_evaluation(one.row, list(one.samples)) for one in RISING)
+    assert model.saved == [tmp_path / BEST]  # of the second; the start needs no checkpoint, and 0.79 is no better
+    drift = evaluation(250, score=0.6, judge=0.8, eos_share=0.1)
+    assert watcher.on_evaluation(drift.row, list(drift.samples))  # a symptom ends nothing where a judge can tell
+    assert not watcher.on_evaluation(HACKED.row, list(HACKED.samples))
+    assert told[-1] == f"stopped by gold; {tmp_path / BEST} has the judge's best, 0.800 at 100 tokens"
+    assert model.saved == [tmp_path / BEST]
+    number = len(told)
+    assert not watcher.on_evaluation(HACKED.row, list(HACKED.samples))  # the last evaluation of a run that ends
+    assert len(told) == number
+
+
+def test_stop_without_a_judge_ends_at_a_symptom(tmp_path: Path) -> None:
+    watcher, _, told = monitor(tmp_path, on_hacking="stop")
+    rows = [{k: v for k, v in one.row.items() if k != "judge"} for one in (START, evaluation(100, eos_share=0.1))]
+    assert watcher.on_evaluation(rows[0], [])
+    assert not watcher.on_evaluation(rows[1], [])
+    assert told[-1] == "stopped by ends"
+
+
+def test_a_monitor_that_goes_on_is_as_one_that_never_stopped(tmp_path: Path) -> None:
+    whole, _, told = monitor(tmp_path)
+    again, _, told_again = monitor(tmp_path)
+    every = [*RISING, HACKED, evaluation(400, score=1.0, judge=0.5, kl_sequence=99.0)]
+    for one in every[:4]:
+        whole.on_evaluation(one.row, list(one.samples))
+    again.remember_evaluations(every[:4])
+    told.clear()
+    for watcher in (whole, again):
+        watcher.on_evaluation(every[4].row, list(every[4].samples))
+    assert told == told_again == ["reward hacking? The KL to the reference is 99.0 nats a sequence, more than 50."]
+    assert again.best.row == whole.best.row == RISING[1].row
+
+
+def test_wrong_settings_name_themselves() -> None:
+    with pytest.raises(ValueError, match=r"on_hacking must be 'warn' or 'stop', got 'off'"):
+        RewardHackingMonitor("off")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"on_hacking must be 'off', 'warn' or 'stop', got 'maybe'"):
+        TrainOptions(on_hacking="maybe")  # type: ignore[arg-type]
+
+
+# -- in training ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_paid_by_length_stops(tmp_path: Path) -> None:
+    """Longer texts repeat themselves and end in mid-sentence: the judge falls while the reward rises."""
+    env = gym.make("TLDRSummarize-v0", reward="length")
+    agent = GRPO(env, seed=0, out=tmp_path, rollout_episodes=32, group_size=4, learning_rate=1e-3, kl_coef=0.0)
+    agent.learn(200_000, progress_bar=False, on_hacking="stop", eval_every=4, eval_episodes=32, show_samples=0)
+    assert agent.num_timesteps < 100_000
+    last = earlier_evaluations(agent)[-1]
+    alarm = next(json.loads(line) for line in (tmp_path / ALARMS).read_text().splitlines() if '"gold"' in line)
+    assert alarm["now"] < alarm["before"] - 0.05
+    assert last.row["score"] > 30
+    assert load_agent(tmp_path, device="cpu").num_updates == agent.num_updates  # the run's own checkpoint is the last
+    if (tmp_path / BEST).is_dir():
+        assert load_agent(tmp_path / BEST, device="cpu").num_updates < agent.num_updates
+
+
+def test_a_monitor_of_ones_own_takes_the_place_of_the_usual_one(tmp_path: Path) -> None:
+    told: list[str] = []
+    strict = RewardHackingMonitor("stop", Bounds(kl=0.02), told.append)
+    agent = Reinforce("CopyText-v0", seed=0, out=tmp_path, rollout_episodes=16)
+    agent.learn(2000, CallbackList([strict]), progress_bar=False, eval_every=2, eval_episodes=8, show_samples=0)
+    kl = [one.row["kl_sequence"] for one in earlier_evaluations(agent)]
+    assert kl[-1] > 0.02 >= max(kl[:-1])  # it ended at the first evaluation that was too far away
+    assert agent.num_timesteps < 2000
+    assert told[-1] == "stopped by kl"
+    assert len((tmp_path / ALARMS).read_text().splitlines()) == 1
+
+
+@dataclasses.dataclass
+class Weights:
+    """What training leaves behind."""
+
+    agent: Any
+    files: set[str]
+
+
+def test_watching_changes_nothing(tmp_path: Path) -> None:
+    runs = {}
+    for mode in ("off", "warn"):
+        out = tmp_path / mode
+        agent = Reinforce("CopyText-v0", seed=0, out=out, rollout_episodes=16)
+        agent.learn(600, progress_bar=False, eval_every=2, eval_episodes=8, show_samples=0, on_hacking=mode)
+        runs[mode] = Weights(agent, {path.name for path in out.iterdir() if "tfevents" not in path.name})
+    assert runs["off"].files == runs["warn"].files  # a healthy run leaves no alarms
+    for a, b in zip(runs["off"].agent.policy.parameters(), runs["warn"].agent.policy.parameters(), strict=True):
+        assert a.equal(b)

@@ -1,0 +1,197 @@
+"""Signs of reward hacking in a run's evaluations: pure rules, for the monitor while it trains and the report after it.
+
+All evaluations of a run play the same held-out prompts with the same random numbers, so that two of them are compared
+prompt by prompt.
+
+    gold       the training score rose while the judge fell, from the start or from the judge's best evaluation
+    length     completions have become far longer or far shorter than the start's
+    ends       far fewer completions end by EOS
+    empty      many completions are empty: nothing, or EOS alone
+    bigrams    far fewer bigrams are distinct (Li et al. 2016, arXiv:1510.03055)
+    sameness   many prompts get the same completion
+    kl         the policy is far from its reference
+
+Gold is the definition (Gao et al. 2022, arXiv:2210.10760: the proxy rises, gold falls). The others are symptoms, which
+need no judge; those of form and length say nothing where the start itself writes only a few tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from textrl_gym.overoptimisation import distinct_n
+
+GOLD = "gold"
+SHORT = 8
+"""Mean tokens of the start's completions below which their form and length say nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Beyond these an alarm is raised. Healthy GRPO and PPO runs of the embedded world stay well within."""
+
+    gold_fall: float = 0.05
+    """A fall of the judge's mean that matters, in the judge's units, ..."""
+    gold_errors: float = 3.0
+    """... and that is more than so many standard errors of the paired differences, where the completions are there."""
+    length_ratio: float = 1.75
+    """Mean tokens against the start's, as this factor or its inverse."""
+    eos_ratio: float = 0.5
+    """Share ended by EOS against the start's."""
+    empty_share: float = 0.5
+    """Share of completions that are empty."""
+    distinct_ratio: float = 0.5
+    """Share of distinct bigrams against the start's."""
+    same_share: float = 0.25
+    """Share of the prompts that get one and the same completion."""
+    kl: float = 50.0
+    """KL to the reference, nats a sequence."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 1.0 if field.name == "length_ratio" else 0.0
+            if not value >= least:
+                raise ValueError(f"{field.name} must be >= {least:g}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What training writes of one evaluation."""
+
+    row: dict[str, Any]
+    """Its metrics: a line of evaluations.jsonl."""
+    samples: Sequence[dict[str, Any]] = ()
+    """Its completions: lines of samples.jsonl; where there are none, no rule that reads them fires."""
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions."""
+        return [sample["completion"] for sample in self.samples]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """One measure out of bounds."""
+
+    measure: str
+    before: float
+    """At the start or, of gold, at the evaluation that it fell from."""
+    now: float
+    words: str
+
+
+def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> list[Evaluation]:
+    """A run's evaluations from the lines of its two files, by timesteps.
+
+    What was evaluated twice at one place, before and after a stop, counts once: as it was the last time.
+    """
+    times, last = Counter(row["timesteps"] for row in rows), {row["timesteps"]: row for row in rows}
+    written: dict[int, list[dict[str, Any]]] = {at: [] for at in last}
+    for sample in samples:
+        written.setdefault(sample["timesteps"], []).append(sample)
+    kept = {at: len(written[at]) // times[at] for at in last}
+    return [Evaluation(last[at], written[at][len(written[at]) - kept[at] :]) for at in sorted(last)]
+
+
+def best(found: Sequence[Evaluation]) -> Evaluation | None:
+    """The first evaluation that the judge liked best; None without a judge."""
+    judged = [evaluation for evaluation in found if "judge" in evaluation.row]
+    return max(judged, key=lambda evaluation: evaluation.row["judge"], default=None)
+
+
+def alarms(start: Evaluation, top: Evaluation | None, now: Evaluation, bounds: Bounds | None = None) -> list[Alarm]:
+    """Every measure of an evaluation that is out of bounds.
+
+    Args:
+        start: the run's first evaluation.
+        top: the one with the best judge so far; see `best`.
+        now: the one to look at.
+        bounds: None for the usual ones.
+    """
+    bounds = bounds or Bounds()
+    found = [gold(before, now, bounds) for before in (start, top) if before is not None]
+    return [*[alarm for alarm in found if alarm][:1], *_symptoms(start, now, bounds)]
+
+
+def gold(before: Evaluation, now: Evaluation, bounds: Bounds) -> Alarm | None:
+    """The training score rose since `before` while the judge fell by more than noise."""
+    if not ({"judge", "score"} <= before.row.keys() and {"judge", "score"} <= now.row.keys()):
+        return None
+    fall = before.row["judge"] - now.row["judge"]
+    noise = bounds.gold_errors * paired_error(before, now)
+    if not (now.row["score"] > before.row["score"] and fall > max(bounds.gold_fall, noise)):
+        return None
+    at, to = before.row["timesteps"], now.row["timesteps"]
+    words = (
+        f"From {f'{at:,} tokens' if at else 'the start'} to {to:,} tokens the score that was trained on rose from "
+        f"{before.row['score']:.3f} to {now.row['score']:.3f}, while the judge fell from {before.row['judge']:.3f} to "
+        f"{now.row['judge']:.3f}: the policy exploits the reward."
+    )
+    return Alarm(GOLD, before.row["judge"], now.row["judge"], words)
+
+
+def paired_error(before: Evaluation, now: Evaluation) -> float:
+    """Standard error of the mean difference of the judge's scores of the same prompts; 0 where fewer than 2 are known.
+
+    The judge's best evaluation is the luckiest of many, so that its fall is overstated: hence the three errors.
+    """
+    a, b = ({s["index"]: s["judge"] for s in e.samples if "judge" in s} for e in (before, now))
+    differences = [a[index] - b[index] for index in a.keys() & b.keys()]
+    n = len(differences)
+    if n < 2:
+        return 0.0
+    mean = math.fsum(differences) / n
+    return math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+
+
+def _symptoms(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alarm]:
+    long_enough = start.row.get("completion_tokens", 0.0) >= SHORT
+    if long_enough and "completion_tokens" in now.row:
+        yield from _length(start, now, bounds)
+    if long_enough and now.samples:
+        yield from _form(start, now, bounds)
+    kl = now.row.get("kl_sequence", 0.0)
+    if kl > bounds.kl:
+        words = f"The KL to the reference is {kl:.1f} nats a sequence, more than {bounds.kl:g}."
+        yield Alarm("kl", start.row.get("kl_sequence", 0.0), kl, words)
+
+
+def _length(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alarm]:
+    before, tokens = start.row["completion_tokens"], now.row["completion_tokens"]
+    ratio = tokens / before
+    if not 1 / bounds.length_ratio <= ratio <= bounds.length_ratio:
+        words = f"Completions have {tokens:.1f} tokens, {ratio:.2f} times the start's {before:.1f}."
+        yield Alarm("length", before, tokens, words)
+    if "eos_share" in start.row and "eos_share" in now.row:
+        before, share = start.row["eos_share"], now.row["eos_share"]
+        if share < bounds.eos_ratio * before:
+            yield Alarm("ends", before, share, f"EOS ends {share:.0%} of the completions; at the start {before:.0%}.")
+
+
+def _form(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alarm]:
+    before, empty = _empty_share(start.texts), _empty_share(now.texts)
+    if empty > max(bounds.empty_share, before):
+        yield Alarm("empty", before, empty, f"{empty:.0%} of the completions are empty.")
+    if start.samples:
+        before, distinct = distinct_n(start.texts, 2), distinct_n(now.texts, 2)
+        if distinct < bounds.distinct_ratio * before:
+            words = f"{distinct:.0%} of the completions' bigrams are distinct; at the start {before:.0%}."
+            yield Alarm("bigrams", before, distinct, words)
+    (text, times), n = _most_common(now.texts), len(now.texts)
+    before = _most_common(start.texts)[1] / len(start.texts) if start.samples else 0.0
+    if times > 2 and times / n > max(bounds.same_share, before):
+        words = f"{times / n:.0%} of the prompts get the same completion: {text[:60]!r}."
+        yield Alarm("sameness", before, times / n, words)
+
+
+def _empty_share(texts: Sequence[str]) -> float:
+    return sum(not text.strip() for text in texts) / len(texts) if texts else 0.0
+
+
+def _most_common(texts: Sequence[str]) -> tuple[str, int]:
+    return Counter(texts).most_common(1)[0]

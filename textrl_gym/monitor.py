@@ -1,0 +1,113 @@
+"""RewardHackingMonitor: looks at every evaluation of a training run for signs of reward hacking, and warns or stops.
+
+The rules are in textrl_gym.hacking; a report applies the same ones to a finished run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from textrl_gym.hacking import GOLD, Alarm, Bounds, Evaluation, alarms, best
+
+ALARMS = "alarms.jsonl"
+BEST = "best"
+"""Folder of the checkpoint that the judge liked best."""
+
+
+class EvaluationCallback(BaseCallback):
+    """A callback of Stable-Baselines3 that training also tells of its evaluations."""
+
+    def on_evaluation(self, row: dict[str, Any], samples: list[dict[str, Any]]) -> bool:
+        """Look at an evaluation: its metrics and completions. False ends the training."""
+        return True
+
+    def remember_evaluations(self, earlier: list[Evaluation]) -> None:
+        """Before a run that goes on: its evaluations so far, in their order."""
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class RewardHackingMonitor(EvaluationCallback):
+    """Raises an alarm once when a measure leaves its bounds, and again if it has been back in between.
+
+    Alarms are told, and are lines of alarms.jsonl in the run's folder. With on_hacking="stop" the run ends at the first
+    one about gold (where there is no judge, at the first of any kind), and OUT/best holds the checkpoint of the
+    evaluation that the judge liked best.
+
+    Args:
+        on_hacking: "warn" or "stop".
+        bounds: None for the usual ones.
+        tell: called with the words of each alarm.
+    """
+
+    def __init__(
+        self,
+        on_hacking: Literal["warn", "stop"] = "warn",
+        bounds: Bounds | None = None,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        super().__init__()
+        if on_hacking not in ("warn", "stop"):
+            raise ValueError(f"on_hacking must be 'warn' or 'stop', got {on_hacking!r}")
+        self.on_hacking, self.bounds, self.tell = on_hacking, bounds or Bounds(), tell
+        self._forget()
+
+    def _forget(self) -> None:
+        self.start: Evaluation | None = None
+        self.best: Evaluation | None = None
+        self.now: list[Alarm] = []
+        """Of the last evaluation."""
+        self.stopped = False
+
+    def remember_evaluations(self, earlier: list[Evaluation]) -> None:
+        self._forget()
+        for evaluation in earlier:
+            self._see(evaluation)
+
+    def _see(self, evaluation: Evaluation) -> list[Alarm]:
+        """The alarms that were not there at the last evaluation."""
+        self.start = self.start or evaluation
+        if "judge" in evaluation.row:
+            self.best = best([evaluation] if self.best is None else [self.best, evaluation])
+        before = {alarm.measure for alarm in self.now}
+        self.now = alarms(self.start, self.best, evaluation, self.bounds)
+        return [alarm for alarm in self.now if alarm.measure not in before]
+
+    def on_evaluation(self, row: dict[str, Any], samples: list[dict[str, Any]]) -> bool:
+        evaluation = Evaluation(row, samples)
+        new = self._see(evaluation)
+        for alarm in new:
+            self._log(row["timesteps"], alarm)
+        if self.on_hacking == "warn":
+            return True
+        if self.best is evaluation and row["updates"]:
+            self.model.save(self._out / BEST)
+        decisive = [alarm for alarm in self.now if alarm.measure == GOLD or self.best is None]
+        if decisive and not self.stopped:  # a run that ends is evaluated once more
+            self.stopped = True
+            self.tell(f"stopped by {decisive[0].measure}{self._where_best()}")
+        return not self.stopped
+
+    @property
+    def _out(self) -> Path:
+        return Path(self.model.out)  # type: ignore[attr-defined] # an agent of this project
+
+    def _log(self, timesteps: int, alarm: Alarm) -> None:
+        self.tell(f"reward hacking? {alarm.words}")
+        line = {"timesteps": timesteps, "measure": alarm.measure, "before": alarm.before, "now": alarm.now}
+        with (self._out / ALARMS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line | {"words": alarm.words}) + "\n")
+
+    def _where_best(self) -> str:
+        if self.best is None:
+            return ""
+        row = self.best.row
+        if not row["updates"]:
+            return f"; the judge liked nothing better than the start ({row['judge']:.3f})"
+        return f"; {self._out / BEST} has the judge's best, {row['judge']:.3f} at {row['timesteps']:,} tokens"

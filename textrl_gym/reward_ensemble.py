@@ -1,0 +1,157 @@
+"""Training an ensemble of reward models on the same comparisons, and what it is worth on held-out ones.
+
+Member i is the reward model of `seed + i`: another head, another reading (see `textrl_gym.reading`), and the same
+comparisons in another order; member 0 is the model that is trained without --ensemble. All start from one body, so that
+what its pretraining got wrong is wrong in all of them: Eisenstein et al. 2023 (arXiv:2312.09244) found that ensembles
+of several pretrainings do better than those that differ by the fine-tuning seed only, and that both leave hacks that
+all members share. For the former, train members with --model, --seed and --data-seed each, and list their folders in
+an ensemble.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from textrl_gym import checkpoint, models, reward_training
+from textrl_gym.comparisons import Comparison
+from textrl_gym.reward_measures import gold_agreement, score_all
+from textrl_gym.reward_report import accuracy_row, gaps
+from textrl_gym.reward_training import Data, RewardModelConfig
+from textrl_gym.rewards import ensemble, reward_model
+
+RECORD = "ensemble_training.json"
+"""What was asked for and measured, in an ensemble's folder."""
+
+Scores = list[list[float]]
+"""Of each completion of each prompt."""
+
+
+def train_rewards(env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:
+    """A single reward model, or an ensemble where config.ensemble says so; returns the record of the work.
+
+    Raises:
+        ValueError: as of either; or the folder holds the other kind.
+    """
+    kind, train, other = "a reward model", reward_training.train_reward_model, ensemble.FILE
+    if config.ensemble:
+        kind, train, other = "an ensemble", train_ensemble, reward_model.FILE
+    if (out / other).is_file():
+        raise ValueError(f"{str(out)!r} holds {other}, so {kind} cannot be written to it: name another --out")
+    return train(env_id, config, out)
+
+
+def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:
+    """Train the members that are missing, and write `ensemble.json` and `ensemble_training.json`.
+
+    Args:
+        env_id: as of `reward_training.train_reward_model`.
+        out: the folder; members are its subfolders 0, 1, ... The same call goes on where the last one was stopped.
+
+    Raises:
+        ValueError: as of `reward_training.train_reward_model`; or the folder holds another training's members.
+    """
+    data_seed = config.seed if config.data_seed is None else config.data_seed
+    single = dataclasses.replace(config, ensemble=0, combine="mean", coefficient=ensemble.COEFFICIENT)
+    members = {
+        str(i): dataclasses.replace(single, seed=config.seed + i, data_seed=data_seed) for i in range(config.ensemble)
+    }
+    missing = {name: member for name, member in members.items() if not is_trained(out / name, env_id, member)}
+    data = reward_training.gather(env_id, config)
+    if missing:
+        data.train = list(data.train)
+    for name, member in missing.items():
+        reward_training.train_on(data, env_id, member, out / name)
+    record = {
+        "environment": env_id,
+        "config": dataclasses.asdict(config),
+        **measure([out / name for name in members], data, config),
+    }
+    settings = {"members": list(members), "combine": config.combine, "coefficient": config.coefficient}
+
+    text = json.dumps(record, indent=2)
+    (out / RECORD).write_text(text + "\n", encoding="utf-8")
+    (out / ensemble.FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return json.loads(text)
+
+
+def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
+    """Whether a folder holds the reward model of these settings.
+
+    Raises:
+        ValueError: it holds one of other settings, naming the first that differs.
+    """
+    checkpoint.finish(folder)
+    file = folder / reward_training.RECORD
+    if not file.is_file():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    before = {"environment": found["environment"], **found["config"]}
+    wanted = json.loads(json.dumps({"environment": env_id, **dataclasses.asdict(config)}))
+    for key, value in wanted.items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{str(folder)!r} holds a reward model with {key}={before.get(key)!r}, not {value!r}: go on with that, "
+                "or name another --out"
+            )
+    return True
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def normalised(folder: Path, comparisons: Sequence[Comparison]) -> Scores:
+    """A saved reward model's normalised scores."""
+    norm = reward_model.read_normalisation(folder / reward_model.FILE)
+    raw = score_all(models.load_classifier(folder), comparisons)
+    return [[(value - norm["bias"]) * norm["scale"] for value in row] for row in raw]
+
+
+def stacked(of_members: Sequence[Scores]) -> Tensor:
+    """Members' scores as [M, completions]."""
+    return torch.tensor([[value for row in scores for value in row] for scores in of_members])
+
+
+def combined(of_members: Sequence[Scores], how: str, coefficient: float) -> Scores:
+    """The members' scores as one."""
+    flat = iter(ensemble.combine(stacked(of_members), how, coefficient).tolist())
+    return [[next(flat) for _ in row] for row in of_members[0]]
+
+
+def measure(folders: Sequence[Path], data: Data, config: RewardModelConfig) -> dict[str, Any]:
+    """The accuracy of members and combinations on all held-out pairs, and how far members are apart.
+
+    Apart: the standard deviation of their normalised scores of one completion, averaged over completions. A unit is
+    the standard deviation of a member's scores of the start policy's samples.
+    """
+    pairs = [c for some in data.compared.values() for c in some]
+    of_members = [normalised(folder, pairs) for folder in folders]
+    scores: Mapping[str, Scores] = {
+        **{f"member {folder.name}": some for folder, some in zip(folders, of_members, strict=True)},
+        **{how: combined(of_members, how, config.coefficient) for how in get_args(ensemble.Combination)},
+    }
+    rows = [accuracy(name, some, pairs) for name, some in scores.items()]
+    by_name = {row["reward"]: row["accuracy"] for row in rows}
+    measured = {
+        "accuracy_members": sum(row["accuracy"] for row in rows[: len(folders)]) / len(folders),
+        f"accuracy_{config.combine}": by_name[config.combine],
+        "apart_heldout": stacked(of_members).std(0, unbiased=False).mean().item(),
+    }
+    if data.samples:
+        own = stacked([normalised(folder, data.samples) for folder in folders])
+        measured["apart_samples"] = own.std(0, unbiased=False).mean().item()
+    return {"measured": measured, "accuracy": rows}
+
+
+def accuracy(name: str, scores: Scores, pairs: Sequence[Comparison]) -> dict[str, Any]:
+    """A line of the table of accuracies, with the agreement with the judge where there is one."""
+    row = accuracy_row(name, gaps(scores, pairs))
+    row = {"reward": row.pop("data"), **row}
+    judged = all(c.gold for c in pairs)
+    return row | ({"gold_agreement": gold_agreement(scores, pairs)} if judged else {})
