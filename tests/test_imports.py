@@ -42,7 +42,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"envs", "agents"}),
     frozenset({"check", "cell", "compare", "report", "run_settings", "names", "build_assets", "bench"})
     | frozenset({"comparison_data", "comparison_numbers", "comparison_charts", "comparison_page", "judging"}),
-    frozenset({"cli", "cli_judge", "__main__"}),
+    frozenset({"cli", "judge_command", "__main__"}),
 )
 STRANGERS = frozenset({"envs", "agents"})  # these two never import each other
 

@@ -365,8 +365,8 @@ def test_a_comparison_of_a_task_that_is_not_registered_is_judged_by_its_texts(co
 
 
 def test_every_setting_of_an_endpoint_has_a_flag() -> None:
-    from textrl_gym.cli_judge import JudgeFlags
     from textrl_gym.endpoint import EndpointConfig
+    from textrl_gym.judge_command import JudgeFlags
 
     flags = {field.name: field.default for field in dataclasses.fields(JudgeFlags)}
     for field in dataclasses.fields(EndpointConfig):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from textrl_gym.cli_judge import evaluate, judge, print_rows
+from textrl_gym.judge_command import evaluate, judge, print_rows
 from textrl_gym.names import find_agent, find_env, text_envs
 from textrl_gym.run_settings import (
     EnvSettings,
