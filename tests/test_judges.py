@@ -364,6 +364,14 @@ def test_a_comparison_of_a_task_that_is_not_registered_is_judged_by_its_texts(co
     assert (row["wins"], row["ties"], row["losses"]) == ("0", "4", "0")
 
 
+def test_a_row_is_its_sources_only_where_the_prompt_is_the_same() -> None:
+    reader = judging.Reader(source=[{"prompt": "p", "completion": "c", "facts": 1}])
+    assert reader.row({"index": 0, "prompt": "p", "reference": "r"}) == {"prompt": "p", "completion": "c", "facts": 1}
+    for index, prompt in ((0, "q"), (1, "p")):  # of another data set
+        sample = {"index": index, "prompt": prompt, "reference": "r"}
+        assert reader.row(sample) == {"prompt": prompt, "completion": "r"}
+
+
 def test_every_setting_of_an_endpoint_has_a_flag() -> None:
     from textrl_gym.endpoint import EndpointConfig
     from textrl_gym.judge_command import JudgeFlags

@@ -90,7 +90,7 @@ def evaluate(args: Sequence[str]) -> int:
         ("split", flag(Literal["train", "validation", "test"], "of the prompts"), "validation"),
         ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
         ("json", flag(Path | None, "also write the numbers to this file"), None),
-        ("flags", flat(JudgeFlags)),
+        ("judging", flat(JudgeFlags)),
     ]
     parsed = parse("evaluate", evaluate.__doc__, parts, args)
     from textrl_gym import checkpoint
@@ -100,7 +100,7 @@ def evaluate(args: Sequence[str]) -> int:
     checkpoint.read_state(parsed.folder)
     agent = _agent(parsed.folder, parsed)
     evaluator = Evaluator(agent.env, parsed.episodes, parsed.seed, parsed.split)
-    flags, against, judge = parsed.flags, parsed.flags.against or "start", None
+    flags, against, judge = parsed.judging, parsed.judging.against or "start", None
     if flags != JudgeFlags():  # made first: what is wrong is said before any work
         mdp = evaluator.mdp
         judge = flags.make(parsed.folder, mdp.task, mdp.device, mdp.tokenizer)
@@ -190,7 +190,7 @@ def print_rows(title: str, rows: dict[str, str]) -> None:
 
 def judge(args: Sequence[str]) -> int:
     """Judge the answers of a finished comparison: DIR --judge gold|REWARD|endpoint --against start|human|AGENT."""
-    parts = [("folder", place(Path, "what `compare` wrote")), ("flags", flat(JudgeFlags))]
+    parts = [("folder", place(Path, "what `compare` wrote")), ("judging", flat(JudgeFlags))]
     parsed = parse("judge", judge.__doc__, parts, args)
     from rich.console import Console
     from rich.markup import escape
@@ -199,10 +199,10 @@ def judge(args: Sequence[str]) -> int:
     from textrl_gym import judging
     from textrl_gym.comparison_data import read_comparison
 
-    folder, against = parsed.folder, parsed.flags.against or "start"
+    folder, against = parsed.folder, parsed.judging.against or "start"
     comparison = read_comparison(folder)
     reader = _reader(comparison.environment)
-    judged_by = parsed.flags.make(folder, reader.task, tokenizer=reader.tokenizer)
+    judged_by = parsed.judging.make(folder, reader.task, tokenizer=reader.tokenizer)
     judged = judging.judge_runs(comparison, judged_by, against, reader)
     file = folder / judging.file_name(judged_by.name, against)
     judging.tidy(judged, judged_by.name, against).to_csv(file, index=False)
