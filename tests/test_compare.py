@@ -193,14 +193,16 @@ def test_a_judge_of_ones_own_judges_every_evaluation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("judge", "message"),
+    ("wrong", "message"),
     [
-        ("endpoint", r"gives no scores: finish the comparison .* `textrl-gym judge DIR --judge endpoint"),
-        ("gold", "CopyText has no judge of its own"),
-        ("lenght", "unknown reward 'lenght'; allowed: "),
+        ({"judge": "endpoint"}, r"gives no scores: finish the comparison .* `textrl-gym judge DIR --judge endpoint"),
+        ({"judge": "gold"}, "CopyText has no judge of its own"),
+        ({"judge": "lenght"}, "unknown reward 'lenght'; allowed: "),
+        ({"reward": "lenght"}, "unknown reward 'lenght'; allowed: "),
+        ({"reward": "length=x"}, "reward 'length=x' must be a name, or NAME=WEIGHT"),
     ],
 )
-def test_a_wrong_judge_is_told_before_any_run(judge: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_judge_or_reward_is_told_before_any_run(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        compare(ENV, dataclasses.replace(SMALL, judge=judge), tmp_path / "out", progress_bar=False)
+        compare(ENV, dataclasses.replace(SMALL, **wrong), tmp_path / "out", progress_bar=False)
     assert not (tmp_path / "out").exists()

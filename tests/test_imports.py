@@ -43,7 +43,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"train"}),
     frozenset({"agent", "decoding", "sb3_agent"}),
     frozenset({"envs", "agents"}),
-    frozenset({"check", "cell", "compare", "report", "run_settings", "names", "build_assets", "bench"})
+    frozenset({"check", "cell", "compare", "live", "report", "run_settings", "names", "build_assets", "bench"})
     | frozenset({"comparison_data", "comparison_numbers", "comparison_drawing", "comparison_curves"})
     | frozenset(
         {"comparison_charts", "comparison_credit", "comparison_page", "comparison_figures", "watch", "judging"}

@@ -19,6 +19,8 @@ from typing import Any
 
 from textrl_gym import cell, plugins
 from textrl_gym.agent_config import make_config
+from textrl_gym.live import LiveTable
+from textrl_gym.run_settings import parse_reward
 
 PLAN = "compare.json"
 RUNS = "runs"
@@ -169,15 +171,6 @@ def versions() -> dict[str, str]:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def state_of(folder: Path, running: bool) -> str:
-    """ "done", "failed", "running" or "waiting"."""
-    if (folder / cell.RESULT).is_file():
-        return "done"
-    if running:
-        return "running"
-    return "failed" if (folder / cell.ERROR).is_file() else "waiting"
-
-
 def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Any) -> dict[str, str]:
     """Run what is not done, so many at a time; returns name -> error of each run that failed.
 
@@ -227,72 +220,6 @@ def _note_death(folder: Path, code: int) -> None:
     cell.write(folder / cell.ERROR, last + "\n")
 
 
-def progress(folder: Path) -> dict[str, Any]:
-    """The last row of a run's log; empty before the first."""
-    files = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
-    for file in reversed(files):
-        whole = cell.whole_lines(file)
-        if whole:
-            return json.loads(whole[-1])
-    return {}
-
-
-class LiveTable:
-    """A line a run: its state, how far it is, score, KL and the time that is left."""
-
-    def __init__(self, folders: Mapping[str, Path], total: int, enabled: bool = True) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self.folders, self.total = folders, total
-        self.began: dict[str, tuple[float, int]] = {}
-        self.shown_at = 0.0
-        self.live = Live(console=Console(stderr=True, quiet=not enabled), auto_refresh=False)
-
-    def __enter__(self) -> LiveTable:
-        self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.live.stop()
-
-    def __call__(self, running: set[str]) -> None:
-        """Show the state of things, at most once a second."""
-        if running and time.monotonic() - self.shown_at < 1:
-            return
-        self.shown_at = time.monotonic()
-        self.live.update(self._table(running), refresh=True)
-
-    def _table(self, running: set[str]) -> Any:
-        from rich.table import Table
-
-        table = Table("run", "state", "tokens", "score", "KL nats/seq", "left")
-        for name, folder in self.folders.items():
-            state, row = state_of(folder, name in running), progress(folder)
-            done = int(row.get("time/total_timesteps", 0))
-            numbers = [f"{row[key]:.3f}" if key in row else "" for key in ("rollout/score", "rollout/kl_sequence")]
-            tokens = f"{min(done / self.total, 1):4.0%}" if done else ""
-            table.add_row(name, self._coloured(state, folder), tokens, *numbers, self._left(name, state, done))
-        return table
-
-    def _coloured(self, state: str, folder: Path) -> str:
-        if state == "failed":
-            from rich.markup import escape
-
-            return f"[red]failed: {escape((folder / cell.ERROR).read_text(encoding='utf-8').strip()[:80])}"
-        return {"done": "[green]done", "running": "[bold]running", "waiting": "[dim]waiting"}[state]
-
-    def _left(self, name: str, state: str, done: int) -> str:
-        if state != "running":
-            self.began.pop(name, None)
-            return ""
-        since, before = self.began.setdefault(name, (time.monotonic(), done))
-        if done <= before:
-            return ""
-        seconds = (time.monotonic() - since) * (self.total - done) / (done - before)
-        return f"{max(seconds, 0):,.0f} s"
-
-
 def compare(environment: str, config: CompareConfig, out: str | Path, progress_bar: bool = True) -> Any:
     """Run the comparison, or what is left of it.
 
@@ -306,15 +233,18 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
         the tidy table, a pandas DataFrame; see `tidy`. Runs that failed are not in it, and named in a warning.
 
     Raises:
-        ValueError: an unknown agent, environment or judge, a wrong setting, a folder with another comparison.
+        ValueError: an unknown agent, environment, reward or judge, a wrong setting, a folder with another comparison.
     """
     import gymnasium
 
     from textrl_gym.judges import load_scorer
+    from textrl_gym.rewards import load_reward
 
-    task = gymnasium.spec(environment).kwargs["task"]
-    if config.judge is not None:
-        load_scorer(config.judge, task=plugins.load_task(task))  # a wrong name is told before any run begins
+    task = plugins.load_task(gymnasium.spec(environment).kwargs["task"])
+    if config.judge is not None:  # a wrong name is told before any run begins
+        load_scorer(config.judge, task=task)
+    if config.reward is not None:
+        load_reward(parse_reward(config.reward), task=task)
     out = Path(out)
     folders = lay_out(out, environment, config)
     gpus = 0

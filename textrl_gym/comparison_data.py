@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from textrl_gym import cell, report
-from textrl_gym.compare import PLAN, RUNS, progress
+from textrl_gym.compare import PLAN, RUNS
+from textrl_gym.live import progress
 from textrl_gym.statistics import Array
 
 KEPT_STATE = ("agent", "task", "model", "reference", "seed", "kl_coef", "total_timesteps", "config", "env", "num_envs")

@@ -28,9 +28,10 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from textrl_gym import cell
-from textrl_gym.compare import PLAN, RUNS, progress, state_of
+from textrl_gym.compare import PLAN, RUNS
 from textrl_gym.comparison_drawing import go
 from textrl_gym.comparison_page import asset, live_page
+from textrl_gym.live import progress, state_of
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
