@@ -51,8 +51,8 @@ def comparison_figures(folder: str | Path) -> list[Path]:
         ) from error
     except (BrowserClosedError, BrowserFailedError) as error:
         raise OSError(
-            f"the browser that draws the figures could not be started: {error.args[0]} For other users than root it runs "
-            "in its sandbox, which some containers do not allow."
+            f"the browser that draws the figures could not be started: {error.args[0]} For users other than root it "
+            "runs in its sandbox, which some containers do not allow."
         ) from error
     return [one["path"] for one in wanted]
 
