@@ -316,12 +316,17 @@ def print_finals(table: Any) -> None:
     if table.empty:
         return
     last = table[table["final"]]
-    words = {"judge": "gold", "score": "score", "win_rate": "win rate", "kl_sequence": "KL nats/seq"}
+    words = {"judge": "gold", "score": "score", "win_rate": "win rate", "kl_sequence": "KL, nats"}
     words |= {"completion_tokens": "tokens", "train_seconds": "seconds"}
     names = [name for name in words if name in last and last[name].notna().any()]
-    shown = Table("agent", "KL coef.", "seeds", *(words[name] for name in names))
+    swept = last["kl_coef"].notna().any()
+    shown = Table("agent", *(["KL coef."] if swept else []), "seeds")
+    shown.columns[0].no_wrap = True
+    for name in names:
+        shown.add_column(words[name], justify="right")
     for (agent, coef), rows in last.groupby(["agent", "kl_coef"], sort=False, dropna=False):
         means = {name: rows[name].mean() for name in names}
         numbers = ["" if mean != mean else f"{mean:.{METRICS[name][1]}f}" for name, mean in means.items()]
-        shown.add_row(agent, "own" if coef != coef else f"{coef:g}", str(len(rows)), *numbers)
+        named = [agent, "own" if coef != coef else f"{coef:g}"] if swept else [agent]
+        shown.add_row(*named, str(len(rows)), *numbers)
     Console().print(shown)
