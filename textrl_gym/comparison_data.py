@@ -80,8 +80,8 @@ class Group:
 
     @property
     def untrained(self) -> bool:
-        """Whether the agent does not train, so that no seed changes it. A saved agent is one seed of some training."""
-        return not any(run.evaluations or Path(run.spec["agent"]).is_absolute() for run in self.runs)
+        """Whether nothing was ever updated, so that no seed changes the agent."""
+        return all(run.final.get("updates") == 0 for run in self.runs)
 
     @property
     def coefficient(self) -> str:
