@@ -21,6 +21,7 @@ from textrl_gym import cli, compare_command, pairwise, statistics
 from textrl_gym import comparison_numbers as numbers
 from textrl_gym.comparison_charts import charts
 from textrl_gym.comparison_credit import scale
+from textrl_gym.comparison_curves import level_of
 from textrl_gym.comparison_data import read_comparison
 from textrl_gym.comparison_drawing import DARK, LIGHT
 from textrl_gym.comparison_figures import printed
@@ -190,6 +191,16 @@ def test_an_agent_that_does_not_train_needs_no_seeds(tmp_path: Path) -> None:
     told = " ".join(numbers.cautions(comparison))
     assert "my:Beta has one seed" in told
     assert "reference" not in told
+    _, page = read(out)
+    assert page.row("Summary", "reference")["seeds"] == "-"
+    # Its level in the drift of distinct-2 is that of the evaluations of training, 0.25, whatever the last one says.
+    final.write_text(json.dumps(json.loads(final.read_text()) | {"distinct_2": 0.125}))
+    (reference,) = (group for group in read_comparison(out).groups if group.untrained)
+    assert level_of(reference, "distinct_2") == 0.25
+    (out / "runs" / "reference-0" / "evaluations.jsonl").unlink()
+    (reference,) = (group for group in read_comparison(out).groups if group.untrained)
+    assert level_of(reference, "distinct_2") is None
+    assert level_of(reference, "repetition") == 0.0625
 
 
 @pytest.fixture(scope="module")

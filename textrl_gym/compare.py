@@ -326,7 +326,7 @@ def print_finals(table: Any) -> None:
         shown.add_column(words[name], justify="right")
     for (agent, coef), rows in last.groupby(["agent", "kl_coef"], sort=False, dropna=False):
         means = {name: rows[name].mean() for name in names}
-        numbers = ["" if mean != mean else f"{mean:.{METRICS[name][1]}f}" for name, mean in means.items()]
+        numbers = ["" if mean != mean else f"{mean:z.{METRICS[name][1]}f}" for name, mean in means.items()]
         named = [agent, "own" if coef != coef else f"{coef:g}"] if swept else [agent]
         shown.add_row(*named, str(len(rows)), *numbers)
     Console().print(shown)

@@ -85,9 +85,10 @@ def over_training(
     for group in groups:
         curve = curves[group.label]
         if curve is None:  # nothing was trained: a level
-            level = float(np.mean(group.finals(y_key)))
-            made.add_scatter(x=[0, max(ends)], y=[level, level], mode="lines", line=line(group), **look(group))
-            rows.append((group.label, str(len(group.runs)), short(level), short(level), "-"))
+            level = level_of(group, y_key)
+            if level is not None:
+                made.add_scatter(x=[0, max(ends)], y=[level, level], mode="lines", line=line(group), **look(group))
+                rows.append((group.label, str(len(group.runs)), short(level), short(level), "-"))
             continue
         band = {"fill": "toself", "hoverinfo": "skip", "showlegend": False, "mode": "none"}
         if len(group.runs) > 1:
@@ -98,6 +99,17 @@ def over_training(
         rows.append((group.label, str(len(group.runs)), short(curve.mean[0]), short(curve.mean[-1]), spread))
     head = ("agent", "seeds", "first", "last", "lowest and highest seed at the end")
     return Chart(key, title, note, made, head, rows)
+
+
+def level_of(group: Group, key: str) -> float | None:
+    """A number of an agent that was not trained, from the evaluation on as many prompts as the others' curves have.
+
+    A saved agent has none but the last one, with more prompts: shares of different n-grams cannot be compared then.
+    """
+    during = [run.evaluations[-1][key] for run in group.runs if run.evaluations and key in run.evaluations[-1]]
+    if not during and key.startswith("distinct"):
+        return None
+    return float(np.mean(during or group.finals(key)))
 
 
 # -- length and quality -----------------------------------------------------------------------------------------------

@@ -222,10 +222,11 @@ def summary(comparison: Comparison) -> str:
 def _summary_row(line: numbers.Summary, judged: bool) -> list[str]:
     def mean(key: str) -> str:
         value = line.mean(key)
-        return "-" if value is None else f"{value:,.{METRICS[key][1]}f}"
+        return "-" if value is None else f"{value:z,.{METRICS[key][1]}f}"
 
     group = line.group
-    row = [escape(group.agent), escape(group.coefficient), str(len(group.runs)), with_interval(line.gold)]
+    seeds = "-" if group.untrained else str(len(group.runs))
+    row = [escape(group.agent), escape(group.coefficient), seeds, with_interval(line.gold)]
     row += [mean("score")] if judged else []
     row += [with_interval(line.win_rate), with_interval(line.length_controlled)]
     row += [mean(key) for key in ("kl_sequence", "completion_tokens", "eos_share")]

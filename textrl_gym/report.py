@@ -249,7 +249,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 def number(row: dict[str, Any], key: str) -> str:
     """An evaluation's number in the decimals of its kind; a dash where it was not measured."""
-    return f"{row[key]:,.{METRICS[key][1]}f}" if key in row else "-"
+    return f"{row[key]:z,.{METRICS[key][1]}f}" if key in row else "-"
 
 
 def overview(runs: Sequence[Run]) -> str:
