@@ -197,7 +197,7 @@ def test_dpo_resumes_in_its_second_pass(tmp_path: Path) -> None:
 def test_dpo_on_a_file(tmp_path: Path) -> None:
     rows = [{"prompt": p, "chosen": f" {p}", "rejected": " d d d"} for p in ("a b", "b c", "c a", "b a") for _ in "xyz"]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    agent = DPO("CopyText-v0", pairs=str(tmp_path / "pairs"), learning_rate=3e-3, out=tmp_path / "run")
+    agent = DPO("CopyText-v0", pairs=str(tmp_path / "pairs.jsonl"), learning_rate=3e-3, out=tmp_path / "run")
     assert len(agent.pairs) == 9  # one prompt of four is held out
     agent.learn(2000, **QUIET)
     rollout = agent.collect()
