@@ -93,6 +93,7 @@ def test_a_mixture_is_a_weighted_sum_with_its_parts_at_hand() -> None:
     ("spec", "named"),
     [
         ("lenght", "unknown reward 'lenght'; allowed: .*exact_match, length.*package.module:name"),
+        ("runs/rm", "unknown reward 'runs/rm': there is no such folder in /.*; allowed: "),
         ("lenght:3", "unknown reward 'lenght:3'.*no module 'lenght'.*allowed: .*length"),
         ("rouge_score.tokenize:nothing", "has no 'nothing'.*allowed: .*length"),
         ("math:pi", "reward 'math:pi' is 3.14.*not a callable"),

@@ -107,7 +107,8 @@ def _load_named(spec: str, given: dict[str, Any]) -> Callable[..., Any]:
         kind = "ensemble" if (Path(spec).expanduser() / "ensemble.json").is_file() else "reward_model"
         return _load_named(f"{kind}:{spec}", given)
     if not colon:
-        raise ValueError(f"unknown reward {spec!r}; allowed: {_allowed()}")
+        where = f": there is no such folder in {Path.cwd()}" if "/" in spec else ""
+        raise ValueError(f"unknown reward {spec!r}{where}; allowed: {_allowed()}")
     try:
         found = plugins.load_object(spec)
     except ValueError as error:
