@@ -176,6 +176,17 @@ def read(folder: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
+def test_another_judge_and_another_reward_are_named(tmp_path: Path) -> None:
+    out = write_comparison(tmp_path / "comparison")
+    plan = json.loads((out / "compare.json").read_text())
+    for judge, reward, said in ((None, None, False), ("gold", None, False), ("rouge<b>", "length=-1.0", True)):
+        plan["config"] |= {"judge": judge, "reward": reward}
+        (out / "compare.json").write_text(json.dumps(plan))
+        words = " ".join(read(out)[1].words)
+        assert ("Gold is here the score of the judge that was named, rouge<b>." in words) == said
+        assert ("All were trained on the reward length=-1.0." in words) == said
+
+
 def test_an_agent_that_does_not_train_needs_no_seeds(tmp_path: Path) -> None:
     # Three groups are three pairs: each at 98.4%, 1 - 0.05 / 3 rounded up to a thousandth.
     out = write_comparison(tmp_path / "comparison")

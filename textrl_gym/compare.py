@@ -316,11 +316,11 @@ def print_finals(table: Any) -> None:
     if table.empty:
         return
     last = table[table["final"]]
-    words = {"judge": "gold", "score": "score", "win_rate": "win rate", "kl_sequence": "KL, nats"}
-    words |= {"completion_tokens": "tokens", "train_seconds": "seconds"}
+    words = {"judge": "gold", "score": "score", "win_rate": "wins", "kl_sequence": "KL"}
+    words |= {"completion_tokens": "tokens", "train_seconds": "sec."}
     names = [name for name in words if name in last and last[name].notna().any()]
     swept = last["kl_coef"].notna().any()
-    shown = Table("agent", *(["KL coef."] if swept else []), "seeds")
+    shown = Table("agent", *(["coef."] if swept else []), "seeds")
     shown.columns[0].no_wrap = True
     for name in names:
         shown.add_column(words[name], justify="right")

@@ -181,6 +181,10 @@ def lead(comparison: Comparison, live: bool = False) -> str:
         f"{runs} finished run{'s' * (runs > 1)} of {config['total_timesteps']:,} tokens each, evaluated on "
         f"{config['eval_episodes']:,} held-out prompts that are the same for all."
     )
+    if config.get("judge") not in (None, "gold"):
+        words += f" Gold is here the score of the judge that was named, {config['judge']}."
+    if config.get("reward"):
+        words += f" All were trained on the reward {config['reward']}."
     html = f'<p class="soft">{escape(words)}</p>'
     unfinished = {} if live else comparison.unfinished
     for what, names in (("failed", comparison.failed), ("are not finished", unfinished)):
