@@ -173,6 +173,7 @@ def test_the_request(server: Server, config: EndpointConfig, monkeypatch: pytest
     )
     judge_of(config, max_answer_tokens=0).prefer(*pairs(1))
     assert "max_tokens" not in server.bodies[-1] and "Authorization" not in server.headers[-1]
+    assert config.cache is not None
     assert b"sk-secret" not in config.cache.read_bytes() and b"the task" not in config.cache.read_bytes()
 
 
@@ -398,7 +399,7 @@ def test_stopped_it_goes_on_and_asks_nothing_twice(
 
 def test_wrong_settings_name_themselves(config: EndpointConfig, tmp_path: Path) -> None:
     for changes, words in (
-        ({"model": ""}, "model must be named"),
+        ({"model": ""}, "needs the name of its model: --endpoint.model NAME"),
         ({"url": "api.openai.com"}, r"url must be http\(s\)://HOST/PATH and no more, got 'api.openai.com'"),
         ({"url": "http://me:word@host/v1"}, r"and no more, got 'http://...@host/v1'"),
         ({"url": "http://host/v1?key=1"}, "and no more, got"),
@@ -451,9 +452,10 @@ def test_judge_by_the_command_line_fails_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    args = ["judge", str(comparison), "--judge", "endpoint", "--judge-model", "my/judge", "--judge-url", server.url]
-    args += ["--judge-template", str(config.template), "--judge-backoff-seconds", "0.001", "--judge-retries", "1"]
-    args += ["--judge-concurrency", "1"]
+    settings = {"model": "my/judge", "url": server.url, "template": config.template, "backoff-seconds": 0.001}
+    flags = [word for name, value in settings.items() for word in (f"--endpoint.{name}", str(value))]
+    args = ["judge", str(comparison), "--judge", "endpoint", *flags, "--endpoint.retries", "1"]
+    args += ["--endpoint.concurrency", "1"]
 
     def act(handler: Handler, a: str, b: str, times: int) -> None:
         if "odd" in (a, b):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -345,7 +344,12 @@ def test_wrong_words_for_judge(comparison: Path, capsys: pytest.CaptureFixture[s
     assert "unknown opponent 'gpro' (did you mean 'grpo'?); allowed: grpo, human, ppo, start" in line
     assert "CopyText has no judge of its own" in one_error(capsys, "judge", comparison)
     assert "holds no comparison" in one_error(capsys, "judge", tmp_path / "nowhere")
-    assert "--judge endpoint needs --judge-model" in one_error(capsys, "judge", comparison, "--judge", "endpoint")
+    assert "judge 'endpoint' needs the name of its model: --endpoint.model NAME" in one_error(
+        capsys, "judge", comparison, "--judge", "endpoint"
+    )
+    assert "--endpoint. settings are of --judge endpoint, and the judge is length" in one_error(
+        capsys, *by_length, "--endpoint.model", "m"
+    )
     assert "between 0 and 0.5" in one_error(capsys, *by_length, "--judge-noise", "0.7")
     file = comparison / "runs" / "ppo-0" / "episodes.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -370,16 +374,6 @@ def test_a_row_is_its_sources_only_where_the_prompt_is_the_same() -> None:
     for index, prompt in ((0, "q"), (1, "p")):  # of another data set
         sample = {"index": index, "prompt": prompt, "reference": "r"}
         assert reader.row(sample) == {"prompt": prompt, "completion": "r"}
-
-
-def test_every_setting_of_an_endpoint_has_a_flag() -> None:
-    from textrl_gym.endpoint import EndpointConfig
-    from textrl_gym.judge_command import JudgeFlags
-
-    flags = {field.name: field.default for field in dataclasses.fields(JudgeFlags)}
-    for field in dataclasses.fields(EndpointConfig):
-        default = flags[f"judge_{field.name}"]
-        assert field.name in ("model", "cache") or default == field.default, field.name
 
 
 # -- evaluate ---------------------------------------------------------------------------------------------------------

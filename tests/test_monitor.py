@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,12 @@ def test_a_monitor_that_goes_on_is_as_one_that_never_stopped(tmp_path: Path) -> 
         watcher.on_evaluation(every[4].row, list(every[4].samples))
     assert told == told_again == ["reward hacking? The KL to the reference is 99.0 nats a sequence, more than 50."]
     assert again.best.row == whole.best.row == RISING[1].row
+
+
+def test_a_line_that_a_kill_has_torn_is_no_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0, "judge": 0.5}\n{"timesteps": 64, "jud')
+    agent = types.SimpleNamespace(out=tmp_path, num_timesteps=100)
+    assert [found.row["timesteps"] for found in earlier_evaluations(agent)] == [0]
 
 
 def test_wrong_settings_name_themselves() -> None:

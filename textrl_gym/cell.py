@@ -152,16 +152,11 @@ def cut_logs(folder: Path, timesteps: int) -> None:
     """Take out what was logged after the checkpoint that the run goes on from: it will be logged again."""
     for file in (*folder.glob("progress*.json"), *folder.glob("*.jsonl")):
         kept = []
-        for line in whole_lines(file):
+        for line in checkpoint.whole_lines(file):
             row = json.loads(line)
             if row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps:
                 kept.append(line + "\n")
         write(file, "".join(kept))
-
-
-def whole_lines(file: Path) -> list[str]:
-    """The lines of a log that is being written, or that a killed process left: what follows the last end is none."""
-    return file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
 
 
 def write(path: Path, text: str) -> None:

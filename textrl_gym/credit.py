@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import Rollout, StopReason
-from textrl_gym.rollout import MICRO_BATCH_TOKENS, as_written_by, complete, micro_batches, rollout_of
+from textrl_gym.rollout import as_written_by, complete, rollout_of, token_entropy
 
 PROMPTS = 6
 GROUP = 8
@@ -45,7 +45,7 @@ def token_credit(agent: Any, rollout: Rollout) -> dict[str, Tensor]:
     log_ratio_BT = (own.logp_BT - own.ref_logp_BT) * own.mask_BT
     found = {
         "kl": log_ratio_BT,
-        "entropy": _entropy(agent.policy, own),
+        "entropy": token_entropy(own, agent.policy),
         "ratio": log_ratio_BT.clamp(max=LARGEST_LOG).exp() * own.mask_BT,
     }
     if agent.policy.value_head is not None:
@@ -54,15 +54,6 @@ def token_credit(agent: Any, rollout: Rollout) -> dict[str, Tensor]:
     if advantage_BT is not None:
         found["advantage"] = advantage_BT * own.mask_BT
     return {name: found[name] for name in QUANTITIES if name in found}
-
-
-@torch.no_grad()
-def _entropy(policy: Any, rollout: Rollout) -> Tensor:
-    entropy_BT = torch.zeros_like(rollout.logp_BT)
-    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
-        part = rollout.select(rows)
-        entropy_BT[rows, : part.token_BT.shape[1]] = policy.response(part, entropy=True).entropy_BT.float()
-    return entropy_BT
 
 
 def start_texts(agent: Any, mdp: Any, indices: Sequence[int], seed: int) -> Rollout:

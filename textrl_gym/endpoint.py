@@ -58,6 +58,7 @@ Reply with one word and nothing else: A if answer A is better, B if answer B is 
 FIELDS = ("prompt", "answer_a", "answer_b")
 REMINDER = "\n\nReply with one word only: A, B or tie."
 """Put behind a question that is asked again."""
+CACHE = "judge-cache.sqlite"
 NONE = "none"
 """Kept where the model gave no verdict."""
 
@@ -69,8 +70,8 @@ _TRY_AGAIN = frozenset({408, 409, 429})
 class EndpointConfig:
     """Which model judges, and how it is asked."""
 
-    model: str
-    """The model's name at the endpoint."""
+    model: str = ""
+    """The model's name at the endpoint, which must be given."""
     url: str = "https://api.openai.com/v1"
     """The endpoint, to which /chat/completions is added."""
     template: Path | None = None
@@ -91,12 +92,10 @@ class EndpointConfig:
     """Times that a question is asked before a reply that is none of A, B and tie counts as no verdict."""
     concurrency: int = 4
     """Requests at a time."""
-    cache: Path = Path("judge-cache.sqlite")
-    """The file of verdicts."""
+    cache: Path | None = None
+    """The file of verdicts, not asked for again; None: judge-cache.sqlite in the folder that is judged."""
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("the judge's model must be named, got ''")
         if not re.fullmatch(r"https?://[^/?#\s@]+(/[^?#\s]*)?", self.url):
             shown = re.sub(r"//.*@", "//...@", self.url)  # errors name the url, so that no password may be in it
             raise ValueError(f"the judge's url must be http(s)://HOST/PATH and no more, got {shown!r}")
@@ -149,15 +148,17 @@ class Endpoint:
     """A judge; see the head of this file."""
 
     def __init__(self, config: EndpointConfig, progress_bar: bool = True) -> None:
-        """Raises ValueError for a template, a key or a cache that is none, ImportError without httpx2."""
+        """Raises ValueError without a model, for a bad template, key or cache; ImportError without httpx2."""
         if importlib.util.find_spec("httpx2") is None:
             raise ImportError("judge 'endpoint' needs the package httpx2: pip install textrl-gym[judge]")
+        if not config.model:
+            raise ValueError("judge 'endpoint' needs the name of its model: --endpoint.model NAME")
         self.config, self.progress_bar = config, progress_bar
         self.name = f"{ENDPOINT} {config.model}"
         self._secret = _read_key(config.key_variable)
         self.template = TEMPLATE if config.template is None else _read_template(config.template)
         self.url = config.url.rstrip("/") + "/chat/completions"
-        self.verdicts = Verdicts(config.cache)
+        self.verdicts = Verdicts(config.cache or Path(CACHE))
 
     def prefer(self, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Array:
         """See textrl_gym.judges.Judge. Equal texts are a tie that nobody is asked about.

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textrl_gym import checkpoint, functional, plugins
+from textrl_gym import checkpoint, plugins
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.judges import Answer, load_scorer, reward_of
-from textrl_gym.policy import CHUNK_NUMBERS, Policy
-from textrl_gym.rollout import MICRO_BATCH_TOKENS, collect, micro_batches, vector_env
+from textrl_gym.policy import Policy
+from textrl_gym.rollout import collect, token_entropy, vector_env
 from textrl_gym.statistics import outcomes
 from textrl_gym.text_metrics import text_metrics
 
@@ -180,7 +180,6 @@ class Evaluator:
         return samples
 
 
-@torch.no_grad()
 def entropy(policy: Policy, rollouts: list[Rollout]) -> float:
     """Mean entropy, in nats, of the distributions that a policy gives where the tokens of rollouts stand.
 
@@ -188,14 +187,7 @@ def entropy(policy: Policy, rollouts: list[Rollout]) -> float:
     best_of_n picks among whole samples, value_guided and mcts search. There it is the policy's, at the places where
     they went.
     """
-    total, size = 0.0, max(1, CHUNK_NUMBERS // policy.vocab_size)
-    for rollout in rollouts:
-        for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
-            part = rollout.select(rows)
-            # Not Policy.response: that asks a critic too, which may have a trunk of its own.
-            flat = policy.hidden(part)[part.mask_BT].split(size), part.token_BT[part.mask_BT].split(size)
-            for hidden_nD, token_n in zip(*flat, strict=True):
-                total += float(functional.entropy(policy.logits(hidden_nD, token_n)).sum())
+    total = sum(float(token_entropy(rollout, policy).sum()) for rollout in rollouts)
     return total / max(sum(rollout.num_tokens for rollout in rollouts), 1)
 
 

@@ -12,9 +12,6 @@ from typing import Any, Literal
 from textrl_gym.names import find_env, text_envs
 from textrl_gym.run_settings import flag, flat, parse, place
 
-CACHE = "judge-cache.sqlite"
-"""The file of an endpoint's verdicts, in the folder that is judged."""
-
 
 @dataclasses.dataclass(frozen=True)
 class JudgeFlags:
@@ -30,51 +27,30 @@ class JudgeFlags:
     """Share of the pairs whose verdict is turned round, as people differ: 0.25 in AlpacaFarm."""
     judge_seed: int = 0
     """Decides which pairs these are."""
-    judge_model: str = ""
-    """The endpoint's model."""
-    judge_url: str = "https://api.openai.com/v1"
-    """The OpenAI-compatible endpoint, to which /chat/completions is added."""
-    judge_template: Path | None = None
-    """A file with the question, which holds {prompt}, {answer_a} and {answer_b}; None: our own."""
-    judge_key_variable: str = "OPENAI_API_KEY"
-    """The environment variable that holds the endpoint's key."""
-    judge_max_answer_tokens: int = 16
-    """Sent as max_tokens; 0: not sent, for models that refuse it or that think before they answer."""
-    judge_timeout_seconds: float = 60.0
-    """Without a byte from the endpoint, after which a request has failed."""
-    judge_retries: int = 6
-    """Tries after the first where a request has failed."""
-    judge_backoff_seconds: float = 1.0
-    """Wait before the first of these, doubled for each further one; a Retry-After that is longer is kept to."""
-    judge_max_wait_seconds: float = 120.0
-    """The longest wait. An endpoint that wants a longer one is given up."""
-    judge_asks: int = 3
-    """Times that a question is asked before a reply that is none of A, B and tie counts as no verdict."""
-    judge_concurrency: int = 4
-    """Requests at a time."""
-    judge_cache: Path | None = None
-    """The file of the endpoint's verdicts, from which it is never asked again; None: judge-cache.sqlite in the folder
-    that is judged."""
 
-    def make(self, folder: Path, task: Any, device: Any = "cpu", tokenizer: Any = None) -> Any:
-        """The judge that the flags name."""
+    def make(self, endpoint: Any, folder: Path, task: Any, device: Any = "cpu", tokenizer: Any = None) -> Any:
+        """The judge that the flags name; endpoint: an EndpointConfig, for the judge of that name."""
         from textrl_gym import judges
+        from textrl_gym.endpoint import CACHE, Endpoint, EndpointConfig
 
         if importlib.util.find_spec("scipy") is None:
             raise ImportError("win rates with intervals need the package scipy: pip install textrl-gym[judge]")
+        if self.judge != judges.ENDPOINT and endpoint != EndpointConfig():
+            raise ValueError(
+                f"--endpoint. settings are of --judge {judges.ENDPOINT}, and the judge is {self.judge or judges.GOLD}"
+            )
         if self.judge == judges.ENDPOINT:
-            judge: Any = self._endpoint(folder)
+            judge: Any = Endpoint(dataclasses.replace(endpoint, cache=endpoint.cache or folder / CACHE))
         else:
             judge = judges.load_judge(self.judge or judges.GOLD, task=task, device=device, tokenizer=tokenizer)
         return judges.Noisy(judge, self.judge_noise, self.judge_seed) if self.judge_noise else judge
 
-    def _endpoint(self, folder: Path) -> Any:
-        from textrl_gym.endpoint import Endpoint, EndpointConfig
 
-        settings = {f.name: getattr(self, f"judge_{f.name}") for f in dataclasses.fields(EndpointConfig)}
-        if not self.judge_model:
-            raise ValueError("--judge endpoint needs --judge-model NAME (and --judge-url, where it is not OpenAI's)")
-        return Endpoint(EndpointConfig(**(settings | {"cache": self.judge_cache or folder / CACHE})))
+def judge_parts() -> list[tuple[Any, ...]]:
+    """The flags of a judge, and under --endpoint. those of a language model."""
+    from textrl_gym.endpoint import EndpointConfig
+
+    return [("judging", flat(JudgeFlags)), ("endpoint", EndpointConfig, EndpointConfig())]
 
 
 # -- evaluate ---------------------------------------------------------------------------------------------------------
@@ -90,7 +66,7 @@ def evaluate(args: Sequence[str]) -> int:
         ("split", flag(Literal["train", "validation", "test"], "of the prompts"), "validation"),
         ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
         ("json", flag(Path | None, "also write the numbers to this file"), None),
-        ("judging", flat(JudgeFlags)),
+        *judge_parts(),
     ]
     parsed = parse("evaluate", evaluate.__doc__, parts, args)
     from textrl_gym import checkpoint
@@ -101,9 +77,11 @@ def evaluate(args: Sequence[str]) -> int:
     agent = _agent(parsed.folder, parsed)
     evaluator = Evaluator(agent.env, parsed.episodes, parsed.seed, parsed.split)
     flags, against, judge = parsed.judging, parsed.judging.against or "start", None
-    if flags != JudgeFlags():  # made first: what is wrong is said before any work
+    if (
+        flags != JudgeFlags() or parsed.endpoint != type(parsed.endpoint)()
+    ):  # made first: what is wrong is said before any work
         mdp = evaluator.mdp
-        judge = flags.make(parsed.folder, mdp.task, mdp.device, mdp.tokenizer)
+        judge = flags.make(parsed.endpoint, parsed.folder, mdp.task, mdp.device, mdp.tokenizer)
         opponent = _opponent(against, parsed)
     metrics, samples = evaluator.run(agent)
     numbers: dict[str, Any] = dict(metrics)
@@ -190,7 +168,7 @@ def print_rows(title: str, rows: dict[str, str]) -> None:
 
 def judge(args: Sequence[str]) -> int:
     """Judge the answers of a finished comparison: DIR --judge gold|REWARD|endpoint --against start|human|AGENT."""
-    parts = [("folder", place(Path, "what `compare` wrote")), ("judging", flat(JudgeFlags))]
+    parts = [("folder", place(Path, "what `compare` wrote")), *judge_parts()]
     parsed = parse("judge", judge.__doc__, parts, args)
     from rich.console import Console
     from rich.markup import escape
@@ -202,7 +180,7 @@ def judge(args: Sequence[str]) -> int:
     folder, against = parsed.folder, parsed.judging.against or "start"
     comparison = read_comparison(folder)
     reader = _reader(comparison.environment)
-    judged_by = parsed.judging.make(folder, reader.task, tokenizer=reader.tokenizer)
+    judged_by = parsed.judging.make(parsed.endpoint, folder, reader.task, tokenizer=reader.tokenizer)
     judged = judging.judge_runs(comparison, judged_by, against, reader)
     file = folder / judging.file_name(judged_by.name, against)
     judging.tidy(judged, judged_by.name, against).to_csv(file, index=False)

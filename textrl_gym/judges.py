@@ -118,7 +118,7 @@ def load_scorer(
     if spec == ENDPOINT:
         raise ValueError(
             f"judge {ENDPOINT!r} compares two answers and gives no scores: finish the comparison without it, and then "
-            f"run `textrl-gym judge DIR --judge {ENDPOINT} --judge-model NAME`"
+            f"run `textrl-gym judge DIR --judge {ENDPOINT} --endpoint.model NAME`"
         )
     if spec == GOLD:
         own = getattr(task, "judge", None)

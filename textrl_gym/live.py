@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import cell
+from textrl_gym import cell, checkpoint
 
 
 def state_of(folder: Path, running: bool) -> str:
@@ -24,7 +24,7 @@ def progress(folder: Path) -> dict[str, Any]:
     """The last row of a run's log; empty before the first."""
     files = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
     for file in reversed(files):
-        whole = cell.whole_lines(file)
+        whole = checkpoint.whole_lines(file)
         if whole:
             return json.loads(whole[-1])
     return {}

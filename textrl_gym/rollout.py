@@ -203,6 +203,20 @@ def token_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
 
 
 @torch.no_grad()
+def token_entropy(rollout: Rollout, policy: Policy) -> Tensor:
+    """Entropy of the distribution that each action was taken from, nats. float32 [B, T], 0 outside the mask."""
+    entropy_BT, size = torch.zeros_like(rollout.logp_BT), max(1, CHUNK_NUMBERS // policy.vocab_size)
+    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
+        part = rollout.select(rows)
+        # Not Policy.response: that asks a critic too, which may have a trunk of its own.
+        flat = policy.hidden(part)[part.mask_BT].split(size), part.token_BT[part.mask_BT].split(size)
+        found_N = torch.cat([functional.entropy(policy.logits(*chunk)).float() for chunk in zip(*flat, strict=True)])
+        placed_BT = torch.zeros_like(part.logp_BT).masked_scatter(part.mask_BT, found_N)
+        entropy_BT[rows, : part.token_BT.shape[1]] = placed_BT
+    return entropy_BT
+
+
+@torch.no_grad()
 def _with_passes(
     rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str, exact: bool, guided: bool
 ) -> Rollout:

@@ -19,7 +19,7 @@ from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 
-from textrl_gym import health
+from textrl_gym import checkpoint, health
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import Evaluator
 from textrl_gym.hacking import Evaluation, evaluations
@@ -258,7 +258,7 @@ def earlier_evaluations(agent: Any) -> list[Evaluation]:
 
 
 def _objects(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return [json.loads(line) for line in checkpoint.whole_lines(file)] if file.is_file() else []
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

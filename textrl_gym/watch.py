@@ -50,17 +50,11 @@ HEADERS = {
 
 
 def version(folder: Path) -> str:
-    """Changes when a run has ended, in success or failure, and when the plan does."""
-    files = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{cell.RESULT}"))]
-    files += sorted((folder / RUNS).glob(f"*/{cell.ERROR}"))
-    known = hashlib.sha256()
-    for file in files:
-        try:
-            stat = file.stat()
-        except FileNotFoundError:  # a run that is tried again takes its error away
-            continue
-        known.update(f"{file} {stat.st_mtime_ns} {stat.st_size}\n".encode())
-    return known.hexdigest()[:16]
+    """Changes when a run has ended, in success or failure, is tried again, and when the plan does."""
+    kept = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{cell.RESULT}"))]
+    told = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in kept]
+    told += sorted(str(file) for file in (folder / RUNS).glob(f"*/{cell.ERROR}"))  # gone when its run is tried again
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def status(folder: Path) -> dict[str, Any]:
