@@ -70,7 +70,7 @@ class DPO(Agent):
 
     Config = DPOConfig
     config: DPOConfig
-    kl_in_reward = False
+    kl_where = "loss"
 
     def __init__(self, env: Any, model: Any = None, reference: Any = None, **settings: Any) -> None:
         super().__init__(env, model, reference, **settings)
@@ -93,7 +93,6 @@ class DPO(Agent):
     def collect(self) -> Rollout:
         """The next pairs in the order of this pass, as a rollout."""
         # 1. Which: a function of the updates done, so that a resumed run goes on with the next.
-        self._collected_at = self.num_timesteps
         wanted = self.config.rollout_episodes // 2
         places = range(self.num_updates * wanted, (self.num_updates + 1) * wanted)
         if self.config.pairs is None:
@@ -153,7 +152,6 @@ class DPO(Agent):
     def _draw(self) -> list[Pair]:
         rows, seed = self.config.rollout_episodes, (self.seed, self.draws)
         mdp = self.env.remake(rows, group_size=2)
-        mdp.missing_eos_penalty = self.env.missing_eos_penalty
         rng = np.random.default_rng(seed)
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
         indices = rng.integers(len(mdp.source), size=rows // 2).repeat(2)

@@ -131,8 +131,8 @@ class GRPO(Agent):
     needs_groups = True
 
     @property
-    def kl_in_reward(self) -> bool:  # type: ignore[override]
-        return self.config.kl_in == "reward"
+    def kl_where(self) -> Literal["reward", "loss"]:  # type: ignore[override]
+        return self.config.kl_in
 
     def compared(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """group_advantages of the rollout's completions."""
@@ -153,15 +153,10 @@ class GRPO(Agent):
             advantage_B,
             part.mask_BT,
             self.config,
-            self.kl_coef_in_loss,
+            self.kl.coef_in_loss,
             rows,
             tokens,
         )
-
-    @property
-    def kl_coef_in_loss(self) -> float:
-        """beta, where the penalty is in the loss."""
-        return 0.0 if self.kl_in_reward else self.kl.coef
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Advantages.

@@ -67,7 +67,7 @@ class NLPO(PPO):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         metrics = super().update(rollout)
-        if (self.num_updates + 1) % self.config.refresh_every == 0:
+        if self.clock.update % self.config.refresh_every == 0:
             self.policy.refresh()
         return metrics
 

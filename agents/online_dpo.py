@@ -43,7 +43,7 @@ class OnlineDPO(Agent):
     Config = OnlineDPOConfig
     config: OnlineDPOConfig
     needs_groups = True
-    kl_in_reward = False
+    kl_where = "loss"
 
     def __init__(self, env: Any, model: Any = None, reference: Any = None, **settings: Any) -> None:
         super().__init__(env, model, reference, **settings)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -427,3 +428,128 @@ def test_a_custom_agent_needs_only_update(tmp_path: Path) -> None:
     agent.learn(6_000, **QUIET)
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert rows[-1]["score"] > rows[0]["score"] + 0.2
+
+
+# -- the environment, the KL penalty and the clock ---------------------------------------------------------------------
+
+
+def vector(**settings: Any) -> Any:
+    return gym.make_vec("CopyText-v0", num_envs=16, array="torch", autoreset_mode="DISABLED", **settings)
+
+
+def test_evaluate_takes_an_id(tmp_path: Path) -> None:
+    agent = GRPO("CopyText-v0", out=tmp_path)
+    agent.save(tmp_path)
+    wanted = textrl_gym.evaluate(agent, episodes=8)
+    assert textrl_gym.evaluate(agent, "CopyText-v0", episodes=8) == wanted
+    assert textrl_gym.evaluate(tmp_path, "CopyText-v0", episodes=8) == pytest.approx(wanted, abs=1e-5, rel=0)
+    assert textrl_gym.evaluate(agent, gym.make("CopyText-v0"), episodes=8) == wanted
+    with pytest.raises(gym.error.NameNotFound):
+        textrl_gym.evaluate(agent, "CopyTxt-v0", episodes=8)
+    with pytest.raises(ValueError, match="is not a text environment"):
+        textrl_gym.evaluate(agent, 7, episodes=8)
+
+
+def test_an_id_is_made_with_the_agents_tokenizer(tmp_path: Path) -> None:
+    from textrl_gym import tiny
+
+    tokenizer = tiny.symbol_tokenizer(("a", "b", "c", "d", "e", "f"))
+    env = gym.make("CopyText-v0", tokenizer=tokenizer)
+    agent = PPO(env, tiny.gpt2(len(tokenizer), 5), out=tmp_path)
+    assert np.isfinite(textrl_gym.evaluate(agent, "CopyText-v0", episodes=4)["score"])
+    agent.set_env("CopyText-v0")
+    assert agent.env.vocab_size == len(tokenizer)
+
+
+def test_the_given_environment_is_not_changed() -> None:
+    envs = vector(group_size=4, missing_eos_penalty=0.25)
+    envs.reset(seed=5)
+    before = dict(vars(envs)), envs.streams()
+    agent = PPO(envs, kl_estimator="k3", rollout_episodes=16)
+    agent.collect()
+    assert (dict(vars(envs)), envs.streams()) == before
+    assert (agent.env.kl_estimator, agent.env.missing_eos_penalty) == ("k3", 0.25)
+    # The agent's own environment goes on with the prompts of the given one.
+    drawn = PPO(envs).env.draw()[1]
+    assert drawn == envs.draw()[1]
+
+
+def test_what_is_saved_is_what_was_used(tmp_path: Path) -> None:
+    agent = PPO(vector(group_size=4, kl_coef=0.5, kl_estimator="k3", reference=tiny_model()), out=tmp_path)
+    assert (agent.config.rollout_episodes, agent.config.group_size) == (16, 4)
+    assert (agent.kl.coef, agent.kl.estimator, agent.kl.where) == (0.5, "k3", "reward")
+    rollout = agent.collect()
+    d_BT = rollout.logp_BT - rollout.ref_logp_BT
+    torch.testing.assert_close(rollout.kl_BT, ((-d_BT).exp() - 1 + d_BT) * rollout.mask_BT, atol=1e-6, rtol=0)
+    agent = PPO(vector(group_size=4, kl_coef=0.5, kl_estimator="k3"), out=tmp_path)
+    agent.save(tmp_path)
+    again = PPO.load(tmp_path)
+    assert (again.env.num_envs, again.env.group_size, again.env.kl_estimator) == (16, 4, "k3")
+    assert (again.kl.coef, again.kl.estimator) == (0.5, "k3")
+    assert PPO.load(tmp_path, vector(group_size=2)).config.group_size == 2
+
+
+def tiny_model() -> Any:
+    from textrl_gym import tiny
+
+    return tiny.gpt2(5, 5, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("of_env", "of_agent", "message"),
+    [
+        ({"kl_coef": 0.5}, {"kl_coef": 0.1}, "kl_coef=0.1 of PPO and kl_coef=0.5 of the environment differ"),
+        ({"kl_estimator": "k3"}, {"kl_estimator": "k2"}, "kl_estimator='k2' of PPO and kl_estimator='k3' of the env"),
+        ({"missing_eos_penalty": 1.0}, {"missing_eos_penalty": 0.5}, "missing_eos_penalty=0.5 of PPO and .*=1.0 of"),
+        ({"group_size": 4}, {"group_size": 8}, "group_size=8 does not fit the given .* which has group_size=4"),
+        ({}, {"rollout_episodes": 32}, "rollout_episodes=32 does not fit the given .* which has num_envs=16"),
+    ],
+)
+def test_a_setting_that_the_environment_contradicts_is_refused(
+    of_env: dict[str, Any], of_agent: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PPO(vector(**of_env), **of_agent)
+    PPO(vector(**of_env), **{name: of_env.get(name, 16) for name in of_agent})  # the same twice is fine
+
+
+def test_set_env_refuses_another_kl_coefficient() -> None:
+    agent = PPO("CopyText-v0", kl_coef=0.1)
+    with pytest.raises(ValueError, match=r"kl_coef=0\.1 of PPO and kl_coef=0\.5 of the environment differ"):
+        agent.set_env(vector(kl_coef=0.5))
+    agent.set_env(vector(kl_coef=0.1))
+
+
+def test_the_clock_does_not_depend_on_collect(tmp_path: Path) -> None:
+    class Own(GRPO):
+        Config = GRPOConfig
+
+        def collect(self) -> textrl_gym.Rollout:  # as docs/write-your-own-agent.md invites
+            return textrl_gym.collect(self.env, self.policy, kl_coef=0.0, generator=self.generator)
+
+    def rates(cls: type[Agent], out: Path) -> list[float]:
+        cls("CopyText-v0", out=out, learning_rate=1e-3).learn(1_000, **QUIET)
+        return [json.loads(line)["train/learning_rate"] for line in (out / "progress.json").read_text().splitlines()]
+
+    own, plain = rates(Own, tmp_path / "own"), rates(GRPO, tmp_path / "plain")
+    assert own[0] == plain[0] == 1e-3  # before the first rollout nothing is done
+    steps = [json.loads(line) for line in (tmp_path / "own" / "progress.json").read_text().splitlines()]
+    done = [0, *(row["time/total_timesteps"] for row in steps)]
+    # lr = 1e-3 (1 - timesteps before the rollout / total)
+    assert own == pytest.approx([1e-3 * (1 - before / 1_000) for before in done[:-1]], abs=1e-12, rel=0)
+    assert len(own) > 3 and own[-1] < 4e-4
+
+
+def test_the_clock_counts_updates(tmp_path: Path) -> None:
+    seen = []
+
+    class Watch(GRPO):
+        def update(self, rollout: textrl_gym.Rollout) -> dict[str, float]:
+            seen.append((self.clock.update, self.num_timesteps > 0))
+            return super().update(rollout)
+
+    agent = Watch("CopyText-v0", out=tmp_path)
+    agent.learn(700, **QUIET)
+    assert [number for number, _ in seen] == list(range(1, agent.num_updates + 1))
+    agent.learn(300, reset_num_timesteps=False, **QUIET)
+    assert [number for number, _ in seen] == list(range(1, agent.num_updates + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -83,20 +84,32 @@ def test_unknown_estimator() -> None:
 
 
 def test_fixed_controller() -> None:
-    controller = kl.FixedKL(0.05)
-    controller.update(sequence_kl=100.0, episodes=64)
-    assert controller.coef == 0.05
+    penalty = kl.KLPenalty(0.05)
+    penalty.adapt(sequence_kl=100.0, episodes=64)
+    assert penalty.coef == 0.05
+
+
+def test_the_penalty_is_in_one_place() -> None:
+    in_reward, in_loss = kl.KLPenalty(0.05), kl.KLPenalty(0.05, where="loss")
+    assert (in_reward.coef_in_reward, in_reward.coef_in_loss) == (0.05, 0.0)
+    assert (in_loss.coef_in_reward, in_loss.coef_in_loss) == (0.0, 0.05)
+
+
+@pytest.mark.parametrize(("settings", "message"), [((-0.1,), "got -0.1"), ((0.1, "k7"), "'k7'; allowed: k1")])
+def test_a_wrong_penalty_is_refused(settings: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kl.KLPenalty(*settings)
 
 
 def test_adaptive_controller() -> None:
-    controller = kl.AdaptiveKL(0.2, target=6.0, horizon=1000)
-    controller.update(sequence_kl=6.6, episodes=100)
+    controller = kl.KLPenalty(0.2, target=6.0, horizon=1000)
+    controller.adapt(sequence_kl=6.6, episodes=100)
     # 6.6 / 6 - 1 = 0.1 lies within 0.2: 0.2 * (1 + 0.1 * 100 / 1000) = 0.2 * 1.01
     assert controller.coef == pytest.approx(0.202, abs=1e-12, rel=0)
-    controller.update(sequence_kl=60.0, episodes=100)
+    controller.adapt(sequence_kl=60.0, episodes=100)
     # clipped at 0.2: 0.202 * 1.02
     assert controller.coef == pytest.approx(0.20604, abs=1e-12, rel=0)
-    controller.update(sequence_kl=-5.0, episodes=500)
+    controller.adapt(sequence_kl=-5.0, episodes=500)
     # clipped at -0.2: 0.20604 * (1 - 0.2 * 0.5) = 0.20604 * 0.9
     assert controller.coef == pytest.approx(0.185436, abs=1e-12, rel=0)
 
@@ -104,7 +117,7 @@ def test_adaptive_controller() -> None:
 @pytest.mark.parametrize(("target", "horizon"), [(0.0, 10), (-1.0, 10), (6.0, 0)])
 def test_adaptive_controller_refuses(target: float, horizon: int) -> None:
     with pytest.raises(ValueError, match=f"target > 0 .* got {target}, {horizon}"):
-        kl.AdaptiveKL(0.1, target, horizon)
+        kl.KLPenalty(0.1, target=target, horizon=horizon)
 
 
 def test_expected_gradients_of_the_estimators_as_losses() -> None:

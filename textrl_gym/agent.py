@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import gymnasium as gym
 import numpy as np
@@ -16,10 +17,10 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from textrl_gym import adapters, models, train
-from textrl_gym.agent_config import AgentConfig, make_config
+from textrl_gym.agent_config import AgentConfig, Clock, make_config
 from textrl_gym.core import Rollout
 from textrl_gym.env import TextVectorEnv
-from textrl_gym.kl import AdaptiveKL, FixedKL
+from textrl_gym.kl import KLPenalty
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import collect, micro_batches, vector_env
 from textrl_gym.saved import Saved
@@ -29,7 +30,8 @@ class Agent(Saved):
     """A policy that learns on a text environment.
 
     Args:
-        env: an id, a text environment, or a text vector environment (its rows are then the rollout's episodes).
+        env: an id, a text environment, or a text vector environment (its rows are then the rollout's episodes). The
+            agent steps a copy of its own, so the given one is not changed.
         model: a Hub id, a folder, or a loaded causal LM to start from; None: the task's own.
         reference: the model that KL is measured to; None: a frozen copy of the start.
         seed: of prompts, sampling and shuffling.
@@ -38,7 +40,8 @@ class Agent(Saved):
         settings: fields of the config.
 
     Raises:
-        ValueError: an unknown setting, with the allowed ones; a vocabulary that does not match the model.
+        ValueError: an unknown setting, with the allowed ones; a setting that the environment was made with otherwise;
+            a vocabulary that does not match the model.
     """
 
     Config: ClassVar[type[AgentConfig]] = AgentConfig
@@ -52,8 +55,8 @@ class Agent(Saved):
     """Whether the completions of a prompt are compared, so that an environment without groups is refused."""
     starts_at_reference: bool = True
     """Whether the fresh policy is its reference, so that the health card wants a KL of 0."""
-    kl_in_reward: bool = True
-    """Whether the rollout's rewards carry the KL penalty."""
+    kl_where: Literal["reward", "loss"] = "reward"
+    """Whether the KL penalty is in the rollout's rewards or in the loss."""
 
     def __init__(
         self,
@@ -73,10 +76,10 @@ class Agent(Saved):
         self.reference_spec = reference if isinstance(reference, str) else None
         self.rebuilds_model = model is None or isinstance(model, str)
         self.rebuilds_reference = isinstance(reference, str) or (reference is None and self.rebuilds_model)
-        self.set_env(self._make_env(env, model))
-        mdp = self.env
-        self.kl = self._make_kl(mdp)
-        self.policy = self._make_policy(mdp, model, reference)
+        self._given = frozenset(settings)
+        self.set_env(env)
+        self.kl = self._make_kl(self.env)
+        self.policy = self._make_policy(self.env, model, reference)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.policy.parameters() if p.requires_grad],
             lr=self.config.learning_rate,
@@ -85,41 +88,75 @@ class Agent(Saved):
         )
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.shuffler = np.random.default_rng(seed)
-        self.num_timesteps = self._collected_at = 0
+        self.num_timesteps = 0
         self.num_updates = 0
+        self.clock = Clock()
         self.dropped_tokens = 0
         """Tokens that the last collect() generated beside those of its rollout; learn() counts them too."""
         self._total_timesteps = 0
         self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
         """Wall-clock seconds spent so far in each phase of learn()."""
         self._logger: Any = None
-        self.env.reset(seed=seed)
 
     # -- what it is made of -------------------------------------------------------------------------------------------
 
-    def _make_env(self, env: Any, model: Any) -> TextVectorEnv:
+    def _own_env(self, env: Any) -> TextVectorEnv:
+        """A vector environment of the agent's own: made from an id, or with the given one's settings and prompts."""
         config = self.config
-        wanted: dict[str, Any] = {
+        batch: dict[str, Any] = {
             "group_size": config.group_size,
             "array": "torch",
             "device": str(self.device),
             "autoreset_mode": AutoresetMode.DISABLED,
         }
         if isinstance(env, str):
-            if isinstance(model, str):
-                wanted["tokenizer"] = model
-            return vector_env(gym.make_vec(env, num_envs=config.rollout_episodes, **wanted))
-        mdp = vector_env(env)
+            tokenizer = self.env.tokenizer if hasattr(self, "env") else self.model_spec
+            named = batch if tokenizer is None else batch | {"tokenizer": tokenizer}
+            env = gym.make_vec(env, num_envs=config.rollout_episodes, **named)
+        given = vector_env(env)
+        rows = config.rollout_episodes
         if isinstance(env.unwrapped, TextVectorEnv):
-            return mdp
-        return mdp.remake(config.rollout_episodes, **wanted)
+            batch, rows = {}, given.num_envs
+            self._check_size("rollout_episodes", given.num_envs)
+            self._check_size("group_size", given.group_size)
+        own = given.remake(
+            rows,
+            **batch,
+            kl_estimator=self._agreed("kl_estimator", given.kl_estimator, "k1"),
+            missing_eos_penalty=self._agreed("missing_eos_penalty", given.missing_eos_penalty, 0.0),
+        )
+        own.reset(seed=self.seed)
+        if given.streams() and given.num_envs == rows:
+            own.restore_streams(given.streams())
+        return own
 
-    def _make_kl(self, mdp: TextVectorEnv) -> FixedKL | AdaptiveKL:
+    def _check_size(self, name: str, size: int) -> None:
+        """Refuse a setting that a given vector environment contradicts."""
+        if name in self._given and getattr(self.config, name) != size:
+            field = {"rollout_episodes": "num_envs"}.get(name, name)
+            raise ValueError(
+                f"{name}={getattr(self.config, name)} does not fit the given vector environment, which has "
+                f"{field}={size}: leave {name} out, or make the environment so"
+            )
+
+    def _agreed(self, name: str, of_env: Any, default: Any) -> Any:
+        """A setting that the config and the environment both have: whichever was given; both, and equal, is fine."""
+        own = getattr(self.config, name)
+        if own is None:
+            return of_env
+        if of_env not in (default, own):
+            raise ValueError(
+                f"{name}={own!r} of {type(self).__name__} and {name}={of_env!r} of the environment differ: "
+                "give one of them, or the same"
+            )
+        return own
+
+    def _make_kl(self, mdp: TextVectorEnv) -> KLPenalty:
         config = self.config
-        coef = mdp.task.kl_coef if config.kl_coef is None else config.kl_coef
-        if config.kl_target is None:
-            return FixedKL(coef)
-        return AdaptiveKL(coef, config.kl_target, config.kl_horizon)
+        coef = self._agreed("kl_coef", mdp.kl_coef, 0.0)
+        if config.kl_coef is None and coef == 0:
+            coef = mdp.task.kl_coef
+        return KLPenalty(coef, mdp.kl_estimator, self.kl_where, config.kl_target, config.kl_horizon)
 
     def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
         loaded = model if isinstance(model, torch.nn.Module) else mdp.task.load_model(model)
@@ -174,17 +211,26 @@ class Agent(Saved):
         return self.env
 
     def set_env(self, env: Any) -> None:
-        """Collect from another text vector environment (or text environment) from now on."""
-        mdp = vector_env(env)
-        if not isinstance(env.unwrapped, TextVectorEnv):
-            mdp = mdp.remake(self.config.rollout_episodes, group_size=self.config.group_size)
+        """Collect from another environment from now on: an id, a text environment, or a text vector environment.
+
+        The agent makes one like it for itself, which goes on with its prompts; the given one is not changed.
+
+        Raises:
+            ValueError: the environment contradicts the agent's settings, or has no groups where completions of a prompt
+                are compared.
+        """
+        mdp = self._own_env(env)
         if self.needs_groups and mdp.group_size == 1:
             raise ValueError(
                 f"{type(self).__name__} compares completions of a prompt: make the environment with group_size > 1"
             )
-        if self.config.missing_eos_penalty is not None:
-            mdp.missing_eos_penalty = self.config.missing_eos_penalty
-        mdp.kl_estimator = self.config.kl_estimator
+        if hasattr(self, "kl") and self.kl.target is None and mdp.kl_coef not in (0, self.kl.coef):
+            raise ValueError(
+                f"kl_coef={self.kl.coef} of {type(self).__name__} and kl_coef={mdp.kl_coef} of the environment differ"
+            )
+        self.config = dataclasses.replace(
+            self.config, rollout_episodes=mdp.num_envs, group_size=mdp.group_size
+        )  # what is saved is what was used
         self.env: TextVectorEnv = mdp
 
     def learn(
@@ -261,9 +307,7 @@ class Agent(Saved):
 
     def collect(self) -> Rollout:
         """One rollout: a complete episode in every row of the environment."""
-        coef = self.kl.coef if self.kl_in_reward else 0.0
-        self._collected_at = self.num_timesteps
-        return collect(self.env, self.policy, kl_coef=coef, generator=self.generator)
+        return collect(self.env, self.policy, kl_coef=self.kl.coef_in_reward, generator=self.generator)
 
     def shaped(self, rollout: Rollout) -> Rollout:
         """A rollout with the rewards that this algorithm learns from, where it changes the environment's."""
@@ -326,7 +370,7 @@ class Agent(Saved):
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate now, by the schedule over the timesteps before the rollout (else the last has none)."""
-        if self.config.lr_schedule == "constant" or self._total_timesteps <= 0:
+        """The learning rate of the current update, by the schedule and the clock."""
+        if self.config.lr_schedule == "constant":
             return self.config.learning_rate
-        return self.config.learning_rate * max(0.0, 1.0 - self._collected_at / self._total_timesteps)
+        return self.config.learning_rate * max(0.0, 1.0 - self.clock.progress)

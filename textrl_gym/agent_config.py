@@ -36,9 +36,10 @@ class AgentConfig:
     temperature: float = 1.0
     """Divides every logit, in sampling, KL and update alike."""
     kl_coef: float | None = None
-    """Coefficient of the KL to the reference; None: the task's own (0.1 on TLDRSummarize-v0)."""
-    kl_estimator: str = "k1"
-    """Estimator of the KL in the reward: k1, k2, k3 or full."""
+    """Coefficient of the KL to the reference; None: the environment's, where it was made with one, or else the task's
+    own (0.1 on TLDRSummarize-v0)."""
+    kl_estimator: str | None = None
+    """Estimator of the KL in the reward: k1, k2, k3 or full; None: the environment's own (k1)."""
     kl_target: float | None = None
     """Nats per sequence that an adaptive controller steers the KL to; None keeps kl_coef fixed."""
     kl_horizon: int = 10_000
@@ -75,8 +76,20 @@ class AgentConfig:
             raise ValueError(f"lr_schedule must be 'linear' or 'constant', got {self.lr_schedule!r}")
         if self.kl_coef is not None and self.kl_coef < 0:
             raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
-        check_estimator(self.kl_estimator)
+        if self.kl_estimator is not None:
+            check_estimator(self.kl_estimator)
         models.resolve_dtype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Training progress, which the loop hands to the agent before each rollout."""
+
+    update: int = 1
+    """Number of the update that the rollout is for, from 1."""
+    progress: float = 0.0
+    """Share of the total timesteps done before the rollout. (With those of the rollout the last update would have a
+    learning rate of 0.)"""
 
 
 def make_config(config: type[Any], settings: dict[str, Any], whose: str) -> Any:

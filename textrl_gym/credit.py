@@ -40,7 +40,7 @@ LARGEST_LOG = 80.0
 
 def token_credit(agent: Any, rollout: Rollout) -> dict[str, Tensor]:
     """Quantity -> [B, T], of those above that the agent has. The rollout's texts may be anyone's, in whole groups."""
-    coef = agent.kl.coef if agent.kl_in_reward else 0.0
+    coef = agent.kl.coef_in_reward
     own = as_written_by(agent.policy, rollout, agent.env, kl_coef=coef)
     log_ratio_BT = (own.logp_BT - own.ref_logp_BT) * own.mask_BT
     found = {

@@ -24,7 +24,7 @@ from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.decoders import Lookahead
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.evaluation import load_agent
-from textrl_gym.kl import FixedKL
+from textrl_gym.kl import KLPenalty
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import rollout_of, unique_ids, vector_env
 from textrl_gym.sampler import Completions
@@ -195,9 +195,10 @@ class CriticAgent(Agent, abc.ABC):
             )
         return state
 
-    def _make_kl(self, mdp: TextVectorEnv) -> FixedKL:
+    def _make_kl(self, mdp: TextVectorEnv) -> KLPenalty:
+        coef = self._agreed("kl_coef", mdp.kl_coef, 0.0)
         saved = self._saved()["kl_coef"]
-        return FixedKL(saved if self.config.kl_coef is None else self.config.kl_coef)
+        return KLPenalty(saved if self.config.kl_coef is None and coef == 0 else coef, mdp.kl_estimator)
 
     def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
         if model is not None and self._saved()["agent"] == plugins.path_of(type(self), "agents"):

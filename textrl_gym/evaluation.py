@@ -214,12 +214,16 @@ def evaluate(
 
     Args:
         agent_or_dir: an agent, or a folder that one was saved to.
-        env: a text environment; None for the agent's own.
+        env: an id or a text environment; None for the agent's own. Of an id the environment has the agent's tokenizer
+            and device.
         episodes: prompts, one completion of each.
         seed: of prompts and sampling.
         split: of the dataset.
     """
-    agent = load_agent(agent_or_dir, env) if isinstance(agent_or_dir, str | Path) else agent_or_dir
+    of_agent = None if isinstance(env, str) else env  # an id is made for the agent, so the agent is loaded first
+    agent = load_agent(agent_or_dir, of_agent) if isinstance(agent_or_dir, str | Path) else agent_or_dir
+    if isinstance(env, str):
+        env = vector_env(env, tokenizer=agent.env.tokenizer, device=str(agent.device), array="torch")
     metrics, _ = Evaluator(agent.env if env is None else env, episodes, seed, split).run(agent)
     return metrics
 

@@ -1,4 +1,4 @@
-"""KL of the policy to its reference: estimators per token, and controllers of the coefficient.
+"""KL of the policy to its reference: estimators per token, and the penalty with its coefficient.
 
 With d = log pi(a|s) - log pi_ref(a|s) of a sampled token (Schulman 2020, "Approximating KL divergence"):
 
@@ -10,6 +10,7 @@ With d = log pi(a|s) - log pi_ref(a|s) of a sampled token (Schulman 2020, "Appro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -41,32 +42,54 @@ def estimate(estimator: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
     return (logp.exp() * difference).sum(-1)
 
 
-class FixedKL:
-    """A coefficient that stays."""
+@dataclass
+class KLPenalty:
+    """KL penalty of an agent: its coefficient, its estimator, and whether it is in the reward or in the loss.
 
-    def __init__(self, coef: float) -> None:
-        self.coef = coef
+    The coefficient is fixed, or adaptive where `target` is given (Ziegler et al. 2019, section 2.2):
 
-    def update(self, sequence_kl: float, episodes: int) -> None:
-        """Nothing to adapt."""
+        coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * episodes / horizon
 
+    Raises:
+        ValueError: a negative coefficient, or an adaptive one with target <= 0 nats or horizon <= 0 episodes.
+    """
 
-class AdaptiveKL:
-    """Ziegler et al. 2019, section 2.2: coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * episodes / horizon."""
+    coef: float
+    """Reward, or loss, per nat. An adaptive penalty changes it."""
+    estimator: str = "k1"
+    """Of the per-token KL that a rollout carries, and that is in the reward: k1, k2, k3 or full."""
+    where: Literal["reward", "loss"] = "reward"
+    target: float | None = None
+    """Nats per sequence that the coefficient steers to; None keeps it fixed."""
+    horizon: int = 10_000
+    """Episodes over which an adaptive coefficient moves."""
 
-    def __init__(self, coef: float, target: float, horizon: int) -> None:
-        if target <= 0 or horizon <= 0:
-            raise ValueError(f"an adaptive KL needs target > 0 nats and horizon > 0 episodes, got {target}, {horizon}")
-        self.coef = coef
-        self.target = target
-        self.horizon = horizon
+    def __post_init__(self) -> None:
+        check_estimator(self.estimator)
+        if self.coef < 0:
+            raise ValueError(f"kl_coef must be >= 0, got {self.coef}")
+        if self.target is not None and (self.target <= 0 or self.horizon <= 0):
+            raise ValueError(
+                f"an adaptive KL needs target > 0 nats and horizon > 0 episodes, got {self.target}, {self.horizon}"
+            )
 
-    def update(self, sequence_kl: float, episodes: int) -> None:
-        """Move the coefficient after a rollout.
+    @property
+    def coef_in_reward(self) -> float:
+        """The coefficient of the rewards' penalty: 0 where the penalty is in the loss."""
+        return self.coef if self.where == "reward" else 0.0
+
+    @property
+    def coef_in_loss(self) -> float:
+        """The coefficient of the loss's penalty: 0 where the penalty is in the reward."""
+        return self.coef if self.where == "loss" else 0.0
+
+    def adapt(self, sequence_kl: float, episodes: int) -> None:
+        """Move an adaptive coefficient after a rollout; a fixed one stays.
 
         Args:
             sequence_kl: KL in nats summed over each sequence, mean over the rollout's episodes.
             episodes: how many episodes the rollout had.
         """
-        error = min(max(sequence_kl / self.target - 1.0, -0.2), 0.2)
-        self.coef *= 1.0 + error * episodes / self.horizon
+        if self.target is not None:
+            error = min(max(sequence_kl / self.target - 1.0, -0.2), 0.2)
+            self.coef *= 1.0 + error * episodes / self.horizon

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -144,13 +145,15 @@ def unique_ids(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, 
     return prompt_UP.to(device), mask_UP.to(device), source_B.to(device)
 
 
-def vector_env(env: Any) -> TextVectorEnv:
-    """The TextVectorEnv under any wrappers; a TextEnv's own one-row one.
+def vector_env(env: Any, **settings: Any) -> TextVectorEnv:
+    """The TextVectorEnv under any wrappers; a TextEnv's own one-row one; of an id, one made with the settings.
 
     Raises:
         ValueError: it is not a text environment.
     """
-    bare = env.unwrapped
+    if isinstance(env, str):
+        env = gym.make_vec(env, **settings)
+    bare = getattr(env, "unwrapped", None)
     if isinstance(bare, TextEnv):
         return bare.vector
     if not isinstance(bare, TextVectorEnv):

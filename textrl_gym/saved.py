@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from textrl_gym import adapters, checkpoint, models, plugins
+from textrl_gym.agent_config import Clock
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.rollout import vector_env
 
@@ -122,7 +123,10 @@ class Saved:
             raise ValueError(
                 f"{str(path)!r} was trained with {state['env_not_saved']}, which cannot be saved: give env="
             )
+        config = state["config"] | settings
         given = env is not None
+        if isinstance(getattr(env, "unwrapped", None), TextVectorEnv):  # its own number of rows counts
+            config = {k: v for k, v in config.items() if k in settings or k not in ("rollout_episodes", "group_size")}
         if not given:
             kept = state["env"] | {"tokenizer": str(folder / "model"), "array": "torch"}
             chosen = models.resolve_device(device)
@@ -150,7 +154,7 @@ class Saved:
             seed=state["seed"],
             device=device,
             out=out,
-            **(state["config"] | settings),
+            **config,
         )
         agent.model_spec, agent.reference_spec = state["model"], state["reference"]
         agent.rebuilds_reference, agent.rebuilds_model = not saved_reference.is_dir(), not saved_base.is_dir()
@@ -168,3 +172,5 @@ class Saved:
         self._total_timesteps = state["total_timesteps"]
         self.remember(state.get("memory", {}))
         self.num_updates, self.kl.coef, self.seconds = state["num_updates"], state["kl_coef"], state["seconds"]
+        if self._total_timesteps > 0:
+            self.clock = Clock(self.num_updates + 1, self.num_timesteps / self._total_timesteps)

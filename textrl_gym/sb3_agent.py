@@ -104,8 +104,6 @@ class SB3Agent(Agent):
             self.env.num_envs,
             array="numpy",
             autoreset_mode=AutoresetMode.DISABLED,
-            kl_estimator=self.env.kl_estimator,
-            missing_eos_penalty=self.env.missing_eos_penalty,
             reference=self.policy.reference,
             policy_logprob=logprob,
         )
@@ -153,7 +151,6 @@ class SB3Agent(Agent):
     def collect(self) -> Rollout:
         """SB3's rollout. Returned are the texts that ended in it; what SB3 trains on stays in its own buffer."""
         algorithm = self.algorithm
-        self._collected_at = self.num_timesteps
         algorithm.env.mdp.kl_coef = self.kl.coef
         with self._seeded():
             algorithm.collect_rollouts(algorithm.env, self._episodes, algorithm.rollout_buffer, self.n_steps)

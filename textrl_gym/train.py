@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.logger import Logger, make_output_format
 
 from textrl_gym import checkpoint, health
+from textrl_gym.agent_config import Clock
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import Evaluator
 from textrl_gym.hacking import Evaluation, evaluations
@@ -163,6 +164,7 @@ class _Run:
             while agent.num_timesteps < total:
                 if stop.is_set():
                     raise KeyboardInterrupt
+                agent.clock = Clock(agent.num_updates + 1, agent.num_timesteps / total)
                 # 1. Collect.
                 self.before_rollout = agent.streams()
                 self.callback.on_rollout_start()
@@ -179,14 +181,15 @@ class _Run:
                 metrics = self._timed("update", lambda rollout=rollout: agent.update(rollout))
                 agent.num_updates += 1
                 self.before_rollout = None
-                # 3. Log.
+                # 3. Adapt the KL coefficient.
                 facts = rollout_metrics(rollout)
-                agent.kl.update(facts["rollout/kl_sequence"], len(rollout))
+                agent.kl.adapt(facts["rollout/kl_sequence"], len(rollout))
+                # 4. Log.
                 if agent.num_updates % self.log_interval == 0:
                     self._log(facts, metrics)
                 note = f"score {facts['rollout/score']:.3f}  KL {facts['rollout/kl_sequence']:.2f} nats/seq"
                 self.bar.update(task, completed=min(agent.num_timesteps, total), note=note)
-                # 4. Evaluate and save.
+                # 5. Evaluate and save.
                 due = self.options.eval_every and agent.num_updates % self.options.eval_every == 0
                 if due and agent.num_timesteps < total and not self._evaluate():
                     break
