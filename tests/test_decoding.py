@@ -73,7 +73,8 @@ def test_the_reference_is_the_start(tmp_path: Path) -> None:
     agent.learn(0, **QUIET)
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert len(rows) == 1  # one evaluation, and nothing to compare it with
-    assert (rows[0]["kl_sequence"], rows[0]["win_rate"], rows[0]["forward_passes"]) == (0.0, 0.5, 1.0)
+    start = (rows[0]["kl_sequence"], rows[0]["win_rate"], rows[0]["forward_passes"])
+    assert start == pytest.approx((0.0, 0.5, 1.0), abs=1e-6, rel=0)  # the KL is rounding: 7e-8 on some machines
     again = load_agent(tmp_path)
     assert textrl_gym.evaluate(again, episodes=8) == textrl_gym.evaluate(agent, episodes=8)
 
