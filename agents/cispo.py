@@ -15,8 +15,8 @@ import dataclasses
 
 from torch import Tensor
 
-from textrl_gym import functional, kl
-from textrl_gym.agents.grpo import GRPO, GroupConfig
+from textrl_gym import functional
+from textrl_gym.agents.grpo import GRPO, GroupConfig, kl_penalty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +45,15 @@ def cispo_loss(
     assert advantage_B.shape == logp_BT.shape[:1]
     ratio_BT = (logp_BT - old_logp_BT).detach().exp()
     weight_BT = ratio_BT.clamp(max=1 + config.clip_high)
-    kl_BT = kl.estimate(config.kl_loss, logp_BT, ref_logp_BT)
     loss_BT = -weight_BT * advantage_B[:, None] * logp_BT
-    if kl_coef:
-        loss_BT = loss_BT + kl_coef * kl_BT
-    loss = functional.aggregate(loss_BT, mask_BT, config.aggregation, rows, tokens)
+    penalty, kl_metrics = kl_penalty(logp_BT, ref_logp_BT, mask_BT, config, kl_coef, rows, tokens)
+    loss = functional.aggregate(loss_BT, mask_BT, config.aggregation, rows, tokens) + penalty
     metrics = {
         "loss": loss.detach(),
         "clip_fraction": ((ratio_BT > weight_BT) * mask_BT).sum() / tokens,
         "ratio": (ratio_BT * mask_BT).sum() / tokens,
-        "kl_loss_token": (kl_BT.detach() * mask_BT).sum() / tokens,
     }
-    return loss, metrics
+    return loss, metrics | kl_metrics
 
 
 class CISPO(GRPO):

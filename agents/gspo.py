@@ -18,8 +18,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from textrl_gym import functional, kl
-from textrl_gym.agents.grpo import GRPO, GRPOConfig
+from textrl_gym import functional
+from textrl_gym.agents.grpo import GRPO, GRPOConfig, kl_penalty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +58,14 @@ def gspo_loss(
     loss_B, ratio_B, clipped_B = functional.clipped_surrogate(
         log_ratio_B, torch.zeros_like(log_ratio_B), advantage_B, config.clip_low, config.clip_high
     )
-    loss = loss_B.sum() / rows
-    kl_BT = kl.estimate(config.kl_loss, logp_BT, ref_logp_BT)
-    if kl_coef:
-        loss = loss + kl_coef * functional.aggregate(kl_BT, mask_BT, config.aggregation, rows, tokens)
+    penalty, kl_metrics = kl_penalty(logp_BT, ref_logp_BT, mask_BT, config, kl_coef, rows, tokens)
+    loss = loss_B.sum() / rows + penalty
     metrics = {
         "loss": loss.detach(),
         "clip_fraction": clipped_B.float().sum() / rows,
         "ratio": ratio_B.detach().sum() / rows,
-        "kl_loss_token": (kl_BT.detach() * mask_BT).sum() / tokens,
     }
-    return loss, metrics
+    return loss, metrics | kl_metrics
 
 
 class GSPO(GRPO):
