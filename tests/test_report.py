@@ -97,7 +97,7 @@ def test_no_run(tmp_path: Path) -> None:
 def test_broken_line_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "ppo", [START])
     with (run / "evaluations.jsonl").open("a") as file:
-        file.write('{"timesteps": 3')
+        file.write('{"timesteps": 3\n')
     with pytest.raises(ValueError, match=r"evaluations.jsonl', line 2 is no JSON"):
         report.report([run], tmp_path / "report.html")
 

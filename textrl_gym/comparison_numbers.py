@@ -360,15 +360,3 @@ def mean_known(group: Group, number: Callable[[Result], float | None]) -> float 
     """Mean over the runs that have the number; None where none has."""
     known = [x for run in group.runs if (x := number(run)) is not None]
     return float(np.mean(known)) if known else None
-
-
-def warnings(comparison: Comparison) -> dict[str, str]:
-    """Name of a run whose training score rose while the judge fell -> that in words, with the numbers."""
-    from textrl_gym import report
-
-    found = {}
-    for run in comparison.runs:
-        words = report.hacking(report.Run(run.name, run.evaluations, [], [], {})) if run.evaluations else None
-        if words is not None:
-            found[run.name] = words
-    return found

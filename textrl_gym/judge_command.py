@@ -69,7 +69,7 @@ def evaluate(args: Sequence[str]) -> int:
         *judge_parts(),
     ]
     parsed = parse("evaluate", evaluate.__doc__, parts, args)
-    from textrl_gym import checkpoint
+    from textrl_gym import checkpoint, files
     from textrl_gym.evaluation import Evaluator
     from textrl_gym.report import METRICS
 
@@ -93,7 +93,7 @@ def evaluate(args: Sequence[str]) -> int:
         numbers["judged"] = {"judge": judge.name, "against": against} | found.numbers()
         print_rows(f"judged by {judge.name} against {against}", tally_rows(found))
     if parsed.json is not None:
-        parsed.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        files.write_text(parsed.json, json.dumps(numbers, indent=1) + "\n")
     return 0
 
 
