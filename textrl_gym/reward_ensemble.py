@@ -21,8 +21,8 @@ from torch import Tensor
 
 from textrl_gym import checkpoint, files, models, reward_training
 from textrl_gym.comparisons import Comparison
-from textrl_gym.reward_measures import gold_agreement, score_all
-from textrl_gym.reward_report import accuracy_row, gaps
+from textrl_gym.reward_measures import gaps, gold_agreement, score_all
+from textrl_gym.reward_report import accuracy_row
 from textrl_gym.reward_training import Data, RewardModelConfig
 from textrl_gym.rewards import ensemble, reward_model
 
