@@ -250,7 +250,10 @@ def earlier_evaluations(agent: Any) -> list[Evaluation]:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """What a rollout says of the policy that played it. Raw score and shaped return are both there."""
+    """What a rollout says of the policy that played it. Raw score and shaped return are both there.
+
+    Of a reward that is a mixture reward/NAME is the mean unweighted score of each part.
+    """
     kl_B = ((rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT).sum(1)
     return {
         "rollout/score": float(rollout.score_B.mean()),
@@ -261,7 +264,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/completion_tokens": rollout.num_tokens / len(rollout),
         "rollout/eos_share": float((rollout.stop_B == StopReason.EOS).float().mean()),
         "rollout/logprob_token": float(rollout.logp_BT.sum()) / max(rollout.num_tokens, 1),
-    }
+    } | {f"reward/{name}": float(part_B.mean()) for name, part_B in rollout.components.items()}
 
 
 def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], timesteps: int) -> Table:
