@@ -185,7 +185,7 @@ def judge(args: Sequence[str]) -> int:
     file = folder / judging.file_name(judged_by.name, against)
     judging.tidy(judged, judged_by.name, against).to_csv(file, index=False)
     table = Table(title=f"judged by {judged_by.name} against {against}", title_justify="left")
-    for heading in ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "none"):
+    for heading in ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "no verdict"):
         wide = heading not in ("runs", "no verdict")
         table.add_column(heading, justify="left" if heading == "agent" else "right", no_wrap=wide)
     for group, found in judging.by_agent(judged):
