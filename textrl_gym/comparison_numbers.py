@@ -187,11 +187,7 @@ def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
 def best_of_n_kls(comparison: Comparison) -> dict[int, float]:
     """n of every agent best_of_n -> the bound of its KL, in nats."""
     found = {run.state["config"]["n"] for run in comparison.runs if run.state.get("agent") == "best_of_n"}
-    if not found:
-        return {}
-    from textrl_gym.agents.best_of_n import best_of_n_kl_bound
-
-    return {n: best_of_n_kl_bound(n) for n in sorted(found)}
+    return {n: overoptimisation.best_of_n_kl_bound(n) for n in sorted(found)}
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
