@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from textrl_gym import cli, compare_command, pairwise, report, statistics
+from textrl_gym import cli, compare, compare_command, pairwise, report, statistics
 from textrl_gym import comparison_numbers as numbers
 from textrl_gym.comparison_charts import charts
 from textrl_gym.comparison_credit import scale
@@ -367,6 +367,16 @@ def test_a_torn_log_is_read_without_its_last_line(folder: Path, tmp_path: Path) 
     assert read_comparison(out).runs[0] == whole
     (out / "runs" / whole.name / "evaluations.jsonl").write_text('{"timest')
     assert read_comparison(out).runs[0].evaluations == []
+
+
+def test_the_table_of_a_comparison_has_every_number(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    own = {"kl_bound": 0.64, "scored_completions": 4.0, "generated_tokens": 12.5, "reward/length": 5.0}
+    final = tmp_path / "runs" / "alpha-0" / "evaluation.json"
+    final.write_text(json.dumps(json.loads(final.read_text()) | own))
+    table = compare.tidy(tmp_path)
+    row = table[(table["run"] == "alpha-0") & table["final"]].iloc[0]
+    assert {name: row[name] for name in own} == own
 
 
 def test_few_evaluations_have_no_fit(tmp_path: Path) -> None:

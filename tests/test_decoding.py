@@ -523,6 +523,7 @@ def test_by_the_command_line(ppo: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert cli.main(["evaluate", str(tmp_path / name), "--episodes", "4"]) == 0
     out = capsys.readouterr().out
     assert "Model evaluations per token" in out and "Completions scored per prompt" in out
+    assert "Tokens generated per prompt" in out
     more = ["--ppo", str(ppo), "--simulations", "2", *few]
     assert cli.main(["train", "mcts", COPY, *more, "--out", str(tmp_path / "mcts")]) == 0
     assert cli.main(["evaluate", str(tmp_path / "mcts"), "--episodes", "4"]) == 0

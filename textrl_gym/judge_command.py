@@ -71,7 +71,7 @@ def evaluate(args: Sequence[str]) -> int:
     parsed = parse("evaluate", evaluate.__doc__, parts, args)
     from textrl_gym import checkpoint, files
     from textrl_gym.evaluation import Evaluator
-    from textrl_gym.report import METRICS
+    from textrl_gym.report import metric_names, metric_words, number
 
     checkpoint.read_state(parsed.folder)
     agent = _agent(parsed.folder, parsed)
@@ -85,7 +85,7 @@ def evaluate(args: Sequence[str]) -> int:
         opponent = _opponent(against, parsed)
     metrics, samples = evaluator.run(agent)
     numbers: dict[str, Any] = dict(metrics)
-    rows = {METRICS[name][0]: f"{metrics[name]:.{METRICS[name][1]}f}" for name in METRICS if name in metrics}
+    rows = {metric_words(name): number(metrics, name) for name in metric_names([metrics])}
     title = f"{parsed.folder}: {parsed.episodes} prompts of {parsed.split}, seed {parsed.seed}"
     print_rows(title, rows)
     if judge is not None:

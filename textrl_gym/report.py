@@ -36,10 +36,18 @@ METRICS = {
     "repetition": ("Repeated runs of 4 words", 3),
     "forward_passes": ("Model evaluations per token", 1),
     "scored_completions": ("Completions scored per prompt", 0),
+    "generated_tokens": ("Tokens generated per prompt", 1),
     "kl_bound": ("Best-of-n's KL to its own policy, bound, nats", 2),
     "train_seconds": ("Training, seconds", 0),
 }
-"""Names of an evaluation's numbers -> words, and decimals to print. The order is that of the tables."""
+"""Names of an evaluation's numbers -> words, and decimals to print. The order is that of the tables.
+
+A number that is not here (reward/NAME, or one of an agent's own extra_metrics) comes after these, under its name.
+"""
+COUNTERS = frozenset({"timesteps", "updates"})
+"""Of an evaluation: when it was, and no result of it."""
+DECIMALS = 3
+"""Of a number that is not in METRICS."""
 
 SAMPLES_SHOWN = 6
 
@@ -229,15 +237,27 @@ def curves(runs: Sequence[Run]) -> str:
 # -- tables and samples -----------------------------------------------------------------------------------------------
 
 
+def metric_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of all numbers that some evaluations have, in the order of the tables."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in COUNTERS)
+    return [*(name for name in METRICS if name in names), *(name for name in names if name not in METRICS)]
+
+
+def metric_words(key: str) -> str:
+    """What a number is called."""
+    return METRICS[key][0] if key in METRICS else key
+
+
 def number(row: dict[str, Any], key: str) -> str:
     """An evaluation's number in the decimals of its kind; a dash where it was not measured."""
-    return f"{row[key]:z,.{METRICS[key][1]}f}" if key in row else "-"
+    decimals = METRICS[key][1] if key in METRICS else DECIMALS
+    return f"{row[key]:z,.{decimals}f}" if key in row else "-"
 
 
 def overview(runs: Sequence[Run]) -> str:
     """One row for each run's start and one for its end."""
-    keys = [key for key in METRICS if any(key in run.end for run in runs) and key != "kl_token"]
-    head = "".join(f"<th>{escape(METRICS[key][0])}</th>" for key in keys)
+    keys = [key for key in metric_names([run.end for run in runs]) if key != "kl_token"]
+    head = "".join(f"<th>{escape(metric_words(key))}</th>" for key in keys)
     rows = []
     for i, run in enumerate(runs):
         for when, row in (("start", run.start), (f"{run.end['timesteps']:,} tokens", run.end)):
