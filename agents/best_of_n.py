@@ -18,7 +18,6 @@ and where pi is its own reference it is the bound.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout, Row
 from textrl_gym.env import TextVectorEnv
+from textrl_gym.overoptimisation import best_of_n_kl_bound
 from textrl_gym.rollout import complete, rollout_of, vector_env
 
 
@@ -46,13 +46,6 @@ class BestOfNConfig(AgentConfig):
         for name in ("n", "rows_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-def best_of_n_kl_bound(n: int) -> float:
-    """log n - (n - 1) / n, in nats: no less than KL(pi_n || pi) for any score."""
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    return math.log(n) - (n - 1) / n
 
 
 def best_of_n_logprobs(logp_Y: Tensor, score_Y: Tensor, n: int) -> Tensor:

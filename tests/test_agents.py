@@ -14,7 +14,7 @@ from torch import Tensor
 import textrl_gym
 from textrl_gym import functional, health, plugins
 from textrl_gym.agent import Agent
-from textrl_gym.agents import GRPO, PPO, SB3TRPO
+from textrl_gym.agents import DAPO, GRPO, PPO, SB3PPO, SB3TRPO
 from textrl_gym.agents.grpo import GRPOConfig, group_advantages, grpo_loss
 from textrl_gym.agents.ppo import PPOConfig, ppo_loss
 from textrl_gym.envs import known_optimum
@@ -411,6 +411,20 @@ def test_logs_samples_and_callbacks(tmp_path: Path) -> None:
     assert len(samples) == 32
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("cls", [GRPO, DAPO, SB3PPO])
+def test_components_of_a_mixture_are_logged(cls: Any, tmp_path: Path) -> None:
+    """Their weighted sum is the mean score of the same row, so that they are of the same texts."""
+    env = gym.make_vec("CopyText-v0", num_envs=8, group_size=4, reward={"length": -0.5, "exact_match": 2.0})
+    agent = cls(env, out=tmp_path, learning_rate=1e-2)
+    agent.learn(600, **QUIET | {"eval_every": 1})
+    for name, score in (("progress.json", "rollout/score"), ("evaluations.jsonl", "score")):
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert len(rows) > 1
+        for row in rows:
+            assert -0.5 * row["reward/length"] + 2 * row["reward/exact_match"] == pytest.approx(row[score], abs=1e-5)
+        assert len({row["reward/length"] for row in rows}) > 1
 
 
 def test_a_custom_agent_needs_only_update(tmp_path: Path) -> None:

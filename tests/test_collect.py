@@ -18,7 +18,7 @@ from textrl_gym import tiny
 from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 from textrl_gym.policy import Policy
-from textrl_gym.rollout import collect
+from textrl_gym.rollout import collect, micro_batches
 from textrl_gym.tasks import Task
 
 SYMBOLS = ("a", "b", "c", "d", "e", "f", "g")
@@ -275,3 +275,45 @@ def test_no_text_environment_is_an_error() -> None:
 
     with pytest.raises(ValueError, match="is not a text environment"):
         collect(gymnasium.make("CartPole-v1"), Policy(make_model("llama")))
+
+
+MIXTURE = {"length": -0.5, "regex:a": 2.0}
+
+
+def assert_components(rollout: Rollout) -> None:
+    """They are those of the rollout's own texts: tokens, and whether there is an a."""
+    assert {name: part_B.tolist() for name, part_B in rollout.components.items()} == {
+        "length": rollout.mask_BT.sum(1).tolist(),
+        "regex:a": [float("a" in text) for text in rollout.completions],
+    }
+
+
+def test_components_of_a_mixture_follow_their_rows() -> None:
+    policy = Policy(make_model("llama"))
+    env = TextVectorEnv(16, task=Letters, reward=MIXTURE, group_size=4, array="torch")
+    env.reset(seed=1)
+    rollout = collect(env, policy, uniform_BT=uniforms(16))
+    assert len(set(rollout.components["length"].tolist())) > 1
+    other = collect(env, policy, uniform_BT=uniforms(16).flip(0))
+    assert other.completions != rollout.completions  # the reward was called again, for other texts
+    assert_components(rollout)
+    parts = [rollout.select(rows) for rows in micro_batches(rollout, 100)]
+    assert len(parts) > 1
+    for part in parts:
+        assert_components(part)
+    joined = Rollout.cat([parts[1], other, parts[0]])
+    assert len(joined) == len(parts[1]) + 16 + len(parts[0])
+    assert_components(joined)
+    assert_components(joined.select(joined.components["length"] > 2))
+
+
+def test_stepping_tells_the_components_of_a_mixture() -> None:
+    env = TextVectorEnv(2, task=Letters, reward=MIXTURE)
+    env.reset(seed=1)
+    for tokens in ([1, 2], [1, EOS_ID]):  # row 0 writes "a a" and goes on, row 1 "b"
+        *_, infos = env.step(np.array(tokens))
+    assert infos["components"].tolist() == [None, {"length": 2.0, "regex:a": 0.0}]
+    assert infos["_components"].tolist() == [False, True]
+    single = TextEnv(task=Letters, reward="length")
+    single.reset(seed=1)
+    assert "components" not in single.step(EOS_ID)[4]

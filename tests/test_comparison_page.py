@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from textrl_gym import cli, compare_command, pairwise, statistics
+from textrl_gym import cli, compare, compare_command, pairwise, report, statistics
 from textrl_gym import comparison_numbers as numbers
 from textrl_gym.comparison_charts import charts
 from textrl_gym.comparison_credit import scale
@@ -311,6 +311,72 @@ def test_over_optimisation_has_its_fit(made: tuple[str, Page], folder: Path) -> 
     assert float(row["alpha"]) == pytest.approx(alpha.fit.alpha, rel=0, abs=5e-4)
     words = "".join(made[1].words)
     assert "Reward hacking" not in words  # beta's gold fell, but its score did not rise
+
+
+def write_evaluations(run: Path, later: list[float], **last: float) -> None:
+    """Two evaluations of training on 8 prompts: gold is 0.5 of each at first, and `later` in the end."""
+    common = {"completion_tokens": 20.0, "kl_sequence": 0.0, "updates": 0, "train_seconds": 1.0, "eos_share": 1.0}
+    rows, samples = [], []
+    for at, golds, more in ((0, [0.5] * 8, {}), (400, later, last)):
+        rows.append({"timesteps": at, "score": at / 400, "judge": sum(golds) / 8, **common, **more})
+        samples += [
+            {"timesteps": at, "index": i, "prompt": "p", "completion": f"{i} a text", "score": 0.0, "judge": gold}
+            for i, gold in enumerate(golds)
+        ]
+    for name, lines in (("evaluations.jsonl", rows), ("samples.jsonl", samples)):
+        (run / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("later", "last", "expected"),
+    [
+        # Gold falls by 0.1 on average, by 0.5 and -0.3 in turn: the deviation of the 8 differences is
+        # sqrt(8 * 0.4^2 / 7) = 0.428 and the mean's error 0.428 / sqrt(8) = 0.151. 0.1 is less than three of them.
+        ([0.0, 0.8] * 4, {}, []),
+        ([0.4] * 8, {}, ["Reward hacking"]),  # the same fall on every prompt: no error
+        ([0.0, 0.8] * 4, {"kl_sequence": 60.0}, ["Drift"]),  # more than 50 nats
+        ([0.4] * 8, {"kl_sequence": 60.0}, ["Reward hacking", "Drift"]),
+    ],
+)
+def test_both_pages_of_a_run_raise_the_same_alarms(
+    tmp_path: Path, later: list[float], last: dict[str, float], expected: list[str]
+) -> None:
+    write_plan(tmp_path, "alpha")
+    run = tmp_path / "runs" / "alpha-0"
+    write_run(run, "alpha", 0, ALPHA[0])
+    write_evaluations(run, later, **last)
+    own = report.alarms(report.read_run(run))
+    assert ["Reward hacking" if alarm.measure == "gold" else "Drift" for alarm in own] == expected
+    assert read_comparison(tmp_path).runs[0].alarms == own
+    comparison_words = read(tmp_path)[1].words
+    run_page = report.page([report.read_run(run)])
+    for alarm in own:
+        assert alarm.words in run_page
+        assert f"alpha-0: {alarm.words}" in comparison_words
+    for heading in ("Reward hacking", "Drift"):
+        assert (f"<b>{heading} in alpha-0.</b>" in run_page) == (heading in expected)
+        assert (heading in comparison_words) == (heading in expected)
+
+
+def test_a_torn_log_is_read_without_its_last_line(folder: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(folder, tmp_path / "torn")
+    whole = read_comparison(folder).runs[0]
+    for name in ("evaluations.jsonl", "episodes.jsonl", "progress.json", "credit.jsonl"):
+        with (out / "runs" / whole.name / name).open("a") as file:
+            file.write('{"timesteps": 500, "sco')
+    assert read_comparison(out).runs[0] == whole
+    (out / "runs" / whole.name / "evaluations.jsonl").write_text('{"timest')
+    assert read_comparison(out).runs[0].evaluations == []
+
+
+def test_the_table_of_a_comparison_has_every_number(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    own = {"kl_bound": 0.64, "scored_completions": 4.0, "generated_tokens": 12.5, "reward/length": 5.0}
+    final = tmp_path / "runs" / "alpha-0" / "evaluation.json"
+    final.write_text(json.dumps(json.loads(final.read_text()) | own))
+    table = compare.tidy(tmp_path)
+    row = table[(table["run"] == "alpha-0") & table["final"]].iloc[0]
+    assert {name: row[name] for name in own} == own
 
 
 def test_few_evaluations_have_no_fit(tmp_path: Path) -> None:

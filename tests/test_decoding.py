@@ -17,7 +17,6 @@ from textrl_gym import cli, tiny
 from textrl_gym.agents import GRPO, PPO
 from textrl_gym.agents.best_of_n import (
     BestOfN,
-    best_of_n_kl_bound,
     best_of_n_kl_exact,
     best_of_n_logprobs,
     best_rows,
@@ -30,6 +29,7 @@ from textrl_gym.core import Rollout, StopReason
 from textrl_gym.decoding import States
 from textrl_gym.envs import known_optimum
 from textrl_gym.evaluation import load_agent
+from textrl_gym.overoptimisation import best_of_n_kl_bound
 from textrl_gym.policy import Policy
 from textrl_gym.trunk import Trunk
 
@@ -524,6 +524,7 @@ def test_by_the_command_line(ppo: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert cli.main(["evaluate", str(tmp_path / name), "--episodes", "4"]) == 0
     out = capsys.readouterr().out
     assert "Model evaluations per token" in out and "Completions scored per prompt" in out
+    assert "Tokens generated per prompt" in out
     more = ["--ppo", str(ppo), "--simulations", "2", *few]
     assert cli.main(["train", "mcts", COPY, *more, "--out", str(tmp_path / "mcts")]) == 0
     assert cli.main(["evaluate", str(tmp_path / "mcts"), "--episodes", "4"]) == 0

@@ -469,7 +469,11 @@ def test_judge_by_the_command_line_fails_and_goes_on(
     assert f"error: {server.url}/chat/completions: status 502: down (2 tries); 4 of 8 verdicts are kept in " in err
     assert not list(comparison.glob("judged-*.csv"))
     server.fixed = True
+    monkeypatch.setenv("COLUMNS", "160")
     assert cli.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (heading,), (grpo,) = ([line for line in lines if line.startswith(start)] for start in ("┃", "│ grpo"))
+    assert heading.split("┃")[-2].strip() == "no verdict" and grpo.split("│")[-2].strip() == "1"
     with (comparison / "judged-endpoint-my-judge-start.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     counts = [[row[key] for key in ("run", "wins", "ties", "losses", "no_verdict")] for row in rows]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from textrl_gym.corpus import CORRUPTIONS, KINDS, TLDRCorpus, slots_of
 from textrl_gym.phrases import compose
-from textrl_gym.rewards.tldr_gold import WEIGHTS, explain, reward
+from textrl_gym.rewards.tldr_gold import WEIGHTS, reward, score_parts
 
 POSTS = list(TLDRCorpus("validation", seed=11, size=300))
 PARTS = {"who": ("rel", "name"), "event": ("act", "thing")}
@@ -22,7 +22,7 @@ rows = st.builds(lambda seed, index: TLDRCorpus("train", seed)[index], st.intege
 
 
 def gold(row: dict, text: str) -> float:
-    return explain(row, text)["gold"]
+    return score_parts(row["facts"], text)["gold"]
 
 
 def without(row: dict, kinds: set[str]) -> dict[str, str]:
@@ -52,7 +52,7 @@ def test_any_recombination_of_clauses_scores_one(row: dict, seed: int) -> None:
 @quick
 @given(rows, rows, st.sets(st.sampled_from(KINDS)), st.integers(0, 2**32))
 def test_form_is_one_with_any_values_and_any_subset(row: dict, other: dict, gone: set[str], seed: int) -> None:
-    assert explain(row, compose(without(other, gone), random.Random(seed)))["form"] == 1.0
+    assert score_parts(row["facts"], compose(without(other, gone), random.Random(seed)))["form"] == 1.0
 
 
 @quick
@@ -61,7 +61,7 @@ def test_gold_of_some_facts_is_their_weight(row: dict, gone: set[str], seed: int
     # Nothing wrong, well-formed, brief: precision = form = brevity = 1, and coverage is the sum of the weights told.
     told = sum(WEIGHTS[part] for kind in set(KINDS) - gone for part in PARTS.get(kind, (kind,)))
     text = compose(without(row, gone), random.Random(seed))
-    assert gold(row, text) == pytest.approx(told * explain(row, text)["brevity"], abs=1e-9, rel=0)
+    assert gold(row, text) == pytest.approx(told * score_parts(row["facts"], text)["brevity"], abs=1e-9, rel=0)
     assert sum(WEIGHTS.values()) == pytest.approx(1, abs=1e-9, rel=0)
 
 
@@ -71,8 +71,8 @@ def test_a_distractor_costs_more_than_silence(row: dict, kind: str, seed: int) -
     slots = slots_of(row["facts"])
     wrong = row["distractors"][kind][0]
     swapped = {"rel": wrong.rsplit(" ", 1)[0], "name": wrong.rsplit(" ", 1)[1]} if kind == "who" else {kind: wrong}
-    silent = explain(row, compose(without(row, {kind}), random.Random(seed)))
-    lured = explain(row, compose(slots | swapped, random.Random(seed)))
+    silent = score_parts(row["facts"], compose(without(row, {kind}), random.Random(seed)))
+    lured = score_parts(row["facts"], compose(slots | swapped, random.Random(seed)))
     assert lured["precision"] < 1.0
     # "broke my mirror" for "broke my radio" is half right, and worth more than silence.
     if kind != "event" or not any(wrong.startswith(did) for did in row["facts"]["event"]["act"]):
@@ -82,8 +82,10 @@ def test_a_distractor_costs_more_than_silence(row: dict, kind: str, seed: int) -
 def test_an_amount_in_the_wrong_role_is_worth_half() -> None:
     row = next(row for row in POSTS if row["facts"]["amount"]["role"] == "cost")
     amount, she = row["facts"]["amount"]["value"], row["facts"]["who"]["pronoun"].capitalize()
-    assert explain(row, f" I lost {amount}.")["coverage"] == pytest.approx(WEIGHTS["amount"], abs=1e-9, rel=0)
-    assert explain(row, f" {she} owes me {amount}.")["coverage"] == pytest.approx(
+    assert score_parts(row["facts"], f" I lost {amount}.")["coverage"] == pytest.approx(
+        WEIGHTS["amount"], abs=1e-9, rel=0
+    )
+    assert score_parts(row["facts"], f" {she} owes me {amount}.")["coverage"] == pytest.approx(
         WEIGHTS["amount"] / 2, abs=1e-9, rel=0
     )
 
@@ -98,9 +100,9 @@ def test_a_wrong_pronoun_costs() -> None:
 
 def test_a_value_outside_a_clause_states_nothing() -> None:
     for row in POSTS:
-        assert explain(row, ATTACKS["bare values"](row, random.Random(0)))["coverage"] == 0
+        assert score_parts(row["facts"], ATTACKS["bare values"](row, random.Random(0)))["coverage"] == 0
         # In a list some neighbours look like a clause by chance: ", broke my lamp, in May, and" may follow "my sister".
-        assert explain(row, ATTACKS["keywords"](row, random.Random(0)))["coverage"] < 0.5
+        assert score_parts(row["facts"], ATTACKS["keywords"](row, random.Random(0)))["coverage"] < 0.5
 
 
 # --------------------------------------------------------------------------------------------- what must not fool it
@@ -154,20 +156,20 @@ def test_half_a_point_is_lost_where_a_fifth_of_the_words_is_bad() -> None:
         words = row["completion"].split()
         for at in range(2, len(words), 5):
             words[at] = "was"
-        scores.append(explain(row, " ".join(words))["form"])
+        scores.append(score_parts(row["facts"], " ".join(words))["form"])
     assert sum(scores) / len(scores) < 0.25
 
 
 def test_a_sentence_without_a_verb_is_no_sentence() -> None:
     # Every trigram of it occurs in good summaries.
     who, feeling = POSTS[0]["facts"]["who"], POSTS[0]["facts"]["feeling"]["value"]
-    assert explain(POSTS[0], f" {who['name']}, my {who['relation']}, and I am {feeling}.")["form"] < 0.75
+    assert score_parts(POSTS[0]["facts"], f" {who['name']}, my {who['relation']}, and I am {feeling}.")["form"] < 0.75
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(rows, st.text(max_size=200))
 def test_any_text_has_a_score(row: dict, text: str) -> None:
-    parts = explain(row, text)
+    parts = score_parts(row["facts"], text)
     assert all(0 <= value <= 1 for value in parts.values())
     assert parts["gold"] == pytest.approx(
         parts["coverage"] * parts["precision"] * parts["form"] * parts["brevity"], abs=1e-12, rel=0

@@ -159,7 +159,7 @@ def test_the_report_applies_the_same_rules(tmp_path: Path) -> None:
     run = report.read_run(tmp_path)
     assert [alarm.measure for alarm in report.alarms(run)] == ["gold", "ends"]
     start, top, now = evaluations
-    assert report.hacking(run) == hacking.alarms(start, top, now)[0].words
+    assert report.alarms(run) == hacking.alarms(start, top, now)
     text = report.page([run])
     assert f"<b>Reward hacking in {tmp_path.name}.</b> From 100 tokens" in text
     assert f"<b>Drift in {tmp_path.name}.</b> EOS ends 10% of the completions; at the start 100%." in text

@@ -12,7 +12,7 @@ from textrl_gym.agents import GRPO
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.pairing import Labeller, PreferenceConfig, draw_prompts, make_preferences
-from textrl_gym.rewards.tldr_gold import explain
+from textrl_gym.rewards.tldr_gold import score_parts
 
 COPIED = "textrl_gym.envs.copy_text:copied"
 
@@ -83,7 +83,7 @@ def test_who_labels_the_embedded_posts(label: str, tmp_path: Path) -> None:
     draws = draw_prompts(len(source), 6, config.seed)
     post_of = {source[i]["prompt"]: source[i] for _ in range(2) for i in next(draws)}
     for row in rows:
-        gold = [explain(dict(post_of[row["prompt"]]), row[name])["gold"] for name in ("chosen", "rejected")]
+        gold = [score_parts(post_of[row["prompt"]]["facts"], row[name])["gold"] for name in ("chosen", "rejected")]
         scores = [row["score_chosen"], row["score_rejected"]]
         if label != "reward_model":
             assert scores == pytest.approx(gold, abs=1e-6)

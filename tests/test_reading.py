@@ -9,7 +9,7 @@ import torch
 
 from textrl_gym import models, reading, reward_training
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
-from textrl_gym.rewards.tldr_gold import explain
+from textrl_gym.rewards.tldr_gold import score_parts
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_labels_are_those_of_the_facts(task: TLDRSummarize) -> None:
     for i in range(60):
         row = dict(source[i])
         for true, false in task.falsified(row, rng, 4):
-            before, after = explain(row, true)["gold"], explain(row, false)["gold"]
+            before, after = score_parts(row["facts"], true)["gold"], score_parts(row["facts"], false)["gold"]
             same += true == false
             worse += after < before
             assert after <= before + 1e-9, (true, false)

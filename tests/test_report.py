@@ -89,6 +89,17 @@ def test_runs_in_subfolders(tmp_path: Path) -> None:
     assert several.count("<h2>ppo</h2>") == 2
 
 
+def test_numbers_that_no_table_knows_are_shown_under_their_names(tmp_path: Path) -> None:
+    """generated_tokens is best_of_n's, reward/length of a mixture, and another an agent's own."""
+    own = {"generated_tokens": 12.34, "reward/length": 5.0, "my_<b>metric": 0.12345}
+    text = make([write_run(tmp_path / "run", [START, evaluation(100, **own)])], tmp_path / "report.html")
+    for words in ("Tokens generated per prompt", "reward/length", "my_&lt;b&gt;metric"):
+        assert f"<th>{words}</th>" in text
+    for shown in ("12.3", "5.000", "0.123"):
+        assert f"<td>{shown}</td>" in text
+    assert "<th>timesteps</th>" not in text
+
+
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run"):
         report.report([tmp_path], tmp_path / "report.html")
@@ -97,7 +108,7 @@ def test_no_run(tmp_path: Path) -> None:
 def test_broken_line_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "ppo", [START])
     with (run / "evaluations.jsonl").open("a") as file:
-        file.write('{"timesteps": 3')
+        file.write('{"timesteps": 3\n')
     with pytest.raises(ValueError, match=r"evaluations.jsonl', line 2 is no JSON"):
         report.report([run], tmp_path / "report.html")
 

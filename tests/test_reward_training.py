@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import cli, comparisons, models, reward_measures, reward_report, reward_training, sft
+from textrl_gym import cli, comparisons, models, pairwise, reward_measures, reward_report, reward_training, sft
 from textrl_gym.comparisons import Comparer, Comparison
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.policy import Policy
@@ -67,10 +67,26 @@ def test_the_head_starts_with_the_published_spread() -> None:
 def test_agreements_by_hand() -> None:
     compared = [Comparison([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)], gold=[0.5, 0.6, 0.9], sampled=2)]
     raw = [[1.0, 0.0, 2.0]]
-    assert reward_measures.agreement(raw, compared) == pytest.approx(2 / 3)  # (1, 2) is lost: 0 < 2
+    # (1, 2) is lost: 0 < 2
+    assert pairwise.agreement(reward_measures.gaps(raw, compared)) == pytest.approx(2 / 3)
     # |0.5 - 0.6| is no clear difference; 0.5 < 0.9 and 0.6 < 0.9 are, and both are ordered so
     assert reward_measures.gold_agreement(raw, compared) == 1.0
     assert reward_measures.gold_agreement(raw, compared, samples_only=True) is None
+
+
+def test_a_tie_of_the_rewards_counts_half_in_every_agreement() -> None:
+    """A pair in order and a tied one: (1 + 1/2) / 2. The tie's better completion comes first once, and second once."""
+    for tied in ((0, 1), (1, 0)):
+        gold = [0.2, 0.2]
+        gold[tied[0]] = 0.8
+        rows = ([tied], gold), ([(0, 1)], [0.8, 0.2])
+        compared = [Comparison([1], [[2], [3]], pairs, gold=judged) for pairs, judged in rows]
+        raw = [[1.0, 1.0], [1.0, 0.0]]
+        gap_N = reward_measures.gaps(raw, compared)
+        assert pairwise.agreement(gap_N) == 0.75
+        assert reward_measures.gold_agreement(raw, compared) == 0.75
+        assert reward_report.accuracy_row("x", gap_N)["accuracy"] == 0.75
+        assert reward_report.calibration([0.0])["bins"][0]["observed"] == 0.5
 
 
 def test_normalisation_by_hand() -> None:
@@ -123,8 +139,8 @@ def test_the_report_by_hand() -> None:
     row = reward_report.accuracy_row("x", [1.0, 2.0, 0.5, -1.0])
     assert row == pytest.approx(row | {"pairs": 4, "accuracy": 0.75}, abs=1e-12)
     assert (row["low"], row["high"]) == pytest.approx((0.3006, 0.9544), abs=1e-4)
-    assert reward_report.share_right([0.0, 1.0]) == 0.75  # equal rewards count half
-    assert reward_report.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)  # 1 / (1 + z^2 / 10)
+    row = reward_report.accuracy_row("x", [1.0] * 10)
+    assert (row["low"], row["high"]) == pytest.approx((0.7225, 1.0), abs=1e-4)  # 1 / (1 + z^2 / 10)
     # predicted sigmoid(log 3) = 0.75 twice, one right; sigmoid(log 9) = 0.9, right; sigmoid(0) = 0.5, which counts half
     found = reward_report.calibration([math.log(3) + 1e-9, -math.log(3) - 1e-9, math.log(9) + 1e-9, 0.0])
     bins = [(b["from"], b["pairs"], b["predicted"], b["observed"]) for b in found["bins"]]
@@ -144,7 +160,7 @@ def test_the_report_by_hand() -> None:
 
 def test_gaps_and_first_pairs_by_hand() -> None:
     compared = [Comparison([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)]), Comparison([1], [[2], [3]], [(1, 0)])]
-    assert reward_report.gaps([[1.0, 0.0, 2.0], [5.0, 3.0]], compared) == [1.0, 1.0, -2.0, -2.0]
+    assert reward_measures.gaps([[1.0, 0.0, 2.0], [5.0, 3.0]], compared) == [1.0, 1.0, -2.0, -2.0]
     taken = reward_training.first_pairs(compared, 2)
     assert [c.pairs for c in taken] == [[(0, 1), (2, 0)]]
     assert [len(c.pairs) for c in reward_training.first_pairs(compared, 4)] == [3, 1]
@@ -232,7 +248,7 @@ def test_the_bundled_assets_still_do_what_was_measured() -> None:
     raw = reward_measures.score_all(models.load_classifier(task.reward_model_path), compared)
     sampled = [gold for c in compared for gold in c.gold[: c.sampled]]
     assert sum(sampled) / len(sampled) <= 0.52
-    assert reward_measures.agreement(raw, compared) >= 0.65
+    assert pairwise.agreement(reward_measures.gaps(raw, compared)) >= 0.65
     ordered = reward_measures.gold_agreement(raw, compared)
     assert ordered is not None
     assert ordered >= 0.85

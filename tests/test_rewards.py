@@ -55,7 +55,6 @@ def test_a_callable_and_its_path() -> None:
     assert score.tolist() == [1, 2, 3]
     assert score.dtype == torch.float32
     assert function.name == "count_words"
-    assert function.components == {}
     assert load_reward(function) is function
     assert load_reward("rouge_score.tokenize:tokenize").name == "rouge_score.tokenize:tokenize"
 
@@ -82,7 +81,8 @@ def test_a_mixture_is_a_weighted_sum_with_its_parts_at_hand() -> None:
     mixture = load_reward({"length": -0.5, "regex:y": 2.0})
     # words 1, 2, 3 and y in rows 1 and 2: -0.5 + 0, -1 + 2, -1.5 + 2
     assert mixture(PROMPTS, TEXTS).tolist() == [-0.5, 1.0, 0.5]
-    assert {name: score.tolist() for name, score in mixture.components.items()} == {
+    components = mixture.components(PROMPTS, TEXTS)
+    assert {name: score_B.tolist() for name, score_B in components.items()} == {
         "length": [1, 2, 3],
         "regex:y": [0, 1, 1],
     }

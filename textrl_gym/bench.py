@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from textrl_gym import flops, linear, models, plugins, sampler, tiny
+from textrl_gym import files, flops, linear, models, plugins, sampler, tiny
 from textrl_gym.core import Row
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.rewards.reward_model import RewardModel
@@ -239,7 +239,7 @@ def bench(config: BenchConfig, **settings: Any) -> dict[str, Any]:
     }
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        files.write_text(config.out, json.dumps(record, indent=2) + "\n")
     return record
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import checkpoint
+from textrl_gym import checkpoint, files
 from textrl_gym.agent_config import make_config
 from textrl_gym.run_settings import EnvSettings, make_env
 
@@ -63,12 +63,12 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
         for sample, start in zip(samples, evaluator.start(reference), strict=True):
             sample["start"] = {key: start[key] for key in kept if key in start}
         told = credit.lines(agent, evaluator.mdp, evaluator.indices, spec["eval_seed"])
-        write(folder / CREDIT, "".join(line + "\n" for line in told))
+        files.write_text(folder / CREDIT, "".join(line + "\n" for line in told))
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-    write(folder / EPISODES, lines)
+    files.write_text(folder / EPISODES, lines)
     seconds = agent.seconds["collect"] + agent.seconds["update"]
     result = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics | {"train_seconds": seconds}
-    write(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    files.write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
 def trained(folder: Path, spec: dict[str, Any]) -> Any:
@@ -127,7 +127,7 @@ def count_flops(agent: Any, file: Path) -> None:
         with flops.counter() as counter:
             metrics = update(rollout)
         tokens = rollout.num_tokens + agent.dropped_tokens
-        write(file, json.dumps({"flop": sum(counted) + counter.get_total_flops(), "tokens": tokens}) + "\n")
+        files.write_text(file, json.dumps({"flop": sum(counted) + counter.get_total_flops(), "tokens": tokens}) + "\n")
         return metrics
 
     agent.collect, agent.update = first_collect, first_update
@@ -151,19 +151,9 @@ def begin_anew(folder: Path) -> None:
 def cut_logs(folder: Path, timesteps: int) -> None:
     """Take out what was logged after the checkpoint that the run goes on from: it will be logged again."""
     for file in (*folder.glob("progress*.json"), *folder.glob("*.jsonl")):
-        kept = []
-        for line in checkpoint.whole_lines(file):
-            row = json.loads(line)
-            if row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps:
-                kept.append(line + "\n")
-        write(file, "".join(kept))
-
-
-def write(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+        rows = files.read_json_lines(file)
+        kept = [row for row in rows if row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps]
+        files.write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 @contextmanager

@@ -108,8 +108,3 @@ def jsonable(value: Any) -> bool:
         return json.loads(json.dumps(value)) == (list(value) if isinstance(value, tuple) else value)
     except TypeError:
         return False
-
-
-def whole_lines(file: Path) -> list[str]:
-    """The lines of a log that is being written, or that a killed process left: what follows the last end is none."""
-    return file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import cell, plugins
+from textrl_gym import cell, files, hacking, plugins
 from textrl_gym.agent_config import make_config
 from textrl_gym.live import LiveTable
 from textrl_gym.run_settings import parse_reward
@@ -138,7 +138,7 @@ def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
         file = out / RUNS / name / cell.SPEC
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            cell.write(file, json.dumps(spec, indent=1) + "\n")
+            files.write_text(file, json.dumps(spec, indent=1) + "\n")
             continue
         before = json.loads(file.read_text(encoding="utf-8"))
         other = [key for key in spec if key != "device" and before.get(key) != json.loads(json.dumps(spec[key]))]
@@ -149,7 +149,7 @@ def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
                 "that, or name another --out"
             )
     plan = {"environment": environment, "config": dataclasses.asdict(config), "versions": versions()}
-    cell.write(out / PLAN, json.dumps(plan, indent=1) + "\n")
+    files.write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
     return {name: out / RUNS / name for name in wanted}
 
 
@@ -217,7 +217,7 @@ def _note_death(folder: Path, code: int) -> None:
         return
     said = (folder / cell.LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = said[-1] if code == 1 and said else f"the process ended with exit code {code}; see {cell.LOG}"
-    cell.write(folder / cell.ERROR, last + "\n")
+    files.write_text(folder / cell.ERROR, last + "\n")
 
 
 def compare(environment: str, config: CompareConfig, out: str | Path, progress_bar: bool = True) -> Any:
@@ -286,13 +286,8 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
         spec = json.loads((folder / cell.SPEC).read_text(encoding="utf-8"))
         agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
         shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
-        during: dict[int, dict[str, Any]] = {}
-        log = folder / "evaluations.jsonl"
-        for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-            row = json.loads(line)
-            during[row["timesteps"]] = row  # what was evaluated twice, before and after a stop, counts once
-        for _, row in sorted(during.items()):
-            yield {**shared, "final": False, **row}
+        for evaluation in hacking.evaluations(files.read_json_lines(folder / hacking.EVALUATIONS), []):
+            yield {**shared, "final": False, **evaluation.row}
         last = json.loads((folder / cell.RESULT).read_text(encoding="utf-8"))
         yield {**shared, "final": True, **last}
 

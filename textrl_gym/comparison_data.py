@@ -1,7 +1,8 @@
 """What a comparison's folder holds, read for its page: finished runs by agent and KL coefficient, others by name.
 
 Read is what compare and its runs wrote: compare.json, and of each run cell.json, evaluation.json, evaluations.jsonl,
-episodes.jsonl, agent.json, the log, and, of runs that have them, credit.jsonl and flops.json. Nothing is computed here.
+samples.jsonl, episodes.jsonl, agent.json, the log, and, of runs that have them, credit.jsonl and flops.json. Nothing
+is computed here but the alarms of textrl_gym.hacking.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from textrl_gym import cell, report
+from textrl_gym import cell, files, hacking, report
 from textrl_gym.compare import PLAN, RUNS
 from textrl_gym.live import progress
 from textrl_gym.statistics import Array
@@ -34,6 +35,8 @@ class Result:
     """The last evaluation, on all of the comparison's prompts."""
     evaluations: list[dict[str, Any]]
     """Those of training, by timesteps; none of a saved agent."""
+    alarms: list[hacking.Alarm]
+    """What was out of bounds at the last of them; their completions, of which it is seen too, are not kept."""
     episodes: list[dict[str, Any]]
     """A completion for each prompt of the last evaluation."""
     state: dict[str, Any]
@@ -156,18 +159,18 @@ def read_comparison(folder: Path) -> Comparison:
 
 
 def _read_result(folder: Path) -> Result:
-    log = folder / "evaluations.jsonl"
-    known = report.read_run(folder) if log.is_file() and log.stat().st_size else None
+    evaluations = hacking.read_evaluations(folder)
     state = _json(folder / "agent.json") if (folder / "agent.json").is_file() else {}
     return Result(
         folder.name,
         _json(folder / cell.SPEC),
         _json(folder / cell.RESULT),
-        known.evaluations if known else [],
-        report.read_lines(folder / cell.EPISODES),
+        [evaluation.row for evaluation in evaluations],
+        hacking.last_alarms(evaluations),
+        files.read_json_lines(folder / cell.EPISODES),
         {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
-        known.rollouts if known else [],
-        report.read_lines(folder / cell.CREDIT),
+        report.read_rollouts(folder),
+        files.read_json_lines(folder / cell.CREDIT),
         _json(folder / cell.FLOPS) if (folder / cell.FLOPS).is_file() else {},
     )
 

@@ -187,11 +187,7 @@ def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
 def best_of_n_kls(comparison: Comparison) -> dict[int, float]:
     """n of every agent best_of_n -> the bound of its KL, in nats."""
     found = {run.state["config"]["n"] for run in comparison.runs if run.state.get("agent") == "best_of_n"}
-    if not found:
-        return {}
-    from textrl_gym.agents.best_of_n import best_of_n_kl_bound
-
-    return {n: best_of_n_kl_bound(n) for n in sorted(found)}
+    return {n: overoptimisation.best_of_n_kl_bound(n) for n in sorted(found)}
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
@@ -360,15 +356,3 @@ def mean_known(group: Group, number: Callable[[Result], float | None]) -> float 
     """Mean over the runs that have the number; None where none has."""
     known = [x for run in group.runs if (x := number(run)) is not None]
     return float(np.mean(known)) if known else None
-
-
-def warnings(comparison: Comparison) -> dict[str, str]:
-    """Name of a run whose training score rose while the judge fell -> that in words, with the numbers."""
-    from textrl_gym import report
-
-    found = {}
-    for run in comparison.runs:
-        words = report.hacking(report.Run(run.name, run.evaluations, [], [], {})) if run.evaluations else None
-        if words is not None:
-            found[run.name] = words
-    return found

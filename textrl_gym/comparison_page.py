@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import comparison_numbers as numbers
+from textrl_gym import files
 from textrl_gym.comparison_charts import charts
 from textrl_gym.comparison_credit import credit, credit_data
 from textrl_gym.comparison_curves import quality
@@ -41,7 +42,7 @@ def comparison_report(folder: str | Path) -> Path:
     comparison = read_comparison(folder)
     go()  # before any long work
     out = folder / "report.html"
-    out.write_text(page(comparison), encoding="utf-8")
+    files.write_text(out, page(comparison))
     return out
 
 
@@ -261,12 +262,15 @@ def beaten(comparison: Comparison, chart: Chart | None) -> str:
 
 
 def exploited(comparison: Comparison, chart: Chart | None) -> str:
-    """Proxy against gold, and the runs where they part."""
+    """The alarms of all runs, and proxy against gold."""
+    found: dict[str, list[str]] = {}
+    for run in comparison.runs:
+        for alarm in run.alarms:
+            found.setdefault(alarm.title, []).append(f"{run.name}: {alarm.words}")
+    told = "".join(f'<div class="warning"><b>{title}</b>{bullets(words)}</div>' for title, words in found.items())
     if comparison.gold != "judge":
-        return "<p>There is no judge beside the reward that was trained on, so over-optimisation cannot be seen.</p>"
-    told = ""
-    if found := numbers.warnings(comparison):
-        told = f'<div class="warning"><b>Reward hacking</b>{bullets(f"{run}: {w}" for run, w in found.items())}</div>'
+        words = "There is no judge beside the reward that was trained on, so over-optimisation cannot be seen."
+        return f"{told}<p>{words}</p>"
     return told + (figure(chart) if chart else UNTRAINED)
 
 

@@ -10,27 +10,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
 class StopReason(enum.IntEnum):
-    """Why an episode ended. The one place where ends become Gymnasium's terminated and truncated."""
+    """Why an episode ended: Gymnasium's truncated for BUDGET, and terminated for the others."""
 
     RUNNING = 0
     EOS = 1
     STOP_STRING = 2
     BUDGET = 3
-
-    @property
-    def terminated(self) -> bool:
-        return self in (StopReason.EOS, StopReason.STOP_STRING)
-
-    @property
-    def truncated(self) -> bool:
-        return self is StopReason.BUDGET
 
 
 Row = Mapping[str, Any]
@@ -46,20 +38,24 @@ class PromptSource(Protocol):
     def __getitem__(self, index: int, /) -> Row: ...
 
 
-class Reward(Protocol):
-    """TRL's reward-function signature: f(prompts, completions, **columns) -> B finite numbers.
-
-    Every column of the task's rows arrives as a list of B items, with `prompt_ids` and `completion_ids` (lists of B
-    lists of token ids, without padding; a final EOS is included).
-    """
-
-    def __call__(
-        self, prompts: list[str], completions: list[str], /, **columns: list[Any]
-    ) -> Sequence[float] | Tensor: ...
-
-
 RewardSpec = str | Callable[..., Any] | Mapping[str, float]
-"""A name, "name:argument", "package.module:name", a folder, a callable, or a weighted mapping of those strings."""
+"""A name, "name:argument", "package.module:name", a folder, a callable, or a weighted mapping of those strings.
+
+A callable has TRL's signature: f(prompts, completions, **columns) -> B finite numbers. Every column of the task's rows
+arrives as a list of B items, with `prompt_ids` and `completion_ids` (lists of B lists of token ids, without padding; a
+final EOS is included).
+"""
+
+
+class Scores(NamedTuple):
+    """What the reward says of N finished completions."""
+
+    score_N: Tensor
+    """float32."""
+    texts: list[str]
+    """As the reward saw them."""
+    components: dict[str, Tensor]
+    """Of a reward that is a mixture: name of each part -> float32 [N], its unweighted scores; else empty."""
 
 
 @dataclasses.dataclass
@@ -101,6 +97,8 @@ class Rollout:
     passes_B: Tensor | None = None
     """float32, states that a model was asked about for the completion, as agents that search count them; None: one for
     each token."""
+    components: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Of a reward that is a mixture: name of each part -> float32 [B], its unweighted scores; else empty."""
 
     def __len__(self) -> int:
         return self.token_BT.shape[0]
@@ -116,7 +114,9 @@ class Rollout:
         picked: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None:
+            if isinstance(value, dict):
+                value = {name: part_B[rows_B] for name, part_B in value.items()}
+            elif value is not None:
                 value = value[rows_B] if isinstance(value, Tensor) else [value[i] for i in rows_B.tolist()]
             picked[field.name] = value
         return Rollout(**picked).trim()
@@ -138,6 +138,11 @@ class Rollout:
                 parts = [torch.nn.functional.pad(part, (0, response - part.shape[1])) for part in parts]
             if field.name == "passes_B":
                 joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
+                continue
+            if field.name == "components":
+                names = parts[0].keys()
+                assert all(part.keys() == names for part in parts), "rollouts of different rewards"
+                joined[field.name] = {name: torch.cat([part[name] for part in parts]) for name in names}
                 continue
             is_tensor = isinstance(parts[0], Tensor)
             joined[field.name] = torch.cat(parts) if is_tensor else [text for part in parts for text in part]

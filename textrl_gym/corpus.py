@@ -19,7 +19,7 @@ Row = dict[str, Any]  # prompt, completion: str; facts: {kind: {"value": str, ..
 
 KINDS = ("who", "event", "when", "where", "amount", "feeling", "ask")
 SIZES = {"train": 1_000_000, "validation": 10_000, "test": 10_000}
-# Posts are dealt to the splits by a residue of their facts (see `split_of`), so no two splits can share a post.
+# Posts are dealt to the splits by a residue of their facts (see `_draw_facts`), so no two splits can share a post.
 RESIDUES = 20
 SPLIT_RESIDUES = {"train": range(18), "validation": range(18, 19), "test": range(19, 20)}
 # 80 amounts in dollars: a multiple of RESIDUES, so that all amounts are equally frequent in every split.
@@ -71,12 +71,6 @@ def _draw_facts(split: str, sub: dict[str, Any], rng: random.Random) -> dict[str
 
 def _code(facts: dict[str, dict[str, Any]]) -> int:
     return zlib.crc32("|".join(facts[kind]["value"] for kind in KINDS if kind != "amount").encode())
-
-
-def split_of(facts: dict[str, dict[str, Any]]) -> str:
-    """The one split that a post with these facts can belong to."""
-    residue = (_code(facts) + AMOUNTS.index(int(facts["amount"]["value"][1:]))) % RESIDUES
-    return next(split for split, residues in SPLIT_RESIDUES.items() if residue in residues)
 
 
 def _draw_distractors(facts: dict[str, dict[str, Any]], sub: dict[str, Any], rng: random.Random) -> Slots:

@@ -148,7 +148,7 @@ class Endings:
             return before_b
         rows = [row_b[i] for i in over]
         prompts = [self.rows[b] for b in rows]
-        score, _ = self.mdp.score(prompts, [self.prompt_ids[b] for b in rows], [texts[i] for i in over])
+        score = self.mdp.score(prompts, [self.prompt_ids[b] for b in rows], [texts[i] for i in over]).score_N
         penalty = [self.mdp.missing_eos_penalty * (stops[i] == StopReason.BUDGET) for i in over]
         value_b = before_b.clone()
         value_b[over] = score.to(value_b) - torch.tensor(penalty).to(value_b)

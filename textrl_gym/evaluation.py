@@ -83,7 +83,7 @@ class Evaluator:
         scores = []
         for rows, prompt_ids, rollout in self._batches(rollouts):
             completion_ids = [ids[mask].tolist() for ids, mask in zip(rollout.token_BT, rollout.mask_BT, strict=True)]
-            scores.append(self.mdp.score(rows, prompt_ids, completion_ids, self.judge)[0].cpu())
+            scores.append(self.mdp.score(rows, prompt_ids, completion_ids, self.judge).score_N.cpu())
         return torch.cat(scores)
 
     def human(self, rollouts: list[Rollout]) -> Tensor:
@@ -123,13 +123,14 @@ class Evaluator:
         """Metrics of a Policy or an Agent, and its completions with their scores.
 
         Returns:
-            metrics: score (mean raw reward), judge (mean judge score, where the task has a judge), win_rate (share of
-                prompts on which the judge prefers the policy's completion to the reference's, ties counting half),
-                win_rate_human (the same against the row's reference text, over the rows that have one), kl_sequence
-                (nats, k1 summed over each sequence), kl_token, entropy_token (nats; see `entropy`), completion_tokens,
-                eos_share, forward_passes (states that a model was asked about, for each token of the completions; 1 is
-                plain sampling), those of textrl_gym.text_metrics, and what an agent's own extra_metrics adds; with
-                `greedy` also score_greedy and judge_greedy, of the most likely tokens.
+            metrics: score (mean raw reward), reward/NAME (of a reward that is a mixture, the mean unweighted score of
+                each part), judge (mean judge score, where the task has a judge), win_rate (share of prompts on which
+                the judge prefers the policy's completion to the reference's, ties counting half), win_rate_human (the
+                same against the row's reference text, over the rows that have one), kl_sequence (nats, k1 summed over
+                each sequence), kl_token, entropy_token (nats; see `entropy`), completion_tokens, eos_share,
+                forward_passes (states that a model was asked about, for each token of the completions; 1 is plain
+                sampling), those of textrl_gym.text_metrics, and what an agent's own extra_metrics adds; with `greedy`
+                also score_greedy and judge_greedy, of the most likely tokens.
             samples: a dict for each prompt.
         """
         policy = player if isinstance(player, Policy) else player.policy
@@ -204,6 +205,9 @@ def _means(rollouts: list[Rollout]) -> dict[str, float]:
         "completion_tokens": tokens / episodes,
         "eos_share": ended / episodes,
         "forward_passes": passes / max(tokens, 1),
+    } | {
+        f"reward/{name}": sum(float(r.components[name].sum()) for r in rollouts) / episodes
+        for name in rollouts[0].components
     }
 
 

@@ -21,10 +21,14 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from textrl_gym import files
 from textrl_gym.overoptimisation import distinct_n
 
+EVALUATIONS = "evaluations.jsonl"
+SAMPLES = "samples.jsonl"
 GOLD = "gold"
 SHORT = 8
 """Mean tokens of the start's completions below which their form and length say nothing."""
@@ -84,6 +88,11 @@ class Alarm:
     now: float
     words: str
 
+    @property
+    def title(self) -> str:
+        """What an alarm of its kind is called."""
+        return "Reward hacking" if self.measure == GOLD else "Drift"
+
 
 def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> list[Evaluation]:
     """A run's evaluations from the lines of its two files, by timesteps.
@@ -96,6 +105,16 @@ def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]
         written.setdefault(sample["timesteps"], []).append(sample)
     kept = {at: len(written[at]) // times[at] for at in last}
     return [Evaluation(last[at], written[at][len(written[at]) - kept[at] :]) for at in sorted(last)]
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """A run's evaluations with their completions, by timesteps, from what training wrote into a folder."""
+    return evaluations(files.read_json_lines(folder / EVALUATIONS), files.read_json_lines(folder / SAMPLES))
+
+
+def last_alarms(found: Sequence[Evaluation]) -> list[Alarm]:
+    """Every measure that is out of bounds at the end of a run, by all of its evaluations; none without any."""
+    return alarms(found[0], best(found), found[-1]) if found else []
 
 
 def best(found: Sequence[Evaluation]) -> Evaluation | None:

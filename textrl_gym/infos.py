@@ -21,11 +21,19 @@ def reset_infos(prompts: Sequence[Prompt], chosen_B: np.ndarray) -> dict[str, An
     return {"prompt_index": index_B, "_prompt_index": chosen_B.copy()}
 
 
-def final_info(row: Row, completion: str, score: float, stop_reason: StopReason) -> dict[str, Any]:
-    """What an episode's last info tells beside the step's own."""
+def final_info(
+    row: Row, completion: str, score: float, stop_reason: StopReason, components: dict[str, float]
+) -> dict[str, Any]:
+    """What an episode's last info tells beside the step's own.
+
+    Args:
+        components: of a reward that is a mixture, the unweighted score of each part; else empty.
+    """
     final = {"score": score, "prompt": row["prompt"], "completion": completion, "stop_reason": stop_reason}
     if row.get("completion") is not None:
         final["reference"] = row["completion"]
+    if components:
+        final["components"] = components
     return final
 
 

@@ -69,9 +69,9 @@ def evaluate(args: Sequence[str]) -> int:
         *judge_parts(),
     ]
     parsed = parse("evaluate", evaluate.__doc__, parts, args)
-    from textrl_gym import checkpoint
+    from textrl_gym import checkpoint, files
     from textrl_gym.evaluation import Evaluator
-    from textrl_gym.report import METRICS
+    from textrl_gym.report import metric_names, metric_words, number
 
     checkpoint.read_state(parsed.folder)
     agent = _agent(parsed.folder, parsed)
@@ -85,7 +85,7 @@ def evaluate(args: Sequence[str]) -> int:
         opponent = _opponent(against, parsed)
     metrics, samples = evaluator.run(agent)
     numbers: dict[str, Any] = dict(metrics)
-    rows = {METRICS[name][0]: f"{metrics[name]:.{METRICS[name][1]}f}" for name in METRICS if name in metrics}
+    rows = {metric_words(name): number(metrics, name) for name in metric_names([metrics])}
     title = f"{parsed.folder}: {parsed.episodes} prompts of {parsed.split}, seed {parsed.seed}"
     print_rows(title, rows)
     if judge is not None:
@@ -93,7 +93,7 @@ def evaluate(args: Sequence[str]) -> int:
         numbers["judged"] = {"judge": judge.name, "against": against} | found.numbers()
         print_rows(f"judged by {judge.name} against {against}", tally_rows(found))
     if parsed.json is not None:
-        parsed.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        files.write_text(parsed.json, json.dumps(numbers, indent=1) + "\n")
     return 0
 
 
@@ -185,7 +185,7 @@ def judge(args: Sequence[str]) -> int:
     file = folder / judging.file_name(judged_by.name, against)
     judging.tidy(judged, judged_by.name, against).to_csv(file, index=False)
     table = Table(title=f"judged by {judged_by.name} against {against}", title_justify="left")
-    for heading in ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "none"):
+    for heading in ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "no verdict"):
         wide = heading not in ("runs", "no verdict")
         table.add_column(heading, justify="left" if heading == "agent" else "right", no_wrap=wide)
     for group, found in judging.by_agent(judged):

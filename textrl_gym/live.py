@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import cell, checkpoint
+from textrl_gym import cell, files
 
 
 def state_of(folder: Path, running: bool) -> str:
@@ -22,11 +21,10 @@ def state_of(folder: Path, running: bool) -> str:
 
 def progress(folder: Path) -> dict[str, Any]:
     """The last row of a run's log; empty before the first."""
-    files = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
-    for file in reversed(files):
-        whole = checkpoint.whole_lines(file)
-        if whole:
-            return json.loads(whole[-1])
+    logs = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
+    for file in reversed(logs):
+        if row := files.last_json_line(file):
+            return row
     return {}
 
 

@@ -5,13 +5,13 @@ The rules are in textrl_gym.hacking; a report applies the same ones to a finishe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from textrl_gym import files
 from textrl_gym.hacking import GOLD, Alarm, Bounds, Evaluation, alarms, best
 
 ALARMS = "alarms.jsonl"
@@ -101,8 +101,7 @@ class RewardHackingMonitor(EvaluationCallback):
     def _log(self, timesteps: int, alarm: Alarm) -> None:
         self.tell(f"reward hacking? {alarm.words}")
         line = {"timesteps": timesteps, "measure": alarm.measure, "before": alarm.before, "now": alarm.now}
-        with (self._out / ALARMS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"words": alarm.words}) + "\n")
+        files.append_json_lines(self._out / ALARMS, [line | {"words": alarm.words}])
 
     def _where_best(self) -> str:
         if self.best is None:

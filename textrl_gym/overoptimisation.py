@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from textrl_gym.pairwise import win_rate
 from textrl_gym.statistics import Array, Estimate, vector, z_quantile
 
 Form = Literal["best_of_n", "rl"]
@@ -88,13 +87,24 @@ def _peak(alpha: float, beta: float, form: Form, kl_N: Array) -> float | None:
     return peak if peak >= kl_N.min() else None
 
 
+def best_of_n_kl_bound(n: int) -> float:
+    """log n - (n - 1) / n, in nats: no less than KL(pi_n || pi) for any score.
+
+    Long taken for the KL itself, which it is only where no two completions have the same score (Beirami et al. 2024,
+    arXiv:2401.01879).
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
 @dataclass(frozen=True)
 class BestOfN:
     """What the best of n by a proxy is worth on average."""
 
     n: int
     kl: float
-    """log n - (n - 1) / n nats, the bound that is taken for the KL (Beirami et al. 2024, arXiv:2401.01879)."""
+    """The bound that is taken for the KL; see best_of_n_kl_bound."""
     proxy_P: Array
     """The proxy of the best of n, expected, of each prompt."""
     gold_P: Array
@@ -128,7 +138,7 @@ def best_of_n(proxy_PN: ArrayLike, gold_PN: ArrayLike, n: int) -> BestOfN:
     order_PN = proxy_PN.argsort(1)
     proxy_PN, gold_PN = np.take_along_axis(proxy_PN, order_PN, 1), np.take_along_axis(gold_PN, order_PN, 1)
     shared_PN = np.stack([_shared(proxy_N, gold_N) for proxy_N, gold_N in zip(proxy_PN, gold_PN, strict=True)])
-    return BestOfN(n, math.log(n) - (n - 1) / n, proxy_PN @ weight_N, shared_PN @ weight_N)
+    return BestOfN(n, best_of_n_kl_bound(n), proxy_PN @ weight_N, shared_PN @ weight_N)
 
 
 def _shared(proxy_N: Array, gold_N: Array) -> Array:
@@ -235,8 +245,3 @@ def collapsed(start_gold: ArrayLike, final_gold_R: ArrayLike) -> NDArray[np.bool
     if not np.isfinite(start_gold).all():
         raise ValueError(f"the start's gold must be finite, got {start_gold.tolist()}")
     return ~np.isfinite(final_gold_R) | (final_gold_R < start_gold)
-
-
-def collapse_rate(start_gold: ArrayLike, final_gold_R: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Share of runs that have collapsed, with Wilson's interval: of 3 runs none says little (0 to 0.56)."""
-    return win_rate(collapsed(start_gold, final_gold_R), confidence=confidence)  # a share is a win rate without ties

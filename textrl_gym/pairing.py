@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from textrl_gym import adapters, checkpoint, models
+from textrl_gym import adapters, checkpoint, files, models
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import sample_texts
 from textrl_gym.core import Row
@@ -245,16 +244,11 @@ def make_preferences(env_id: str, config: PreferenceConfig, out: Path) -> dict[s
     counts = pairer.counts
     total = {"score_chosen": 0.0, "score_rejected": 0.0}
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file, progress_bar() as bar:
-            line = bar.add_task("pairs", total=config.n, note="")
-            for pair in itertools.islice(pairer.pairs(), config.n):
-                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
-                total = {name: value + pair[name] for name, value in total.items()}
-                bar.update(line, advance=1, note=f"{counts['equal']} equal, {counts['ties']} ties")
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    with files.atomic_writer(out) as file, progress_bar() as bar:
+        line = bar.add_task("pairs", total=config.n, note="")
+        for pair in itertools.islice(pairer.pairs(), config.n):
+            file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+            total = {name: value + pair[name] for name, value in total.items()}
+            bar.update(line, advance=1, note=f"{counts['equal']} equal, {counts['ties']} ties")
     means = {name: value / config.n for name, value in total.items()}
     return {"measured": {"pairs": config.n, **counts, **means}}

@@ -40,6 +40,15 @@ def win_rate(outcome_N: ArrayLike, *, confidence: float = 0.95) -> Estimate:
     return Estimate(p, max((centre - half) / (1 + shift), 0.0), min((centre + half) / (1 + shift), 1.0))
 
 
+def agreement(difference_N: ArrayLike) -> float:
+    """Share of pairs that scores put in the right order, a tie of the scores counting half.
+
+    Args:
+        difference_N: score of the text that should have the higher one, minus that of the other.
+    """
+    return float(outcomes(vector(difference_N, "score differences", 1), 0.0).mean())
+
+
 @dataclass(frozen=True)
 class LengthControlled:
     """A win rate with the judge's taste for length taken out."""

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from textrl_gym import files
 from textrl_gym import hacking as rules
 from textrl_gym.hacking import Alarm
 
@@ -35,10 +36,18 @@ METRICS = {
     "repetition": ("Repeated runs of 4 words", 3),
     "forward_passes": ("Model evaluations per token", 1),
     "scored_completions": ("Completions scored per prompt", 0),
+    "generated_tokens": ("Tokens generated per prompt", 1),
     "kl_bound": ("Best-of-n's KL to its own policy, bound, nats", 2),
     "train_seconds": ("Training, seconds", 0),
 }
-"""Names of an evaluation's numbers -> words, and decimals to print. The order is that of the tables."""
+"""Names of an evaluation's numbers -> words, and decimals to print. The order is that of the tables.
+
+A number that is not here (reward/NAME, or one of an agent's own extra_metrics) comes after these, under its name.
+"""
+COUNTERS = frozenset({"timesteps", "updates"})
+"""Of an evaluation: when it was, and no result of it."""
+DECIMALS = 3
+"""Of a number that is not in METRICS."""
 
 SAMPLES_SHOWN = 6
 
@@ -84,42 +93,23 @@ def find_runs(folder: Path) -> list[Path]:
 
 def read_run(folder: Path) -> Run:
     """Read a run's logs. What was evaluated twice, before and after a resumption, counts once."""
-    found = rules.evaluations(read_lines(folder / "evaluations.jsonl"), read_lines(folder / "samples.jsonl"))
+    found = rules.read_evaluations(folder)
     if not found:
         raise ValueError(f"{str(folder)!r} holds no evaluation yet")
-    rollouts = [row for file in sorted(folder.glob("progress*.json")) for row in read_lines(file)]
     state_file = folder / "agent.json"
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
     samples = [sample for evaluation in found for sample in evaluation.samples]
-    return Run(folder.resolve().name, [evaluation.row for evaluation in found], rollouts, samples, state)
+    return Run(folder.resolve().name, [evaluation.row for evaluation in found], read_rollouts(folder), samples, state)
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one in each line; none where there is no file.
-
-    Raises:
-        ValueError: naming the line that is no JSON.
-    """
-    if not file.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(file)!r}, line {number} is no JSON: {error}") from error
-    return rows
+def read_rollouts(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log, of training rollouts. A resumed run has several files."""
+    return [row for file in sorted(folder.glob("progress*.json")) for row in files.read_json_lines(file)]
 
 
 def alarms(run: Run) -> list[Alarm]:
     """What is out of bounds at the run's end; see textrl_gym.hacking."""
-    found = rules.evaluations(run.evaluations, run.samples)
-    return rules.alarms(found[0], rules.best(found), found[-1])
-
-
-def hacking(run: Run) -> str | None:
-    """Words for a run whose training score rose while the judge fell, with the numbers; None for any other."""
-    return next((alarm.words for alarm in alarms(run) if alarm.measure == rules.GOLD), None)
+    return rules.last_alarms(rules.evaluations(run.evaluations, run.samples))
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -247,15 +237,27 @@ def curves(runs: Sequence[Run]) -> str:
 # -- tables and samples -----------------------------------------------------------------------------------------------
 
 
+def metric_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of all numbers that some evaluations have, in the order of the tables."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in COUNTERS)
+    return [*(name for name in METRICS if name in names), *(name for name in names if name not in METRICS)]
+
+
+def metric_words(key: str) -> str:
+    """What a number is called."""
+    return METRICS[key][0] if key in METRICS else key
+
+
 def number(row: dict[str, Any], key: str) -> str:
     """An evaluation's number in the decimals of its kind; a dash where it was not measured."""
-    return f"{row[key]:z,.{METRICS[key][1]}f}" if key in row else "-"
+    decimals = METRICS[key][1] if key in METRICS else DECIMALS
+    return f"{row[key]:z,.{decimals}f}" if key in row else "-"
 
 
 def overview(runs: Sequence[Run]) -> str:
     """One row for each run's start and one for its end."""
-    keys = [key for key in METRICS if any(key in run.end for run in runs) and key != "kl_token"]
-    head = "".join(f"<th>{escape(METRICS[key][0])}</th>" for key in keys)
+    keys = [key for key in metric_names([run.end for run in runs]) if key != "kl_token"]
+    head = "".join(f"<th>{escape(metric_words(key))}</th>" for key in keys)
     rows = []
     for i, run in enumerate(runs):
         for when, row in (("start", run.start), (f"{run.end['timesteps']:,} tokens", run.end)):
@@ -362,7 +364,7 @@ def page(runs: Sequence[Run]) -> str:
         f'<div class="warning" role="alert"><b>{title} in {escape(run.name)}.</b> {escape(alarm.words)}</div>'
         for run in runs
         for alarm in alarms(run)
-        for title in ("Reward hacking" if alarm.measure == rules.GOLD else "Drift",)
+        for title in (alarm.title,)
     )
     sections = "".join(f"<section><h2>{escape(run.name)}</h2>{samples(run)}{settings(run)}</section>" for run in runs)
     return (
@@ -386,5 +388,5 @@ def report(dirs: Sequence[Path], out: Path) -> Path:
     """
     runs = [read_run(path) for folder in dirs for path in find_runs(Path(folder))]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(runs), encoding="utf-8")
+    files.write_text(out, page(runs))
     return out

@@ -19,10 +19,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from textrl_gym import checkpoint, models, reward_training
+from textrl_gym import checkpoint, files, models, reward_training
 from textrl_gym.comparisons import Comparison
-from textrl_gym.reward_measures import gold_agreement, score_all
-from textrl_gym.reward_report import accuracy_row, gaps
+from textrl_gym.reward_measures import gaps, gold_agreement, score_all
+from textrl_gym.reward_report import accuracy_row
 from textrl_gym.reward_training import Data, RewardModelConfig
 from textrl_gym.rewards import ensemble, reward_model
 
@@ -76,8 +76,8 @@ def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[st
     settings = {"members": list(members), "combine": config.combine, "coefficient": config.coefficient}
 
     text = json.dumps(record, indent=2)
-    (out / RECORD).write_text(text + "\n", encoding="utf-8")
-    (out / ensemble.FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    files.write_text(out / RECORD, text + "\n")
+    files.write_text(out / ensemble.FILE, json.dumps(settings, indent=2) + "\n")
     return json.loads(text)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from textrl_gym.comparisons import Comparison
 from textrl_gym.packing import pack
+from textrl_gym.pairwise import agreement
 
 CLEAR = 0.2  # a difference of the judge's scores from which on the reward model should agree with it
 
@@ -44,26 +45,27 @@ def score_all(model: Any, comparisons: Sequence[Comparison], batch_size: int = 8
     return found
 
 
-def agreement(raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison]) -> float:
-    """The share of pairs in which the preferred completion has the higher reward."""
-    right = [raw[row][chosen] > raw[row][rejected] for row, c in enumerate(comparisons) for chosen, rejected in c.pairs]
-    return sum(right) / len(right)
+def gaps(raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison]) -> list[float]:
+    """r_w - r_l of every pair: the reward of the chosen completion minus that of the rejected one."""
+    return [raw[row][chosen] - raw[row][rejected] for row, c in enumerate(comparisons) for chosen, rejected in c.pairs]
 
 
 def gold_agreement(
     raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison], samples_only: bool = False, gap: float = CLEAR
 ) -> float | None:
-    """The share of pairs whose judge's scores differ by at least `gap` which the rewards put in the judge's order.
+    """Agreement of the rewards with the judge on pairs whose judge's scores differ by at least `gap`.
 
-    With samples_only, of pairs of the policy's samples. None where there is no such pair.
+    See textrl_gym.pairwise.agreement. With samples_only, of pairs of the policy's samples. None where there is no such
+    pair.
     """
-    right = []
+    differences = []
     for row, c in enumerate(comparisons):
         places = range(c.sampled if samples_only else len(c.completion_ids))
         for a, b in itertools.combinations(places, 2):
             if abs(c.gold[a] - c.gold[b]) >= gap:
-                right.append((raw[row][a] > raw[row][b]) == (c.gold[a] > c.gold[b]))
-    return sum(right) / len(right) if right else None
+                better, worse = (a, b) if c.gold[a] > c.gold[b] else (b, a)
+                differences.append(raw[row][better] - raw[row][worse])
+    return agreement(differences) if differences else None
 
 
 def normalisation(reference_N: Sequence[float], sample_N: Sequence[float]) -> dict[str, float]:

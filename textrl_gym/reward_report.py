@@ -2,9 +2,9 @@
 
 With r_w - r_l the difference of the raw rewards of a pair's chosen and rejected completion:
 
-    accuracy       share of pairs with r_w > r_l, equal rewards counting half
-    interval       Wilson's score interval of that share (Wilson 1927), 95%. It takes pairs for independent; those of
-                   one prompt are not, so with many pairs a prompt it is too narrow.
+    accuracy       share of pairs with r_w > r_l, equal rewards counting half (textrl_gym.pairwise.agreement)
+    interval       Wilson's score interval of that share (textrl_gym.pairwise.win_rate), 95%. It takes pairs for
+                   independent; those of one prompt are not, so with many pairs a prompt it is too narrow.
     predicted      sigmoid(|r_w - r_l|): how sure the model is of its own order, which is what it was trained to say
     ECE            sum over bins of (pairs in bin / pairs) |mean predicted - accuracy in bin|  (Guo et al. 2017,
                    arXiv:1706.04599, equation 3)
@@ -18,35 +18,17 @@ from typing import Any
 
 from rich.table import Table
 
-from textrl_gym.comparisons import Comparison
+from textrl_gym.pairwise import agreement, win_rate
+from textrl_gym.statistics import outcomes
 
 BINS = 10
-Z = 1.959964  # of a normal variable within which 95% lie
 ALL = "all"
-
-
-def gaps(raw: Sequence[Sequence[float]], comparisons: Sequence[Comparison]) -> list[float]:
-    """r_w - r_l of every pair."""
-    return [raw[row][chosen] - raw[row][rejected] for row, c in enumerate(comparisons) for chosen, rejected in c.pairs]
-
-
-def share_right(gap_N: Sequence[float]) -> float:
-    """The share of pairs above 0; equal rewards count half."""
-    return sum(0.5 * (gap > 0) + 0.5 * (gap >= 0) for gap in gap_N) / len(gap_N)
-
-
-def wilson(share: float, number: int, z: float = Z) -> tuple[float, float]:
-    """The interval of all p for which `share` of `number` draws lies within z standard errors."""
-    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
-    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2))
-    return max(0.0, centre - half), min(1.0, centre + half)  # rounding may pass the ends
 
 
 def accuracy_row(name: str, gap_N: Sequence[float]) -> dict[str, Any]:
     """One line of the table of accuracies."""
-    share = share_right(gap_N)
-    low, high = wilson(share, len(gap_N))
-    return {"data": name, "pairs": len(gap_N), "accuracy": share, "low": low, "high": high}
+    share = win_rate(outcomes(gap_N, 0.0))
+    return {"data": name, "pairs": len(gap_N), "accuracy": agreement(gap_N), "low": share.low, "high": share.high}
 
 
 def accuracy_table(gaps_of: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
@@ -57,18 +39,18 @@ def accuracy_table(gaps_of: Mapping[str, Sequence[float]]) -> list[dict[str, Any
 
 def calibration(gap_N: Sequence[float], bins: int = BINS) -> dict[str, Any]:
     """{"ece", "bins"}: predicted against observed shares, in bins of equal width of what was predicted, 0.5 to 1."""
-    members: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
+    members: list[list[tuple[float, float]]] = [[] for _ in range(bins)]  # (predicted, gap)
     for gap in gap_N:
         predicted = 1 / (1 + math.exp(-abs(gap)))
         place = min(bins - 1, int((predicted - 0.5) * 2 * bins))
-        members[place].append((predicted, 0.5 * (gap > 0) + 0.5 * (gap >= 0)))
+        members[place].append((predicted, gap))
     rows = [
         {
             "from": 0.5 + place / (2 * bins),
             "to": 0.5 + (place + 1) / (2 * bins),
             "pairs": len(some),
             "predicted": sum(predicted for predicted, _ in some) / len(some),
-            "observed": sum(right for _, right in some) / len(some),
+            "observed": agreement([gap for _, gap in some]),
         }
         for place, some in enumerate(members)
         if some

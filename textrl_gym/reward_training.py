@@ -28,10 +28,11 @@ from textrl_gym import checkpoint, models
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.induction import cosine, descend
+from textrl_gym.pairwise import agreement
 from textrl_gym.policy import Policy
 from textrl_gym.reading import learn_to_read
-from textrl_gym.reward_measures import agreement, gold_agreement, normalisation, raw_rewards, references, score_all
-from textrl_gym.reward_report import accuracy_row, accuracy_table, calibration, gaps, share_right
+from textrl_gym.reward_measures import gaps, gold_agreement, normalisation, raw_rewards, references, score_all
+from textrl_gym.reward_report import accuracy_row, accuracy_table, calibration
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
 from textrl_gym.rewards.reward_model import FILE
 from textrl_gym.sft import load_env_task, progress_bar
@@ -195,7 +196,7 @@ def measure(model: Any, data: Data, raw: Sequence[Sequence[float]]) -> tuple[dic
     sample_gold = [value for c in data.samples for value in c.gold[: c.sampled]]
     norm = normalisation(reference, samples)
     return norm, {
-        "annotator_agreement": agreement(raw, mixed),
+        "annotator_agreement": agreement(gaps(raw, mixed)),
         "gold_agreement": gold_agreement(raw, mixed),
         "gold_agreement_samples": gold_agreement(own, data.samples, samples_only=True),
         "sample_score": (sum(samples) / len(samples) - norm["bias"]) * norm["scale"],
@@ -362,7 +363,7 @@ def train_on(data: Data, env_id: str, config: RewardModelConfig, out: Path) -> d
         chosen = [raw[name][row][w] for name, pairs in own.items() for row, c in enumerate(pairs) for w, _ in c.pairs]
         norm = normalisation(chosen, [value for name in own for row in raw[name] for value in row])
         measured: dict[str, float | None] = {
-            "annotator_agreement": share_right([gap for name in own for gap in gaps_of[name]])
+            "annotator_agreement": agreement([gap for name in own for gap in gaps_of[name]])
         }
     else:
         norm, measured = measure(model, data, raw[next(iter(data.heldout))])

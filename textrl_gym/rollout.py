@@ -110,17 +110,18 @@ def rollout_of(
     prompt_UP, prompt_mask_UP, source_B = unique_ids(prompt_ids, policy.device)
     # 1. Scores, by the same function as step().
     completion_ids = [ids[:n] for ids, n in zip(out.token_BT.tolist(), out.mask_BT.sum(1).tolist(), strict=True)]
-    score, texts = mdp.score(rows, prompt_ids, completion_ids)
+    scores = mdp.score(rows, prompt_ids, completion_ids)
     rollout = Rollout(
         prompt_BP=prompt_UP[source_B],
         prompt_mask_BP=prompt_mask_UP[source_B],
         ref_logp_BT=out.logp_BT,
         kl_BT=torch.zeros_like(out.logp_BT),
-        score_B=score.to(policy.device),
+        score_B=scores.score_N.to(policy.device),
         reward_BT=torch.zeros_like(out.logp_BT),
         group_B=torch.arange(len(rows), device=policy.device) // mdp.group_size,
         prompts=[row["prompt"] for row in rows],
-        completions=texts,
+        completions=scores.texts,
+        components={name: part_B.to(policy.device) for name, part_B in scores.components.items()},
         **vars(out),
     ).trim()
 

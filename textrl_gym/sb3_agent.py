@@ -27,7 +27,7 @@ from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout
 from textrl_gym.policy import Policy
-from textrl_gym.rollout import MICRO_BATCH_TOKENS, micro_batches
+from textrl_gym.rollout import token_logprobs
 from textrl_gym.sb3 import CausalLMPolicy, PolicyLogprob
 from textrl_gym.sb3_env import TextVecEnv
 
@@ -236,17 +236,12 @@ class _Episodes(BaseCallback):
             group_B=torch.arange(len(ended), device=device),
             prompts=[info["prompt"] for info in ended],
             completions=[info["completion"] for info in ended],
+            components={
+                name: torch.tensor([info["components"][name] for info in ended], device=device)
+                for name in ended[0].get("components", ())
+            },
         ).trim()
-        ref_logp_BT = _reference_logprobs(rollout, policy)
+        assert policy.reference is not None
+        ref_logp_BT = token_logprobs(rollout, policy.reference)
         kl_BT = (rollout.logp_BT - ref_logp_BT) * rollout.mask_BT
         return dataclasses.replace(rollout, ref_logp_BT=ref_logp_BT, kl_BT=kl_BT)
-
-
-@torch.no_grad()
-def _reference_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
-    logp_BT = rollout.logp_BT.clone()
-    assert policy.reference is not None
-    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
-        part = rollout.select(rows)
-        logp_BT[rows, : part.token_BT.shape[1]] = policy.reference.logprobs(part)
-    return logp_BT

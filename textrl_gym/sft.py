@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from textrl_gym import induction, plugins
+from textrl_gym import files, induction, plugins
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.packing import Packed, pack
 from textrl_gym.tasks import Task
@@ -259,7 +259,7 @@ def sft(env_id: str, config: SFTConfig, out: Path) -> dict[str, Any]:
     measured |= {"train_loss": smooth, "heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows)}
     save(model, tokenizer, out)
     record = {"environment": env_id, "config": dataclasses.asdict(config), "measured": measured}
-    (out / "sft.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    files.write_text(out / "sft.json", json.dumps(record, indent=2) + "\n")
     return record
 
 

@@ -249,11 +249,11 @@ def _t_interval(value: float, noise: Sequence[tuple[float, int]], confidence: fl
 
 def z_quantile(confidence: float) -> float:
     """The two-sided quantile of the normal distribution: 1.96 for 0.95."""
-    from scipy import stats
+    from statistics import NormalDist  # not scipy: a reward model's report needs only this, and scipy is an extra
 
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    return float(stats.norm.ppf((1 + confidence) / 2))
+    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def _rounded(*numbers: float) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import signal
 import threading
 import time
@@ -19,15 +18,12 @@ from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 
-from textrl_gym import checkpoint, health
+from textrl_gym import files, health
 from textrl_gym.agent_config import Clock
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import Evaluator
-from textrl_gym.hacking import Evaluation, evaluations
+from textrl_gym.hacking import EVALUATIONS, SAMPLES, Evaluation, read_evaluations
 from textrl_gym.monitor import EvaluationCallback, RewardHackingMonitor
-
-EVALUATIONS = "evaluations.jsonl"
-SAMPLES = "samples.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,11 +239,8 @@ class _Run:
         metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent, greedy=greedy))
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
         row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
-        with (agent.out / EVALUATIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        with (agent.out / SAMPLES).open("a", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps({"timesteps": agent.num_timesteps} | sample) + "\n")
+        files.append_json_lines(agent.out / EVALUATIONS, [row])
+        files.append_json_lines(agent.out / SAMPLES, [{"timesteps": agent.num_timesteps} | s for s in samples])
         if self.options.show_samples:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
         answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]
@@ -256,16 +249,14 @@ class _Run:
 
 def earlier_evaluations(agent: Any) -> list[Evaluation]:
     """Those of a run that goes on, up to its checkpoint."""
-    rows, samples = (_objects(agent.out / name) for name in (EVALUATIONS, SAMPLES))
-    return [found for found in evaluations(rows, samples) if found.row["timesteps"] <= agent.num_timesteps]
-
-
-def _objects(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in checkpoint.whole_lines(file)] if file.is_file() else []
+    return [found for found in read_evaluations(agent.out) if found.row["timesteps"] <= agent.num_timesteps]
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """What a rollout says of the policy that played it. Raw score and shaped return are both there."""
+    """What a rollout says of the policy that played it. Raw score and shaped return are both there.
+
+    Of a reward that is a mixture reward/NAME is the mean unweighted score of each part.
+    """
     kl_B = ((rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT).sum(1)
     return {
         "rollout/score": float(rollout.score_B.mean()),
@@ -276,7 +267,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/completion_tokens": rollout.num_tokens / len(rollout),
         "rollout/eos_share": float((rollout.stop_B == StopReason.EOS).float().mean()),
         "rollout/logprob_token": float(rollout.logp_BT.sum()) / max(rollout.num_tokens, 1),
-    }
+    } | {f"reward/{name}": float(part_B.mean()) for name, part_B in rollout.components.items()}
 
 
 def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], timesteps: int) -> Table:

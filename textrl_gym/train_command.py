@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from textrl_gym import files
 from textrl_gym.names import find_agent, find_env
 from textrl_gym.run_settings import EnvSettings, RunSettings, as_arguments, flag, flat, make_env, parse, read_toml
 
@@ -67,7 +68,7 @@ def train(args: Sequence[str]) -> int:
     )
     out.mkdir(parents=True, exist_ok=True)
     record = {"command": list(args), "environment": env_id, "options": dataclasses.asdict(parsed.options)}
-    (out / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    files.write_text(out / RUN_FILE, json.dumps(record, indent=1) + "\n")
     return learn(agent, run.total_timesteps or 0, parsed.options, goes_on=False)
 
 

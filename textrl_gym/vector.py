@@ -19,7 +19,7 @@ from torch import Tensor
 
 from textrl_gym import models, plugins
 from textrl_gym.actions import parse, penalty, to_tensor
-from textrl_gym.core import RewardSpec, Row, StopReason
+from textrl_gym.core import RewardSpec, Row, Scores, StopReason
 from textrl_gym.infos import final_info, reset_infos, with_finals
 from textrl_gym.mdp import BUDGET, RUNNING, Array, State, append_, initial_state, restart_, shape_reward
 from textrl_gym.policy import Policy
@@ -316,8 +316,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         prompt_ids: list[list[int]],
         completion_ids: list[list[int]],
         reward: RewardFunction | None = None,
-    ) -> tuple[Tensor, list[str]]:
-        """Raw scores of finished completions, float32 [len(rows)] on the device, and their texts.
+    ) -> Scores:
+        """Raw scores of finished completions, on the device, and their texts.
 
         Both drivers score by this, and evaluation, with the judge for `reward` (None: the environment's own). The text
         ends before EOS and before a stop string; the ids are as generated.
@@ -330,8 +330,11 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "completion_ids"}
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
         columns |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
-        score = (reward or self.reward_model)([row["prompt"] for row in rows], texts, **columns)
-        return torch.as_tensor(score, dtype=torch.float32, device=self.device), texts
+        reward = reward or self.reward_model
+        components = reward.components([row["prompt"] for row in rows], texts, **columns)
+        score = reward.total(components).to(self.device)
+        mixed = components if len(components) > 1 else {}
+        return Scores(score, texts, {name: part.to(self.device) for name, part in mixed.items()})
 
     def _end(self, ended_B: np.ndarray, kl_B: Array | None) -> tuple[Array, list[dict[str, Any]]]:
         """The step's rewards, and the final info of each row that ended."""
@@ -342,14 +345,16 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             return (score_B if kl_B is None else -self.kl_coef * kl_B), finals
         ended = np.flatnonzero(ended_B)
         prompts, ids = [self._prompts[b] for b in ended], self._completion_ids(ended)
-        score, texts = self.score([p.row for p in prompts], [p.ids for p in prompts], ids)
+        scores = self.score([p.row for p in prompts], [p.ids for p in prompts], ids)
+        values, parts = scores.score_N.tolist(), {name: part.tolist() for name, part in scores.components.items()}
         stop_B = self._host(self._state.stop_B) * ended_B  # a row that ended before is not paid again
-        for b, prompt, value, text in zip(ended, prompts, score.tolist(), texts, strict=True):
-            finals.append(final_info(prompt.row, text, value, StopReason(stop_B[b])))
+        for i, (b, prompt, text) in enumerate(zip(ended, prompts, scores.texts, strict=True)):
+            components = {name: part[i] for name, part in parts.items()}
+            finals.append(final_info(prompt.row, text, values[i], StopReason(stop_B[b]), components))
         if self._on_host:
-            score_B[ended] = score.numpy()
+            score_B[ended] = scores.score_N.numpy()
         else:
-            score_B[torch.as_tensor(ended, device=self.device)] = score
+            score_B[torch.as_tensor(ended, device=self.device)] = scores.score_N
             stop_B = torch.as_tensor(stop_B, device=self.device)
         kl_B = self._zeros() if kl_B is None else kl_B
         return shape_reward(score_B, stop_B, kl_B, self.kl_coef, self.missing_eos_penalty), finals

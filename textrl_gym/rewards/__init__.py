@@ -30,11 +30,20 @@ class RewardFunction:
         """parts: name -> (weight, function); their weighted sum is the reward."""
         self.name = name
         self.parts = dict(parts)
-        self.components: dict[str, Tensor] = {}
-        """Of a mixture: name -> float32 [B] on the CPU, the unweighted rewards of the last call."""
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Tensor:
-        """The scores of B completions, float32 [B] on the CPU.
+        """The scores of B completions, float32 [B] on the CPU: the weighted sum of `components`."""
+        return self.total(self.components(prompts, completions, **columns))
+
+    def total(self, components: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of what `components` returned, float32 [B]."""
+        total_B = torch.zeros_like(next(iter(components.values())))
+        for name, (weight, _) in self.parts.items():
+            total_B += weight * components[name]
+        return total_B
+
+    def components(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> dict[str, Tensor]:
+        """The unweighted scores of B completions by each part: name -> float32 [B] on the CPU.
 
         Args:
             prompts: B texts.
@@ -49,12 +58,7 @@ class RewardFunction:
         for name, values in batch.items():
             if len(values) != len(prompts):
                 raise ValueError(f"reward {self.name!r}: {name} has {len(values)} items for {len(prompts)} prompts")
-        scores = {name: _checked(name, function, batch) for name, (_, function) in self.parts.items()}
-        total_B = torch.zeros(len(prompts))
-        for name, (weight, _) in self.parts.items():
-            total_B += weight * scores[name]
-        self.components = scores if len(scores) > 1 else {}
-        return total_B
+        return {name: _checked(name, function, batch) for name, (_, function) in self.parts.items()}
 
     def __repr__(self) -> str:
         return f"RewardFunction({self.name!r})"

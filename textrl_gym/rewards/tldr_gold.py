@@ -274,7 +274,8 @@ class _Ledger:
             self.seen.add(kind)
 
 
-def _score(facts: dict[str, dict[str, Any]], completion: str) -> dict[str, float]:
+def score_parts(facts: dict[str, dict[str, Any]], completion: str) -> dict[str, float]:
+    """The parts of the gold score of one completion: coverage, precision, form, brevity, and gold, their product."""
     allowed = language()
     ledger = _Ledger(facts)
     total = bad = size = broken = 0
@@ -302,11 +303,6 @@ def _score(facts: dict[str, dict[str, Any]], completion: str) -> dict[str, float
     return parts | {"gold": gold}
 
 
-def explain(row: dict[str, Any], completion: str) -> dict[str, float]:
-    """The parts of the gold score of one completion: coverage, precision, form, brevity, and gold, their product."""
-    return _score(row["facts"], completion)
-
-
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Gold scores in [0, 1], one a row (TRL's reward signature).
 
@@ -319,4 +315,4 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
             "tldr_gold needs the column 'facts' of the embedded corpus (textrl_gym.corpus.TLDRCorpus); "
             f"columns given: {sorted(columns)}. For other data use a reward that needs no facts."
         )
-    return [_score(row, completion)["gold"] for row, completion in zip(facts, completions, strict=True)]
+    return [score_parts(row, completion)["gold"] for row, completion in zip(facts, completions, strict=True)]
