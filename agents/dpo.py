@@ -127,7 +127,7 @@ class DPO(Agent):
         }
         prompts = [self.env.decode(prompt) for prompt, _, _ in pairs for _ in range(2)]
         completions = [self.env.decode(ids) for ids in texts]
-        on_device = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        on_device: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         rollout = Rollout(**on_device, prompts=prompts, completions=completions)
         return as_pairs(rollout, torch.arange(len(texts), device=self.device).view(-1, 2))
 
