@@ -18,7 +18,7 @@ from textrl_gym.agents import DAPO, GRPO, PPO, SB3PPO, SB3TRPO
 from textrl_gym.agents.grpo import GRPOConfig, group_advantages, grpo_loss
 from textrl_gym.agents.ppo import PPOConfig, ppo_loss
 from textrl_gym.envs import known_optimum
-from textrl_gym.evaluation import load_agent
+from textrl_gym.plugins import load_agent
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}
 # Those that do not train have no gradients, no weights that change and nothing to resume: see test_decoding.py.

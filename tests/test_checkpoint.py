@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from textrl_gym import checkpoint
+from textrl_gym import files
 
 NAMES = ("model", "agent.json", "training")
 
@@ -29,7 +29,7 @@ def fill(number: int) -> Any:
 
 def number_of(folder: Path) -> set[int]:
     """The numbers of the checkpoint's parts: one, where it is whole."""
-    state = checkpoint.read_state(folder)["number"]
+    state = files.read_state(folder)["number"]
     parts = {int(path.read_text()) for path in (folder / "model").iterdir()}
     return {state, json.loads((folder / "training").read_text())["number"]} | parts
 
@@ -43,7 +43,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, monkeypa
         folder = tmp_path / str(moment) / "run"
         folder.mkdir(parents=True)
         (folder / "progress.json").write_text("kept")
-        checkpoint.write(folder, fill(1))
+        files.write_folder(folder, fill(1))
         calls = 0
 
         def replace(source: Any, target: Any, moment: int = moment) -> None:
@@ -56,12 +56,12 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", replace)
             with contextlib.suppress(Killed):
-                checkpoint.write(folder, fill(2))
+                files.write_folder(folder, fill(2))
         found = number_of(folder)
         seen |= found
         assert len(found) == 1, f"killed at move {moment}: parts of checkpoints {found}"
         assert (folder / "progress.json").read_text() == "kept"
-        checkpoint.write(folder, fill(3))  # and it goes on
+        files.write_folder(folder, fill(3))  # and it goes on
         assert number_of(folder) == {3}
         assert [path.name for path in folder.parent.iterdir() if path.name.endswith(".whole")] == []
     assert seen == {1, 2}

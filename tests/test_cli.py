@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from textrl_gym import checkpoint, cli
-from textrl_gym.evaluation import load_agent
-from textrl_gym.names import text_envs
+from textrl_gym import cli, files
+from textrl_gym.plugins import load_agent, text_envs
 
 TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
 
@@ -147,7 +146,7 @@ def test_toml_and_the_command_line_wins(capsys: pytest.CaptureFixture[str], tmp_
     code, printed, _ = run(capsys, "train", "grpo", "CopyText-v0", *args)
     assert code == 0
     assert str(out) in printed
-    state = checkpoint.read_state(out)
+    state = files.read_state(out)
     assert state["seed"] == 7
     assert state["total_timesteps"] == 100
     config = {k: state["config"][k] for k in ("rollout_episodes", "group_size", "learning_rate", "scale_by_std")}
@@ -191,7 +190,7 @@ def test_toml_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_train_writes_a_run(trained: Path) -> None:
-    state = checkpoint.read_state(trained)
+    state = files.read_state(trained)
     assert (state["agent"], state["seed"], state["total_timesteps"]) == ("grpo", 3, 400)
     assert load_agent(trained, device="cpu").num_timesteps >= 400
     assert {"evaluations.jsonl", "samples.jsonl", "progress.json", "run.json"} <= {p.name for p in trained.iterdir()}
@@ -238,7 +237,7 @@ def test_resume_of_a_finished_run(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert f"has {done} of 400 tokens" in one_error(capsys, "train", "--resume", out)
     code, _, _ = run(capsys, "train", "--resume", out, "--total-timesteps", 200)
     assert code == 0
-    assert checkpoint.read_state(out)["total_timesteps"] == done + 200
+    assert files.read_state(out)["total_timesteps"] == done + 200
     now = load_agent(out, device="cpu").num_timesteps
     assert now >= done + 200
     rows = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
@@ -249,11 +248,11 @@ def test_resume_of_a_finished_run(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_resume_goes_on_to_the_runs_own_total(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     shutil.copytree(trained, out)
-    state = checkpoint.read_state(out)
-    checkpoint.write_state(out, state | {"total_timesteps": 700})  # as if it had been stopped on the way there
+    state = files.read_state(out)
+    files.write_state(out, state | {"total_timesteps": 700})  # as if it had been stopped on the way there
     assert cli.main(["train", "--resume", str(out)]) == 0
     assert load_agent(out, device="cpu").num_timesteps >= 700
-    assert checkpoint.read_state(out)["total_timesteps"] == 700
+    assert files.read_state(out)["total_timesteps"] == 700
 
 
 def test_ctrl_c_leaves_a_checkpoint(root: Path, tmp_path: Path) -> None:
@@ -280,4 +279,4 @@ def test_ctrl_c_leaves_a_checkpoint(root: Path, tmp_path: Path) -> None:
     assert f"textrl-gym train --resume {out}" in err
     agent = load_agent(out, device="cpu")
     assert agent.num_updates >= 1
-    assert checkpoint.read_state(out)["total_timesteps"] == 100_000_000
+    assert files.read_state(out)["total_timesteps"] == 100_000_000

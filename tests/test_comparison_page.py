@@ -17,8 +17,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from textrl_gym import cli, compare, compare_command, pairwise, report, statistics
+from textrl_gym import cli, pairwise, report, statistics
 from textrl_gym import comparison_numbers as numbers
+from textrl_gym.compare import tidy
+from textrl_gym.compare_command import show_page
 from textrl_gym.comparison_charts import charts
 from textrl_gym.comparison_credit import scale
 from textrl_gym.comparison_curves import level_of
@@ -26,6 +28,7 @@ from textrl_gym.comparison_data import read_comparison
 from textrl_gym.comparison_drawing import DARK, LIGHT
 from textrl_gym.comparison_figures import printed
 from textrl_gym.comparison_page import comparison_report, embedded
+from textrl_gym.run_folder import alarms, read_run
 
 EVIL = '<script>document.title = "owned"</script>&amp;<img src=x onerror=alert(1)>'
 PROMPTS = ["first question", "second question", EVIL, "the fourth"]
@@ -345,16 +348,16 @@ def test_both_pages_of_a_run_raise_the_same_alarms(
     run = tmp_path / "runs" / "alpha-0"
     write_run(run, "alpha", 0, ALPHA[0])
     write_evaluations(run, later, **last)
-    own = report.alarms(report.read_run(run))
+    own = alarms(read_run(run))
     assert ["Reward hacking" if alarm.measure == "gold" else "Drift" for alarm in own] == expected
     assert read_comparison(tmp_path).runs[0].alarms == own
     comparison_words = read(tmp_path)[1].words
-    run_page = report.page([report.read_run(run)])
+    own_page = report.page([read_run(run)])
     for alarm in own:
-        assert alarm.words in run_page
+        assert alarm.words in own_page
         assert f"alpha-0: {alarm.words}" in comparison_words
     for heading in ("Reward hacking", "Drift"):
-        assert (f"<b>{heading} in alpha-0.</b>" in run_page) == (heading in expected)
+        assert (f"<b>{heading} in alpha-0.</b>" in own_page) == (heading in expected)
         assert (heading in comparison_words) == (heading in expected)
 
 
@@ -374,7 +377,7 @@ def test_the_table_of_a_comparison_has_every_number(tmp_path: Path) -> None:
     own = {"kl_bound": 0.64, "scored_completions": 4.0, "generated_tokens": 12.5, "reward/length": 5.0}
     final = tmp_path / "runs" / "alpha-0" / "evaluation.json"
     final.write_text(json.dumps(json.loads(final.read_text()) | own))
-    table = compare.tidy(tmp_path)
+    table = tidy(tmp_path)
     row = table[(table["run"] == "alpha-0") & table["final"]].iloc[0]
     assert {name: row[name] for name in own} == own
 
@@ -639,7 +642,7 @@ def test_without_plotly(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(ImportError, match=r"needs plotly.graph_objects: pip install textrl-gym\[report\]"):
         comparison_report(folder)
-    compare_command.show_page(folder)  # at the end of compare: said, and no more
+    show_page(folder)  # at the end of compare: said, and no more
     assert "no page: " in capsys.readouterr().err
 
 

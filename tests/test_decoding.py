@@ -28,8 +28,8 @@ from textrl_gym.agents.value_guided import ValueGuided, guided_logprobs
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.decoding import States
 from textrl_gym.envs import known_optimum
-from textrl_gym.evaluation import load_agent
 from textrl_gym.overoptimisation import best_of_n_kl_bound
+from textrl_gym.plugins import load_agent
 from textrl_gym.policy import Policy
 from textrl_gym.trunk import Trunk
 

@@ -13,10 +13,11 @@ from stable_baselines3.common.callbacks import CallbackList
 
 from textrl_gym import hacking, report
 from textrl_gym.agents import GRPO, Reinforce
-from textrl_gym.evaluation import load_agent
 from textrl_gym.hacking import Bounds, Evaluation
-from textrl_gym.monitor import ALARMS, BEST, RewardHackingMonitor
-from textrl_gym.train import TrainOptions, earlier_evaluations
+from textrl_gym.monitor import RewardHackingMonitor
+from textrl_gym.plugins import load_agent
+from textrl_gym.run_folder import ALARMS, BEST, alarms, earlier_evaluations, read_run
+from textrl_gym.train import TrainOptions
 
 ROW = {"timesteps": 0, "updates": 0, "score": -1.9, "judge": 0.4, "kl_sequence": 0.0, "completion_tokens": 24.0}
 ROW |= {"eos_share": 1.0}
@@ -156,10 +157,10 @@ def test_the_report_applies_the_same_rules(tmp_path: Path) -> None:
         ("samples.jsonl", [{"prompt": "p", "score": 0.0, **s} for e in evaluations for s in e.samples]),
     ):
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = report.read_run(tmp_path)
-    assert [alarm.measure for alarm in report.alarms(run)] == ["gold", "ends"]
+    run = read_run(tmp_path)
+    assert [alarm.measure for alarm in alarms(run)] == ["gold", "ends"]
     start, top, now = evaluations
-    assert report.alarms(run) == hacking.alarms(start, top, now)
+    assert alarms(run) == hacking.alarms(start, top, now)
     text = report.page([run])
     assert f"<b>Reward hacking in {tmp_path.name}.</b> From 100 tokens" in text
     assert f"<b>Drift in {tmp_path.name}.</b> EOS ends 10% of the completions; at the start 100%." in text

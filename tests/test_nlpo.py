@@ -9,8 +9,8 @@ import torch
 from textrl_gym import functional, tiny
 from textrl_gym.agents import NLPO, PPO
 from textrl_gym.core import Rollout
-from textrl_gym.evaluation import load_agent
 from textrl_gym.masked import MaskedPolicy, top_p_set
+from textrl_gym.plugins import load_agent
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import collect
 

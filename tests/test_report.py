@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from textrl_gym import report
+from textrl_gym.run_folder import read_run
 
 START = {"timesteps": 0, "score": -1.0, "judge": 0.4, "kl_sequence": 0.0, "kl_token": 0.0, "completion_tokens": 30.0}
 
@@ -153,7 +154,7 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
 
 def test_resumed_run_counts_once(tmp_path: Path) -> None:
     rows = [START, evaluation(4000), evaluation(4000, judge=0.6), evaluation(6000)]  # the same place twice: the later
-    run = report.read_run(write_run(tmp_path / "run", rows))
+    run = read_run(write_run(tmp_path / "run", rows))
     assert [row["timesteps"] for row in run.evaluations] == [0, 4000, 6000]
     assert run.evaluations[1]["judge"] == 0.6
 

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import checkpoint, files
+from textrl_gym import files
 from textrl_gym.agent_config import make_config
-from textrl_gym.run_settings import EnvSettings, make_env
+from textrl_gym.env_settings import EnvSettings, make_env
 
 SPEC = "cell.json"
 RESULT = "evaluation.json"
@@ -74,13 +74,13 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
 def trained(folder: Path, spec: dict[str, Any]) -> Any:
     """The agent of a saved folder, or the one that training ends with."""
     from textrl_gym import plugins
-    from textrl_gym.evaluation import load_agent
+    from textrl_gym.plugins import load_agent
 
     if Path(spec["agent"]).is_dir():
         return load_agent(spec["agent"], device=spec["device"])
     agent_class = plugins.load_agent_class(spec["agent"])
-    checkpoint.finish(folder)
-    goes_on = (folder / checkpoint.STATE_FILE).is_file() and agent_class.resumes
+    files.finish_folder(folder)
+    goes_on = (folder / files.STATE_FILE).is_file() and agent_class.resumes
     if goes_on:
         agent = load_agent(folder, device=spec["device"], out=folder)
         cut_logs(folder, agent.num_timesteps)

@@ -20,7 +20,7 @@ from gymnasium.utils import env_checker
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common import env_checker as sb3_checker
 
-from textrl_gym import checkpoint, kl, tiny
+from textrl_gym import files, kl, tiny
 from textrl_gym.core import StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 from textrl_gym.policy import Policy
@@ -153,7 +153,7 @@ def sb3_env_checker(subject: Subject) -> None:
 def spec_round_trip(subject: Subject) -> None:
     """The spec as JSON makes the same environment again."""
     spec = subject.env.spec
-    if not isinstance(subject.env.unwrapped, TextEnv) or spec is None or not checkpoint.jsonable(spec.kwargs):
+    if not isinstance(subject.env.unwrapped, TextEnv) or spec is None or not files.jsonable(spec.kwargs):
         return
     again = EnvSpec.from_json(spec.to_json()).make(disable_env_checker=True)
     one, two = spec.make(disable_env_checker=True), again

@@ -21,8 +21,8 @@ from typing import Any
 
 from textrl_gym.compare_command import compare, report, watch
 from textrl_gym.judge_command import evaluate, judge, print_rows
-from textrl_gym.names import find_env, text_envs
-from textrl_gym.run_settings import flag, flat, parse, place, unknown
+from textrl_gym.plugins import find_env, text_envs, unknown
+from textrl_gym.run_settings import flag, flat, parse, place
 from textrl_gym.train_command import train
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from textrl_gym import cell, files, hacking, plugins
 from textrl_gym.agent_config import make_config
+from textrl_gym.env_settings import parse_reward
 from textrl_gym.live import LiveTable
-from textrl_gym.run_settings import parse_reward
+from textrl_gym.run_folder import EVALUATIONS
 
 PLAN = "compare.json"
 RUNS = "runs"
@@ -286,7 +287,7 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
         spec = json.loads((folder / cell.SPEC).read_text(encoding="utf-8"))
         agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
         shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
-        for evaluation in hacking.evaluations(files.read_json_lines(folder / hacking.EVALUATIONS), []):
+        for evaluation in hacking.evaluations(files.read_json_lines(folder / EVALUATIONS), []):
             yield {**shared, "final": False, **evaluation.row}
         last = json.loads((folder / cell.RESULT).read_text(encoding="utf-8"))
         yield {**shared, "final": True, **last}
@@ -306,7 +307,7 @@ def print_finals(table: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from textrl_gym.report import METRICS
+    from textrl_gym.metrics import METRICS
 
     if table.empty:
         return

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from textrl_gym import cell, files, hacking, report
+from textrl_gym import cell, files, hacking
 from textrl_gym.compare import PLAN, RUNS
 from textrl_gym.live import progress
+from textrl_gym.run_folder import read_evaluations, read_rollouts
 from textrl_gym.statistics import Array
 
 KEPT_STATE = ("agent", "task", "model", "reference", "seed", "kl_coef", "total_timesteps", "config", "env", "num_envs")
@@ -159,7 +160,7 @@ def read_comparison(folder: Path) -> Comparison:
 
 
 def _read_result(folder: Path) -> Result:
-    evaluations = hacking.read_evaluations(folder)
+    evaluations = read_evaluations(folder)
     state = _json(folder / "agent.json") if (folder / "agent.json").is_file() else {}
     return Result(
         folder.name,
@@ -169,7 +170,7 @@ def _read_result(folder: Path) -> Result:
         hacking.last_alarms(evaluations),
         files.read_json_lines(folder / cell.EPISODES),
         {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
-        report.read_rollouts(folder),
+        read_rollouts(folder),
         files.read_json_lines(folder / cell.CREDIT),
         _json(folder / cell.FLOPS) if (folder / cell.FLOPS).is_file() else {},
     )

@@ -17,14 +17,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from textrl_gym import checkpoint, functional, plugins
+from textrl_gym import files, functional, plugins
 from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.decoders import Lookahead
 from textrl_gym.env import TextVectorEnv
-from textrl_gym.evaluation import load_agent
 from textrl_gym.kl import KLPenalty
+from textrl_gym.plugins import load_agent
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import rollout_of, unique_ids, vector_env
 from textrl_gym.sampler import Completions
@@ -188,7 +188,7 @@ class CriticAgent(Agent, abc.ABC):
 
     def _saved(self) -> dict[str, Any]:
         folder = Path(self.config.ppo)
-        state = checkpoint.read_state(folder)
+        state = files.read_state(folder)
         if not (folder / "value_head.safetensors").is_file():
             raise ValueError(
                 f"{str(folder)!r} holds the agent {state['agent']!r}, which has no critic: ppo must name a saved PPO"

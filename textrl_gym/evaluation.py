@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textrl_gym import checkpoint, plugins
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.judges import Answer, load_scorer, reward_of
+from textrl_gym.plugins import load_agent
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import collect, token_entropy, vector_env
 from textrl_gym.statistics import outcomes
@@ -230,8 +230,3 @@ def evaluate(
         env = vector_env(env, tokenizer=agent.env.tokenizer, device=str(agent.device), array="torch")
     metrics, _ = Evaluator(agent.env if env is None else env, episodes, seed, split).run(agent)
     return metrics
-
-
-def load_agent(folder: str | Path, env: Any = None, **settings: Any) -> Any:
-    """The agent saved in a folder, whatever its class."""
-    return plugins.load_agent_class(checkpoint.read_state(folder)["agent"]).load(folder, env, **settings)

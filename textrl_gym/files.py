@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+STATE_FILE = "agent.json"
+"""The JSON part of an agent's checkpoint folder."""
 
 
 @contextlib.contextmanager
@@ -65,6 +69,69 @@ def append_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
             else:
                 log.write(b"\n")
         log.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def write_folder(folder: str | Path, fill: Any) -> None:
+    """Fill a new folder by `fill(path)` and put it in place, so that a crash at any moment leaves a whole checkpoint.
+
+    Until the new folder is full the old checkpoint stands; from then on the new one counts, and whoever reads it
+    finishes moving it. What else lies in the folder (logs, a report) stays.
+    """
+    final = Path(folder)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    finish_folder(final)
+    fresh = final.with_name(f".{final.name}.{os.getpid()}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    fill(fresh)
+    os.replace(fresh, _whole(final))
+    finish_folder(final)
+
+
+def _whole(final: Path) -> Path:
+    """Where a checkpoint stands from when it is complete until it is moved."""
+    return final.with_name(f".{final.name}.whole")
+
+
+def finish_folder(folder: str | Path) -> None:
+    """Move a complete checkpoint into place, where a crash has left one."""
+    final = Path(folder)
+    whole = _whole(final)
+    if not whole.is_dir():
+        return
+    final.mkdir(exist_ok=True)
+    for item in whole.iterdir():
+        target = final / item.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(item, target)
+    whole.rmdir()
+
+
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        ValueError: the folder holds no checkpoint.
+    """
+    finish_folder(folder)
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} is no saved agent: it holds no {STATE_FILE}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write the JSON part of a checkpoint."""
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def jsonable(value: Any) -> bool:
+    """Whether a setting can be written down and read back."""
+    try:
+        return json.loads(json.dumps(value)) == (list(value) if isinstance(value, tuple) else value)
+    except TypeError:
+        return False
 
 
 def _lines(file: Path) -> list[bytes]:

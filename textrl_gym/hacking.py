@@ -21,14 +21,10 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from textrl_gym import files
 from textrl_gym.overoptimisation import distinct_n
 
-EVALUATIONS = "evaluations.jsonl"
-SAMPLES = "samples.jsonl"
 GOLD = "gold"
 SHORT = 8
 """Mean tokens of the start's completions below which their form and length say nothing."""
@@ -105,11 +101,6 @@ def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]
         written.setdefault(sample["timesteps"], []).append(sample)
     kept = {at: len(written[at]) // times[at] for at in last}
     return [Evaluation(last[at], written[at][len(written[at]) - kept[at] :]) for at in sorted(last)]
-
-
-def read_evaluations(folder: Path) -> list[Evaluation]:
-    """A run's evaluations with their completions, by timesteps, from what training wrote into a folder."""
-    return evaluations(files.read_json_lines(folder / EVALUATIONS), files.read_json_lines(folder / SAMPLES))
 
 
 def last_alarms(found: Sequence[Evaluation]) -> list[Alarm]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from textrl_gym.names import find_env, text_envs
+from textrl_gym.plugins import find_env, text_envs
 from textrl_gym.run_settings import flag, flat, parse, place
 
 
@@ -69,11 +69,11 @@ def evaluate(args: Sequence[str]) -> int:
         *judge_parts(),
     ]
     parsed = parse("evaluate", evaluate.__doc__, parts, args)
-    from textrl_gym import checkpoint, files
+    from textrl_gym import files
     from textrl_gym.evaluation import Evaluator
-    from textrl_gym.report import metric_names, metric_words, number
+    from textrl_gym.metrics import metric_names, metric_words, number
 
-    checkpoint.read_state(parsed.folder)
+    files.read_state(parsed.folder)
     agent = _agent(parsed.folder, parsed)
     evaluator = Evaluator(agent.env, parsed.episodes, parsed.seed, parsed.split)
     flags, against, judge = parsed.judging, parsed.judging.against or "start", None
@@ -101,7 +101,7 @@ def _agent(folder: Path, parsed: Any) -> Any:
     """The saved agent, in its own environment or in the one that was named."""
     import gymnasium
 
-    from textrl_gym.evaluation import load_agent
+    from textrl_gym.plugins import load_agent
 
     env = None
     if parsed.env is not None:

@@ -13,10 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from textrl_gym import files
 from textrl_gym.hacking import GOLD, Alarm, Bounds, Evaluation, alarms, best
-
-ALARMS = "alarms.jsonl"
-BEST = "best"
-"""Folder of the checkpoint that the judge liked best."""
+from textrl_gym.run_folder import ALARMS, BEST
 
 
 class EvaluationCallback(BaseCallback):

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from textrl_gym import adapters, checkpoint, files, models
+from textrl_gym import adapters, files, models
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import sample_texts
 from textrl_gym.core import Row
+from textrl_gym.plugins import load_env_task
 from textrl_gym.policy import Policy
 from textrl_gym.rewards import load_reward
-from textrl_gym.sft import load_env_task, progress_bar
+from textrl_gym.sft import progress_bar
 
 START = "start"
 ANNOTATORS, JUDGE = "annotators", "judge"
@@ -80,13 +81,13 @@ def load_policy(spec: str | None, task: Any, device: Any) -> tuple[Policy, Any]:
     """
     name = None if spec == START else spec
     folder = Path(name or "").expanduser()
-    if name is None or not (folder / checkpoint.STATE_FILE).is_file():
+    if name is None or not (folder / files.STATE_FILE).is_file():
         model, tokenizer = task.load_model(name), task.load_tokenizer(name)
     else:
         saved, base = str(folder / "model"), folder / adapters.BASE
         tokenizer = task.load_tokenizer(saved)
         if adapters.is_saved_lora(folder / "model"):
-            state = checkpoint.read_state(folder)
+            state = files.read_state(folder)
             model = adapters.load(task.load_model(str(base) if base.is_dir() else state["model"]), folder / "model")
         else:
             model = task.load_model(saved)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+
+from textrl_gym import files
 
 ENV_ENTRY = "textrl_gym.env:TextEnv"
 VECTOR_ENTRY = "textrl_gym.env:TextVectorEnv"
@@ -114,3 +118,45 @@ def path_of(cls: type, kind: str) -> str:
     if cls.__module__.startswith(prefix):
         return cls.__module__.removeprefix(prefix)
     return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def text_envs() -> dict[str, Any]:
+    """Environment id -> the task that it was registered with."""
+    return {env_id: spec.kwargs["task"] for env_id, spec in gymnasium.registry.items() if "task" in spec.kwargs}
+
+
+def find_env(name: str) -> str:
+    """A registered id; "module:ID" imports the module that registers it, as gymnasium.make does."""
+
+    module, _, env_id = name.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if env_id not in text_envs():
+        raise unknown("environment", env_id, text_envs(), ", or module:ID, where module registers ID")
+    return env_id
+
+
+def load_env_task(env_id: str) -> Any:
+    """The task of a registered environment id ("TLDRSummarize-v0").
+
+    Raises:
+        ValueError: there is no such environment of text.
+    """
+    spec = gymnasium.registry.get(env_id)
+    if spec is None or "task" not in spec.kwargs:
+        raise ValueError(f"unknown environment {env_id!r}; allowed: {', '.join(sorted(env_ids()))}")
+    return load_task(spec.kwargs["task"])
+
+
+def load_agent(folder: str | Path, env: Any = None, **settings: Any) -> Any:
+    """The agent saved in a folder, whatever its class."""
+    return load_agent_class(files.read_state(folder)["agent"]).load(folder, env, **settings)
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str], more: str = "") -> ValueError:
+    """An error for a name that is none of the allowed ones, with the nearest of them."""
+    names = sorted(allowed)
+    lower = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
+    return ValueError(f"unknown {kind} {name!r}{hint}; allowed: {', '.join(names)}{more}")

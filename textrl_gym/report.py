@@ -15,101 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import files
-from textrl_gym import hacking as rules
-from textrl_gym.hacking import Alarm
-
-METRICS = {
-    "judge": ("Judge (gold), sampled", 3),
-    "judge_greedy": ("Judge (gold), greedy", 3),
-    "win_rate": ("Win rate against the start", 3),
-    "win_rate_human": ("Win rate against the reference texts", 3),
-    "score": ("Score (training reward), sampled", 3),
-    "score_greedy": ("Score (training reward), greedy", 3),
-    "kl_sequence": ("KL to the reference, nats per sequence", 2),
-    "kl_token": ("KL to the reference, nats per token", 4),
-    "entropy_token": ("Entropy, nats per token", 3),
-    "completion_tokens": ("Completion, tokens", 1),
-    "eos_share": ("Share ended by EOS", 3),
-    "rouge_l": ("ROUGE-L against the reference texts", 3),
-    "distinct_1": ("Different words", 3),
-    "distinct_2": ("Different word pairs", 3),
-    "repetition": ("Repeated runs of 4 words", 3),
-    "forward_passes": ("Model evaluations per token", 1),
-    "scored_completions": ("Completions scored per prompt", 0),
-    "generated_tokens": ("Tokens generated per prompt", 1),
-    "kl_bound": ("Best-of-n's KL to its own policy, bound, nats", 2),
-    "train_seconds": ("Training, seconds", 0),
-}
-"""Names of an evaluation's numbers -> words, and decimals to print. The order is that of the tables.
-
-A number that is not here (reward/NAME, or one of an agent's own extra_metrics) comes after these, under its name.
-"""
-COUNTERS = frozenset({"timesteps", "updates"})
-"""Of an evaluation: when it was, and no result of it."""
-DECIMALS = 3
-"""Of a number that is not in METRICS."""
+from textrl_gym.metrics import metric_names, metric_words, number
+from textrl_gym.run_folder import Run, alarms, find_runs, read_run
 
 SAMPLES_SHOWN = 6
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What training wrote into one folder."""
-
-    name: str
-    evaluations: list[dict[str, Any]]
-    """By timesteps; the first is the start."""
-    rollouts: list[dict[str, Any]]
-    """Rows of the log, of training rollouts."""
-    samples: list[dict[str, Any]]
-    state: dict[str, Any]
-    """agent.json, empty where no checkpoint was written."""
-
-    @property
-    def start(self) -> dict[str, Any]:
-        return self.evaluations[0]
-
-    @property
-    def end(self) -> dict[str, Any]:
-        return self.evaluations[-1]
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """The folder itself if it holds a run, else its subfolders that do.
-
-    Raises:
-        ValueError: there is no run.
-    """
-    if (folder / "evaluations.jsonl").is_file():
-        return [folder]
-    found = sorted(path.parent for path in folder.glob("*/evaluations.jsonl"))
-    if not found:
-        raise ValueError(f"{str(folder)!r} holds no run, and none of its subfolders does: no evaluations.jsonl")
-    return found
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run's logs. What was evaluated twice, before and after a resumption, counts once."""
-    found = rules.read_evaluations(folder)
-    if not found:
-        raise ValueError(f"{str(folder)!r} holds no evaluation yet")
-    state_file = folder / "agent.json"
-    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
-    samples = [sample for evaluation in found for sample in evaluation.samples]
-    return Run(folder.resolve().name, [evaluation.row for evaluation in found], read_rollouts(folder), samples, state)
-
-
-def read_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's log, of training rollouts. A resumed run has several files."""
-    return [row for file in sorted(folder.glob("progress*.json")) for row in files.read_json_lines(file)]
-
-
-def alarms(run: Run) -> list[Alarm]:
-    """What is out of bounds at the run's end; see textrl_gym.hacking."""
-    return rules.last_alarms(rules.evaluations(run.evaluations, run.samples))
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -235,23 +147,6 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 # -- tables and samples -----------------------------------------------------------------------------------------------
-
-
-def metric_names(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of all numbers that some evaluations have, in the order of the tables."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in COUNTERS)
-    return [*(name for name in METRICS if name in names), *(name for name in names if name not in METRICS)]
-
-
-def metric_words(key: str) -> str:
-    """What a number is called."""
-    return METRICS[key][0] if key in METRICS else key
-
-
-def number(row: dict[str, Any], key: str) -> str:
-    """An evaluation's number in the decimals of its kind; a dash where it was not measured."""
-    decimals = METRICS[key][1] if key in METRICS else DECIMALS
-    return f"{row[key]:z,.{decimals}f}" if key in row else "-"
 
 
 def overview(runs: Sequence[Run]) -> str:

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from textrl_gym import checkpoint, files, models, reward_training
+from textrl_gym import files, models, reward_training
 from textrl_gym.comparisons import Comparison
 from textrl_gym.reward_measures import gaps, gold_agreement, score_all
 from textrl_gym.reward_report import accuracy_row
@@ -87,7 +87,7 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
     Raises:
         ValueError: it holds one of other settings, naming the first that differs.
     """
-    checkpoint.finish(folder)
+    files.finish_folder(folder)
     file = folder / reward_training.RECORD
     if not file.is_file():
         return False

@@ -24,18 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from textrl_gym import checkpoint, models
+from textrl_gym import files, models
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.induction import cosine, descend
 from textrl_gym.pairwise import agreement
+from textrl_gym.plugins import load_env_task
 from textrl_gym.policy import Policy
 from textrl_gym.reading import learn_to_read
 from textrl_gym.reward_measures import gaps, gold_agreement, normalisation, raw_rewards, references, score_all
 from textrl_gym.reward_report import accuracy_row, accuracy_table, calibration
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
 from textrl_gym.rewards.reward_model import FILE
-from textrl_gym.sft import load_env_task, progress_bar
+from textrl_gym.sft import progress_bar
 
 RECORD = "reward_training.json"
 """What was asked for and measured, in a reward model's folder."""
@@ -387,5 +388,5 @@ def train_on(data: Data, env_id: str, config: RewardModelConfig, out: Path) -> d
         (folder / FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
-    checkpoint.write(out, fill)
+    files.write_folder(out, fill)
     return json.loads(text)

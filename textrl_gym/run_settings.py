@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import tomllib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
+
+from textrl_gym.env_settings import parse_reward
+from textrl_gym.plugins import unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,67 +35,6 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.total_timesteps is not None and self.total_timesteps < 1:
             raise ValueError(f"total_timesteps must be at least 1, got {self.total_timesteps}")
-
-
-@dataclasses.dataclass(frozen=True)
-class EnvSettings:
-    """Keyword arguments of the environment; None: the task's own."""
-
-    split: Literal["train", "validation", "test"] = "train"
-    """The prompts to train on."""
-    dataset: str | None = None
-    """A Hub id, or a local file or folder; None: the embedded prompts."""
-    tokenizer: str | None = None
-    """A Hub id or a folder; None: the model's."""
-    reward: str | None = None
-    """A name, name:argument, package.module:name or a folder with a reward model; or a weighted sum of such, as
-    rouge=1.0,length=-0.01 (in a TOML file a table)."""
-    max_prompt_tokens: int | None = None
-    """Longer prompts are cut at the end of their body."""
-    max_new_tokens: int | None = None
-    """The budget of a completion."""
-    stop: tuple[str, ...] | None = None
-    """Strings that end an episode."""
-    missing_eos_penalty: float = 0.0
-    """Taken off the score of an episode whose budget ran out."""
-
-    def keywords(self) -> dict[str, Any]:
-        """The settings that differ from their defaults, as the environment takes them."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = {k: v for k, v in dataclasses.asdict(self).items() if v != defaults[k]}
-        if self.reward is not None:
-            given["reward"] = parse_reward(self.reward)
-        if self.stop is not None:
-            given["stop"] = list(self.stop)  # as a checkpoint's JSON gives it back
-        return given
-
-
-def parse_reward(text: str) -> str | dict[str, float]:
-    """The reward that a flag names: "rouge" as it is, "rouge=1.0,length=-0.01" as a mapping of names to weights."""
-    if Path(text).is_dir():
-        return text  # a folder's name may hold "=" too
-    parts = [part.rpartition("=") for part in text.split(",")]
-    if not any(equals for _, equals, _ in parts):
-        return text
-    mixture: dict[str, float] = {}
-    for name, _, weight in parts:
-        try:
-            value = float(weight)
-        except ValueError:
-            value = math.nan
-        if not name or name in mixture or not math.isfinite(value):
-            raise ValueError(f"reward {text!r} must be a name, or NAME=WEIGHT,NAME=WEIGHT,... with each name once")
-        mixture[name] = value
-    return mixture
-
-
-def unknown(kind: str, name: str, allowed: Iterable[str], more: str = "") -> ValueError:
-    """An error for a name that is none of the allowed ones, with the nearest of them."""
-    names = sorted(allowed)
-    lower = {n.lower(): n for n in names}
-    close = difflib.get_close_matches(name.lower(), lower, n=1)
-    hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
-    return ValueError(f"unknown {kind} {name!r}{hint}; allowed: {', '.join(names)}{more}")
 
 
 # -- TOML -------------------------------------------------------------------------------------------------------------
@@ -210,20 +150,14 @@ def place(kind: Any, about: str) -> Any:
 # -- the environment --------------------------------------------------------------------------------------------------
 
 
-def make_env(env_id: str, settings: EnvSettings, model: str | None, device: str, config: dict[str, Any]) -> Any:
-    """The vector environment that an agent would make for itself, with the given settings."""
-    import gymnasium
-    from gymnasium.vector import AutoresetMode
+def find_agent(name: str) -> Any:
+    """The agent class of a file in agents/, or at module:Class."""
+    from textrl_gym import plugins
+    from textrl_gym.agent import Agent
 
-    from textrl_gym import models
-
-    tokenizer = {} if model is None else {"tokenizer": model}
-    return gymnasium.make_vec(
-        env_id,
-        num_envs=config["rollout_episodes"],
-        group_size=config["group_size"],
-        array="torch",
-        device=str(models.resolve_device(device)),
-        autoreset_mode=AutoresetMode.DISABLED,
-        **(tokenizer | settings.keywords()),
-    )
+    if ":" not in name and name not in plugins.names("agents"):
+        raise unknown("agent", name, plugins.names("agents"), ", or module:Class")
+    found = plugins.load_agent_class(name)
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise ValueError(f"{name!r} is {found!r}, not a subclass of textrl_gym.agents.Agent")
+    return found

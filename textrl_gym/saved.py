@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from textrl_gym import adapters, checkpoint, models, plugins
+from textrl_gym import adapters, checkpoint, files, models, plugins
 from textrl_gym.agent_config import Clock
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.rollout import vector_env
@@ -46,7 +46,7 @@ class Saved:
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint folder (safetensors and JSON) that `load` goes on from as if never stopped."""
-        checkpoint.write(path, self._fill)
+        files.write_folder(path, self._fill)
 
     def _fill(self, folder: Path) -> None:
         with models.no_bars():
@@ -61,7 +61,7 @@ class Saved:
             save_file(self.policy.value_head.state_dict(), folder / "value_head.safetensors")
         extra = {"generator": self.streams()[1]}
         checkpoint.save_optimizer(folder / "training.safetensors", self.optimizer, extra)
-        checkpoint.write_state(folder, self._state())
+        files.write_state(folder, self._state())
 
     def _state(self) -> dict[str, Any]:
         mdp = self.env
@@ -70,8 +70,8 @@ class Saved:
         return {
             "agent": plugins.path_of(type(self), "agents"),
             "task": task_path or f"{type(mdp.task).__module__}:{type(mdp.task).__qualname__}",
-            "env": {k: v for k, v in settings.items() if checkpoint.jsonable(v)},
-            "env_not_saved": sorted(k for k, v in settings.items() if not checkpoint.jsonable(v) and k != "tokenizer"),
+            "env": {k: v for k, v in settings.items() if files.jsonable(v)},
+            "env_not_saved": sorted(k for k, v in settings.items() if not files.jsonable(v) and k != "tokenizer"),
             "num_envs": mdp.num_envs,
             "config": dataclasses.asdict(self.config),
             "seed": self.seed,
@@ -116,7 +116,7 @@ class Saved:
             ValueError: the folder holds no agent, or another class's; or the environment had settings that cannot be
                 written down (a callable reward, say), and no env was given.
         """
-        folder, state = Path(path), checkpoint.read_state(path)
+        folder, state = Path(path), files.read_state(path)
         if plugins.load_agent_class(state["agent"]) is not cls:
             raise ValueError(f"{str(path)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
         if env is None and state["env_not_saved"]:

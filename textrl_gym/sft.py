@@ -16,16 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from textrl_gym import files, induction, plugins
+from textrl_gym import files, induction
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.packing import Packed, pack
+from textrl_gym.plugins import load_env_task
 from textrl_gym.tasks import Task
 from textrl_gym.tokenizer import train_tokenizer
 
@@ -196,18 +196,6 @@ def load_start(task: Task, config: SFTConfig, source: PromptSource) -> tuple[Any
     texts = (source[i]["prompt"] + source[i]["completion"] for i in picked)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     return new_model(config, tokenizer, task.max_prompt_tokens + task.max_new_tokens), tokenizer
-
-
-def load_env_task(env_id: str) -> Task:
-    """The task of a registered environment id ("TLDRSummarize-v0").
-
-    Raises:
-        ValueError: there is no such environment of text.
-    """
-    spec = gymnasium.registry.get(env_id)
-    if spec is None or "task" not in spec.kwargs:
-        raise ValueError(f"unknown environment {env_id!r}; allowed: {', '.join(sorted(plugins.env_ids()))}")
-    return plugins.load_task(spec.kwargs["task"])
 
 
 def sft(env_id: str, config: SFTConfig, out: Path) -> dict[str, Any]:

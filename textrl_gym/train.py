@@ -22,8 +22,8 @@ from textrl_gym import files, health
 from textrl_gym.agent_config import Clock
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import Evaluator
-from textrl_gym.hacking import EVALUATIONS, SAMPLES, Evaluation, read_evaluations
 from textrl_gym.monitor import EvaluationCallback, RewardHackingMonitor
+from textrl_gym.run_folder import EVALUATIONS, SAMPLES, earlier_evaluations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,11 +245,6 @@ class _Run:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
         answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]
         return all(answers)
-
-
-def earlier_evaluations(agent: Any) -> list[Evaluation]:
-    """Those of a run that goes on, up to its checkpoint."""
-    return [found for found in read_evaluations(agent.out) if found.row["timesteps"] <= agent.num_timesteps]
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

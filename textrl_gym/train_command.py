@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import files
-from textrl_gym.names import find_agent, find_env
-from textrl_gym.run_settings import EnvSettings, RunSettings, as_arguments, flag, flat, make_env, parse, read_toml
+from textrl_gym.env_settings import EnvSettings, make_env
+from textrl_gym.plugins import find_env
+from textrl_gym.run_settings import RunSettings, as_arguments, find_agent, flag, flat, parse, read_toml
 
 RUN_FILE = "run.json"
 """How a run was started; `train --resume` takes its options from there."""
@@ -97,8 +98,7 @@ def resume(args: Sequence[str]) -> int:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--resume", type=Path, nargs="?")
     folder = peek.parse_known_args(args)[0].resume
-    from textrl_gym import checkpoint
-    from textrl_gym.evaluation import load_agent
+    from textrl_gym.plugins import load_agent
     from textrl_gym.train import TrainOptions
 
     saved = {}
@@ -112,7 +112,7 @@ def resume(args: Sequence[str]) -> int:
         ("options", flat(TrainOptions), TrainOptions(**saved)),
     ]
     parsed = parse("train", resume.__doc__, parts, args)
-    total = checkpoint.read_state(parsed.resume)["total_timesteps"]
+    total = files.read_state(parsed.resume)["total_timesteps"]
     agent = load_agent(parsed.resume, device=parsed.device, out=parsed.resume)
     if not agent.trains:
         raise ValueError(

@@ -1,0 +1,95 @@
+"""A run's folder: what training writes into it, and the one reader of it.
+
+progress*.json          a row for each logged update (of a resumed run, one file for each call)
+evaluations.jsonl       a row for each evaluation
+samples.jsonl           its completions
+alarms.jsonl            signs of reward hacking, as they were raised
+agent.json, model/, ... the checkpoint (see textrl_gym.checkpoint)
+best/                   the checkpoint of the best gold score, where a run may be stopped for reward hacking
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from textrl_gym import files, hacking
+from textrl_gym.hacking import Alarm, Evaluation
+
+EVALUATIONS = "evaluations.jsonl"
+
+SAMPLES = "samples.jsonl"
+
+ALARMS = "alarms.jsonl"
+
+BEST = "best"
+"""Folder of the checkpoint that the judge liked best."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What training wrote into one folder."""
+
+    name: str
+    evaluations: list[dict[str, Any]]
+    """By timesteps; the first is the start."""
+    rollouts: list[dict[str, Any]]
+    """Rows of the log, of training rollouts."""
+    samples: list[dict[str, Any]]
+    state: dict[str, Any]
+    """agent.json, empty where no checkpoint was written."""
+
+    @property
+    def start(self) -> dict[str, Any]:
+        return self.evaluations[0]
+
+    @property
+    def end(self) -> dict[str, Any]:
+        return self.evaluations[-1]
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself if it holds a run, else its subfolders that do.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    if (folder / "evaluations.jsonl").is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/evaluations.jsonl"))
+    if not found:
+        raise ValueError(f"{str(folder)!r} holds no run, and none of its subfolders does: no evaluations.jsonl")
+    return found
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's logs. What was evaluated twice, before and after a resumption, counts once."""
+    found = read_evaluations(folder)
+    if not found:
+        raise ValueError(f"{str(folder)!r} holds no evaluation yet")
+    state_file = folder / "agent.json"
+    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
+    samples = [sample for evaluation in found for sample in evaluation.samples]
+    return Run(folder.resolve().name, [evaluation.row for evaluation in found], read_rollouts(folder), samples, state)
+
+
+def read_rollouts(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log, of training rollouts. A resumed run has several files."""
+    return [row for file in sorted(folder.glob("progress*.json")) for row in files.read_json_lines(file)]
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """A run's evaluations with their completions, by timesteps, from what training wrote into a folder."""
+    return hacking.evaluations(files.read_json_lines(folder / EVALUATIONS), files.read_json_lines(folder / SAMPLES))
+
+
+def alarms(run: Run) -> list[Alarm]:
+    """What is out of bounds at the run's end; see textrl_gym.hacking."""
+    return hacking.last_alarms(hacking.evaluations(run.evaluations, run.samples))
+
+
+def earlier_evaluations(agent: Any) -> list[Evaluation]:
+    """Those of a run that goes on, up to its checkpoint."""
+    return [found for found in read_evaluations(agent.out) if found.row["timesteps"] <= agent.num_timesteps]
