@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ != "textrl_gym.agents":  # `import agents` at the repository's root would make a second copy of every module
     raise ImportError("import textrl_gym.agents, not agents: this folder is installed as textrl_gym.agents")
 
-from textrl_gym import plugins
+from textrl_gym import registry
 
 if TYPE_CHECKING:
     from textrl_gym.agent import Agent as Agent
@@ -19,7 +19,9 @@ def __getattr__(name: str) -> Any:
     if name in ("Agent", "AgentConfig"):
         module = "textrl_gym.agent" if name == "Agent" else "textrl_gym.agent_config"
         return getattr(importlib.import_module(module), name)
-    for stem in plugins.names("agents"):
+    for stem in registry.names("agents"):
         if stem.replace("_", "") == name.lower():  # GRPO in grpo.py, BestOfN in best_of_n.py
-            return plugins.load_agent_class(stem)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; agents: {', '.join(plugins.names('agents'))}")
+            return registry.load_agent_class(stem)
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}; agents: {', '.join(registry.names('agents'))}"
+    )

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from textrl_gym.comparisons import sample_texts
 from textrl_gym.overoptimisation import BestOfN, best_of_n
-from textrl_gym.plugins import load_env_task
 from textrl_gym.policy import Policy
+from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
 from textrl_gym.rewards.ensemble import Combination, combine, make
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 import textrl_gym
-from textrl_gym import functional, health, plugins
+from textrl_gym import functional, health, registry
 from textrl_gym.agent import Agent
 from textrl_gym.agents import DAPO, GRPO, PPO, SB3PPO, SB3TRPO
 from textrl_gym.agents.grpo import GRPOConfig, group_advantages, grpo_loss
 from textrl_gym.agents.ppo import PPOConfig, ppo_loss
 from textrl_gym.envs import known_optimum
-from textrl_gym.plugins import load_agent
+from textrl_gym.registry import load_agent
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}
 # Those that do not train have no gradients, no weights that change and nothing to resume: see test_decoding.py.
-AGENTS = [cls for cls in map(plugins.load_agent_class, plugins.names("agents")) if cls.trains]
+AGENTS = [cls for cls in map(registry.load_agent_class, registry.names("agents")) if cls.trains]
 # SB3's rows are in the middle of texts when a rollout ends, and a checkpoint holds no half texts (test_sb3.py).
 RESUME_EXACTLY = [cls for cls in AGENTS if cls.resumes]
 
@@ -246,7 +246,7 @@ MAXIMISERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", MAXIMISERS)
 def test_known_optimum_is_reached(name: str, tmp_path: Path) -> None:
-    cls, settings = plugins.load_agent_class(name), MAXIMISERS[name]
+    cls, settings = registry.load_agent_class(name), MAXIMISERS[name]
     agent = cls("KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path, **settings)
     reference = agent.policy.reference
     assert reference is not None
@@ -260,7 +260,7 @@ def test_known_optimum_is_reached(name: str, tmp_path: Path) -> None:
 def test_dapo_reaches_the_optimum_of_its_own_objective(tmp_path: Path) -> None:
     # Overlong shaping is a part of the reward: with a share of 2/3 and a penalty of 0.6, 0.3 off for two tokens and
     # 0.6 off for three.
-    agent = plugins.load_agent_class("dapo")(
+    agent = registry.load_agent_class("dapo")(
         "KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path,
         **(IN_REWARD | {"overlong_share": 2 / 3, "overlong_penalty": 0.6}),
     )  # fmt: skip
@@ -281,7 +281,7 @@ def test_dapo_reaches_the_optimum_of_its_own_objective(tmp_path: Path) -> None:
 def test_nlpo_reaches_the_optimum_of_its_own_objective(tmp_path: Path) -> None:
     # While the mask policy is the start, all texts but those whose every token is in the start's top-p set are
     # impossible, and of the policies on these texts pi_ref exp(r / beta), made to sum to 1, is the best.
-    agent = plugins.load_agent_class("nlpo")(
+    agent = registry.load_agent_class("nlpo")(
         "KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path, kl_coef=0.25, top_p=0.95,
         refresh_every=10**6,
     )  # fmt: skip
@@ -328,7 +328,7 @@ def test_optimum_is_the_best_of_all_policies() -> None:
 
 @pytest.mark.parametrize("name", MAXIMISERS)
 def test_copy_text_is_solved(name: str, tmp_path: Path) -> None:
-    agent = plugins.load_agent_class(name)(
+    agent = registry.load_agent_class(name)(
         "CopyText-v0", seed=0, learning_rate=3e-3, out=tmp_path, **MAXIMISERS[name]
     )  # DAPO's overlong shaping would punish the right copy, which takes the whole budget
     agent.learn(16_000, **QUIET)
@@ -350,7 +350,7 @@ def test_bad_settings_name_themselves() -> None:
     with pytest.raises(ValueError, match=r"kl_estimator 'k9'.*k1, k2, k3, full"):
         PPO("CopyText-v0", kl_estimator="k9")
     with pytest.raises(ValueError, match="unknown agent 'pppo'; allowed: "):
-        plugins.load_agent_class("pppo")
+        registry.load_agent_class("pppo")
     with pytest.raises(ValueError, match="no setting 'eval_evry'"):
         PPO("CopyText-v0").learn(10, eval_evry=1)
 

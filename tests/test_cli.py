@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from textrl_gym import cli, files
-from textrl_gym.plugins import load_agent, text_envs
+from textrl_gym.registry import load_agent, text_envs
 
 TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
 

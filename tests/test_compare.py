@@ -16,7 +16,7 @@ import pytest
 
 from textrl_gym import cell
 from textrl_gym.compare import CompareConfig, compare, lay_out, tidy
-from textrl_gym.plugins import load_agent
+from textrl_gym.registry import load_agent
 
 ENV = "CopyText-v0"
 SMALL = CompareConfig(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import textrl_gym
-from textrl_gym import credit, functional, plugins
+from textrl_gym import credit, functional, registry
 from textrl_gym.agent import Agent
 from textrl_gym.agents import DAPO, GRPO, NLPO, PPO, RLOO, SB3PPO, Reinforce, ReinforcePP
 from textrl_gym.agents.dapo import overlong
@@ -82,7 +82,7 @@ def test_pieces_of_a_broken_character_are_the_text() -> None:
 
 
 def test_pieces_of_the_embedded_tokenizer() -> None:
-    tokenizer = textrl_gym.plugins.load_task("textrl_gym.envs.tldr_summarize").load_tokenizer()
+    tokenizer = textrl_gym.registry.load_task("textrl_gym.envs.tldr_summarize").load_tokenizer()
     text = "My cat says naïve 🙂 things, and\n\nthat's  it."
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     found = credit.pieces(tokenizer, ids)
@@ -168,7 +168,7 @@ def test_dapo_shapes_its_rewards_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dpo", "online_dpo", "raft", "reference", "random", "best_of_n"])
 def test_agents_without_advantages_have_none(name: str, tmp_path: Path) -> None:
-    agent = plugins.load_agent_class(name)(ENV, out=tmp_path, rollout_episodes=16)
+    agent = registry.load_agent_class(name)(ENV, out=tmp_path, rollout_episodes=16)
     assert list(credit.token_credit(agent, texts(agent))) == ["kl", "entropy", "ratio"]
 
 

@@ -22,12 +22,12 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import textrl_gym
-from textrl_gym import plugins
+from textrl_gym import registry
 from textrl_gym.check import PROPERTIES, check_env
 from textrl_gym.core import Row, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 
-IDS = sorted(plugins.env_ids())
+IDS = sorted(registry.env_ids())
 COPY = "textrl_gym.envs.copy_text"
 EOS_ID = 0
 
@@ -314,7 +314,7 @@ def test_check_env_of_a_task_of_ones_own() -> None:
     assert check_env(TextEnv(task=Mine, reward="length")) == list(PROPERTIES)
 
 
-class Mine(plugins.load_object("textrl_gym.envs.copy_text:CopyText")):  # type: ignore[misc]
+class Mine(registry.load_object("textrl_gym.envs.copy_text:CopyText")):  # type: ignore[misc]
     """Prompts of unequal length and a long budget."""
 
     max_new_tokens = 20

@@ -15,7 +15,7 @@ from textrl_gym import hacking, report
 from textrl_gym.agents import GRPO, Reinforce
 from textrl_gym.hacking import Bounds, Evaluation
 from textrl_gym.monitor import RewardHackingMonitor
-from textrl_gym.plugins import load_agent
+from textrl_gym.registry import load_agent
 from textrl_gym.run_folder import ALARMS, BEST, alarms, earlier_evaluations, read_run
 from textrl_gym.train import TrainOptions
 

@@ -10,8 +10,8 @@ from textrl_gym import functional, tiny
 from textrl_gym.agents import NLPO, PPO
 from textrl_gym.core import Rollout
 from textrl_gym.masked import MaskedPolicy, top_p_set
-from textrl_gym.plugins import load_agent
 from textrl_gym.policy import Policy
+from textrl_gym.registry import load_agent
 from textrl_gym.rollout import collect
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}

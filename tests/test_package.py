@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import textrl_gym
-from textrl_gym import plugins
+from textrl_gym import registry
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +147,7 @@ def test_wheel_holds_every_source_file_and_asset(source: Path, wheel: Path) -> N
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert held == expected
     for kind in ("agents", "envs"):
-        for plugin in plugins.names(kind):
+        for plugin in registry.names(kind):
             assert f"textrl_gym/{kind}/{plugin}.py" in held
 
 
@@ -156,7 +156,7 @@ def test_wheel_names_its_licence_and_command(wheel: Path) -> None:
     (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
     (entry_points,) = (n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
     assert "License-Expression: Apache-2.0" in archive.read(metadata).decode()
-    assert "textrl-gym = textrl_gym.cli:main" in archive.read(entry_points).decode()
+    assert "textrl-gym = textrl_gym.cli.main:main" in archive.read(entry_points).decode()
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in archive.namelist())
 
 
@@ -168,16 +168,16 @@ def test_installed_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     code = """
 import gymnasium, textrl_gym
-from textrl_gym import plugins
+from textrl_gym import registry
 print(textrl_gym.__file__)
 for kind in ("agents", "envs", "rewards"):
-    print(kind, *plugins.names(kind))
-for env_id in plugins.env_ids():
+    print(kind, *registry.names(kind))
+for env_id in registry.env_ids():
     print("spec", gymnasium.spec(env_id).id)
 """
     done = python(code, elsewhere, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == str(site / "textrl_gym" / "__init__.py"), "the checkout was imported, not the wheel"
-    assert lines[1:4] == [" ".join((kind, *plugins.names(kind))) for kind in ("agents", "envs", "rewards")]
-    assert lines[4:] == [f"spec {env_id}" for env_id in plugins.env_ids()]
+    assert lines[1:4] == [" ".join((kind, *registry.names(kind))) for kind in ("agents", "envs", "rewards")]
+    assert lines[4:] == [f"spec {env_id}" for env_id in registry.env_ids()]

@@ -17,7 +17,7 @@ from textrl_gym.agents.raft import RAFT, best_of_groups, raft_loss
 from textrl_gym.core import Rollout
 from textrl_gym.envs import known_optimum
 from textrl_gym.pair_losses import PairConfig, as_pairs, label_pairs, pair_loss, pairs_loss
-from textrl_gym.plugins import load_agent
+from textrl_gym.registry import load_agent
 from textrl_gym.rollout import micro_batches
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 8}

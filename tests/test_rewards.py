@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from textrl_gym import plugins
+from textrl_gym import registry
 from textrl_gym.rewards import RewardFunction, load_reward
 from textrl_gym.rewards.reward_model import Bundled, RewardModel, make, micro_batches
 
@@ -42,9 +42,9 @@ NOT_CALLABLE = 3
 
 
 def test_every_file_is_a_named_reward() -> None:
-    assert {"exact_match", "length", "regex", "reward_model", "rouge", "tldr_gold"} <= set(plugins.names("rewards"))
+    assert {"exact_match", "length", "regex", "reward_model", "rouge", "tldr_gold"} <= set(registry.names("rewards"))
     needs_more = {"regex": "regex:x"}  # no pattern, no reward
-    for name in plugins.names("rewards"):
+    for name in registry.names("rewards"):
         if name not in ("reward_model", "ensemble"):  # these need a model: their own tests
             assert load_reward(needs_more.get(name, name)).name.startswith(name)
 

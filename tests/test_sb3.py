@@ -25,8 +25,8 @@ import textrl_gym
 from textrl_gym import linear, tiny
 from textrl_gym.agents import SB3A2C, SB3PPO, SB3TRPO
 from textrl_gym.envs import known_optimum
-from textrl_gym.plugins import load_agent
 from textrl_gym.policy import Policy
+from textrl_gym.registry import load_agent
 from textrl_gym.sb3 import CausalLMPolicy, PolicyLogprob, longest_texts
 from textrl_gym.sb3_env import TextVecEnv
 from textrl_gym.steps import SLACK, StepCache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from textrl_gym import plugins as _plugins
+from textrl_gym import registry as _plugins
 
 if TYPE_CHECKING:
     from textrl_gym.check import check_env as check_env

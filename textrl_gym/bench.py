@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from textrl_gym import files, flops, linear, models, plugins, sampler, tiny
+from textrl_gym import files, flops, linear, models, registry, sampler, tiny
 from textrl_gym.core import Row
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.rewards.reward_model import RewardModel
@@ -154,7 +154,7 @@ def make_agent(config: BenchConfig, **settings: Any) -> Any:
     )
     usual: dict[str, Any] = {"epochs": 1, "minibatches": 1, "lr_schedule": "constant"}
     usual |= {"dtype": config.dtype, "cuda_graphs": config.cuda_graphs}
-    return plugins.load_agent_class(config.agent)(env, device=str(device), **(usual | settings))
+    return registry.load_agent_class(config.agent)(env, device=str(device), **(usual | settings))
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:

@@ -73,12 +73,12 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
 
 def trained(folder: Path, spec: dict[str, Any]) -> Any:
     """The agent of a saved folder, or the one that training ends with."""
-    from textrl_gym import plugins
-    from textrl_gym.plugins import load_agent
+    from textrl_gym import registry
+    from textrl_gym.registry import load_agent
 
     if Path(spec["agent"]).is_dir():
         return load_agent(spec["agent"], device=spec["device"])
-    agent_class = plugins.load_agent_class(spec["agent"])
+    agent_class = registry.load_agent_class(spec["agent"])
     files.finish_folder(folder)
     goes_on = (folder / files.STATE_FILE).is_file() and agent_class.resumes
     if goes_on:

@@ -21,7 +21,7 @@ from typing import Any
 
 from textrl_gym.compare_command import compare, report, watch
 from textrl_gym.judge_command import evaluate, judge, print_rows
-from textrl_gym.plugins import find_env, text_envs, unknown
+from textrl_gym.registry import find_env, text_envs, unknown
 from textrl_gym.run_settings import flag, flat, parse, place
 from textrl_gym.train_command import train
 
@@ -80,13 +80,13 @@ def envs(args: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from textrl_gym import plugins
+    from textrl_gym import registry
 
     table = Table()
     for heading in ("id", "task", "prompt tokens", "new tokens", "reward"):
         table.add_column(heading, no_wrap=heading == "id", justify="right" if "tokens" in heading else "left")
     for env_id, path in sorted(text_envs().items()):
-        task = plugins.load_task(path)
+        task = registry.load_task(path)
         lines = (type(task).__doc__ or "").strip().splitlines() or [""]
         budgets = (str(task.max_prompt_tokens), str(task.max_new_tokens))
         reward = task.reward if isinstance(task.reward, str) else repr(task.reward)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import cell, files, hacking, plugins
+from textrl_gym import cell, files, hacking, registry
 from textrl_gym.agent_config import make_config
 from textrl_gym.env_settings import parse_reward
 from textrl_gym.live import LiveTable
@@ -103,7 +103,7 @@ def settings_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
             if settings:
                 raise ValueError(f"set: {agent!r} is a saved agent, whose settings are what they are")
             continue
-        agent_class = plugins.load_agent_class(agent)
+        agent_class = registry.load_agent_class(agent)
         make_config(agent_class.Config, settings, agent)
     return found
 
@@ -115,7 +115,7 @@ def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
     found = {}
     for agent, settings in settings_of(config).items():
         saved = Path(agent).is_dir()
-        trains = not saved and plugins.load_agent_class(agent).trains
+        trains = not saved and registry.load_agent_class(agent).trains
         short = Path(agent).resolve().name if saved else agent.replace(":", ".")
         for coef in (None,) if saved else config.kl_coef or (None,):
             for seed in range(config.seeds if trains else 1):
@@ -241,7 +241,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     from textrl_gym.judges import load_scorer
     from textrl_gym.rewards import load_reward
 
-    task = plugins.load_task(gymnasium.spec(environment).kwargs["task"])
+    task = registry.load_task(gymnasium.spec(environment).kwargs["task"])
     if config.judge is not None:  # a wrong name is told before any run begins
         load_scorer(config.judge, task=task)
     if config.reward is not None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from textrl_gym.plugins import find_env
+from textrl_gym.registry import find_env
 from textrl_gym.run_settings import find_agent, flag, flat, parse, place
 
 

@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from textrl_gym import files, functional, plugins
+from textrl_gym import files, functional, registry
 from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.decoders import Lookahead
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.kl import KLPenalty
-from textrl_gym.plugins import load_agent
 from textrl_gym.policy import Policy
+from textrl_gym.registry import load_agent
 from textrl_gym.rollout import rollout_of, unique_ids, vector_env
 from textrl_gym.sampler import Completions
 
@@ -201,7 +201,7 @@ class CriticAgent(Agent, abc.ABC):
         return KLPenalty(saved if self.config.kl_coef is None and coef == 0 else coef, mdp.kl_estimator)
 
     def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
-        if model is not None and self._saved()["agent"] == plugins.path_of(type(self), "agents"):
+        if model is not None and self._saved()["agent"] == registry.path_of(type(self), "agents"):
             return super()._make_policy(mdp, model, reference)  # load(): `ppo` is this agent's own checkpoint
         if model is not None or reference is not None:
             raise ValueError(f"model and reference are those of ppo={self.config.ppo!r}: leave them out")

@@ -15,8 +15,8 @@ from torch import Tensor
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.judges import Answer, load_scorer, reward_of
-from textrl_gym.plugins import load_agent
 from textrl_gym.policy import Policy
+from textrl_gym.registry import load_agent
 from textrl_gym.rollout import collect, token_entropy, vector_env
 from textrl_gym.statistics import outcomes
 from textrl_gym.text_metrics import text_metrics

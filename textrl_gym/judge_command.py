@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from textrl_gym.plugins import find_env, text_envs
+from textrl_gym.registry import find_env, text_envs
 from textrl_gym.run_settings import flag, flat, parse, place
 
 
@@ -101,7 +101,7 @@ def _agent(folder: Path, parsed: Any) -> Any:
     """The saved agent, in its own environment or in the one that was named."""
     import gymnasium
 
-    from textrl_gym.plugins import load_agent
+    from textrl_gym.registry import load_agent
 
     env = None
     if parsed.env is not None:
@@ -199,10 +199,10 @@ def judge(args: Sequence[str]) -> int:
 
 def _reader(environment: str) -> Any:
     """What the comparison's task knows of its prompts; nothing where it is not registered here."""
-    from textrl_gym import plugins
+    from textrl_gym import registry
     from textrl_gym.judging import Reader
 
     if environment not in text_envs():
         return Reader()
-    task = plugins.load_task(text_envs()[environment])
+    task = registry.load_task(text_envs()[environment])
     return Reader(task, task.load_tokenizer(), task.rows("validation"), task.max_prompt_tokens)

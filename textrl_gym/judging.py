@@ -19,7 +19,7 @@ from textrl_gym import cell, pairwise
 from textrl_gym.comparison_data import Comparison, Group, Result
 from textrl_gym.core import PromptSource, Row, StopReason
 from textrl_gym.judges import Answer, Judge
-from textrl_gym.plugins import unknown
+from textrl_gym.registry import unknown
 from textrl_gym.statistics import Array, Estimate
 
 START, HUMAN = "start", "human"

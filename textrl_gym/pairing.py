@@ -20,8 +20,8 @@ from textrl_gym import adapters, files, models
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import sample_texts
 from textrl_gym.core import Row
-from textrl_gym.plugins import load_env_task
 from textrl_gym.policy import Policy
+from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
 from textrl_gym.sft import progress_bar
 

@@ -29,9 +29,9 @@ from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.induction import cosine, descend
 from textrl_gym.pairwise import agreement
-from textrl_gym.plugins import load_env_task
 from textrl_gym.policy import Policy
 from textrl_gym.reading import learn_to_read
+from textrl_gym.registry import load_env_task
 from textrl_gym.reward_measures import gaps, gold_agreement, normalisation, raw_rewards, references, score_all
 from textrl_gym.reward_report import accuracy_row, accuracy_table, calibration
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from textrl_gym.env_settings import parse_reward
-from textrl_gym.plugins import unknown
+from textrl_gym.registry import unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +152,12 @@ def place(kind: Any, about: str) -> Any:
 
 def find_agent(name: str) -> Any:
     """The agent class of a file in agents/, or at module:Class."""
-    from textrl_gym import plugins
+    from textrl_gym import registry
     from textrl_gym.agent import Agent
 
-    if ":" not in name and name not in plugins.names("agents"):
-        raise unknown("agent", name, plugins.names("agents"), ", or module:Class")
-    found = plugins.load_agent_class(name)
+    if ":" not in name and name not in registry.names("agents"):
+        raise unknown("agent", name, registry.names("agents"), ", or module:Class")
+    found = registry.load_agent_class(name)
     if not (isinstance(found, type) and issubclass(found, Agent)):
         raise ValueError(f"{name!r} is {found!r}, not a subclass of textrl_gym.agents.Agent")
     return found

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from textrl_gym import adapters, checkpoint, files, models, plugins
+from textrl_gym import adapters, checkpoint, files, models, registry
 from textrl_gym.agent_config import Clock
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.rollout import vector_env
@@ -66,9 +66,9 @@ class Saved:
     def _state(self) -> dict[str, Any]:
         mdp = self.env
         settings = {k: v for k, v in mdp.settings.items() if k not in ("task", "autoreset_mode", "device")}
-        task_path = next((t for t in plugins.env_ids().values() if t == type(mdp.task).__module__), None)
+        task_path = next((t for t in registry.env_ids().values() if t == type(mdp.task).__module__), None)
         return {
-            "agent": plugins.path_of(type(self), "agents"),
+            "agent": registry.path_of(type(self), "agents"),
             "task": task_path or f"{type(mdp.task).__module__}:{type(mdp.task).__qualname__}",
             "env": {k: v for k, v in settings.items() if files.jsonable(v)},
             "env_not_saved": sorted(k for k, v in settings.items() if not files.jsonable(v) and k != "tokenizer"),
@@ -117,7 +117,7 @@ class Saved:
                 written down (a callable reward, say), and no env was given.
         """
         folder, state = Path(path), files.read_state(path)
-        if plugins.load_agent_class(state["agent"]) is not cls:
+        if registry.load_agent_class(state["agent"]) is not cls:
             raise ValueError(f"{str(path)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
         if env is None and state["env_not_saved"]:
             raise ValueError(

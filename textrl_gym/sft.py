@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from textrl_gym import files, induction
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.packing import Packed, pack
-from textrl_gym.plugins import load_env_task
+from textrl_gym.registry import load_env_task
 from textrl_gym.tasks import Task
 from textrl_gym.tokenizer import train_tokenizer
 

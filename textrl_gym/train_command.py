@@ -12,7 +12,7 @@ from typing import Any
 
 from textrl_gym import files
 from textrl_gym.env_settings import EnvSettings, make_env
-from textrl_gym.plugins import find_env
+from textrl_gym.registry import find_env
 from textrl_gym.run_settings import RunSettings, as_arguments, find_agent, flag, flat, parse, read_toml
 
 RUN_FILE = "run.json"
@@ -98,7 +98,7 @@ def resume(args: Sequence[str]) -> int:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--resume", type=Path, nargs="?")
     folder = peek.parse_known_args(args)[0].resume
-    from textrl_gym.plugins import load_agent
+    from textrl_gym.registry import load_agent
     from textrl_gym.train import TrainOptions
 
     saved = {}

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from textrl_gym import models, plugins
+from textrl_gym import models, registry
 from textrl_gym.actions import parse, penalty, to_tensor
 from textrl_gym.core import RewardSpec, Row, Scores, StopReason
 from textrl_gym.infos import final_info, reset_infos, with_finals
@@ -85,7 +85,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
     ) -> None:
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "num_envs", "__class__")}
         """The keyword arguments as they were given, from which `remake` makes more of the same."""
-        self.task = plugins.load_task(task)
+        self.task = registry.load_task(task)
         self.num_envs, self.group_size = num_envs, group_size
         self.max_prompt_tokens = self.task.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens
         self.max_new_tokens = self.task.max_new_tokens if max_new_tokens is None else max_new_tokens

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textrl_gym import plugins
+from textrl_gym import registry
 from textrl_gym.core import RewardSpec
 
 
@@ -100,7 +100,7 @@ def load_reward(
 
 def _load_named(spec: str, given: dict[str, Any]) -> Callable[..., Any]:
     name, colon, argument = spec.partition(":")
-    if name in plugins.names("rewards"):
+    if name in registry.names("rewards"):
         module = importlib.import_module(f"textrl_gym.rewards.{name}")
         if hasattr(module, "make"):
             return module.make(argument if colon else None, **_accepted(module.make, given))
@@ -114,7 +114,7 @@ def _load_named(spec: str, given: dict[str, Any]) -> Callable[..., Any]:
         where = f": there is no such folder in {Path.cwd()}" if "/" in spec else ""
         raise ValueError(f"unknown reward {spec!r}{where}; allowed: {_allowed()}")
     try:
-        found = plugins.load_object(spec)
+        found = registry.load_object(spec)
     except ValueError as error:
         raise ValueError(f"unknown reward {spec!r}: {error}; allowed: {_allowed()}") from error
     if not callable(found):
@@ -123,7 +123,7 @@ def _load_named(spec: str, given: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _allowed() -> str:
-    names = ", ".join(plugins.names("rewards"))
+    names = ", ".join(registry.names("rewards"))
     return f"{names}, each also with an argument as name:argument; package.module:name; a folder with a reward model"
 
 
