@@ -4,7 +4,7 @@
     python examples/ensemble_curve.py runs/weak5 --plot runs/weak5/curve.html
 
 A pool of completions of each held-out post is sampled once from the start policy. All selectors choose from it, and
-what the best of n is worth is averaged over all choices of n from the pool (textrl_gym.overoptimisation.best_of_n).
+what the best of n is worth is averaged over all choices of n from the pool (stats.overoptimization.best_of_n).
 """
 
 import argparse
@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from textrl_gym.comparisons import sample_texts
-from textrl_gym.overoptimisation import BestOfN, best_of_n
 from textrl_gym.policy import Policy
 from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
 from textrl_gym.rewards.ensemble import Combination, combine, make
+from textrl_gym.stats.overoptimization import BestOfN, best_of_n
 
 ROWS_AT_ONCE = 1024
 

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from textrl_gym import cli, pairwise, report, statistics
+from textrl_gym import cli, report
 from textrl_gym import comparison_numbers as numbers
 from textrl_gym.compare import tidy
 from textrl_gym.compare_command import show_page
@@ -29,6 +29,7 @@ from textrl_gym.comparison_drawing import DARK, LIGHT
 from textrl_gym.comparison_figures import printed
 from textrl_gym.comparison_page import comparison_report, embedded
 from textrl_gym.run_folder import alarms, read_run
+from textrl_gym.stats import estimates, pairwise
 
 EVIL = '<script>document.title = "owned"</script>&amp;<img src=x onerror=alert(1)>'
 PROMPTS = ["first question", "second question", EVIL, "the fourth"]
@@ -200,7 +201,7 @@ def test_an_agent_that_does_not_train_needs_no_seeds(tmp_path: Path) -> None:
     assert [group.label for group in comparison.groups if group.untrained] == ["reference"]
     alpha = [float(np.mean(gold)) for gold in ALPHA.values()]
     first, rest = numbers.verdicts(comparison)
-    said = statistics.verdict("alpha", alpha, "reference", float(np.mean(START)), confidence=0.984)
+    said = estimates.verdict("alpha", alpha, "reference", float(np.mean(START)), confidence=0.984)
     assert f"alpha and reference: {said}" in first + rest
     told = " ".join(numbers.cautions(comparison))
     assert "my:Beta has one seed" in told
@@ -227,7 +228,7 @@ def made(folder: Path) -> tuple[str, Page]:
     return read(folder)
 
 
-def shown(estimate: statistics.Estimate, digits: int = 3) -> str:
+def shown(estimate: estimates.Estimate, digits: int = 3) -> str:
     return f"{estimate.value:.{digits}f} | {estimate.low:.{digits}f} to {estimate.high:.{digits}f}"
 
 
@@ -237,7 +238,7 @@ def shown(estimate: statistics.Estimate, digits: int = 3) -> str:
 def test_the_summary_holds_the_numbers_of_statistics(made: tuple[str, Page]) -> None:
     row = made[1].row("Summary", "alpha")
     finals = [0.4, 0.5, 0.6]  # the means of ALPHA's rows
-    assert row["gold, IQM (95%)"] == shown(statistics.iqm([finals]))
+    assert row["gold, IQM (95%)"] == shown(estimates.iqm([finals]))
     assert row["gold, IQM (95%)"].startswith("0.500 |")  # of three runs it is the mean
     # Against START: seed 0 wins, ties, wins, wins; seeds 1 and 2 win all. Means over seeds: 1, 2.5/3, 1, 1.
     outcome_N = np.array([1, 2.5 / 3, 1, 1])
@@ -257,7 +258,7 @@ def test_one_seed_has_no_interval_and_the_page_says_so(made: tuple[str, Page]) -
     row = made[1].row("Summary", "my:Beta")
     assert row["gold, IQM (95%)"] == "0.250"
     words = "".join(made[1].words)
-    assert statistics.verdict("alpha", [0.4, 0.5, 0.6], "my:Beta", [0.25]) in words
+    assert estimates.verdict("alpha", [0.4, 0.5, 0.6], "my:Beta", [0.25]) in words
     assert "my:Beta has one seed: there is no interval over seeds" in words
     assert "76% of cases with 3 seeds" in words
 
@@ -271,7 +272,7 @@ def test_pairs_are_on_the_same_prompts(made: tuple[str, Page], folder: Path) -> 
     assert row[3] == "-"  # one run against three has no interval of a difference
     assert row[4].startswith("1.00 (")  # each of alpha's runs has more than 0.25
     (pair,) = numbers.pairs(comparison, comparison.groups)
-    assert pair.improvement == statistics.probability_of_improvement([[0.4, 0.5, 0.6]], [[0.25]])
+    assert pair.improvement == estimates.probability_of_improvement([[0.4, 0.5, 0.6]], [[0.25]])
     players = np.array([*ALPHA.values(), *BETA.values()])
     elo = [e.scaled(pairwise.ELO_PER_NAT) for e in pairwise.bradley_terry_on_prompts(players, resamples=500)]
     rated = page.row("Bradley-Terry ratings", "alpha")["Elo points"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import textrl_gym
-from textrl_gym import cli, judging, pairwise
+from textrl_gym import cli, judging
 from textrl_gym.agents import GRPO
 from textrl_gym.core import Row
 from textrl_gym.env import TextVectorEnv
@@ -21,7 +21,8 @@ from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.evaluation import Evaluator, entropy
 from textrl_gym.judges import Answer, Noisy, Pointwise, load_judge, load_scorer
 from textrl_gym.policy import Policy
-from textrl_gym.statistics import Array
+from textrl_gym.stats import pairwise
+from textrl_gym.stats.estimates import Array
 from textrl_gym.tasks import Task
 
 

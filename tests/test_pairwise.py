@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import optimize, special, stats
 
-from textrl_gym import pairwise
-from textrl_gym.pairwise import ELO_PER_NAT
+from textrl_gym.stats import pairwise
+from textrl_gym.stats.pairwise import ELO_PER_NAT
 
 Z = float(stats.norm.ppf(0.975))
 

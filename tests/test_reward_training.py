@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import cli, comparisons, models, pairwise, reward_measures, reward_report, reward_training, sft
+from textrl_gym import cli, comparisons, models, reward_measures, reward_report, reward_training, sft
 from textrl_gym.comparisons import Comparer, Comparison
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.policy import Policy
 from textrl_gym.reward_training import RewardModelConfig
 from textrl_gym.rewards import load_reward
+from textrl_gym.stats import pairwise
 
 TINY_SFT = sft.SFTConfig(
     steps=2, batch_size=2, copy_steps=0, hidden_size=16, intermediate_size=32, layers=2, eval_rows=2

@@ -1,4 +1,4 @@
-"""What a comparison's page says in numbers and sentences; the statistics are those of textrl_gym.statistics and others.
+"""What a comparison's page says in numbers and sentences; the statistics are those of stats.estimates and others.
 
 Shape legend: S seeds, N prompts. Scores of runs are those of the last evaluation, on the same prompts for all.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from textrl_gym import overoptimisation, pairwise, statistics
 from textrl_gym.comparison_data import Comparison, Group, Result
-from textrl_gym.statistics import Array, Estimate
+from textrl_gym.stats import estimates, overoptimization, pairwise
+from textrl_gym.stats.estimates import Array, Estimate
 
 Number = Estimate | float | None
 """A number with its interval, without one, or none."""
@@ -55,7 +55,7 @@ def summarise(comparison: Comparison, group: Group) -> Summary:
 
 def iqm(scores: Sequence[float]) -> Number:
     """With its interval from two runs on."""
-    return float(scores[0]) if len(scores) == 1 else statistics.iqm([scores])
+    return float(scores[0]) if len(scores) == 1 else estimates.iqm([scores])
 
 
 def against_start(group: Group, gold: str) -> tuple[Number, Number]:
@@ -64,7 +64,7 @@ def against_start(group: Group, gold: str) -> tuple[Number, Number]:
     So the intervals are about other prompts, and not about other seeds.
     """
     pairs = [(run.column(gold), run.start(gold)) for run in group.runs if run.episodes]
-    won = [statistics.outcomes(own_N, start_N) for own_N, start_N in pairs if start_N is not None]
+    won = [estimates.outcomes(own_N, start_N) for own_N, start_N in pairs if start_N is not None]
     if not won or len(won) < len(group.runs) or len({len(won_N) for won_N in won}) > 1:
         rates = group.finals("win_rate")
         return (float(np.mean(rates)) if rates else None), None
@@ -88,7 +88,7 @@ def count_collapsed(group: Group, gold: str) -> tuple[int, int] | None:
     if not ends:
         return None
     start_R, final_R = np.array(ends).T
-    return int(overoptimisation.collapsed(start_R, final_R).sum()), len(ends)
+    return int(overoptimization.collapsed(start_R, final_R).sum()), len(ends)
 
 
 def trained(group: Group, gold: str) -> list[list[dict[str, float]]]:
@@ -112,7 +112,7 @@ def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
     for a, b in itertools.combinations(groups, 2):
         scores = [x.finals(comparison.gold) for x in (a, b)]
         seeds = [x[0] if group.untrained else x for x, group in zip(scores, (a, b), strict=True)]
-        said = statistics.verdict(a.label, seeds[0], b.label, seeds[1], confidence=confidence)
+        said = estimates.verdict(a.label, seeds[0], b.label, seeds[1], confidence=confidence)
         (first if a is groups[0] else rest).append(f"{a.label} and {b.label}: {said}")
     return first, rest
 
@@ -187,7 +187,7 @@ def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
 def best_of_n_kls(comparison: Comparison) -> dict[int, float]:
     """n of every agent best_of_n -> the bound of its KL, in nats."""
     found = {run.state["config"]["n"] for run in comparison.runs if run.state.get("agent") == "best_of_n"}
-    return {n: overoptimisation.best_of_n_kl_bound(n) for n in sorted(found)}
+    return {n: overoptimization.best_of_n_kl_bound(n) for n in sorted(found)}
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
@@ -235,11 +235,11 @@ def pairs(comparison: Comparison, groups: Sequence[Group]) -> list[Pair]:
     found = []
     for a, b in itertools.combinations(groups, 2):
         a_SN, b_SN = gold[a.label], gold[b.label]
-        outcome_N = statistics.outcomes(a_SN[:, None], b_SN[None]).mean((0, 1))
+        outcome_N = estimates.outcomes(a_SN[:, None], b_SN[None]).mean((0, 1))
         alike = (len(a_SN) == 1) == (len(b_SN) == 1) and a_SN.shape[1] > 1
-        difference = statistics.paired_difference(a_SN, b_SN).mean if alike else None
+        difference = estimates.paired_difference(a_SN, b_SN).mean if alike else None
         scores = [a.finals(comparison.gold)], [b.finals(comparison.gold)]
-        improvement = statistics.probability_of_improvement(*scores)
+        improvement = estimates.probability_of_improvement(*scores)
         found.append(Pair(a, b, pairwise.win_rate(outcome_N), difference, improvement))
     return found
 
@@ -274,7 +274,7 @@ def profile(comparison: Comparison) -> tuple[list[float], dict[str, list[Estimat
     for group in comparison.groups:
         own = group.finals(comparison.gold)
         if len(own) > 1:
-            found[group.label] = statistics.performance_profile([own], threshold_K)
+            found[group.label] = estimates.performance_profile([own], threshold_K)
         else:
             share = (own[0] > threshold_K).astype(float).tolist()
             found[group.label] = [Estimate(s, math.nan, math.nan) for s in share]
@@ -294,7 +294,7 @@ class Training:
     best: tuple[float, float]
     """Of the mean gold by evaluation: the KL where it is highest, and how high."""
     end: tuple[float, float]
-    fit: overoptimisation.GoldCurve | None
+    fit: overoptimization.GoldCurve | None
 
 
 def training(group: Group) -> Training | None:
@@ -313,7 +313,7 @@ def training(group: Group) -> Training | None:
     end = (mean_of([some[-1] for some in runs], "kl_sequence"), mean_of([some[-1] for some in runs], "judge"))
     gain_N = np.array([row["judge"] for row in rows]) - start
     enough = len(set(kl_N[kl_N > 0].tolist())) >= FIT_POINTS
-    fit = overoptimisation.fit_gold_curve(kl_N, gain_N, "rl") if enough else None
+    fit = overoptimization.fit_gold_curve(kl_N, gain_N, "rl") if enough else None
     gold, proxy = [row["judge"] for row in rows], [row["score"] for row in rows]
     best = max([*means, end], key=lambda point: point[1])
     return Training(group, kl_N.tolist(), gold, proxy, start, best, end, fit)
@@ -324,13 +324,13 @@ def mean_of(rows: Sequence[dict[str, float]], key: str) -> float:
     return float(np.mean([row[key] for row in rows]))
 
 
-def length_trend(group: Group, key: str) -> overoptimisation.LengthTrend | None:
+def length_trend(group: Group, key: str) -> overoptimization.LengthTrend | None:
     """Score against tokens of all completions of the last evaluations; None where there is no slope."""
     runs = [run for run in group.runs if run.episodes and all(key in e and "tokens" in e for e in run.episodes)]
     if not runs or sum(len(run.episodes) for run in runs) < 3:
         return None
     score_N, length_N = (np.concatenate([run.column(name) for run in runs]) for name in (key, "tokens"))
-    return overoptimisation.reward_against_length(score_N, length_N, buckets=10)
+    return overoptimization.reward_against_length(score_N, length_N, buckets=10)
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ import numpy as np
 
 from textrl_gym.core import Row
 from textrl_gym.judges import ENDPOINT, Answer
-from textrl_gym.statistics import Array
+from textrl_gym.stats.estimates import Array
 
 TEMPLATE = """Two answers were given to one task. Which of them does the task better?
 

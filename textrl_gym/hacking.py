@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from textrl_gym.overoptimisation import distinct_n
+from textrl_gym.stats.overoptimization import distinct_n
 
 GOLD = "gold"
 SHORT = 8

@@ -17,7 +17,7 @@ import torch
 
 from textrl_gym.core import RewardSpec, Row
 from textrl_gym.rewards import RewardFunction, load_reward
-from textrl_gym.statistics import Array, outcomes
+from textrl_gym.stats.estimates import Array, outcomes
 
 GOLD = "gold"
 """The name of a task's own judge."""

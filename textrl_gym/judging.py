@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from textrl_gym import cell, pairwise
+from textrl_gym import cell
 from textrl_gym.comparison_data import Comparison, Group, Result
 from textrl_gym.core import PromptSource, Row, StopReason
 from textrl_gym.judges import Answer, Judge
 from textrl_gym.registry import unknown
-from textrl_gym.statistics import Array, Estimate
+from textrl_gym.stats import pairwise
+from textrl_gym.stats.estimates import Array, Estimate
 
 START, HUMAN = "start", "human"
 """Opponents that are no agents: what the model answered from which all began, and the rows' reference texts."""

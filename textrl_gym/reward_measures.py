@@ -14,7 +14,7 @@ from torch import Tensor
 
 from textrl_gym.comparisons import Comparison
 from textrl_gym.packing import pack
-from textrl_gym.pairwise import agreement
+from textrl_gym.stats.pairwise import agreement
 
 CLEAR = 0.2  # a difference of the judge's scores from which on the reward model should agree with it
 
@@ -55,7 +55,7 @@ def gold_agreement(
 ) -> float | None:
     """Agreement of the rewards with the judge on pairs whose judge's scores differ by at least `gap`.
 
-    See textrl_gym.pairwise.agreement. With samples_only, of pairs of the policy's samples. None where there is no such
+    See stats.pairwise.agreement. With samples_only, of pairs of the policy's samples. None where there is no such
     pair.
     """
     differences = []

@@ -2,8 +2,8 @@
 
 With r_w - r_l the difference of the raw rewards of a pair's chosen and rejected completion:
 
-    accuracy       share of pairs with r_w > r_l, equal rewards counting half (textrl_gym.pairwise.agreement)
-    interval       Wilson's score interval of that share (textrl_gym.pairwise.win_rate), 95%. It takes pairs for
+    accuracy       share of pairs with r_w > r_l, equal rewards counting half (textrl_gym.stats.pairwise.agreement)
+    interval       Wilson's score interval of that share (textrl_gym.stats.pairwise.win_rate), 95%. It takes pairs for
                    independent; those of one prompt are not, so with many pairs a prompt it is too narrow.
     predicted      sigmoid(|r_w - r_l|): how sure the model is of its own order, which is what it was trained to say
     ECE            sum over bins of (pairs in bin / pairs) |mean predicted - accuracy in bin|  (Guo et al. 2017,
@@ -18,8 +18,8 @@ from typing import Any
 
 from rich.table import Table
 
-from textrl_gym.pairwise import agreement, win_rate
-from textrl_gym.statistics import outcomes
+from textrl_gym.stats.estimates import outcomes
+from textrl_gym.stats.pairwise import agreement, win_rate
 
 BINS = 10
 ALL = "all"

@@ -28,7 +28,6 @@ from textrl_gym import files, models
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.induction import cosine, descend
-from textrl_gym.pairwise import agreement
 from textrl_gym.policy import Policy
 from textrl_gym.reading import learn_to_read
 from textrl_gym.registry import load_env_task
@@ -37,6 +36,7 @@ from textrl_gym.reward_report import accuracy_row, accuracy_table, calibration
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
 from textrl_gym.rewards.reward_model import FILE
 from textrl_gym.sft import progress_bar
+from textrl_gym.stats.pairwise import agreement
 
 RECORD = "reward_training.json"
 """What was asked for and measured, in a reward model's folder."""

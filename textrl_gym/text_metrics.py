@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from textrl_gym.overoptimisation import distinct_n, repetition
 from textrl_gym.rewards import rouge
+from textrl_gym.stats.overoptimization import distinct_n, repetition
 
 REPEATED = 4
 """Words in a run that counts as repeated: single words and pairs come back in any text."""

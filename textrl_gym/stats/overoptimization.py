@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from textrl_gym.statistics import Array, Estimate, vector, z_quantile
+from textrl_gym.stats.estimates import Array, Estimate, vector, z_quantile
 
 Form = Literal["best_of_n", "rl"]
 

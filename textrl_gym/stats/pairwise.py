@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from textrl_gym.statistics import Array, Estimate, outcomes, vector, z_quantile
+from textrl_gym.stats.estimates import Array, Estimate, outcomes, vector, z_quantile
 
 ELO_PER_NAT = 400 / math.log(10)
 """A rating in nats (the log odds of a win) times this is in Elo points: 400 points are odds of 10 to 1."""

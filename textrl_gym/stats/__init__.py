@@ -1,0 +1,29 @@
+"""Statistics on numpy arrays: no torch, no text.
+
+estimates           means and interquartile means with their intervals; paired differences
+pairwise            win rates, with length taken out; agreement; Bradley-Terry ratings
+overoptimization    gold score against KL, best of n, reward against length
+"""
+
+from __future__ import annotations
+
+from textrl_gym.lazy import lazy
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "Estimate": "estimates",
+        "iqm": "estimates",
+        "performance_profile": "estimates",
+        "probability_of_improvement": "estimates",
+        "difference_of_means": "estimates",
+        "paired_difference": "estimates",
+        "outcomes": "estimates",
+        "win_rate": "pairwise",
+        "length_controlled_win_rate": "pairwise",
+        "bradley_terry": "pairwise",
+        "fit_gold_curve": "overoptimization",
+        "best_of_n": "overoptimization",
+        "reward_against_length": "overoptimization",
+    },
+)
