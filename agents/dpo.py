@@ -7,7 +7,7 @@ For a prompt x with a chosen completion y_w and a rejected one y_l, and beta = k
 At the reference its gradient is -beta/2 times the difference of the completions' d log pi. loss="ipo" and "hinge" are
 other functions of the same difference (textrl_gym.pair_losses has them, with their sources).
 
-The pairs come from `pairs=`, a file or a Hub id in any schema of textrl_gym.preferences; or, where none is given, two
+The pairs come from `pairs=`, a file or a Hub id in any schema of data.preferences; or, where none is given, two
 completions of a prompt are sampled from the reference (which is the start, unless another is given) and labelled by the
 environment's own reward, as section 4 of the paper has it. They are sampled as they are first needed, num_pairs at
 most, and never again: nothing that the trained policy writes is ever seen. Then, or where a file ends, the next pass

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textrl_gym import prompts, tiny
+from textrl_gym import tiny
 from textrl_gym.core import Row
+from textrl_gym.data import prompts
 from textrl_gym.packing import pad
 from textrl_gym.policy import Policy
 from textrl_gym.tasks import Task

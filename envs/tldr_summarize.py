@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
-from textrl_gym import prompts
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.corpus import KINDS, TLDRCorpus, corrupted_summaries, mediocre_summary, slots_of
+from textrl_gym.data import prompts
 from textrl_gym.phrases import bank, compose
 from textrl_gym.tasks import Task
 

@@ -15,8 +15,6 @@ FLOORS: tuple[frozenset[str], ...] = (
             "data",
             "models",
             "worlds",
-            "prompts",
-            "preferences",
             "adapters",
             "tokenizer",
             "tiny",

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from textrl_gym import cli, pairing, preferences
+from textrl_gym import cli, pairing
 from textrl_gym.agents import GRPO
+from textrl_gym.data import preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.pairing import Labeller, PreferenceConfig, draw_prompts, make_preferences

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from textrl_gym import comparisons, models, preferences
+from textrl_gym import comparisons, models
+from textrl_gym.data import preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from textrl_gym import prompts
+from textrl_gym.data import prompts
 
 DATA = os.environ.get("TEXTRL_GYM_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="TEXTRL_GYM_DATA names no folder of real data")

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from textrl_gym import preferences, prompts, sampler
+from textrl_gym import sampler
 from textrl_gym.core import Row
+from textrl_gym.data import preferences, prompts
 from textrl_gym.packing import pad
 from textrl_gym.policy import Policy
 from textrl_gym.rewards import load_reward
@@ -136,7 +137,7 @@ def read_preferences(
     seed: int = 0,
     whole: bool = False,
 ) -> list[Comparison]:
-    """A user's preferences, in any schema of `textrl_gym.preferences`, as token ids within the task's budgets.
+    """A user's preferences, in any schema of `textrl_gym.data.preferences`, as token ids within the task's budgets.
 
     A prompt that is too long is cut as the task cuts it; a dialogue, or what does not end as the task's prompts do,
     loses its beginning. A completion that the budget cuts has no EOS; two that are equal within it are no pair.
@@ -146,7 +147,7 @@ def read_preferences(
         whole: take the whole of what has no held-out split.
 
     Raises:
-        ValueError: see `textrl_gym.preferences.load`; or no pair is left within the budget.
+        ValueError: see `textrl_gym.data.preferences.load`; or no pair is left within the budget.
     """
     prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
     found = []

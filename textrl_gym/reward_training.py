@@ -53,7 +53,7 @@ class RewardModelConfig:
     its samples take turns: they are nearer to what an optimised policy writes."""
     dataset: tuple[str, ...] = ()
     """Preferences to learn, one or several: Hub ids, local files or folders, each in a schema of
-    `textrl_gym.preferences`; none: simulated annotators compare samples of the model and the task's `candidates`."""
+    `data.preferences`; none: simulated annotators compare samples of the model and the task's `candidates`."""
     eval_dataset: tuple[str, ...] = ()
     """Preferences to measure the accuracy on besides; a single file as a whole."""
     curve: tuple[int, ...] = ()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from textrl_gym import models, prompts
+from textrl_gym import models
 from textrl_gym.core import PromptSource, RewardSpec, Row
+from textrl_gym.data import prompts
 
 
 class Task:

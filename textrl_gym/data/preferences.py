@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import prompts
+from textrl_gym.data import prompts
 
 Row = Mapping[str, Any]
 Talk = list[dict[str, str]]
