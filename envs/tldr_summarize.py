@@ -9,10 +9,10 @@ from importlib.resources import files
 from typing import Any
 
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.corpus import KINDS, TLDRCorpus, corrupted_summaries, mediocre_summary, slots_of
 from textrl_gym.data import prompts
-from textrl_gym.phrases import bank, compose
 from textrl_gym.tasks import Task
+from textrl_gym.worlds.tldr import KINDS, TLDRCorpus, corrupted_summaries, mediocre_summary, slots_of
+from textrl_gym.worlds.tldr_grammar import bank, compose
 
 ID = "TLDRSummarize-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "tldr")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textrl_gym.annotators import Annotators
-from textrl_gym.corpus import TLDRCorpus, mediocre_summary
 from textrl_gym.rewards.tldr_gold import score_parts
+from textrl_gym.worlds.tldr import TLDRCorpus, mediocre_summary
 
 golds = st.floats(0, 1)
 lengths = st.integers(0, 100)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textrl_gym.corpus import (
+from textrl_gym.rewards.tldr_gold import abstract, score_parts
+from textrl_gym.worlds.tldr import (
     AMOUNTS,
     CORRUPTIONS,
     KINDS,
@@ -25,8 +26,7 @@ from textrl_gym.corpus import (
     mediocre_summary,
     slots_of,
 )
-from textrl_gym.phrases import MAX_SUMMARY_WORDS, bank, compose
-from textrl_gym.rewards.tldr_gold import abstract, score_parts
+from textrl_gym.worlds.tldr_grammar import MAX_SUMMARY_WORDS, bank, compose
 
 PROMPT = re.compile(r"SUBREDDIT: r/(\w+)\n\nTITLE: ([^\n]+)\n\nPOST: ([^\n]+)\n\nTL;DR:")
 rows = st.builds(
@@ -135,7 +135,7 @@ def test_more_than_a_million_posts() -> None:
 
 def test_rows_do_not_depend_on_the_process_and_need_no_torch() -> None:
     code = (
-        "import sys; from textrl_gym.corpus import TLDRCorpus; row = TLDRCorpus('test', 5)[7];"
+        "import sys; from textrl_gym.worlds.tldr import TLDRCorpus; row = TLDRCorpus('test', 5)[7];"
         "assert 'torch' not in sys.modules; print(repr(row))"
     )
     told = subprocess.run(

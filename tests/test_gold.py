@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textrl_gym.corpus import CORRUPTIONS, KINDS, TLDRCorpus, slots_of
-from textrl_gym.phrases import compose
 from textrl_gym.rewards.tldr_gold import WEIGHTS, reward, score_parts
+from textrl_gym.worlds.tldr import CORRUPTIONS, KINDS, TLDRCorpus, slots_of
+from textrl_gym.worlds.tldr_grammar import compose
 
 POSTS = list(TLDRCorpus("validation", seed=11, size=300))
 PARTS = {"who": ("rel", "name"), "event": ("act", "thing")}

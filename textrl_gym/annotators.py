@@ -6,7 +6,7 @@ The sigmoid is the model of Bradley and Terry (1952), "Rank analysis of incomple
 of labels given without looking: AlpacaFarm (Dubois et al. 2023, arXiv:2305.14387) found that simulated annotators must
 vary, a quarter of their labels being flipped, for reward over-optimisation to show as it does with people. Departure:
 AlpacaFarm flips 25% of the labels whatever the pair. Here close pairs are mistaken more often than clear ones, and the
-defaults bring the disagreement with gold to 25% over pairs of `textrl_gym.corpus.mediocre_summary` of one post, where
+defaults bring the disagreement with gold to 25% over pairs of `worlds.tldr.mediocre_summary` of one post, where
 their gold differs.
 """
 

@@ -21,12 +21,12 @@ import tyro
 
 from textrl_gym import models
 from textrl_gym.comparisons import sample_texts
-from textrl_gym.corpus import TLDRCorpus
 from textrl_gym.envs import tldr_summarize
 from textrl_gym.policy import Policy
 from textrl_gym.reward_training import RewardModelConfig, train_reward_model
 from textrl_gym.rewards import load_reward
 from textrl_gym.sft import SFTConfig, sft
+from textrl_gym.worlds.tldr import TLDRCorpus
 
 ENV = tldr_summarize.ID
 REFERENCES = 60_000

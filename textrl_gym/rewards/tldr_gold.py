@@ -23,7 +23,7 @@ from functools import cache
 from itertools import pairwise, product
 from typing import Any
 
-from textrl_gym.phrases import bank, capitalised
+from textrl_gym.worlds.tldr_grammar import bank, capitalised
 
 WEIGHTS = {
     "rel": 0.10,
@@ -312,7 +312,7 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
     facts = columns.get("facts")
     if facts is None or any(row is None for row in facts):
         raise ValueError(
-            "tldr_gold needs the column 'facts' of the embedded corpus (textrl_gym.corpus.TLDRCorpus); "
+            "tldr_gold needs the column 'facts' of the embedded corpus (textrl_gym.worlds.tldr.TLDRCorpus); "
             f"columns given: {sorted(columns)}. For other data use a reward that needs no facts."
         )
     return [score_parts(row, completion)["gold"] for row, completion in zip(facts, completions, strict=True)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
-from textrl_gym.phrases import Slots, bank, compose, fill, pronoun_of
+from textrl_gym.worlds.tldr_grammar import Slots, bank, compose, fill, pronoun_of
 
 Row = dict[str, Any]  # prompt, completion: str; facts: {kind: {"value": str, ...}}; distractors: {kind: [str, ...]}
 
