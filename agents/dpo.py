@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from textrl_gym import comparisons
 from textrl_gym.agent import Agent
 from textrl_gym.core import Rollout, StopReason
-from textrl_gym.packing import pad
+from textrl_gym.models.packing import pad
 from textrl_gym.pair_losses import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 from textrl_gym.rollout import collect, token_logprobs
 

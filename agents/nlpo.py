@@ -28,10 +28,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import adapters, models
 from textrl_gym.agents.ppo import PPO, PPOConfig
 from textrl_gym.core import Rollout
 from textrl_gym.masked import MaskedPolicy
+from textrl_gym.models import loading, lora
 from textrl_gym.policy import Policy
 
 MASK_FOLDER = "mask_model"
@@ -73,10 +73,10 @@ class NLPO(PPO):
 
     def _fill(self, folder: Path) -> None:
         super()._fill(folder)
-        with models.no_bars():
-            adapters.save(self.policy.mask.model, folder / MASK_FOLDER, base=False)
+        with loading.no_bars():
+            lora.save(self.policy.mask.model, folder / MASK_FOLDER, base=False)
 
     def _restore(self, folder: Path, state: dict[str, Any], streams: bool) -> None:
         super()._restore(folder, state, streams)
         saved = folder / MASK_FOLDER
-        adapters.restore_(self.policy.mask.model, saved, lambda: models.load_model(str(saved)))
+        lora.restore_(self.policy.mask.model, saved, lambda: loading.load_model(str(saved)))

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textrl_gym import linear
 from textrl_gym.core import Rollout
+from textrl_gym.models import onednn
 from textrl_gym.sb3_agent import SB3Agent, SB3Config
 
 try:
@@ -98,5 +98,5 @@ class SB3TRPO(SB3Agent):
         )
 
     def update(self, rollout: Rollout) -> dict[str, float]:
-        with linear.twice_differentiable():
+        with onednn.twice_differentiable():
             return super().update(rollout)

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from textrl_gym import tiny
 from textrl_gym.core import Row
 from textrl_gym.data import prompts
+from textrl_gym.models import tiny
 from textrl_gym.tasks import Task
 
 ID = "CopyText-v0"

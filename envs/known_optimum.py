@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textrl_gym import tiny
 from textrl_gym.core import Row
 from textrl_gym.data import prompts
-from textrl_gym.packing import pad
+from textrl_gym.models import tiny
+from textrl_gym.models.packing import pad
 from textrl_gym.policy import Policy
 from textrl_gym.tasks import Task
 

@@ -35,9 +35,9 @@ def own_prompts() -> None:
 
 def plain_products() -> None:
     """PyTorch's own products in linear layers."""
-    from textrl_gym import linear
+    from textrl_gym.models import onednn
 
-    linear.is_faster = lambda: False  # type: ignore[assignment]
+    onednn.is_faster = lambda: False  # type: ignore[assignment]
 
 
 def whole_prompts() -> None:

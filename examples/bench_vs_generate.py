@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from textrl_gym import tiny
+from textrl_gym.models import tiny
 from textrl_gym.policy import Policy
 from textrl_gym.sampler import generate
 

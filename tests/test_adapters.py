@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import adapters, tiny
 from textrl_gym.agents import GRPO, PPO
+from textrl_gym.models import lora, tiny
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import collect
 
@@ -87,7 +87,7 @@ def test_a_saved_lora_goes_on_as_if_never_stopped(by_name: bool, tmp_path: Path)
 
 
 def test_a_model_given_with_an_adapter_keeps_it() -> None:
-    model = adapters.add_lora(tiny.gpt2(14, 30), rank=2, alpha=4, seed=1)
+    model = lora.add_lora(tiny.gpt2(14, 30), rank=2, alpha=4, seed=1)
     policy = Policy(model, reference="copy")
     assert policy.reference is not None and policy.reference.model is model
 

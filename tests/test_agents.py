@@ -356,14 +356,14 @@ def test_bad_settings_name_themselves() -> None:
 
 
 def test_a_vocabulary_that_does_not_match_the_model_is_refused() -> None:
-    from textrl_gym import tiny
+    from textrl_gym.models import tiny
 
     with pytest.raises(ValueError, match=r"5 tokens.*3|3.*5"):
         PPO("CopyText-v0", tiny.gpt2(3, 5))
 
 
 def test_health_card_finds_a_reference_that_is_another_model(tmp_path: Path) -> None:
-    from textrl_gym import tiny
+    from textrl_gym.models import tiny
 
     agent = PPO("CopyText-v0", reference=tiny.gpt2(5, 5, seed=9), out=tmp_path)
     with pytest.raises(health.HealthError, match="KL to the reference at step 0"):
@@ -465,7 +465,7 @@ def test_evaluate_takes_an_id(tmp_path: Path) -> None:
 
 
 def test_an_id_is_made_with_the_agents_tokenizer(tmp_path: Path) -> None:
-    from textrl_gym import tiny
+    from textrl_gym.models import tiny
 
     tokenizer = tiny.symbol_tokenizer(("a", "b", "c", "d", "e", "f"))
     env = gym.make("CopyText-v0", tokenizer=tokenizer)
@@ -504,7 +504,7 @@ def test_what_is_saved_is_what_was_used(tmp_path: Path) -> None:
 
 
 def tiny_model() -> Any:
-    from textrl_gym import tiny
+    from textrl_gym.models import tiny
 
     return tiny.gpt2(5, 5, seed=3)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import textrl_gym
-from textrl_gym import cli, tiny
+from textrl_gym import cli
 from textrl_gym.agents import GRPO, PPO
 from textrl_gym.agents.best_of_n import (
     BestOfN,
@@ -28,6 +28,7 @@ from textrl_gym.agents.value_guided import ValueGuided, guided_logprobs
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.decoding import States
 from textrl_gym.envs import known_optimum
+from textrl_gym.models import tiny
 from textrl_gym.policy import Policy
 from textrl_gym.registry import load_agent
 from textrl_gym.stats.overoptimization import best_of_n_kl_bound

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import cli, models, reward_ensemble, reward_training, sft, tiny
+from textrl_gym import cli, reward_ensemble, reward_training, sft
 from textrl_gym.comparisons import Comparison
+from textrl_gym.models import loading, tiny
 from textrl_gym.reward_training import RewardModelConfig
 from textrl_gym.rewards import ensemble, load_reward
 from textrl_gym.rewards.reward_model import RewardModel
@@ -142,7 +143,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return models.load_classifier(folder).state_dict()
+    return loading.load_classifier(folder).state_dict()
 
 
 def same(a: Path, b: Path) -> bool:
@@ -181,7 +182,7 @@ def test_training_goes_on_with_the_members_that_are_missing(
     assert rows["member 0"]["accuracy"] == single["accuracy"][0]["accuracy"]
     assert rows["member 0"]["gold_agreement"] == pytest.approx(single["measured"]["gold_agreement"], abs=1e-9)
     assert record["measured"]["apart_samples"] > 0
-    assert load_reward(str(out), tokenizer=models.load_tokenizer(tiny_model))(["p"], [" text"]).shape == (1,)
+    assert load_reward(str(out), tokenizer=loading.load_tokenizer(tiny_model))(["p"], [" text"]).shape == (1,)
     # 3. One is lost, and made again as it was; one more is welcome.
     learnt.clear()
     before = weights(out / "1")

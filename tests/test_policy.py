@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from textrl_gym import collect, tiny
+from textrl_gym import collect
 from textrl_gym.core import Rollout
 from textrl_gym.decoders import position_ids
+from textrl_gym.models import tiny
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import micro_batches
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from textrl_gym import comparisons, models
+from textrl_gym import comparisons
 from textrl_gym.data import preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
+from textrl_gym.models import loading
 
 DATA = os.environ.get("TEXTRL_GYM_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="TEXTRL_GYM_DATA names no folder of real data")
@@ -348,7 +349,7 @@ def test_both_published_forms_of_real_comparisons_are_the_same() -> None:
 @pytest.mark.data
 def test_real_dialogues_are_read_within_the_budgets_of_any_task() -> None:
     task = TLDRSummarize()
-    tokenizer = models.load_tokenizer(task.model)
+    tokenizer = loading.load_tokenizer(task.model)
     path = f"{DATA}/hh_rlhf/harmless-base_test.jsonl.gz"
     found = comparisons.read_preferences(path, "train", task, tokenizer, most=300, whole=True)
     assert 280 < len(found) <= 300  # some differ after the budget only

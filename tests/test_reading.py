@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import models, reading, reward_training
+from textrl_gym import reading, reward_training
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
+from textrl_gym.models import loading
 from textrl_gym.rewards.tldr_gold import score_parts
 
 
@@ -71,7 +72,7 @@ def test_falsify_keeps_texts_that_are_mostly_true_within_the_budget(task: TLDRSu
 
 
 def test_reading_loss_by_hand() -> None:
-    model = reward_training.new_reward_model(models.load_model(f"{ASSETS}/policy"), seed=0)
+    model = reward_training.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
     batch = [
         reading.Reading([5, 6, 7], [[8, 9], [10]], [[True, False], [True]]),
         reading.Reading([3], [[4, 5, 6]], [[False, True, True]]),

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import cli, comparisons, models, reward_measures, reward_report, reward_training, sft
+from textrl_gym import cli, comparisons, reward_measures, reward_report, reward_training, sft
 from textrl_gym.comparisons import Comparer, Comparison
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
+from textrl_gym.models import loading
 from textrl_gym.policy import Policy
 from textrl_gym.reward_training import RewardModelConfig
 from textrl_gym.rewards import load_reward
@@ -44,7 +45,7 @@ def test_bradley_terry_by_hand() -> None:
 
 
 def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str) -> None:
-    model = reward_training.new_reward_model(models.load_model(tiny_model), seed=0)
+    model = reward_training.new_reward_model(loading.load_model(tiny_model), seed=0)
     batch = [Comparison([5, 6, 7], [[8, 9, 0], [10, 0], [11]], []), Comparison([3], [[4, 5, 6, 7, 0]], [])]
     with torch.no_grad():
         raw_BK = reward_measures.raw_rewards(model, batch)
@@ -56,7 +57,7 @@ def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str)
 
 
 def test_the_head_starts_with_the_published_spread() -> None:
-    model = reward_training.new_reward_model(models.load_model(f"{ASSETS}/policy"), seed=0)
+    model = reward_training.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
     width = model.score.weight.numel()
     # The standard error of a standard deviation of n draws is about 1 / sqrt(2 n) of it: 6% of 128.
     assert model.score.weight.std().item() == pytest.approx(1 / math.sqrt(width + 1), rel=0.25)
@@ -103,7 +104,7 @@ def test_training_on_annotators_saves_a_reward_with_mean_0_on_references(tiny_mo
     record = reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     assert json.loads((tmp_path / "rm" / "reward_training.json").read_text()) == record
     task = TLDRSummarize()
-    tokenizer = models.load_tokenizer(tiny_model)
+    tokenizer = loading.load_tokenizer(tiny_model)
     source = task.rows("validation")
     rows = [source[i] for i in range(TINY.eval_prompts)]
     reward = load_reward(f"reward_model:{tmp_path / 'rm'}", task=task, tokenizer=tokenizer)
@@ -129,7 +130,7 @@ def test_a_users_pairs_are_learnt_and_the_seed_decides_the_weights(tiny_model: s
     )
     records = [reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / name) for name in "ab"]
     assert records[0]["measured"]["annotator_agreement"] == 1.0  # "yes" beats "no" in the ten pairs held out
-    a, b = (models.load_classifier(tmp_path / name) for name in "ab")
+    a, b = (loading.load_classifier(tmp_path / name) for name in "ab")
     for key, value in a.state_dict().items():
         assert torch.equal(value, b.state_dict()[key]), key
 
@@ -193,7 +194,7 @@ def test_a_curve_of_simulated_annotators_starts_where_the_model_does(tiny_model:
     everything = RewardModelConfig(**{**vars(TINY), "model": tiny_model, "reading_steps": 1})
     task = TLDRSummarize()
     policies = [Policy(task.load_model(name)) for name in (None, tiny_model)]
-    comparer = Comparer(task, policies, models.load_tokenizer(tiny_model), everything)
+    comparer = Comparer(task, policies, loading.load_tokenizer(tiny_model), everything)
     total = sum(len(c.pairs) for c in comparer.stream("train", TINY.prompts, TINY.seed + 1))
     config = RewardModelConfig(**{**vars(everything), "curve": (total, 5)})
     record = reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
@@ -221,7 +222,7 @@ def test_errors_name_what_was_found(tiny_model: str, tmp_path: Path) -> None:
     task: Any = TLDRSummarize()
     task.judge = None
     with pytest.raises(ValueError, match="TLDRSummarize has no judge"):
-        Comparer(task, [Policy(models.load_model(tiny_model))], models.load_tokenizer(tiny_model), TINY)
+        Comparer(task, [Policy(loading.load_model(tiny_model))], loading.load_tokenizer(tiny_model), TINY)
 
 
 # -- the bundled assets -----------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def test_the_bundled_assets_still_do_what_was_measured() -> None:
     source = task.rows("validation")
     rows = [source[1000 + i] for i in range(200)]
     compared = comparer.compare(comparer.policies[0], rows, seed=1, samples=2, temperature=1.0, candidates=7)
-    raw = reward_measures.score_all(models.load_classifier(task.reward_model_path), compared)
+    raw = reward_measures.score_all(loading.load_classifier(task.reward_model_path), compared)
     sampled = [gold for c in compared for gold in c.gold[: c.sampled]]
     assert sum(sampled) / len(sampled) <= 0.52
     assert pairwise.agreement(reward_measures.gaps(raw, compared)) >= 0.65
@@ -261,9 +262,9 @@ def test_the_bundled_assets_are_small() -> None:
 
 def test_temperature_0_is_greedy(tiny_model: str) -> None:
     task = TLDRSummarize()
-    tokenizer = models.load_tokenizer(tiny_model)
+    tokenizer = loading.load_tokenizer(tiny_model)
     rows = [task.rows("train")[0]] * 2
-    policy = Policy(models.load_model(tiny_model))
+    policy = Policy(loading.load_model(tiny_model))
     (greedy, again), (one, other) = (
         comparisons.sample_texts(policy, task, tokenizer, rows, 1, temperature, seed=0) for temperature in (0.0, 1.0)
     )

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 import textrl_gym
-from textrl_gym import linear, tiny
 from textrl_gym.agents import SB3A2C, SB3PPO, SB3TRPO
 from textrl_gym.envs import known_optimum
+from textrl_gym.models import onednn, tiny
 from textrl_gym.policy import Policy
 from textrl_gym.registry import load_agent
 from textrl_gym.sb3 import CausalLMPolicy, PolicyLogprob, longest_texts
@@ -500,7 +500,7 @@ def test_trpo_takes_sb3_contribs_gradients(tmp_path: Path) -> None:
     algorithm = agent.algorithm
     algorithm.policy.set_training_mode(True)
     data = next(algorithm.rollout_buffer.get(batch_size=None))
-    with linear.twice_differentiable():
+    with onednn.twice_differentiable():
         with torch.no_grad():
             old = copy.copy(algorithm.policy.get_distribution(data.observations))
             old.distribution = type(old.distribution)(logits=old.distribution.logits * 0.5)  # so that no gradient is 0

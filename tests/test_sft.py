@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from textrl_gym import induction, models, sft, tiny
+from textrl_gym import induction, sft
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
-from textrl_gym.packing import pack
+from textrl_gym.models import loading, tiny
+from textrl_gym.models.packing import pack
+from textrl_gym.models.tokenizer import EOS, train_tokenizer
 from textrl_gym.sft import SFTConfig
-from textrl_gym.tokenizer import EOS, train_tokenizer
 
 TEXTS = ["Anna broke my lamp on Monday. It cost me $450.", "Is it right to tell her?", "My boss Tom lost 2 keys."]
 TINY = SFTConfig(
@@ -114,13 +115,13 @@ def test_the_curriculum_lowers_the_copying_loss() -> None:
 def test_the_seed_decides_the_weights_and_the_folder_is_complete(tmp_path: Path) -> None:
     for name in "ab":
         sft.sft("TLDRSummarize-v0", TINY, tmp_path / name)
-    a, b = (models.load_model(tmp_path / name) for name in "ab")
+    a, b = (loading.load_model(tmp_path / name) for name in "ab")
     for key, value in a.state_dict().items():
         assert torch.equal(value, b.state_dict()[key]), key
     record = json.loads((tmp_path / "a" / "sft.json").read_text())
     assert record["config"]["steps"] == 3
     assert record["measured"]["heldout_loss"] > 0
-    assert models.load_tokenizer(tmp_path / "a").eos_token == EOS
+    assert loading.load_tokenizer(tmp_path / "a").eos_token == EOS
 
 
 def test_a_users_file_and_a_given_model(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textrl_gym import tiny
 from textrl_gym.core import Row, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
+from textrl_gym.models import tiny
 from textrl_gym.policy import Policy
 from textrl_gym.tasks import Task
 

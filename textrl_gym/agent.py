@@ -16,11 +16,12 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from textrl_gym import adapters, models, train
+from textrl_gym import train
 from textrl_gym.agent_config import AgentConfig, Clock, make_config
 from textrl_gym.core import Rollout
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.kl import KLPenalty
+from textrl_gym.models import loading, lora
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import collect, micro_batches, vector_env
 from textrl_gym.saved import Saved
@@ -71,7 +72,7 @@ class Agent(Saved):
     ) -> None:
         self.config: Any = make_config(self.Config, settings, type(self).__name__)
         self.seed, self.out = seed, None if out is None else Path(out)
-        self.device = models.resolve_device(device)
+        self.device = loading.resolve_device(device)
         self.model_spec = model if isinstance(model, str) else None
         self.reference_spec = reference if isinstance(reference, str) else None
         self.rebuilds_model = model is None or isinstance(model, str)
@@ -160,10 +161,10 @@ class Agent(Saved):
 
     def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
         loaded = model if isinstance(model, torch.nn.Module) else mdp.task.load_model(model)
-        models.check_vocab(mdp.tokenizer, loaded)
+        loading.check_vocab(mdp.tokenizer, loaded)
         if isinstance(reference, str):
             reference = mdp.task.load_model(reference)
-            models.check_vocab(mdp.tokenizer, reference)
+            loading.check_vocab(mdp.tokenizer, reference)
         loaded = self._make_trained(loaded.to(self.device).float())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -174,7 +175,7 @@ class Agent(Saved):
                 value_model=self._make_value_model(mdp, loaded),
                 temperature=self.config.temperature,
                 vocab_size=len(mdp.tokenizer),
-                dtype=models.resolve_dtype(self.config.dtype),
+                dtype=loading.resolve_dtype(self.config.dtype),
                 cuda_graphs=self.config.cuda_graphs,
             )
 
@@ -185,9 +186,9 @@ class Agent(Saved):
     def _make_trained(self, model: Any) -> Any:
         """The model with a LoRA, or its lower layers frozen, as the config says."""
         config = self.config
-        if config.lora_rank and not adapters.is_lora(model):
-            return adapters.add_lora(model, config.lora_rank, config.lora_alpha, self.seed)
-        return adapters.freeze_lower(model, config.frozen_layers) if config.frozen_layers else model
+        if config.lora_rank and not lora.is_lora(model):
+            return lora.add_lora(model, config.lora_rank, config.lora_alpha, self.seed)
+        return lora.freeze_lower(model, config.frozen_layers) if config.frozen_layers else model
 
     def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
         """A separate trunk for the critic; none unless a subclass says so."""

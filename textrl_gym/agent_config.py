@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from textrl_gym import models
 from textrl_gym.kl import check_estimator
+from textrl_gym.models import loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class AgentConfig:
             raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
         if self.kl_estimator is not None:
             check_estimator(self.kl_estimator)
-        models.resolve_dtype(self.dtype)
+        loading.resolve_dtype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

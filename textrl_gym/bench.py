@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import torch
 
-from textrl_gym import files, flops, linear, models, registry, sampler, tiny
+from textrl_gym import files, registry, sampler
 from textrl_gym.core import Row
 from textrl_gym.env import TextVectorEnv
+from textrl_gym.models import flops, loading, onednn, tiny
 from textrl_gym.rewards.reward_model import RewardModel
 from textrl_gym.tasks import Task
 
@@ -132,7 +133,7 @@ class Stopwatch:
 def make_agent(config: BenchConfig, **settings: Any) -> Any:
     """The agent to measure, on its own environment, with one optimizer step a rollout."""
     task = RandomPrompts(config)
-    device = models.resolve_device(config.device)
+    device = loading.resolve_device(config.device)
     tokenizer = task.load_tokenizer()
     reward: Any = "length"
     if config.scoring:
@@ -140,7 +141,7 @@ def make_agent(config: BenchConfig, **settings: Any) -> Any:
         shape.num_labels, shape.pad_token_id = 1, tokenizer.eos_token_id
         from transformers import AutoModelForSequenceClassification
 
-        dtype = models.resolve_dtype(config.dtype)
+        dtype = loading.resolve_dtype(config.dtype)
         scorer = AutoModelForSequenceClassification.from_config(shape).to(device=device, dtype=dtype).eval()
         reward = RewardModel(scorer, tokenizer, env_tokenizer=tokenizer)
     env = TextVectorEnv(
@@ -162,7 +163,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     size = 1024 if device.type == "cpu" else 8192
     layer = torch.nn.Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
     a = torch.randn(size, size, device=device, dtype=dtype)
-    product = functools.partial(linear.linear, layer) if device.type == "cpu" and linear.is_faster() else layer
+    product = functools.partial(onednn.linear, layer) if device.type == "cpu" and onednn.is_faster() else layer
     watch, best = Stopwatch(device), 0.0
     for _ in range(8):
         begin = watch.now()
@@ -215,7 +216,7 @@ def bench(config: BenchConfig, **settings: Any) -> dict[str, Any]:
         agent.update(agent.collect())
     total = sum(seconds)
     phases = {name: value / total for name, value in watch.seconds.items() if value > 0}
-    ceiling = matmul_ceiling(device, models.resolve_dtype(config.dtype))
+    ceiling = matmul_ceiling(device, loading.resolve_dtype(config.dtype))
     found = {
         "completion_tokens_per_second": sum(tokens) / total,
         "rollout_tokens_per_second": sum(tokens) / watch.seconds["rollout"],

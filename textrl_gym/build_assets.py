@@ -19,9 +19,9 @@ from typing import Any
 
 import tyro
 
-from textrl_gym import models
 from textrl_gym.comparisons import sample_texts
 from textrl_gym.envs import tldr_summarize
+from textrl_gym.models import loading
 from textrl_gym.policy import Policy
 from textrl_gym.reward_training import RewardModelConfig, train_reward_model
 from textrl_gym.rewards import load_reward
@@ -89,8 +89,8 @@ def start_quality(folder: Path, posts: int = 128, seed: int = 0) -> dict[str, fl
 
 def finish(folder: Path, record_file: str, **measured: float) -> dict[str, Any]:
     """Store the weights as float16, drop what is not needed, and complete the record; returns the record."""
-    load: Any = models.load_classifier if (folder / "reward_model.json").is_file() else models.load_model
-    load(folder).half().save_pretrained(folder)  # textrl_gym.models loads them as float32
+    load: Any = loading.load_classifier if (folder / "reward_model.json").is_file() else loading.load_model
+    load(folder).half().save_pretrained(folder)  # textrl_gym.models.loading loads them as float32
     (folder / "generation_config.json").unlink(missing_ok=True)
     path = folder / record_file
     record = json.loads(path.read_text(encoding="utf-8"))

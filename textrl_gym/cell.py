@@ -108,7 +108,7 @@ def count_flops(agent: Any, file: Path) -> None:
 
     PyTorch sees no operations inside CUDA graphs, so with them nothing is counted.
     """
-    from textrl_gym import flops
+    from textrl_gym.models import flops
 
     if agent.num_updates or not agent.trains or agent.config.cuda_graphs:
         return

@@ -20,9 +20,10 @@ from gymnasium.utils import env_checker
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common import env_checker as sb3_checker
 
-from textrl_gym import files, kl, tiny
+from textrl_gym import files, kl
 from textrl_gym.core import StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
+from textrl_gym.models import tiny
 from textrl_gym.policy import Policy
 from textrl_gym.rollout import collect, vector_env
 

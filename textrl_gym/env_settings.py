@@ -65,7 +65,7 @@ def make_env(env_id: str, settings: EnvSettings, model: str | None, device: str,
     import gymnasium
     from gymnasium.vector import AutoresetMode
 
-    from textrl_gym import models
+    from textrl_gym.models import loading
 
     tokenizer = {} if model is None else {"tokenizer": model}
     return gymnasium.make_vec(
@@ -73,7 +73,7 @@ def make_env(env_id: str, settings: EnvSettings, model: str | None, device: str,
         num_envs=config["rollout_episodes"],
         group_size=config["group_size"],
         array="torch",
-        device=str(models.resolve_device(device)),
+        device=str(loading.resolve_device(device)),
         autoreset_mode=AutoresetMode.DISABLED,
         **(tokenizer | settings.keywords()),
     )

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textrl_gym import adapters
 from textrl_gym.core import Rollout
 from textrl_gym.decoders import Decoder
+from textrl_gym.models import lora
 from textrl_gym.policy import Policy
 
 FORBIDDEN = -1e30
@@ -46,7 +46,7 @@ class MaskedPolicy(Policy):
         super().__init__(model, **settings)
         self.top_p = top_p
         mask = Policy(
-            adapters.frozen_copy(self.model),
+            lora.frozen_copy(self.model),
             temperature=self.temperature,
             vocab_size=self.vocab_size,
             dtype=self.dtype,

@@ -16,10 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from textrl_gym import adapters, files, models
+from textrl_gym import files
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import sample_texts
 from textrl_gym.core import Row
+from textrl_gym.models import loading, lora
 from textrl_gym.policy import Policy
 from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
@@ -84,20 +85,20 @@ def load_policy(spec: str | None, task: Any, device: Any) -> tuple[Policy, Any]:
     if name is None or not (folder / files.STATE_FILE).is_file():
         model, tokenizer = task.load_model(name), task.load_tokenizer(name)
     else:
-        saved, base = str(folder / "model"), folder / adapters.BASE
+        saved, base = str(folder / "model"), folder / lora.BASE
         tokenizer = task.load_tokenizer(saved)
-        if adapters.is_saved_lora(folder / "model"):
+        if lora.is_saved_lora(folder / "model"):
             state = files.read_state(folder)
-            model = adapters.load(task.load_model(str(base) if base.is_dir() else state["model"]), folder / "model")
+            model = lora.load(task.load_model(str(base) if base.is_dir() else state["model"]), folder / "model")
         else:
             model = task.load_model(saved)
-    models.check_vocab(tokenizer, model)
+    loading.check_vocab(tokenizer, model)
     return Policy(model.to(device), vocab_size=len(tokenizer)), tokenizer
 
 
 def load_policies(task: Any, config: PreferenceConfig) -> tuple[list[Policy], Any]:
     """One policy, or two of one tokenizer, and that."""
-    device = models.resolve_device(config.device)
+    device = loading.resolve_device(config.device)
     policy, tokenizer = load_policy(config.model, task, device)
     if config.other_model is None:
         return [policy], tokenizer
@@ -122,7 +123,7 @@ class Labeller:
                 f"--label {task.reward if isinstance(task.reward, str) else 'package.module:name'}"
             )
         self.annotators = config.annotators if config.label == ANNOTATORS else None
-        device = models.resolve_device(config.device)
+        device = loading.resolve_device(config.device)
         self.reward = load_reward(
             task.judge if by_judge else config.label, task=task, device=device, tokenizer=tokenizer
         )

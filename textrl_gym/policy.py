@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from textrl_gym import adapters, functional
+from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.decoders import Decoder
+from textrl_gym.models import lora
 from textrl_gym.steps import StepCache, aligned
 from textrl_gym.trunk import Trunk
 
@@ -104,9 +105,9 @@ class Policy(nn.Module):
             return reference
         as_now = isinstance(reference, str) and reference == "copy"
         alike: dict[str, Any] = {"temperature": self.temperature, "vocab_size": self.vocab_size, "dtype": self.dtype}
-        if as_now and adapters.is_lora(self.model):
+        if as_now and lora.is_lora(self.model):
             return Policy(self.model, adapter=False, **alike)
-        model = adapters.frozen_copy(self.model) if as_now else reference.requires_grad_(False)
+        model = lora.frozen_copy(self.model) if as_now else reference.requires_grad_(False)
         return Policy(model.to(self.device), **alike)
 
     @property

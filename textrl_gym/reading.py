@@ -24,7 +24,7 @@ from torch import Tensor
 
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.induction import cosine, descend
-from textrl_gym.packing import pack
+from textrl_gym.models.packing import pack
 
 TEXTS = 4  # falsified texts of one prompt
 

@@ -19,8 +19,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from textrl_gym import files, models, reward_training
+from textrl_gym import files, reward_training
 from textrl_gym.comparisons import Comparison
+from textrl_gym.models import loading
 from textrl_gym.reward_measures import gaps, gold_agreement, score_all
 from textrl_gym.reward_report import accuracy_row
 from textrl_gym.reward_training import Data, RewardModelConfig
@@ -109,7 +110,7 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
 def normalised(folder: Path, comparisons: Sequence[Comparison]) -> Scores:
     """A saved reward model's normalised scores."""
     norm = reward_model.read_normalisation(folder / reward_model.FILE)
-    raw = score_all(models.load_classifier(folder), comparisons)
+    raw = score_all(loading.load_classifier(folder), comparisons)
     return [[(value - norm["bias"]) * norm["scale"] for value in row] for row in raw]
 
 

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from textrl_gym import files, models
+from textrl_gym import files
 from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.induction import cosine, descend
+from textrl_gym.models import loading
 from textrl_gym.policy import Policy
 from textrl_gym.reading import learn_to_read
 from textrl_gym.registry import load_env_task
@@ -382,7 +383,7 @@ def train_on(data: Data, env_id: str, config: RewardModelConfig, out: Path) -> d
     text = json.dumps(record, indent=2)
 
     def fill(folder: Path) -> None:
-        with models.no_bars():
+        with loading.no_bars():
             model.save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
         (folder / FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")

@@ -12,9 +12,10 @@ from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from textrl_gym import adapters, checkpoint, files, models, registry
+from textrl_gym import checkpoint, files, registry
 from textrl_gym.agent_config import Clock
 from textrl_gym.env import TextVectorEnv
+from textrl_gym.models import loading, lora
 from textrl_gym.rollout import vector_env
 
 
@@ -49,14 +50,14 @@ class Saved:
         files.write_folder(path, self._fill)
 
     def _fill(self, folder: Path) -> None:
-        with models.no_bars():
-            adapters.save(self.policy.model, folder / "model", base=not self.rebuilds_model)
+        with loading.no_bars():
+            lora.save(self.policy.model, folder / "model", base=not self.rebuilds_model)
             self.env.tokenizer.save_pretrained(folder / "model")
             if self.policy.value_model is not None:
-                adapters.save(self.policy.value_model, folder / "value_model", base=False)
+                lora.save(self.policy.value_model, folder / "value_model", base=False)
             reference = self.policy.reference
             if reference is not None and reference.model is not self.policy.model and not self.rebuilds_reference:
-                adapters.save(reference.model, folder / "reference", base=False)
+                lora.save(reference.model, folder / "reference", base=False)
         if self.policy.value_head is not None:
             save_file(self.policy.value_head.state_dict(), folder / "value_head.safetensors")
         extra = {"generator": self.streams()[1]}
@@ -129,7 +130,7 @@ class Saved:
             config = {k: v for k, v in config.items() if k in settings or k not in ("rollout_episodes", "group_size")}
         if not given:
             kept = state["env"] | {"tokenizer": str(folder / "model"), "array": "torch"}
-            chosen = models.resolve_device(device)
+            chosen = loading.resolve_device(device)
             env = TextVectorEnv(
                 state["num_envs"],
                 task=state["task"],
@@ -139,11 +140,11 @@ class Saved:
             )
         task = vector_env(env).task
         model: Any = str(folder / "model")
-        saved_reference, saved_base = folder / "reference", folder / adapters.BASE
+        saved_reference, saved_base = folder / "reference", folder / lora.BASE
         reference = str(saved_reference) if saved_reference.is_dir() else state["reference"]
-        if adapters.is_saved_lora(folder / "model"):  # its reference is the model that it stands on
+        if lora.is_saved_lora(folder / "model"):  # its reference is the model that it stands on
             base = task.load_model(str(saved_base) if saved_base.is_dir() else state["model"])
-            model = adapters.load(base, folder / "model")
+            model = lora.load(base, folder / "model")
         elif reference is None:
             reference = task.load_model(state["model"])
         make: Any = cls
@@ -166,7 +167,7 @@ class Saved:
             self.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors", str(self.device)))
         if self.policy.value_model is not None:
             saved = folder / "value_model"
-            adapters.restore_(self.policy.value_model, saved, lambda: models.load_model(str(saved)))
+            lora.restore_(self.policy.value_model, saved, lambda: loading.load_model(str(saved)))
         extra = checkpoint.load_optimizer(folder / "training.safetensors", self.optimizer)
         self.restore_streams(state["streams"], extra["generator"], env=streams)
         self._total_timesteps = state["total_timesteps"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from textrl_gym import models
 from textrl_gym.core import PromptSource, RewardSpec, Row
 from textrl_gym.data import prompts
+from textrl_gym.models import loading
 
 
 class Task:
@@ -36,11 +36,11 @@ class Task:
 
     def load_tokenizer(self, name: str | None = None) -> Any:
         """The tokenizer `name` (Hub id, folder), or the task's own."""
-        return models.load_tokenizer(name or self.model)
+        return loading.load_tokenizer(name or self.model)
 
     def load_model(self, name: str | None = None, **kwargs: Any) -> Any:
         """The causal LM `name` of transformers (Hub id, folder), or the task's own, in eval mode."""
-        return models.load_model(name or self.model, **kwargs)
+        return loading.load_model(name or self.model, **kwargs)
 
     def encode(self, row: Row, tokenizer: Any, max_prompt_tokens: int) -> list[int]:
         """Token ids of a row's prompt, at most max_prompt_tokens; a longer prompt is cut at the end of its body.

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from textrl_gym import adapters, linear
 from textrl_gym.decoders import (
     Decoder,
     Lookahead,
@@ -31,6 +30,7 @@ from textrl_gym.decoders import (
     no_mask,
     position_ids,
 )
+from textrl_gym.models import lora, onednn
 from textrl_gym.prefix import LAYERS, Enough, Prefix, attached, configs, prompt_cache
 
 
@@ -62,10 +62,10 @@ class Trunk:
     def __init__(
         self, model: Any, dtype: torch.dtype = torch.float32, static: bool = False, adapter: bool = True
     ) -> None:
-        self.model, self.dtype, self.static = adapters.bare(model), dtype, static
+        self.model, self.dtype, self.static = lora.bare(model), dtype, static
         self.body: Any = self.model.base_model
         self._without: Callable[[], Any] = contextlib.nullcontext if adapter else model.disable_adapter
-        self._configs, self._linears = configs(self.model), linear.layers(self.model)
+        self._configs, self._linears = configs(self.model), onednn.layers(self.model)
 
     def _some_tokens(self) -> Tensor:
         """Four tokens to try the model on: the smallest models here have places and tokens for no more."""
@@ -113,7 +113,7 @@ class Trunk:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """Around every pass: the precision, and the fastest linear layers that this processor has."""
-        with self._precision(), linear.fast(self._linears), self._without():
+        with self._precision(), onednn.fast(self._linears), self._without():
             yield
 
     def run(self, **inputs: Any) -> Any:

@@ -17,11 +17,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from textrl_gym import models, registry
+from textrl_gym import registry
 from textrl_gym.actions import parse, penalty, to_tensor
 from textrl_gym.core import RewardSpec, Row, Scores, StopReason
 from textrl_gym.infos import final_info, reset_infos, with_finals
 from textrl_gym.mdp import BUDGET, RUNNING, Array, State, append_, initial_state, restart_, shape_reward
+from textrl_gym.models import loading
 from textrl_gym.policy import Policy
 from textrl_gym.render import RENDER_MODES, Renderer
 from textrl_gym.rewards import RewardFunction, load_reward
@@ -94,10 +95,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.missing_eos_penalty, self.array, self.render_mode = missing_eos_penalty, array, render_mode
         self._mode = check_settings(self, autoreset_mode)
         self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
-        self.device = models.resolve_device(device)
+        self.device = loading.resolve_device(device)
         self._on_host = self.device.type == "cpu"
         named = tokenizer is None or isinstance(tokenizer, str | Path)
-        self.tokenizer = self.task.load_tokenizer(tokenizer) if named else models.load_tokenizer(tokenizer)
+        self.tokenizer = self.task.load_tokenizer(tokenizer) if named else loading.load_tokenizer(tokenizer)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer {tokenizer or self.task.model!r} has no EOS token: no episode could end")
         self.eos_id, self.vocab_size = int(self.tokenizer.eos_token_id), len(self.tokenizer)
@@ -128,7 +129,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         loaded: dict[str, Any] = {"task": self.task, "tokenizer": self.tokenizer}
         if "task" not in changes and "tokenizer" not in changes:
             loaded["reference"] = self._reference_spec
-            if models.resolve_device(changes.get("device", self.device)) == self.device:
+            if loading.resolve_device(changes.get("device", self.device)) == self.device:
                 loaded |= {"reference": self._reference or self._reference_spec, "reward": self.reward_model}
         return self.settings | loaded | changes
 
@@ -147,7 +148,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             spec = self._reference_spec
             if not isinstance(spec, Policy):
                 model = spec if isinstance(spec, torch.nn.Module) else self.task.load_model(spec)
-                models.check_vocab(self.tokenizer, model)
+                loading.check_vocab(self.tokenizer, model)
                 spec = Policy(model.to(self.device).requires_grad_(False), vocab_size=self.vocab_size)
             self._reference = spec
         return self._reference

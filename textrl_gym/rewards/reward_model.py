@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from textrl_gym import models
-from textrl_gym.packing import pad
+from textrl_gym.models import loading
+from textrl_gym.models.packing import pad
 from textrl_gym.trunk import Trunk
 
 FILE = "reward_model.json"
@@ -60,7 +60,7 @@ class RewardModel:
         config: Any = model.config
         if config.num_labels != 1:
             raise ValueError(f"a reward model has one label, this {type(model).__name__} has {config.num_labels}")
-        models.check_vocab(tokenizer, model)
+        loading.check_vocab(tokenizer, model)
         config.use_cache = False  # nothing is generated: keys and values of every layer would be kept for nothing
         self.model: Any = model
         self.decodes = hasattr(model, "score") and not config.is_encoder_decoder
@@ -224,8 +224,8 @@ def load(
     Raises:
         ValueError: none can be loaded.
     """
-    own = models.load_tokenizer(source)
-    model = models.load_classifier(source, device=device, dtype=dtype)
+    own = loading.load_tokenizer(source)
+    model = loading.load_classifier(source, device=device, dtype=dtype)
     normalisation = read_normalisation(Path(source).expanduser() / FILE)
     return RewardModel(model, own, **normalisation, env_tokenizer=env_tokenizer)
 

@@ -16,5 +16,5 @@ def counter() -> FlopCounterMode:
 
 
 def _linear_flop(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of textrl_gym.linear, which PyTorch's counter does not know."""
+    """Of textrl_gym.models.onednn, which PyTorch's counter does not know."""
     return 2 * math.prod(x_shape) * weight_shape[0]

@@ -1,0 +1,32 @@
+"""Language models and tokenizers: everything below a policy.
+
+loading      tokenizers and models by name, from a folder, the Hub or a package
+lora         LoRA adapters and frozen layers, saved and loaded
+tokenizer    training a byte-level BPE tokenizer
+tiny         tiny tokenizers and models made in code
+onednn       linear layers by oneDNN
+flops        counting floating-point operations
+packing      several completions of a prompt in one sequence
+"""
+
+from __future__ import annotations
+
+from textrl_gym.lazy import lazy
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "load_tokenizer": "loading",
+        "load_model": "loading",
+        "load_classifier": "loading",
+        "resolve_device": "loading",
+        "add_lora": "lora",
+        "freeze_lower": "lora",
+        "train_tokenizer": "tokenizer",
+        "symbol_tokenizer": "tiny",
+        "llama": "tiny",
+        "gpt2": "tiny",
+        "pad": "packing",
+        "pack": "packing",
+    },
+)
