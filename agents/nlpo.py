@@ -30,9 +30,9 @@ from typing import Any
 
 from textrl_gym.agents.ppo import PPO, PPOConfig
 from textrl_gym.core import Rollout
-from textrl_gym.masked import MaskedPolicy
 from textrl_gym.models import loading, lora
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
+from textrl_gym.policy.top_p_policy import MaskedPolicy
 
 MASK_FOLDER = "mask_model"
 

@@ -21,7 +21,7 @@ from textrl_gym.core import Row
 from textrl_gym.data import prompts
 from textrl_gym.models import tiny
 from textrl_gym.models.packing import pad
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.tasks import Task
 
 ID = "KnownOptimum-v0"

@@ -28,7 +28,7 @@ def nothing() -> None:
 
 def own_prompts() -> None:
     """Each row computes its own prompt, in sampling and training, as a model that cannot share does."""
-    from textrl_gym.trunk import Trunk
+    from textrl_gym.policy.backbone import Trunk
 
     Trunk.shares_prompts = False  # type: ignore[assignment, method-assign]
 
@@ -42,18 +42,18 @@ def plain_products() -> None:
 
 def whole_prompts() -> None:
     """The last layer of a prompt is computed to its end."""
-    from textrl_gym import prefix
+    from textrl_gym.policy import prefix_attention
 
-    class Whole(prefix._PromptLayer):
+    class Whole(prefix_attention._PromptLayer):
         def __init__(self, last: bool) -> None:
             super().__init__(last=False)
 
-    prefix._PromptLayer = Whole  # type: ignore[misc]
+    prefix_attention._PromptLayer = Whole  # type: ignore[misc]
 
 
 def all_logits() -> None:
     """The logits of all places at once, kept for the backward pass."""
-    from textrl_gym import policy
+    from textrl_gym.policy import policy
 
     policy.CHUNK_NUMBERS = 2**62
 

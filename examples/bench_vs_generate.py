@@ -22,7 +22,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from textrl_gym.models import tiny
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.sampler import generate
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from textrl_gym.comparisons import sample_texts
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
 from textrl_gym.rewards.ensemble import Combination, combine, make

@@ -5,7 +5,7 @@ import sys
 import gymnasium as gym
 
 import textrl_gym  # noqa: F401 - registers the environments
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 
 
 def main(env_id: str = "TLDRSummarize-v0") -> None:

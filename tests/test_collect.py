@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode
 from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.rollout import collect, micro_batches
 from textrl_gym.tasks import Task
 

@@ -10,7 +10,7 @@ import pytest
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"core", "functional", "kl", "files", "lazy", "stats"}),
     frozenset({"registry", "data", "models", "worlds"}),
-    frozenset({"policy", "trunk", "prefix", "decoders", "steps", "masked"}),
+    frozenset({"policy"}),
     frozenset({"rewards"}),
     frozenset(
         {

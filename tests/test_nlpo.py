@@ -9,9 +9,9 @@ import torch
 from textrl_gym import functional
 from textrl_gym.agents import NLPO, PPO
 from textrl_gym.core import Rollout
-from textrl_gym.masked import MaskedPolicy, top_p_set
 from textrl_gym.models import tiny
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
+from textrl_gym.policy.top_p_policy import MaskedPolicy, top_p_set
 from textrl_gym.registry import load_agent
 from textrl_gym.rollout import collect
 

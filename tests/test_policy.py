@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from textrl_gym import collect
 from textrl_gym.core import Rollout
-from textrl_gym.decoders import position_ids
 from textrl_gym.models import tiny
-from textrl_gym.policy import Policy
+from textrl_gym.policy.decoders import position_ids
+from textrl_gym.policy.policy import Policy
 from textrl_gym.rollout import micro_batches
 
 V = 5

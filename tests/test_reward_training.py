@@ -12,7 +12,7 @@ from textrl_gym import cli, comparisons, reward_measures, reward_report, reward_
 from textrl_gym.comparisons import Comparer, Comparison
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.models import loading
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.reward_training import RewardModelConfig
 from textrl_gym.rewards import load_reward
 from textrl_gym.stats import pairwise

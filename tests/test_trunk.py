@@ -14,12 +14,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from textrl_gym import functional, policy, prefix
+from textrl_gym import functional
 from textrl_gym.core import Rollout
-from textrl_gym.decoders import position_ids
-from textrl_gym.policy import Policy
+from textrl_gym.policy import policy, prefix_attention
+from textrl_gym.policy.backbone import Trunk, unique_prompts
+from textrl_gym.policy.decoders import position_ids
+from textrl_gym.policy.policy import Policy
 from textrl_gym.sampler import generate
-from textrl_gym.trunk import Trunk, unique_prompts
 
 V, P, T = 37, 7, 9
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -213,7 +214,7 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     Policy(model).response(rollout())
     assert model.config._attn_implementation == before
     assert "forward" not in vars(model.base_model)
-    assert prefix._active.get() is None
+    assert prefix_attention._active.get() is None
 
 
 def test_compaction_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,16 +227,16 @@ def test_compaction_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
         return generate(pi, prompt_UP, mask_UP, SOURCE, uniform_BT, max_new_tokens=30, eos_id=3)
 
     kept: list[int] = []
-    keep = prefix.Prefix.keep
+    keep = prefix_attention.Prefix.keep
 
-    def watched(self: prefix.Prefix, keep_k: Tensor) -> None:
+    def watched(self: prefix_attention.Prefix, keep_k: Tensor) -> None:
         kept.append(len(keep_k))
         keep(self, keep_k)
 
-    monkeypatch.setattr(prefix.Prefix, "keep", watched)
+    monkeypatch.setattr(prefix_attention.Prefix, "keep", watched)
     with_compaction = sample()
     assert kept, "no row ended before another: the test shows nothing"
-    monkeypatch.setattr("textrl_gym.decoders.SharedDecoder.leavers", 1.0)  # rows leave when all have ended
+    monkeypatch.setattr("textrl_gym.policy.decoders.SharedDecoder.leavers", 1.0)  # rows leave when all have ended
     without = sample()
     assert torch.equal(with_compaction.token_BT, without.token_BT)
     assert torch.equal(with_compaction.mask_BT, without.mask_BT)

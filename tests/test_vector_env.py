@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from textrl_gym.core import Row, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.tasks import Task
 
 EOS_ID, V = 0, 5

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from textrl_gym.env import TextEnv as TextEnv
     from textrl_gym.env import TextVectorEnv as TextVectorEnv
     from textrl_gym.evaluation import evaluate as evaluate
-    from textrl_gym.policy import Policy as Policy
+    from textrl_gym.policy.policy import Policy as Policy
     from textrl_gym.rollout import collect as collect
     from textrl_gym.tasks import Task as Task
 
@@ -30,7 +30,7 @@ _HOME = {
     "TextEnv": "env",
     "TextVectorEnv": "env",
     "evaluate": "evaluation",
-    "Policy": "policy",
+    "Policy": "policy.policy",
     "collect": "rollout",
     "Task": "tasks",
 }

@@ -22,7 +22,7 @@ from textrl_gym.core import Rollout
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.kl import KLPenalty
 from textrl_gym.models import loading, lora
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.rollout import collect, micro_batches, vector_env
 from textrl_gym.saved import Saved
 

@@ -22,7 +22,7 @@ import tyro
 from textrl_gym.comparisons import sample_texts
 from textrl_gym.envs import tldr_summarize
 from textrl_gym.models import loading
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.reward_training import RewardModelConfig, train_reward_model
 from textrl_gym.rewards import load_reward
 from textrl_gym.sft import SFTConfig, sft

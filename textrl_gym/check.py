@@ -24,7 +24,7 @@ from textrl_gym import files, kl
 from textrl_gym.core import StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.rollout import collect, vector_env
 
 ROWS = 3

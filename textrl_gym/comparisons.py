@@ -16,7 +16,7 @@ from textrl_gym import sampler
 from textrl_gym.core import Row
 from textrl_gym.data import preferences, prompts
 from textrl_gym.models.packing import pad
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.tasks import Task
 

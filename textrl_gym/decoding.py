@@ -21,10 +21,10 @@ from textrl_gym import files, functional, registry
 from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout, Row, StopReason
-from textrl_gym.decoders import Lookahead
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.kl import KLPenalty
-from textrl_gym.policy import Policy
+from textrl_gym.policy.decoders import Lookahead
+from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
 from textrl_gym.rollout import rollout_of, unique_ids, vector_env
 from textrl_gym.sampler import Completions

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from textrl_gym.core import Rollout, StopReason
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.rollout import MICRO_BATCH_TOKENS, micro_batches
 
 

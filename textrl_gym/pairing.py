@@ -21,7 +21,7 @@ from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import sample_texts
 from textrl_gym.core import Row
 from textrl_gym.models import loading, lora
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
 from textrl_gym.sft import progress_bar

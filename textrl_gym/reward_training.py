@@ -29,7 +29,7 @@ from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.induction import cosine, descend
 from textrl_gym.models import loading
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.reading import learn_to_read
 from textrl_gym.registry import load_env_task
 from textrl_gym.reward_measures import gaps, gold_agreement, normalisation, raw_rewards, references, score_all

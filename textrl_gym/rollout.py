@@ -20,7 +20,7 @@ from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.env import TextEnv, TextVectorEnv
 from textrl_gym.mdp import shape_reward
 from textrl_gym.models.packing import pad
-from textrl_gym.policy import CHUNK_NUMBERS, Policy
+from textrl_gym.policy.policy import CHUNK_NUMBERS, Policy
 
 MICRO_BATCH_TOKENS = 16_384
 """Prompt and response places of one teacher-forced pass without gradients."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import StopReason
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 
 POLL_EVERY = 8  # on a GPU, tokens between two questions "has every row ended?": each one waits for the device
 

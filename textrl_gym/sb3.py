@@ -27,8 +27,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from textrl_gym.policy import Policy
-from textrl_gym.steps import StepCache
+from textrl_gym.policy.policy import Policy
+from textrl_gym.policy.step_cache import StepCache
 
 Observation = dict[str, Tensor]
 

@@ -23,7 +23,7 @@ from textrl_gym.core import RewardSpec, Row, Scores, StopReason
 from textrl_gym.infos import final_info, reset_infos, with_finals
 from textrl_gym.mdp import BUDGET, RUNNING, Array, State, append_, initial_state, restart_, shape_reward
 from textrl_gym.models import loading
-from textrl_gym.policy import Policy
+from textrl_gym.policy.policy import Policy
 from textrl_gym.render import RENDER_MODES, Renderer
 from textrl_gym.rewards import RewardFunction, load_reward
 from textrl_gym.settings import check_settings, spaces

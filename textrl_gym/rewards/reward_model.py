@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from textrl_gym.models import loading
 from textrl_gym.models.packing import pad
-from textrl_gym.trunk import Trunk
+from textrl_gym.policy.backbone import Trunk
 
 FILE = "reward_model.json"
 MAX_BATCH_TOKENS = 16384

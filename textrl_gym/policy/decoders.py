@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from textrl_gym.prefix import attached, own_cache
+from textrl_gym.policy.prefix_attention import attached, own_cache
 
 if TYPE_CHECKING:
-    from textrl_gym.trunk import Trunk
+    from textrl_gym.policy.backbone import Trunk
 
 
 def position_ids(mask_BL: Tensor) -> Tensor:

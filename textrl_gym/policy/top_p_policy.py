@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import Rollout
-from textrl_gym.decoders import Decoder
 from textrl_gym.models import lora
-from textrl_gym.policy import Policy
+from textrl_gym.policy.decoders import Decoder
+from textrl_gym.policy.policy import Policy
 
 FORBIDDEN = -1e30
 """Logit of a token that is not allowed: finite, so that nothing becomes NaN; its probability is 0."""

@@ -2,7 +2,7 @@
 
 Everything that reads a language model here goes through a Trunk: teacher-forced passes for training, for the reference,
 for values and for rewards, and the sampler's decoding. Where the model's attention can go on from shared prompts
-(textrl_gym.prefix) it does; where it cannot, each row computes its own prompt: slower, and the same numbers.
+(policy.prefix_attention) it does; where it cannot, each row computes its own prompt: slower, and the same numbers.
 
 Shape legend: U unique prompts, P prompt places, B rows, T response places, N places in any order, D hidden width,
 V vocabulary.
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from textrl_gym.decoders import (
+from textrl_gym.models import lora, onednn
+from textrl_gym.policy.decoders import (
     Decoder,
     Lookahead,
     RepeatedDecoder,
@@ -30,8 +31,7 @@ from textrl_gym.decoders import (
     no_mask,
     position_ids,
 )
-from textrl_gym.models import lora, onednn
-from textrl_gym.prefix import LAYERS, Enough, Prefix, attached, configs, prompt_cache
+from textrl_gym.policy.prefix_attention import LAYERS, Enough, Prefix, attached, configs, prompt_cache
 
 
 def unique_prompts(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
-from textrl_gym.decoders import Decoder
 from textrl_gym.models import lora
-from textrl_gym.steps import StepCache, aligned
-from textrl_gym.trunk import Trunk
+from textrl_gym.policy.backbone import Trunk
+from textrl_gym.policy.decoders import Decoder
+from textrl_gym.policy.step_cache import StepCache, aligned
 
 CHUNK_NUMBERS = 2**23
 """Logits that are held at a time, as numbers: 32 MiB of float32."""
