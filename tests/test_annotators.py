@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textrl_gym.annotators import Annotators
+from textrl_gym.judges.annotators import Annotators
 from textrl_gym.rewards.tldr_gold import score_parts
 from textrl_gym.worlds.tldr import TLDRCorpus, mediocre_summary
 

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from textrl_gym import cli, endpoint
+from textrl_gym import cli
 from textrl_gym.core import Row
-from textrl_gym.endpoint import Endpoint, EndpointConfig, EndpointError
-from textrl_gym.judges import Answer, Noisy
+from textrl_gym.judges import llm_judge
+from textrl_gym.judges.judge import Answer, Noisy
+from textrl_gym.judges.llm_judge import Endpoint, EndpointConfig, EndpointError
 
 Act = Callable[["Handler", str, str, int], None]
 """What the server does with a request: the handler, answers A and B, and how often it was asked this before."""
@@ -194,7 +195,7 @@ def test_equal_texts_are_a_tie_without_a_question(server: Server, config: Endpoi
      ("tie", "A", 0.5), ("none", "B", math.nan), ("A", "none", math.nan), ("none", "none", math.nan)],
 )  # fmt: skip
 def test_outcomes(a_first: str, b_first: str, outcome: float) -> None:
-    np.testing.assert_equal(endpoint.outcome_of(a_first, b_first), outcome)
+    np.testing.assert_equal(llm_judge.outcome_of(a_first, b_first), outcome)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_outcomes(a_first: str, b_first: str, outcome: float) -> None:
      ("neither", "none"), ("ties", "none"), ("<think>A</think>", "none")],
 )  # fmt: skip
 def test_replies_are_read_strictly(reply: str, verdict: str) -> None:
-    assert endpoint.read_verdict(reply) == verdict
+    assert llm_judge.read_verdict(reply) == verdict
 
 
 def test_nonsense_is_asked_again_and_then_no_verdict(server: Server, config: EndpointConfig) -> None:
@@ -282,9 +283,9 @@ def test_retry_after_is_kept_to(server: Server, config: EndpointConfig) -> None:
 
 
 def test_retry_after_as_number_and_date() -> None:
-    assert [endpoint.retry_after(text) for text in ("2", "0.5", "-3", "", "soon", "nan")] == [2, 0.5, 0, 0, 0, 0]
-    assert 8 < endpoint.retry_after(email.utils.formatdate(time.time() + 10, usegmt=True)) <= 10
-    assert endpoint.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert [llm_judge.retry_after(text) for text in ("2", "0.5", "-3", "", "soon", "nan")] == [2, 0.5, 0, 0, 0, 0]
+    assert 8 < llm_judge.retry_after(email.utils.formatdate(time.time() + 10, usegmt=True)) <= 10
+    assert llm_judge.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 def test_after_the_last_try_an_error_names_url_and_reason_and_nothing_is_lost(
@@ -356,7 +357,7 @@ def test_requests_at_a_time_are_bounded(server: Server, config: EndpointConfig) 
 KILLED = """
 import sys
 from pathlib import Path
-from textrl_gym.endpoint import Endpoint, EndpointConfig
+from textrl_gym.judges.llm_judge import Endpoint, EndpointConfig
 from textrl_gym.judges import Answer
 
 url, template, cache = sys.argv[1:]

@@ -12,22 +12,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"registry", "data", "models", "worlds"}),
     frozenset({"policy"}),
     frozenset({"rewards"}),
-    frozenset(
-        {
-            "judges",
-            "mdp",
-            "endpoint",
-            "annotators",
-            "tasks",
-            "streams",
-            "actions",
-            "settings",
-            "infos",
-            "render",
-            "vector",
-            "env",
-        }
-    ),
+    frozenset({"judges", "mdp", "tasks", "streams", "actions", "settings", "infos", "render", "vector", "env"}),
     frozenset({"rollouts", "envs", "sampler", "rollout"}),
     frozenset(
         {

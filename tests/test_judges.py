@@ -19,7 +19,7 @@ from textrl_gym.core import Row
 from textrl_gym.env import TextVectorEnv
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.evaluation import Evaluator, entropy
-from textrl_gym.judges import Answer, Noisy, Pointwise, load_judge, load_scorer
+from textrl_gym.judges.judge import Answer, Noisy, Pointwise, load_judge, load_scorer
 from textrl_gym.policy.policy import Policy
 from textrl_gym.stats import pairwise
 from textrl_gym.stats.estimates import Array

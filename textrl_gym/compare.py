@@ -238,7 +238,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     """
     import gymnasium
 
-    from textrl_gym.judges import load_scorer
+    from textrl_gym.judges.judge import load_scorer
     from textrl_gym.rewards import load_reward
 
     task = registry.load_task(gymnasium.spec(environment).kwargs["task"])

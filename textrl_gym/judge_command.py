@@ -30,25 +30,25 @@ class JudgeFlags:
 
     def make(self, endpoint: Any, folder: Path, task: Any, device: Any = "cpu", tokenizer: Any = None) -> Any:
         """The judge that the flags name; endpoint: an EndpointConfig, for the judge of that name."""
-        from textrl_gym import judges
-        from textrl_gym.endpoint import CACHE, Endpoint, EndpointConfig
+        from textrl_gym.judges import judge
+        from textrl_gym.judges.llm_judge import CACHE, Endpoint, EndpointConfig
 
         if importlib.util.find_spec("scipy") is None:
             raise ImportError("win rates with intervals need the package scipy: pip install textrl-gym[judge]")
-        if self.judge != judges.ENDPOINT and endpoint != EndpointConfig():
+        if self.judge != judge.ENDPOINT and endpoint != EndpointConfig():
             raise ValueError(
-                f"--endpoint. settings are of --judge {judges.ENDPOINT}, and the judge is {self.judge or judges.GOLD}"
+                f"--endpoint. settings are of --judge {judge.ENDPOINT}, and the judge is {self.judge or judge.GOLD}"
             )
-        if self.judge == judges.ENDPOINT:
+        if self.judge == judge.ENDPOINT:
             judge: Any = Endpoint(dataclasses.replace(endpoint, cache=endpoint.cache or folder / CACHE))
         else:
-            judge = judges.load_judge(self.judge or judges.GOLD, task=task, device=device, tokenizer=tokenizer)
-        return judges.Noisy(judge, self.judge_noise, self.judge_seed) if self.judge_noise else judge
+            judge = judge.load_judge(self.judge or judge.GOLD, task=task, device=device, tokenizer=tokenizer)
+        return judge.Noisy(judge, self.judge_noise, self.judge_seed) if self.judge_noise else judge
 
 
 def judge_parts() -> list[tuple[Any, ...]]:
     """The flags of a judge, and under --endpoint. those of a language model."""
-    from textrl_gym.endpoint import EndpointConfig
+    from textrl_gym.judges.llm_judge import EndpointConfig
 
     return [("judging", flat(JudgeFlags)), ("endpoint", EndpointConfig, EndpointConfig())]
 

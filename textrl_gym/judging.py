@@ -18,7 +18,7 @@ import numpy as np
 from textrl_gym import cell
 from textrl_gym.comparison_data import Comparison, Group, Result
 from textrl_gym.core import PromptSource, Row, StopReason
-from textrl_gym.judges import Answer, Judge
+from textrl_gym.judges.judge import Answer, Judge
 from textrl_gym.registry import unknown
 from textrl_gym.stats import pairwise
 from textrl_gym.stats.estimates import Array, Estimate

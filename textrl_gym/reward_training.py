@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from textrl_gym import files
-from textrl_gym.annotators import Annotators
 from textrl_gym.comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.induction import cosine, descend
+from textrl_gym.judges.annotators import Annotators
 from textrl_gym.models import loading
 from textrl_gym.policy.policy import Policy
 from textrl_gym.reading import learn_to_read

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from textrl_gym.core import Row
-from textrl_gym.judges import ENDPOINT, Answer
+from textrl_gym.judges.judge import ENDPOINT, Answer
 from textrl_gym.stats.estimates import Array
 
 TEMPLATE = """Two answers were given to one task. Which of them does the task better?
@@ -161,7 +161,7 @@ class Endpoint:
         self.verdicts = Verdicts(config.cache or Path(CACHE))
 
     def prefer(self, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Array:
-        """See textrl_gym.judges.Judge. Equal texts are a tie that nobody is asked about.
+        """See textrl_gym.judges.judge.Judge. Equal texts are a tie that nobody is asked about.
 
         Raises:
             EndpointError: the endpoint fails for good. The verdicts that were given until then are kept.

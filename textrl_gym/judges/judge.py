@@ -1,7 +1,7 @@
 """Judges: which of two answers to a prompt is the better one.
 
 A judge is whatever has `prefer(rows, a, b)`. Any reward is one, the higher score being the better answer, and so is a
-language model behind an endpoint (textrl_gym.endpoint). `Noisy` makes a judge of another one that errs as often as
+language model behind an endpoint (judges.llm_judge). `Noisy` makes a judge of another one that errs as often as
 people do.
 """
 
@@ -22,7 +22,7 @@ from textrl_gym.stats.estimates import Array, outcomes
 GOLD = "gold"
 """The name of a task's own judge."""
 ENDPOINT = "endpoint"
-"""The name of the judge that is a language model; it has settings, see textrl_gym.endpoint."""
+"""The name of the judge that is a language model; it has settings, see textrl_gym.judges.llm_judge."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Noisy:
 
     AlpacaFarm (Dubois et al. 2023, arXiv:2305.14387) turns a quarter, which made simulated annotators as different from
     each other as people are. Which pairs is decided by the seed and their texts: the same pair is always judged alike,
-    whichever answer comes first and whatever else is judged. A tie stays one. This is not textrl_gym.annotators, whose
+    whichever answer comes first and whatever else is judged. A tie stays one. This is not judges.annotators, whose
     mistakes depend on how far two gold scores are apart: here only the verdict is known.
     """
 
