@@ -35,7 +35,7 @@ from textrl_gym import functional
 from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout
-from textrl_gym.env import TextVectorEnv
+from textrl_gym.mdp.text_env import TextVectorEnv
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from textrl_gym.agent import Agent
 from textrl_gym.core import Rollout
-from textrl_gym.env import TextVectorEnv
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
 
 

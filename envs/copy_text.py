@@ -8,8 +8,8 @@ from typing import Any
 
 from textrl_gym.core import Row
 from textrl_gym.data import prompts
+from textrl_gym.mdp.task import Task
 from textrl_gym.models import tiny
-from textrl_gym.tasks import Task
 
 ID = "CopyText-v0"
 
@@ -59,7 +59,7 @@ class CopyText(Task):
     At the end `score`, `prompt`, `completion`, `reference`, `stop_reason`.
 
     ## Arguments
-    Those of every text environment: see textrl_gym.env.TextVectorEnv.
+    Those of every text environment: see textrl_gym.mdp.text_env.TextVectorEnv.
 
     ## References
     In the spirit of the identity environments of Stable-Baselines3's tests.

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from textrl_gym.core import Row
 from textrl_gym.data import prompts
+from textrl_gym.mdp.task import Task
 from textrl_gym.models import tiny
 from textrl_gym.models.packing import pad
 from textrl_gym.policy.policy import Policy
-from textrl_gym.tasks import Task
 
 ID = "KnownOptimum-v0"
 
@@ -104,7 +104,7 @@ class KnownOptimum(Task):
     At the end `score`, `prompt`, `completion`, `stop_reason`.
 
     ## Arguments
-    Those of every text environment: see textrl_gym.env.TextVectorEnv.
+    Those of every text environment: see textrl_gym.mdp.text_env.TextVectorEnv.
 
     ## References
     Ziegler et al. 2019, arXiv:1909.08593; Rafailov et al. 2023, arXiv:2305.18290, equation 4.

@@ -10,7 +10,7 @@ from typing import Any
 
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
-from textrl_gym.tasks import Task
+from textrl_gym.mdp.task import Task
 from textrl_gym.worlds.tldr import KINDS, TLDRCorpus, corrupted_summaries, mediocre_summary, slots_of
 from textrl_gym.worlds.tldr_grammar import bank, compose
 

@@ -15,11 +15,11 @@ import transformers
 from gymnasium.vector import AutoresetMode
 
 from textrl_gym.core import Rollout, Row, StopReason
-from textrl_gym.env import TextEnv, TextVectorEnv
+from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollout import collect, micro_batches
-from textrl_gym.tasks import Task
 
 SYMBOLS = ("a", "b", "c", "d", "e", "f", "g")
 EOS_ID = 0

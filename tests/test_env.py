@@ -25,7 +25,7 @@ import textrl_gym
 from textrl_gym import registry
 from textrl_gym.check import PROPERTIES, check_env
 from textrl_gym.core import Row, StopReason
-from textrl_gym.env import TextEnv, TextVectorEnv
+from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 
 IDS = sorted(registry.env_ids())
 COPY = "textrl_gym.envs.copy_text"

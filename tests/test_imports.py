@@ -12,7 +12,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"registry", "data", "models", "worlds"}),
     frozenset({"policy"}),
     frozenset({"rewards"}),
-    frozenset({"judges", "mdp", "tasks", "streams", "actions", "settings", "infos", "render", "vector", "env"}),
+    frozenset({"judges", "mdp"}),
     frozenset({"rollouts", "envs", "sampler", "rollout"}),
     frozenset(
         {

@@ -16,14 +16,14 @@ import textrl_gym
 from textrl_gym import cli, judging
 from textrl_gym.agents import GRPO
 from textrl_gym.core import Row
-from textrl_gym.env import TextVectorEnv
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.evaluation import Evaluator, entropy
 from textrl_gym.judges.judge import Answer, Noisy, Pointwise, load_judge, load_scorer
+from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
 from textrl_gym.stats import pairwise
 from textrl_gym.stats.estimates import Array
-from textrl_gym.tasks import Task
 
 
 def longer(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

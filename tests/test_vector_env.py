@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textrl_gym.core import Row, StopReason
-from textrl_gym.env import TextEnv, TextVectorEnv
+from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
-from textrl_gym.tasks import Task
 
 EOS_ID, V = 0, 5
 MODES = list(AutoresetMode)

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from textrl_gym.check import check_env as check_env
     from textrl_gym.core import Rollout as Rollout
     from textrl_gym.core import StopReason as StopReason
-    from textrl_gym.env import TextEnv as TextEnv
-    from textrl_gym.env import TextVectorEnv as TextVectorEnv
     from textrl_gym.evaluation import evaluate as evaluate
+    from textrl_gym.mdp.task import Task as Task
+    from textrl_gym.mdp.text_env import TextEnv as TextEnv
+    from textrl_gym.mdp.text_env import TextVectorEnv as TextVectorEnv
     from textrl_gym.policy.policy import Policy as Policy
     from textrl_gym.rollout import collect as collect
-    from textrl_gym.tasks import Task as Task
 
 __version__ = "0.1.0"
 
@@ -27,12 +27,12 @@ _HOME = {
     "check_env": "check",
     "Rollout": "core",
     "StopReason": "core",
-    "TextEnv": "env",
-    "TextVectorEnv": "env",
+    "TextEnv": "mdp.text_env",
+    "TextVectorEnv": "mdp.text_env",
     "evaluate": "evaluation",
     "Policy": "policy.policy",
     "collect": "rollout",
-    "Task": "tasks",
+    "Task": "mdp.task",
 }
 
 register = _plugins.register

@@ -19,8 +19,8 @@ from torch import Tensor
 from textrl_gym import train
 from textrl_gym.agent_config import AgentConfig, Clock, make_config
 from textrl_gym.core import Rollout
-from textrl_gym.env import TextVectorEnv
 from textrl_gym.kl import KLPenalty
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollout import collect, micro_batches, vector_env

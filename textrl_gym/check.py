@@ -22,7 +22,7 @@ from stable_baselines3.common import env_checker as sb3_checker
 
 from textrl_gym import files, kl
 from textrl_gym.core import StopReason
-from textrl_gym.env import TextEnv, TextVectorEnv
+from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollout import collect, vector_env

@@ -21,8 +21,8 @@ from textrl_gym import files, functional, registry
 from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout, Row, StopReason
-from textrl_gym.env import TextVectorEnv
 from textrl_gym.kl import KLPenalty
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.decoders import Lookahead
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent

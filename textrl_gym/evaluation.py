@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
-from textrl_gym.env import TextVectorEnv
 from textrl_gym.judges.judge import Answer, load_scorer, reward_of
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
 from textrl_gym.rollout import collect, token_entropy, vector_env

@@ -13,8 +13,8 @@ import gymnasium
 
 from textrl_gym import files
 
-ENV_ENTRY = "textrl_gym.env:TextEnv"
-VECTOR_ENTRY = "textrl_gym.env:TextVectorEnv"
+ENV_ENTRY = "textrl_gym.mdp.text_env:TextEnv"
+VECTOR_ENTRY = "textrl_gym.mdp.text_env:TextVectorEnv"
 
 
 def folder(kind: str) -> list[Path]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from textrl_gym import functional, kl, sampler
 from textrl_gym.core import Rollout, Row, StopReason
-from textrl_gym.env import TextEnv, TextVectorEnv
-from textrl_gym.mdp import shape_reward
+from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
+from textrl_gym.mdp.transition import shape_reward
 from textrl_gym.models.packing import pad
 from textrl_gym.policy.policy import CHUNK_NUMBERS, Policy
 

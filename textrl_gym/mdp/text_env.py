@@ -11,8 +11,10 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from textrl_gym.render import RENDER_MODES
-from textrl_gym.vector import TextVectorEnv as TextVectorEnv  # "textrl_gym.env:TextVectorEnv" is its registered name
+from textrl_gym.mdp.render import RENDER_MODES
+from textrl_gym.mdp.vector_env import (
+    TextVectorEnv as TextVectorEnv,  # "textrl_gym.mdp.text_env:TextVectorEnv" is its registered name
+)
 
 
 class TextEnv(gym.Env[Any, Any]):

@@ -18,16 +18,16 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from textrl_gym import registry
-from textrl_gym.actions import parse, penalty, to_tensor
 from textrl_gym.core import RewardSpec, Row, Scores, StopReason
-from textrl_gym.infos import final_info, reset_infos, with_finals
-from textrl_gym.mdp import BUDGET, RUNNING, Array, State, append_, initial_state, restart_, shape_reward
+from textrl_gym.mdp.actions import parse, penalty, to_tensor
+from textrl_gym.mdp.infos import final_info, reset_infos, with_finals
+from textrl_gym.mdp.prompt_streams import Prompt, PromptStreams
+from textrl_gym.mdp.render import RENDER_MODES, Renderer
+from textrl_gym.mdp.spaces import check_settings, spaces
+from textrl_gym.mdp.transition import BUDGET, RUNNING, Array, State, append_, initial_state, restart_, shape_reward
 from textrl_gym.models import loading
 from textrl_gym.policy.policy import Policy
-from textrl_gym.render import RENDER_MODES, Renderer
 from textrl_gym.rewards import RewardFunction, load_reward
-from textrl_gym.settings import check_settings, spaces
-from textrl_gym.streams import Prompt, PromptStreams
 
 
 class TextVectorEnv(VectorEnv[Any, Any, Any]):

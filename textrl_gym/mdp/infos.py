@@ -11,7 +11,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from textrl_gym.core import Row, StopReason
-from textrl_gym.streams import Prompt
+from textrl_gym.mdp.prompt_streams import Prompt
 
 
 def reset_infos(prompts: Sequence[Prompt], chosen_B: np.ndarray) -> dict[str, Any]:

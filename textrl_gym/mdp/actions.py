@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from textrl_gym import kl
-from textrl_gym.mdp import Array, State
+from textrl_gym.mdp.transition import Array, State
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from textrl_gym import kl
-from textrl_gym.render import RENDER_MODES
+from textrl_gym.mdp.render import RENDER_MODES
 
 ARRAYS = ("numpy", "torch")
 
