@@ -28,7 +28,7 @@ from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout, Row
 from textrl_gym.mdp.text_env import TextVectorEnv
-from textrl_gym.rollout import complete, rollout_of, vector_env
+from textrl_gym.rollouts.collect import complete, rollout_of, vector_env
 from textrl_gym.stats.overoptimization import best_of_n_kl_bound
 
 

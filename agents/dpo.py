@@ -37,7 +37,7 @@ from textrl_gym.agent import Agent
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.models.packing import pad
 from textrl_gym.pair_losses import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
-from textrl_gym.rollout import collect, token_logprobs
+from textrl_gym.rollouts.collect import collect, token_logprobs
 
 Pair = tuple[list[int], list[int], list[int]]
 FILE = "pairs.safetensors"

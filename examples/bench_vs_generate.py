@@ -23,7 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
-from textrl_gym.sampler import generate
+from textrl_gym.rollouts.sampler import generate
 
 
 class EndsAt(StoppingCriteria):

@@ -11,7 +11,7 @@ import torch
 from textrl_gym.agents import GRPO, PPO
 from textrl_gym.models import lora, tiny
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollout import collect
+from textrl_gym.rollouts.collect import collect
 
 SMALL: dict[str, Any] = {"rollout_episodes": 8, "group_size": 4, "learning_rate": 1e-2, "device": "cpu"}
 

@@ -19,7 +19,7 @@ from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollout import collect, micro_batches
+from textrl_gym.rollouts.collect import collect, micro_batches
 
 SYMBOLS = ("a", "b", "c", "d", "e", "f", "g")
 EOS_ID = 0

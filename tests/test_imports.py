@@ -13,7 +13,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"policy"}),
     frozenset({"rewards"}),
     frozenset({"judges", "mdp"}),
-    frozenset({"rollouts", "envs", "sampler", "rollout"}),
+    frozenset({"rollouts", "envs"}),
     frozenset(
         {
             "evaluation",

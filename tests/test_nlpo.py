@@ -13,7 +13,7 @@ from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
 from textrl_gym.policy.top_p_policy import MaskedPolicy, top_p_set
 from textrl_gym.registry import load_agent
-from textrl_gym.rollout import collect
+from textrl_gym.rollouts.collect import collect
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}
 

@@ -18,7 +18,7 @@ from textrl_gym.core import Rollout
 from textrl_gym.envs import known_optimum
 from textrl_gym.pair_losses import PairConfig, as_pairs, label_pairs, pair_loss, pairs_loss
 from textrl_gym.registry import load_agent
-from textrl_gym.rollout import micro_batches
+from textrl_gym.rollouts.collect import micro_batches
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 8}
 

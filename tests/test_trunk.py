@@ -20,7 +20,7 @@ from textrl_gym.policy import policy, prefix_attention
 from textrl_gym.policy.backbone import Trunk, unique_prompts
 from textrl_gym.policy.decoders import position_ids
 from textrl_gym.policy.policy import Policy
-from textrl_gym.sampler import generate
+from textrl_gym.rollouts.sampler import generate
 
 V, P, T = 37, 7, 9
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from textrl_gym.mdp.text_env import TextEnv as TextEnv
     from textrl_gym.mdp.text_env import TextVectorEnv as TextVectorEnv
     from textrl_gym.policy.policy import Policy as Policy
-    from textrl_gym.rollout import collect as collect
+    from textrl_gym.rollouts.collect import collect as collect
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ _HOME = {
     "TextVectorEnv": "mdp.text_env",
     "evaluate": "evaluation",
     "Policy": "policy.policy",
-    "collect": "rollout",
+    "collect": "rollouts.collect",
     "Task": "mdp.task",
 }
 

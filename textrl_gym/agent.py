@@ -23,7 +23,7 @@ from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollout import collect, micro_batches, vector_env
+from textrl_gym.rollouts.collect import collect, micro_batches, vector_env
 from textrl_gym.saved import Saved
 
 

@@ -20,12 +20,13 @@ from typing import Any, Literal
 
 import torch
 
-from textrl_gym import files, registry, sampler
+from textrl_gym import files, registry
 from textrl_gym.core import Row
 from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import flops, loading, onednn, tiny
 from textrl_gym.rewards.reward_model import RewardModel
+from textrl_gym.rollouts import sampler
 
 PHASES = ("rollout", "scoring", "reference", "values", "update")
 """What an iteration is made of. The rest, "other", is prompts, texts and rewards on the host."""

@@ -25,7 +25,7 @@ from textrl_gym.core import StopReason
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollout import collect, vector_env
+from textrl_gym.rollouts.collect import collect, vector_env
 
 ROWS = 3
 BUDGET = 6  # tokens of the checked episodes, where the environment allows more: long ones would show nothing else

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import Rollout, StopReason
-from textrl_gym.rollout import as_written_by, complete, rollout_of, token_entropy
+from textrl_gym.rollouts.collect import as_written_by, complete, rollout_of, token_entropy
 
 PROMPTS = 6
 GROUP = 8

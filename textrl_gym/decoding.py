@@ -26,8 +26,8 @@ from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.decoders import Lookahead
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
-from textrl_gym.rollout import rollout_of, unique_ids, vector_env
-from textrl_gym.sampler import Completions
+from textrl_gym.rollouts.collect import rollout_of, unique_ids, vector_env
+from textrl_gym.rollouts.sampler import Completions
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from textrl_gym.judges.judge import Answer, load_scorer, reward_of
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
-from textrl_gym.rollout import collect, token_entropy, vector_env
+from textrl_gym.rollouts.collect import collect, token_entropy, vector_env
 from textrl_gym.stats.estimates import outcomes
 from textrl_gym.text_metrics import text_metrics
 

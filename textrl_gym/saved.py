@@ -16,7 +16,7 @@ from textrl_gym import checkpoint, files, registry
 from textrl_gym.agent_config import Clock
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import loading, lora
-from textrl_gym.rollout import vector_env
+from textrl_gym.rollouts.collect import vector_env
 
 
 class Saved:

@@ -27,7 +27,7 @@ from textrl_gym.agent import Agent
 from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollout import token_logprobs
+from textrl_gym.rollouts.collect import token_logprobs
 from textrl_gym.sb3 import CausalLMPolicy, PolicyLogprob
 from textrl_gym.sb3_env import TextVecEnv
 

@@ -15,12 +15,13 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from textrl_gym import functional, kl, sampler
+from textrl_gym import functional, kl
 from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.mdp.transition import shape_reward
 from textrl_gym.models.packing import pad
 from textrl_gym.policy.policy import CHUNK_NUMBERS, Policy
+from textrl_gym.rollouts import sampler
 
 MICRO_BATCH_TOKENS = 16_384
 """Prompt and response places of one teacher-forced pass without gradients."""
