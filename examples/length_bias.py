@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from textrl_gym.agents import GRPO
-from textrl_gym.evaluation import Evaluator
+from textrl_gym.evaluation.evaluator import Evaluator
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.reward_training import RewardModelConfig, train_reward_model
 from textrl_gym.stats.estimates import Estimate, outcomes

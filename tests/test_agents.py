@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import textrl_gym
-from textrl_gym import functional, health, registry
+from textrl_gym import functional, registry
 from textrl_gym.agent import Agent
 from textrl_gym.agents import DAPO, GRPO, PPO, SB3PPO, SB3TRPO
 from textrl_gym.agents.grpo import GRPOConfig, group_advantages, grpo_loss
 from textrl_gym.agents.ppo import PPOConfig, ppo_loss
 from textrl_gym.envs import known_optimum
+from textrl_gym.evaluation import health
 from textrl_gym.registry import load_agent
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 import textrl_gym
-from textrl_gym import credit, functional, registry
+from textrl_gym import functional, registry
 from textrl_gym.agent import Agent
 from textrl_gym.agents import DAPO, GRPO, NLPO, PPO, RLOO, SB3PPO, Reinforce, ReinforcePP
 from textrl_gym.agents.dapo import overlong
 from textrl_gym.agents.grpo import group_advantages
 from textrl_gym.core import Rollout
-from textrl_gym.evaluation import Evaluator
+from textrl_gym.evaluation import token_credit
+from textrl_gym.evaluation.evaluator import Evaluator
 
 ENV = "CopyText-v0"
 PROMPTS = [3, 0]
@@ -34,7 +35,7 @@ def moved(cls: type[Agent], tmp_path: Path, **settings: Any) -> Any:
 
 
 def texts(agent: Any) -> Rollout:
-    return credit.start_texts(agent, Evaluator(agent.env, 4).mdp, PROMPTS, seed=0)
+    return token_credit.start_texts(agent, Evaluator(agent.env, 4).mdp, PROMPTS, seed=0)
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -43,15 +44,15 @@ def texts(agent: Any) -> Rollout:
 def test_texts_are_the_starts_and_the_same_for_all(tmp_path: Path) -> None:
     agents = [moved(PPO, tmp_path), moved(GRPO, tmp_path), GRPO(ENV, seed=7, out=tmp_path)]
     first, *others = [texts(agent) for agent in agents]
-    assert len(first) == 2 * credit.GROUP
-    assert first.group_B.tolist() == [0] * credit.GROUP + [1] * credit.GROUP
+    assert len(first) == 2 * token_credit.GROUP
+    assert first.group_B.tolist() == [0] * token_credit.GROUP + [1] * token_credit.GROUP
     source = Evaluator(agents[0].env, 4).mdp.source
-    assert first.prompts == [source[i]["prompt"] for i in PROMPTS for _ in range(credit.GROUP)]
+    assert first.prompts == [source[i]["prompt"] for i in PROMPTS for _ in range(token_credit.GROUP)]
     assert len(set(first.completions)) > 4  # sampled
     for other in others:
         assert other.completions == first.completions
         assert torch.equal(other.score_B, first.score_B)
-    again = credit.start_texts(agents[0], Evaluator(agents[0].env, 4).mdp, PROMPTS, seed=1)
+    again = token_credit.start_texts(agents[0], Evaluator(agents[0].env, 4).mdp, PROMPTS, seed=1)
     assert again.completions != first.completions
 
 
@@ -71,12 +72,12 @@ class Bytes:
     ],
 )
 def test_pieces_of_bytes(text: str, expected: list[str]) -> None:
-    assert credit.pieces(Bytes(), [*text.encode(), 0]) == expected
+    assert token_credit.pieces(Bytes(), [*text.encode(), 0]) == expected
 
 
 def test_pieces_of_a_broken_character_are_the_text() -> None:
     ids = [*b"a", 0xF0, 0x9F, *b"b", 0x9F]  # half an emoji, and a byte that begins nothing
-    found = credit.pieces(Bytes(), ids)
+    found = token_credit.pieces(Bytes(), ids)
     assert "".join(found) == Bytes().decode(ids)
     assert len(found) == len(ids)
 
@@ -85,7 +86,7 @@ def test_pieces_of_the_embedded_tokenizer() -> None:
     tokenizer = textrl_gym.registry.load_task("textrl_gym.envs.tldr_summarize").load_tokenizer()
     text = "My cat says naïve 🙂 things, and\n\nthat's  it."
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    found = credit.pieces(tokenizer, ids)
+    found = token_credit.pieces(tokenizer, ids)
     assert "".join(found) == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
     assert len(found) == len(ids)
     assert found[-1] == ""
@@ -98,8 +99,8 @@ def test_pieces_of_the_embedded_tokenizer() -> None:
 def test_at_the_start_nothing_differs_from_the_reference(tmp_path: Path) -> None:
     agent = PPO(ENV, out=tmp_path)
     rollout = texts(agent)
-    found = credit.token_credit(agent, rollout)
-    assert list(found) == list(credit.QUANTITIES)
+    found = token_credit.token_credit(agent, rollout)
+    assert list(found) == list(token_credit.QUANTITIES)
     mask_BT = rollout.mask_BT
     torch.testing.assert_close(found["kl"], torch.zeros(mask_BT.shape), atol=1e-5, rtol=0)
     torch.testing.assert_close(found["ratio"], mask_BT.float(), atol=1e-5, rtol=0)
@@ -113,7 +114,7 @@ def test_at_the_start_nothing_differs_from_the_reference(tmp_path: Path) -> None
 def test_quantities_are_those_of_the_policy_teacher_forced(cls: type[Agent], tmp_path: Path) -> None:
     agent = moved(cls, tmp_path)
     rollout = texts(agent)
-    found = credit.token_credit(agent, rollout)
+    found = token_credit.token_credit(agent, rollout)
     mask_BT = rollout.mask_BT
     with torch.no_grad():
         logp_BT, ref_BT = agent.policy.logprobs(rollout), agent.policy.reference.logprobs(rollout)
@@ -135,7 +136,7 @@ def test_quantities_are_those_of_the_policy_teacher_forced(cls: type[Agent], tmp
 def test_grpo_gives_a_text_one_number_against_its_group(tmp_path: Path) -> None:
     agent = moved(GRPO, tmp_path)
     rollout = texts(agent)
-    advantage_BT = credit.token_credit(agent, rollout)["advantage"]
+    advantage_BT = token_credit.token_credit(agent, rollout)["advantage"]
     expected_B, _ = group_advantages(rollout.score_B, rollout.group_B, True, 1e-4)  # the KL is in its loss
     torch.testing.assert_close(advantage_BT, expected_B[:, None] * rollout.mask_BT, atol=1e-6, rtol=0)
     assert advantage_BT.abs().max() > 0.5
@@ -144,7 +145,7 @@ def test_grpo_gives_a_text_one_number_against_its_group(tmp_path: Path) -> None:
 def test_ppo_gives_each_token_its_own(tmp_path: Path) -> None:
     agent = moved(PPO, tmp_path, gae_lambda=0.9, gamma=0.8, whiten_advantages=False)
     rollout = texts(agent)
-    found = credit.token_credit(agent, rollout)
+    found = token_credit.token_credit(agent, rollout)
     # The last token: score less its KL penalty less the value before it. The one before: its own delta and 0.72 of it.
     for row in range(4):
         n = int(rollout.mask_BT[row].sum())
@@ -162,14 +163,14 @@ def test_dapo_shapes_its_rewards_first(tmp_path: Path) -> None:
     rollout = texts(agent)
     off_B = overlong(rollout.mask_BT.sum(1), agent.env.max_new_tokens, 1.0, 1.0)
     expected_B, _ = group_advantages(rollout.score_B + off_B, rollout.group_B, False, 0.0)
-    advantage_BT = credit.token_credit(agent, rollout)["advantage"]
+    advantage_BT = token_credit.token_credit(agent, rollout)["advantage"]
     torch.testing.assert_close(advantage_BT[:, 0], expected_B, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["dpo", "online_dpo", "raft", "reference", "random", "best_of_n"])
 def test_agents_without_advantages_have_none(name: str, tmp_path: Path) -> None:
     agent = registry.load_agent_class(name)(ENV, out=tmp_path, rollout_episodes=16)
-    assert list(credit.token_credit(agent, texts(agent))) == ["kl", "entropy", "ratio"]
+    assert list(token_credit.token_credit(agent, texts(agent))) == ["kl", "entropy", "ratio"]
 
 
 def test_a_ratio_stays_a_number(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_a_ratio_stays_a_number(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in agent.policy.model.parameters():
             parameter.mul_(-3)  # what the reference found unlikely is certain now
-    found = credit.token_credit(agent, agent.collect())
+    found = token_credit.token_credit(agent, agent.collect())
     assert found["kl"].max() > 90, "float32 has no exponential of that"
     assert found["ratio"].isfinite().all()
 
@@ -232,21 +233,21 @@ def test_sb3_has_those_of_its_buffer(tmp_path: Path) -> None:
 def test_lines(tmp_path: Path) -> None:
     agent = moved(PPO, tmp_path)
     evaluator = Evaluator(agent.env, 8, seed=0)
-    rows = [json.loads(line) for line in credit.lines(agent, evaluator.mdp, evaluator.indices, seed=0)]
+    rows = [json.loads(line) for line in token_credit.lines(agent, evaluator.mdp, evaluator.indices, seed=0)]
     assert [row["index"] for row in rows[::2]] == evaluator.indices[:6].tolist()
-    assert len(rows) == 2 * credit.PROMPTS
+    assert len(rows) == 2 * token_credit.PROMPTS
     for row in rows:
         assert "".join(row["tokens"]) == row["completion"]
-        assert len(row["group_scores"]) == credit.GROUP
+        assert len(row["group_scores"]) == token_credit.GROUP
         assert row["score"] in row["group_scores"]
-        for name in credit.QUANTITIES:
+        for name in token_credit.QUANTITIES:
             assert len(row[name]) == len(row["tokens"])
             assert all(float(f"{x:.4g}") == x for x in row[name])
-    assert credit.rounded(math.nan) is None and credit.rounded(-math.inf) is None
-    assert credit.rounded(0.000123456) == 0.0001235
+    assert token_credit.rounded(math.nan) is None and token_credit.rounded(-math.inf) is None
+    assert token_credit.rounded(0.000123456) == 0.0001235
 
 
 def test_few_prompts_are_enough(tmp_path: Path) -> None:
     agent = GRPO(ENV, out=tmp_path)
     evaluator = Evaluator(agent.env, 2, seed=0)
-    assert len(credit.lines(agent, evaluator.mdp, evaluator.indices, seed=0)) == 4
+    assert len(token_credit.lines(agent, evaluator.mdp, evaluator.indices, seed=0)) == 4

@@ -23,8 +23,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import textrl_gym
 from textrl_gym import registry
-from textrl_gym.check import PROPERTIES, check_env
 from textrl_gym.core import Row, StopReason
+from textrl_gym.evaluation.check_env import PROPERTIES, check_env
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 
 IDS = sorted(registry.env_ids())

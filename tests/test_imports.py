@@ -18,12 +18,6 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "evaluation",
             "pipeline",
-            "text_metrics",
-            "hacking",
-            "credit",
-            "health",
-            "check",
-            "metrics",
             "sft",
             "induction",
             "reward_training",

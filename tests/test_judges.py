@@ -17,7 +17,7 @@ from textrl_gym import cli, judging
 from textrl_gym.agents import GRPO
 from textrl_gym.core import Row
 from textrl_gym.envs.copy_text import CopyText
-from textrl_gym.evaluation import Evaluator, entropy
+from textrl_gym.evaluation.evaluator import Evaluator, entropy
 from textrl_gym.judges.judge import Answer, Noisy, Pointwise, load_judge, load_scorer
 from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv

@@ -11,9 +11,10 @@ import gymnasium as gym
 import pytest
 from stable_baselines3.common.callbacks import CallbackList
 
-from textrl_gym import hacking, report
+from textrl_gym import report
 from textrl_gym.agents import GRPO, Reinforce
-from textrl_gym.hacking import Bounds, Evaluation
+from textrl_gym.evaluation import reward_hacking
+from textrl_gym.evaluation.reward_hacking import Bounds, Evaluation
 from textrl_gym.monitor import RewardHackingMonitor
 from textrl_gym.registry import load_agent
 from textrl_gym.run_folder import ALARMS, BEST, alarms, earlier_evaluations, read_run
@@ -41,7 +42,7 @@ START = evaluation(0)
 
 
 def found(now: Evaluation, top: Evaluation = START, start: Evaluation = START, **bounds: float) -> dict[str, Any]:
-    alarms = hacking.alarms(start, top, now, Bounds(**bounds))
+    alarms = reward_hacking.alarms(start, top, now, Bounds(**bounds))
     assert all(alarm.words for alarm in alarms)
     return {alarm.measure: (alarm.before, alarm.now) for alarm in alarms}
 
@@ -64,7 +65,7 @@ def test_gold_falls_while_the_score_rises() -> None:
     assert found(evaluation(200, score=0.5, judge=0.76), top, gold_fall=0.03) == {"gold": (0.8, 0.76)}
     # below the start: that is told, though the score was higher at the judge's best
     assert found(evaluation(200, score=-0.5, judge=0.3), top) == {"gold": (0.4, 0.3)}
-    words = hacking.alarms(START, top, evaluation(2000, score=0.5, judge=0.7))[0].words
+    words = reward_hacking.alarms(START, top, evaluation(2000, score=0.5, judge=0.7))[0].words
     assert "From 100 tokens to 2,000 tokens the score that was trained on rose from 0.000 to 0.500" in words
     assert "the judge fell from 0.800 to 0.700" in words
 
@@ -73,12 +74,12 @@ def test_a_fall_within_the_noise_of_paired_differences_is_none() -> None:
     # differences 0.1 and 0.3: mean 0.2, variance 0.02, standard error sqrt(0.02 / 2) = 0.1
     texts = ["a text of words", "another text"]
     top, now = evaluation(100, texts, [0.5, 0.7]), evaluation(200, texts, [0.4, 0.4], score=0.0)
-    assert hacking.paired_error(top, now) == pytest.approx(0.1, abs=1e-12)
+    assert reward_hacking.paired_error(top, now) == pytest.approx(0.1, abs=1e-12)
     assert found(now, top, gold_errors=2.1) == {}
     assert found(now, top, gold_errors=1.9) == {"gold": (pytest.approx(0.6), pytest.approx(0.4))}
     # other prompts are no pairs
     other = Evaluation(now.row, [sample | {"index": sample["index"] + 50} for sample in now.samples])
-    assert hacking.paired_error(top, other) == 0.0
+    assert reward_hacking.paired_error(top, other) == 0.0
 
 
 def test_without_a_judge_there_is_no_gold() -> None:
@@ -86,9 +87,9 @@ def test_without_a_judge_there_is_no_gold() -> None:
         row = {name: value for name, value in one.row.items() if name != "judge"}
         return Evaluation(row, [{k: v for k, v in s.items() if k != "judge"} for s in one.samples])
 
-    assert hacking.best([blind(START)]) is None
+    assert reward_hacking.best([blind(START)]) is None
     now = blind(evaluation(100, score=9.0, kl_sequence=60.0))
-    assert [alarm.measure for alarm in hacking.alarms(blind(START), None, now)] == ["kl"]
+    assert [alarm.measure for alarm in reward_hacking.alarms(blind(START), None, now)] == ["kl"]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_bounds_are_checked() -> None:
 def test_what_was_evaluated_twice_counts_as_the_last_time() -> None:
     rows = [{"timesteps": 0, "judge": 0.1}, {"timesteps": 9, "judge": 0.2}, {"timesteps": 9, "judge": 0.3}]
     samples = [{"timesteps": at, "completion": text} for at, text in [(0, "a"), (9, "b"), (9, "c"), (9, "d"), (9, "e")]]
-    first, second = hacking.evaluations(rows, samples)
+    first, second = reward_hacking.evaluations(rows, samples)
     assert (first.row["judge"], first.texts) == (0.1, ["a"])
     assert (second.row["judge"], second.texts) == (0.3, ["d", "e"])
 
@@ -160,7 +161,7 @@ def test_the_report_applies_the_same_rules(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert [alarm.measure for alarm in alarms(run)] == ["gold", "ends"]
     start, top, now = evaluations
-    assert alarms(run) == hacking.alarms(start, top, now)
+    assert alarms(run) == reward_hacking.alarms(start, top, now)
     text = report.page([run])
     assert f"<b>Reward hacking in {tmp_path.name}.</b> From 100 tokens" in text
     assert f"<b>Drift in {tmp_path.name}.</b> EOS ends 10% of the completions; at the start 100%." in text

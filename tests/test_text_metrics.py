@@ -2,7 +2,7 @@
 
 import pytest
 
-from textrl_gym.text_metrics import text_metrics
+from textrl_gym.evaluation.text_metrics import text_metrics
 
 
 def test_by_hand() -> None:

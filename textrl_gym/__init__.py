@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from textrl_gym import registry as _plugins
 
 if TYPE_CHECKING:
-    from textrl_gym.check import check_env as check_env
     from textrl_gym.core import Rollout as Rollout
     from textrl_gym.core import StopReason as StopReason
-    from textrl_gym.evaluation import evaluate as evaluate
+    from textrl_gym.evaluation.check_env import check_env as check_env
+    from textrl_gym.evaluation.evaluator import evaluate as evaluate
     from textrl_gym.mdp.task import Task as Task
     from textrl_gym.mdp.text_env import TextEnv as TextEnv
     from textrl_gym.mdp.text_env import TextVectorEnv as TextVectorEnv
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "check_env": "check",
+    "check_env": "evaluation.check_env",
     "Rollout": "core",
     "StopReason": "core",
     "TextEnv": "mdp.text_env",
     "TextVectorEnv": "mdp.text_env",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.evaluator",
     "Policy": "policy.policy",
     "collect": "rollouts.collect",
     "Task": "mdp.task",

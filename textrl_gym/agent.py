@@ -317,7 +317,7 @@ class Agent(Saved):
     def advantages(self, rollout: Rollout) -> Tensor | None:
         """What the loss weighs each action of a rollout by, [B, T], 0 outside the mask; None where it does not.
 
-        It changes nothing, so that what an update learns from can be looked at (textrl_gym.credit).
+        It changes nothing, so that what an update learns from can be looked at (textrl_gym.evaluation.token_credit).
         """
         return None
 

@@ -28,7 +28,7 @@ SPEC = "cell.json"
 RESULT = "evaluation.json"
 EPISODES = "episodes.jsonl"
 CREDIT = "credit.jsonl"
-"""What the agent says of each token of some texts of the start; see textrl_gym.credit."""
+"""What the agent says of each token of some texts of the start; see textrl_gym.evaluation.token_credit."""
 FLOPS = "flops.json"
 """The floating-point operations of the first rollout and update, and that rollout's tokens."""
 ERROR = "error.txt"
@@ -52,8 +52,8 @@ def main(folder: Path) -> int:
 def run(folder: Path, spec: dict[str, Any]) -> None:
     """Train as far as the spec's total, and evaluate."""
     agent = trained(folder, spec)
-    from textrl_gym import credit
-    from textrl_gym.evaluation import Evaluator
+    from textrl_gym.evaluation import token_credit
+    from textrl_gym.evaluation.evaluator import Evaluator
 
     evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"], judge=spec.get("judge"))
     metrics, samples = evaluator.run(agent)
@@ -62,7 +62,7 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
         kept = ("completion", "tokens", "score", "judge", "stop_reason")
         for sample, start in zip(samples, evaluator.start(reference), strict=True):
             sample["start"] = {key: start[key] for key in kept if key in start}
-        told = credit.lines(agent, evaluator.mdp, evaluator.indices, spec["eval_seed"])
+        told = token_credit.lines(agent, evaluator.mdp, evaluator.indices, spec["eval_seed"])
         files.write_text(folder / CREDIT, "".join(line + "\n" for line in told))
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     files.write_text(folder / EPISODES, lines)

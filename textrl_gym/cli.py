@@ -67,7 +67,9 @@ def show_error(error: Exception) -> int:
 
     text = str(error) or type(error).__name__
     Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="bold red", markup=False, highlight=False)
-    health = sys.modules.get("textrl_gym.health")  # not imported for this: that would load torch for a wrong word
+    health = sys.modules.get(
+        "textrl_gym.evaluation.health"
+    )  # not imported for this: that would load torch for a wrong word
     return 1 if health is not None and isinstance(error, health.HealthError) else 2
 
 
@@ -99,9 +101,9 @@ def check(args: Sequence[str]) -> int:
     """Check an environment, and print the health card of its task's model."""
     parsed = parse("check", check.__doc__, [("env", place(str, "an environment id, or module:ID"))], args)
     env_id = find_env(parsed.env)
-    from textrl_gym import health
     from textrl_gym.agent import Agent
-    from textrl_gym.check import check_env
+    from textrl_gym.evaluation import health
+    from textrl_gym.evaluation.check_env import check_env
 
     try:
         held = check_env(env_id)

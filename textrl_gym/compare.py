@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import cell, files, hacking, registry
+from textrl_gym import cell, files, registry
 from textrl_gym.agent_config import make_config
 from textrl_gym.env_settings import parse_reward
+from textrl_gym.evaluation import reward_hacking
 from textrl_gym.live import LiveTable
 from textrl_gym.run_folder import EVALUATIONS
 
@@ -273,7 +274,7 @@ def tidy(out: str | Path) -> Any:
     """A DataFrame with a row for each evaluation of each finished run.
 
     Columns: run, agent, seed, kl_coef (NaN: the agent's own), timesteps, final (the last evaluation, on eval_episodes
-    prompts; the others are those of training, on 64), and the metrics of textrl_gym.evaluation.
+    prompts; the others are those of training, on 64), and the metrics of textrl_gym.evaluation.evaluator.
     """
     import pandas as pd
 
@@ -287,7 +288,7 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
         spec = json.loads((folder / cell.SPEC).read_text(encoding="utf-8"))
         agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
         shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
-        for evaluation in hacking.evaluations(files.read_json_lines(folder / EVALUATIONS), []):
+        for evaluation in reward_hacking.evaluations(files.read_json_lines(folder / EVALUATIONS), []):
             yield {**shared, "final": False, **evaluation.row}
         last = json.loads((folder / cell.RESULT).read_text(encoding="utf-8"))
         yield {**shared, "final": True, **last}
@@ -307,7 +308,7 @@ def print_finals(table: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from textrl_gym.metrics import METRICS
+    from textrl_gym.evaluation.metrics import METRICS
 
     if table.empty:
         return

@@ -14,7 +14,7 @@ from typing import Any
 
 from textrl_gym.comparison_data import Comparison, Group
 from textrl_gym.comparison_drawing import LIGHT
-from textrl_gym.credit import QUANTITIES
+from textrl_gym.evaluation.token_credit import QUANTITIES
 
 WORDS = {
     "advantage": ("Advantage", "what the agent's loss would weigh the token by; 0 in the middle"),

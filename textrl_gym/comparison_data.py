@@ -2,7 +2,7 @@
 
 Read is what compare and its runs wrote: compare.json, and of each run cell.json, evaluation.json, evaluations.jsonl,
 samples.jsonl, episodes.jsonl, agent.json, the log, and, of runs that have them, credit.jsonl and flops.json. Nothing
-is computed here but the alarms of textrl_gym.hacking.
+is computed here but the alarms of textrl_gym.evaluation.reward_hacking.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from textrl_gym import cell, files, hacking
+from textrl_gym import cell, files
 from textrl_gym.compare import PLAN, RUNS
+from textrl_gym.evaluation import reward_hacking
 from textrl_gym.live import progress
 from textrl_gym.run_folder import read_evaluations, read_rollouts
 from textrl_gym.stats.estimates import Array
@@ -36,7 +37,7 @@ class Result:
     """The last evaluation, on all of the comparison's prompts."""
     evaluations: list[dict[str, Any]]
     """Those of training, by timesteps; none of a saved agent."""
-    alarms: list[hacking.Alarm]
+    alarms: list[reward_hacking.Alarm]
     """What was out of bounds at the last of them; their completions, of which it is seen too, are not kept."""
     episodes: list[dict[str, Any]]
     """A completion for each prompt of the last evaluation."""
@@ -45,7 +46,7 @@ class Result:
     rollouts: list[dict[str, Any]]
     """Rows of the log, of the rollouts of training."""
     credit: list[dict[str, Any]]
-    """What the agent says of each token of some texts; see textrl_gym.credit."""
+    """What the agent says of each token of some texts; see textrl_gym.evaluation.token_credit."""
     flops: dict[str, Any]
     """Operations of the first rollout and update, and that rollout's tokens; empty where they were not counted."""
 
@@ -167,7 +168,7 @@ def _read_result(folder: Path) -> Result:
         _json(folder / cell.SPEC),
         _json(folder / cell.RESULT),
         [evaluation.row for evaluation in evaluations],
-        hacking.last_alarms(evaluations),
+        reward_hacking.last_alarms(evaluations),
         files.read_json_lines(folder / cell.EPISODES),
         {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
         read_rollouts(folder),

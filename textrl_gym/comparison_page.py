@@ -20,7 +20,7 @@ from textrl_gym.comparison_credit import credit, credit_data
 from textrl_gym.comparison_curves import quality
 from textrl_gym.comparison_data import KEPT_STATE, Comparison, Group, read_comparison
 from textrl_gym.comparison_drawing import LIGHT, Chart, Table, go, painted, palettes, short
-from textrl_gym.metrics import METRICS
+from textrl_gym.evaluation.metrics import METRICS
 from textrl_gym.stats.estimates import Estimate
 
 ASSETS = Path(__file__).parent / "assets" / "report"

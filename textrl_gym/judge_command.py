@@ -70,8 +70,8 @@ def evaluate(args: Sequence[str]) -> int:
     ]
     parsed = parse("evaluate", evaluate.__doc__, parts, args)
     from textrl_gym import files
-    from textrl_gym.evaluation import Evaluator
-    from textrl_gym.metrics import metric_names, metric_words, number
+    from textrl_gym.evaluation.evaluator import Evaluator
+    from textrl_gym.evaluation.metrics import metric_names, metric_words, number
 
     files.read_state(parsed.folder)
     agent = _agent(parsed.folder, parsed)
@@ -123,7 +123,7 @@ def _opponent(against: str, parsed: Any) -> Any:
 def _judged(judge: Any, evaluator: Any, agent: Any, samples: list[dict[str, Any]], opponent: Any) -> Any:
     """The tally of an evaluation's answers against the opponent's, by the same prompts and random numbers."""
     from textrl_gym import judging
-    from textrl_gym.evaluation import Evaluator
+    from textrl_gym.evaluation.evaluator import Evaluator
 
     mdp = evaluator.mdp
     reader = judging.Reader(mdp.task, mdp.tokenizer, mdp.source, mdp.max_prompt_tokens)

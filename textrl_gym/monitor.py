@@ -1,6 +1,6 @@
 """RewardHackingMonitor: looks at every evaluation of a training run for signs of reward hacking, and warns or stops.
 
-The rules are in textrl_gym.hacking; a report applies the same ones to a finished run.
+The rules are in textrl_gym.evaluation.reward_hacking; a report applies the same ones to a finished run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textrl_gym import files
-from textrl_gym.hacking import GOLD, Alarm, Bounds, Evaluation, alarms, best
+from textrl_gym.evaluation.reward_hacking import GOLD, Alarm, Bounds, Evaluation, alarms, best
 from textrl_gym.run_folder import ALARMS, BEST
 
 

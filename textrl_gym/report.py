@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import files
-from textrl_gym.metrics import metric_names, metric_words, number
+from textrl_gym.evaluation.metrics import metric_names, metric_words, number
 from textrl_gym.run_folder import Run, alarms, find_runs, read_run
 
 SAMPLES_SHOWN = 6

@@ -15,8 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import files, hacking
-from textrl_gym.hacking import Alarm, Evaluation
+from textrl_gym import files
+from textrl_gym.evaluation import reward_hacking
+from textrl_gym.evaluation.reward_hacking import Alarm, Evaluation
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -82,12 +83,14 @@ def read_rollouts(folder: Path) -> list[dict[str, Any]]:
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
     """A run's evaluations with their completions, by timesteps, from what training wrote into a folder."""
-    return hacking.evaluations(files.read_json_lines(folder / EVALUATIONS), files.read_json_lines(folder / SAMPLES))
+    return reward_hacking.evaluations(
+        files.read_json_lines(folder / EVALUATIONS), files.read_json_lines(folder / SAMPLES)
+    )
 
 
 def alarms(run: Run) -> list[Alarm]:
-    """What is out of bounds at the run's end; see textrl_gym.hacking."""
-    return hacking.last_alarms(hacking.evaluations(run.evaluations, run.samples))
+    """What is out of bounds at the run's end; see textrl_gym.evaluation.reward_hacking."""
+    return reward_hacking.last_alarms(reward_hacking.evaluations(run.evaluations, run.samples))
 
 
 def earlier_evaluations(agent: Any) -> list[Evaluation]:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
+from textrl_gym.evaluation.text_metrics import text_metrics
 from textrl_gym.judges.judge import Answer, load_scorer, reward_of
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
 from textrl_gym.rollouts.collect import collect, token_entropy, vector_env
 from textrl_gym.stats.estimates import outcomes
-from textrl_gym.text_metrics import text_metrics
 
 ROWS = 64
 
@@ -129,7 +129,7 @@ class Evaluator:
                 same against the row's reference text, over the rows that have one), kl_sequence (nats, k1 summed over
                 each sequence), kl_token, entropy_token (nats; see `entropy`), completion_tokens, eos_share,
                 forward_passes (states that a model was asked about, for each token of the completions; 1 is plain
-                sampling), those of textrl_gym.text_metrics, and what an agent's own extra_metrics adds; with `greedy`
+                sampling), those of evaluation.text_metrics, and what an agent's own extra_metrics adds; with `greedy`
                 also score_greedy and judge_greedy, of the most likely tokens.
             samples: a dict for each prompt.
         """
