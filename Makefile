@@ -42,7 +42,7 @@ docs: $(STAMP)  ## Build the documentation into site/, with warnings as errors.
 check: lint types docs test  ## All that CI holds.
 
 assets: $(STAMP)  ## Rebuild the embedded tokenizer, language model and reward model.
-	$(BIN)/python -m textrl_gym.build_assets
+	$(BIN)/python -m textrl_gym.pipeline.build_assets
 
 clean:  ## Remove what the other targets write, except the virtual environment and runs/.
 	rm -rf build dist site *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

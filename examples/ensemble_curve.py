@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from textrl_gym.comparisons import sample_texts
+from textrl_gym.pipeline.simulated_comparisons import sample_texts
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward

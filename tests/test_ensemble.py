@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import cli, reward_ensemble, reward_training, sft
-from textrl_gym.comparisons import Comparison
+from textrl_gym import cli
 from textrl_gym.models import loading, tiny
-from textrl_gym.reward_training import RewardModelConfig
+from textrl_gym.pipeline import reward_ensemble, reward_model, sft
+from textrl_gym.pipeline.reward_model import RewardModelConfig
+from textrl_gym.pipeline.simulated_comparisons import Comparison
 from textrl_gym.rewards import ensemble, load_reward
 from textrl_gym.rewards.reward_model import RewardModel
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three reward models of their own scales, and an ensemble.json."""
     out, tokenizer = tmp_path_factory.mktemp("ensemble"), tiny.symbol_tokenizer(SYMBOLS)
     for number in range(3):
-        model = reward_training.new_reward_model(tiny.gpt2(len(SYMBOLS) + 1, 8), seed=number)
+        model = reward_model.new_reward_model(tiny.gpt2(len(SYMBOLS) + 1, 8), seed=number)
         RewardModel(model, tokenizer, bias=0.1 * number, scale=1.0 + number).save(out / str(number))
     write(out, ["0", "1", "2"])
     return out
@@ -156,14 +157,14 @@ def test_training_goes_on_with_the_members_that_are_missing(
 ) -> None:
     env, config = "TLDRSummarize-v0", dataclasses.replace(TINY, model=tiny_model, policy=tiny_model, ensemble=2)
     learnt: list[tuple[str, list[Comparison]]] = []
-    train_on = reward_training.train_on
+    train_on = reward_model.train_on
 
     def watched(data: Any, env_id: str, member: RewardModelConfig, out: Path) -> Any:
         data.train = list(data.train)  # of a single model it is a stream
-        learnt.append((out.name, list(reward_training.in_order(data.train, member))))
+        learnt.append((out.name, list(reward_model.in_order(data.train, member))))
         return train_on(data, env_id, member, out)
 
-    monkeypatch.setattr(reward_training, "train_on", watched)
+    monkeypatch.setattr(reward_model, "train_on", watched)
     out = tmp_path / "both"
     record = reward_ensemble.train_rewards(env, config, out)
     # 1. The same comparisons in another order, other weights; member 0 is what is trained without an ensemble.

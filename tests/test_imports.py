@@ -14,22 +14,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rewards"}),
     frozenset({"judges", "mdp"}),
     frozenset({"rollouts", "envs"}),
-    frozenset(
-        {
-            "evaluation",
-            "pipeline",
-            "sft",
-            "induction",
-            "reward_training",
-            "reading",
-            "reward_report",
-            "reward_measures",
-            "reward_ensemble",
-            "comparisons",
-            "pairing",
-            "build_assets",
-        }
-    ),
+    frozenset({"evaluation", "pipeline"}),
     frozenset(
         {
             "training",

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from textrl_gym import cli, pairing
+from textrl_gym import cli
 from textrl_gym.agents import GRPO
 from textrl_gym.data import preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
-from textrl_gym.pairing import Labeller, PreferenceConfig, draw_prompts, make_preferences
+from textrl_gym.pipeline import sample_preferences
+from textrl_gym.pipeline.sample_preferences import Labeller, PreferenceConfig, draw_prompts, make_preferences
 from textrl_gym.rewards.tldr_gold import score_parts
 
 COPIED = "textrl_gym.envs.copy_text:copied"
@@ -139,8 +140,8 @@ def test_errors_come_before_the_work_and_leave_nothing(tmp_path: Path, agent: Pa
 
 
 def test_a_model_that_is_a_plain_folder(agent: Path) -> None:
-    policy, tokenizer = pairing.load_policy(str(agent / "model"), CopyText(), "cpu")
-    whole, _ = pairing.load_policy(str(agent), CopyText(), "cpu")
+    policy, tokenizer = sample_preferences.load_policy(str(agent / "model"), CopyText(), "cpu")
+    whole, _ = sample_preferences.load_policy(str(agent), CopyText(), "cpu")
     assert all(a.equal(b) for a, b in zip(policy.parameters(), whole.parameters(), strict=True))
     assert policy.vocab_size == len(tokenizer) == 5
 

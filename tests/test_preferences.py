@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from textrl_gym import comparisons
 from textrl_gym.data import preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.models import loading
+from textrl_gym.pipeline import simulated_comparisons
 
 DATA = os.environ.get("TEXTRL_GYM_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="TEXTRL_GYM_DATA names no folder of real data")
@@ -280,14 +280,16 @@ def test_prompts_are_cut_where_it_hurts_least(tmp_path: Path) -> None:
          "rejected": [assistant("b")]},
         {"prompt": long + "The end", "chosen": " a", "rejected": " b"},
     ]  # fmt: skip
-    found = comparisons.read_preferences(write(tmp_path / "a.jsonl", rows), "train", task, tokenizer, whole=True)
+    found = simulated_comparisons.read_preferences(
+        write(tmp_path / "a.jsonl", rows), "train", task, tokenizer, whole=True
+    )
     texts = [tokenizer.decode(c.prompt_ids) for c in found]
     assert all(len(c.prompt_ids) == 176 for c in found)
     assert texts[0].startswith("SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: My cat")
     assert [text[-8:] for text in texts] == ["\n\nTL;DR:", "sistant:", " The end"]
     assert texts[1].endswith("\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:")
     task.keep_suffix = ""  # prompts of such a task are cut at their end; a dialogue never is
-    found = comparisons.read_preferences(str(tmp_path / "a.jsonl"), "train", task, tokenizer, whole=True)
+    found = simulated_comparisons.read_preferences(str(tmp_path / "a.jsonl"), "train", task, tokenizer, whole=True)
     assert [tokenizer.decode(c.prompt_ids)[-8:] == text[-8:] for c, text in zip(found, texts, strict=True)] == [
         False,
         True,
@@ -301,12 +303,12 @@ def test_completions_keep_their_eos_only_within_the_budget(tmp_path: Path) -> No
         {"prompt": "a b", "chosen": "a b c", "rejected": "a b c d"},  # equal within 3 tokens
     ]
     task = CopyText()
-    (found,) = comparisons.read_preferences(
+    (found,) = simulated_comparisons.read_preferences(
         write(tmp_path / "a.jsonl", rows), "train", task, task.load_tokenizer(), whole=True
     )
     assert found.completion_ids == [[1, 2, 0], [1, 2, 3]]
     with pytest.raises(ValueError, match="within max_new_tokens=3 no two completions"):
-        comparisons.read_preferences(
+        simulated_comparisons.read_preferences(
             write(tmp_path / "b.jsonl", rows[1:]), "train", task, task.load_tokenizer(), whole=True
         )
 
@@ -351,6 +353,6 @@ def test_real_dialogues_are_read_within_the_budgets_of_any_task() -> None:
     task = TLDRSummarize()
     tokenizer = loading.load_tokenizer(task.model)
     path = f"{DATA}/hh_rlhf/harmless-base_test.jsonl.gz"
-    found = comparisons.read_preferences(path, "train", task, tokenizer, most=300, whole=True)
+    found = simulated_comparisons.read_preferences(path, "train", task, tokenizer, most=300, whole=True)
     assert 280 < len(found) <= 300  # some differ after the budget only
     assert all(len(c.prompt_ids) <= 176 and max(map(len, c.completion_ids)) <= 48 for c in found)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import reading, reward_training
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.models import loading
+from textrl_gym.pipeline import replaced_tokens, reward_model
 from textrl_gym.rewards.tldr_gold import score_parts
 
 
@@ -24,16 +24,16 @@ from textrl_gym.rewards.tldr_gold import score_parts
     ],
 )
 def test_true_tokens_by_hand(original: list[int], false: list[int], expected: list[bool]) -> None:
-    assert reading.true_tokens(original, false) == expected
+    assert replaced_tokens.true_tokens(original, false) == expected
 
 
 def test_slips_change_one_to_three_tokens_and_leave_the_rest() -> None:
     rng, ids, prompt = random.Random(0), list(range(100, 120)), [7, 8]
     changed = []
     for _ in range(200):
-        slipped = reading.slip(ids, prompt, 2048, rng)
+        slipped = replaced_tokens.slip(ids, prompt, 2048, rng)
         assert len(ids) <= len(slipped) <= len(ids) + 3
-        changed.append(reading.true_tokens(ids, slipped).count(False))
+        changed.append(replaced_tokens.true_tokens(ids, slipped).count(False))
     # A slip may put back the very token, or spoil an earlier slip, so 0 of three may show; more never do.
     assert max(changed) == 3
     assert sum(changed) > 200
@@ -63,7 +63,7 @@ def test_falsify_keeps_texts_that_are_mostly_true_within_the_budget(task: TLDRSu
     tokenizer, rng = task.load_tokenizer(), random.Random(0)
     false = total = 0
     for i in range(20):
-        read = reading.falsify(task, tokenizer, task.rows("train")[i], rng)
+        read = replaced_tokens.falsify(task, tokenizer, task.rows("train")[i], rng)
         for ids, true in zip(read.text_ids, read.true, strict=True):
             assert 0 < len(ids) == len(true) <= task.max_new_tokens
             assert sum(true) > 0.5 * len(true)
@@ -72,10 +72,10 @@ def test_falsify_keeps_texts_that_are_mostly_true_within_the_budget(task: TLDRSu
 
 
 def test_reading_loss_by_hand() -> None:
-    model = reward_training.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
+    model = reward_model.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
     batch = [
-        reading.Reading([5, 6, 7], [[8, 9], [10]], [[True, False], [True]]),
-        reading.Reading([3], [[4, 5, 6]], [[False, True, True]]),
+        replaced_tokens.Reading([5, 6, 7], [[8, 9], [10]], [[True, False], [True]]),
+        replaced_tokens.Reading([3], [[4, 5, 6]], [[False, True, True]]),
     ]
     losses: list[float] = []
     for one in batch:
@@ -84,5 +84,5 @@ def test_reading_loss_by_hand() -> None:
             scores = model.score(hidden)[len(one.prompt_ids) :, 0].tolist()
             # -log sigmoid(s) for a true token, -log(1 - sigmoid(s)) = -log sigmoid(-s) for a false one
             losses += [math.log1p(math.exp(-s if t else s)) for s, t in zip(scores, true, strict=True)]
-    found = reading.reading_loss(model, batch).item()
+    found = replaced_tokens.reading_loss(model, batch).item()
     assert found == pytest.approx(sum(losses) / len(losses), abs=1e-5)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import cli, comparisons, reward_measures, reward_report, reward_training, sft
-from textrl_gym.comparisons import Comparer, Comparison
+from textrl_gym import cli
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.models import loading
+from textrl_gym.pipeline import reward_metrics, reward_model, reward_report, sft, simulated_comparisons
+from textrl_gym.pipeline.reward_model import RewardModelConfig
+from textrl_gym.pipeline.simulated_comparisons import Comparer, Comparison
 from textrl_gym.policy.policy import Policy
-from textrl_gym.reward_training import RewardModelConfig
 from textrl_gym.rewards import load_reward
 from textrl_gym.stats import pairwise
 
@@ -40,15 +41,15 @@ def test_bradley_terry_by_hand() -> None:
     winner_N3 = torch.tensor([[0, 0, 1], [0, 1, 2], [1, 0, 1]])
     # r_w - r_l = 1, -3, 0: -log sigmoid = log(1 + e^-1), log(1 + e^3), log 2
     expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(3)) + math.log(2)) / 3
-    loss = reward_training.bradley_terry_loss(raw_BK, winner_N3)
+    loss = reward_model.bradley_terry_loss(raw_BK, winner_N3)
     torch.testing.assert_close(loss.item(), expected, atol=1e-6, rtol=0)
 
 
 def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str) -> None:
-    model = reward_training.new_reward_model(loading.load_model(tiny_model), seed=0)
+    model = reward_model.new_reward_model(loading.load_model(tiny_model), seed=0)
     batch = [Comparison([5, 6, 7], [[8, 9, 0], [10, 0], [11]], []), Comparison([3], [[4, 5, 6, 7, 0]], [])]
     with torch.no_grad():
-        raw_BK = reward_measures.raw_rewards(model, batch)
+        raw_BK = reward_metrics.raw_rewards(model, batch)
         for row, comparison in enumerate(batch):
             for place, ids in enumerate(comparison.completion_ids):
                 hidden_LD = model.base_model(input_ids=torch.tensor([comparison.prompt_ids + ids]))[0][0]
@@ -57,7 +58,7 @@ def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str)
 
 
 def test_the_head_starts_with_the_published_spread() -> None:
-    model = reward_training.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
+    model = reward_model.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
     width = model.score.weight.numel()
     # The standard error of a standard deviation of n draws is about 1 / sqrt(2 n) of it: 6% of 128.
     assert model.score.weight.std().item() == pytest.approx(1 / math.sqrt(width + 1), rel=0.25)
@@ -70,10 +71,10 @@ def test_agreements_by_hand() -> None:
     compared = [Comparison([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)], gold=[0.5, 0.6, 0.9], sampled=2)]
     raw = [[1.0, 0.0, 2.0]]
     # (1, 2) is lost: 0 < 2
-    assert pairwise.agreement(reward_measures.gaps(raw, compared)) == pytest.approx(2 / 3)
+    assert pairwise.agreement(reward_metrics.gaps(raw, compared)) == pytest.approx(2 / 3)
     # |0.5 - 0.6| is no clear difference; 0.5 < 0.9 and 0.6 < 0.9 are, and both are ordered so
-    assert reward_measures.gold_agreement(raw, compared) == 1.0
-    assert reward_measures.gold_agreement(raw, compared, samples_only=True) is None
+    assert reward_metrics.gold_agreement(raw, compared) == 1.0
+    assert reward_metrics.gold_agreement(raw, compared, samples_only=True) is None
 
 
 def test_a_tie_of_the_rewards_counts_half_in_every_agreement() -> None:
@@ -84,16 +85,16 @@ def test_a_tie_of_the_rewards_counts_half_in_every_agreement() -> None:
         rows = ([tied], gold), ([(0, 1)], [0.8, 0.2])
         compared = [Comparison([1], [[2], [3]], pairs, gold=judged) for pairs, judged in rows]
         raw = [[1.0, 1.0], [1.0, 0.0]]
-        gap_N = reward_measures.gaps(raw, compared)
+        gap_N = reward_metrics.gaps(raw, compared)
         assert pairwise.agreement(gap_N) == 0.75
-        assert reward_measures.gold_agreement(raw, compared) == 0.75
+        assert reward_metrics.gold_agreement(raw, compared) == 0.75
         assert reward_report.accuracy_row("x", gap_N)["accuracy"] == 0.75
         assert reward_report.calibration([0.0])["bins"][0]["observed"] == 0.5
 
 
 def test_normalisation_by_hand() -> None:
     # mean of 1, 3 is 2; the unbiased variance of 0, 2, 4 is (4 + 0 + 4) / 2 = 4
-    assert reward_measures.normalisation([1.0, 3.0], [0.0, 2.0, 4.0]) == {"bias": 2.0, "scale": 0.5}
+    assert reward_metrics.normalisation([1.0, 3.0], [0.0, 2.0, 4.0]) == {"bias": 2.0, "scale": 0.5}
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def test_normalisation_by_hand() -> None:
 
 def test_training_on_annotators_saves_a_reward_with_mean_0_on_references(tiny_model: str, tmp_path: Path) -> None:
     config = RewardModelConfig(**{**vars(TINY), "model": tiny_model, "policy": tiny_model})
-    record = reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+    record = reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     assert json.loads((tmp_path / "rm" / "reward_training.json").read_text()) == record
     task = TLDRSummarize()
     tokenizer = loading.load_tokenizer(tiny_model)
@@ -128,7 +129,7 @@ def test_a_users_pairs_are_learnt_and_the_seed_decides_the_weights(tiny_model: s
     config = RewardModelConfig(
         model=tiny_model, dataset=(str(tmp_path / "pairs.jsonl"),), batch_size=4, learning_rate=1e-2, warmup_steps=5
     )
-    records = [reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / name) for name in "ab"]
+    records = [reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / name) for name in "ab"]
     assert records[0]["measured"]["annotator_agreement"] == 1.0  # "yes" beats "no" in the ten pairs held out
     a, b = (loading.load_classifier(tmp_path / name) for name in "ab")
     for key, value in a.state_dict().items():
@@ -162,10 +163,10 @@ def test_the_report_by_hand() -> None:
 
 def test_gaps_and_first_pairs_by_hand() -> None:
     compared = [Comparison([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)]), Comparison([1], [[2], [3]], [(1, 0)])]
-    assert reward_measures.gaps([[1.0, 0.0, 2.0], [5.0, 3.0]], compared) == [1.0, 1.0, -2.0, -2.0]
-    taken = reward_training.first_pairs(compared, 2)
+    assert reward_metrics.gaps([[1.0, 0.0, 2.0], [5.0, 3.0]], compared) == [1.0, 1.0, -2.0, -2.0]
+    taken = reward_model.first_pairs(compared, 2)
     assert [c.pairs for c in taken] == [[(0, 1), (2, 0)]]
-    assert [len(c.pairs) for c in reward_training.first_pairs(compared, 4)] == [3, 1]
+    assert [len(c.pairs) for c in reward_model.first_pairs(compared, 4)] == [3, 1]
 
 
 def test_several_data_sets_and_a_curve(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,14 +198,14 @@ def test_a_curve_of_simulated_annotators_starts_where_the_model_does(tiny_model:
     comparer = Comparer(task, policies, loading.load_tokenizer(tiny_model), everything)
     total = sum(len(c.pairs) for c in comparer.stream("train", TINY.prompts, TINY.seed + 1))
     config = RewardModelConfig(**{**vars(everything), "curve": (total, 5)})
-    record = reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+    record = reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     ((accuracy,), curve) = record["accuracy"], record["curve"]
     assert accuracy["data"] == "simulated annotators"
     assert [row["training pairs"] for row in curve] == [5, total]
     assert curve[1]["accuracy"] == accuracy["accuracy"]
     config = RewardModelConfig(**{**vars(everything), "curve": (1000,)})
     with pytest.raises(ValueError, match=r"curve asks for 1000 pairs; there are \d+ to train on"):
-        reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+        reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     with pytest.raises(ValueError, match="at least 1, got"):
         RewardModelConfig(curve=(0,))
 
@@ -214,11 +215,11 @@ def test_errors_name_what_was_found(tiny_model: str, tmp_path: Path) -> None:
     file.write_text('{"prompt": "a", "good": "b"}\n')
     config = RewardModelConfig(model=tiny_model, dataset=(str(file),))
     with pytest.raises(ValueError, match=r"columns prompt, good; expected: prompt, chosen, rejected"):
-        reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+        reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     write_pairs(tmp_path / "one.jsonl", 1)
     config = RewardModelConfig(model=tiny_model, dataset=(str(tmp_path / "one.jsonl"),))
     with pytest.raises(ValueError, match="too few pairs"):
-        reward_training.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+        reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     task: Any = TLDRSummarize()
     task.judge = None
     with pytest.raises(ValueError, match="TLDRSummarize has no judge"):
@@ -247,11 +248,11 @@ def test_the_bundled_assets_still_do_what_was_measured() -> None:
     source = task.rows("validation")
     rows = [source[1000 + i] for i in range(200)]
     compared = comparer.compare(comparer.policies[0], rows, seed=1, samples=2, temperature=1.0, candidates=7)
-    raw = reward_measures.score_all(loading.load_classifier(task.reward_model_path), compared)
+    raw = reward_metrics.score_all(loading.load_classifier(task.reward_model_path), compared)
     sampled = [gold for c in compared for gold in c.gold[: c.sampled]]
     assert sum(sampled) / len(sampled) <= 0.52
-    assert pairwise.agreement(reward_measures.gaps(raw, compared)) >= 0.65
-    ordered = reward_measures.gold_agreement(raw, compared)
+    assert pairwise.agreement(reward_metrics.gaps(raw, compared)) >= 0.65
+    ordered = reward_metrics.gold_agreement(raw, compared)
     assert ordered is not None
     assert ordered >= 0.85
 
@@ -266,7 +267,8 @@ def test_temperature_0_is_greedy(tiny_model: str) -> None:
     rows = [task.rows("train")[0]] * 2
     policy = Policy(loading.load_model(tiny_model))
     (greedy, again), (one, other) = (
-        comparisons.sample_texts(policy, task, tokenizer, rows, 1, temperature, seed=0) for temperature in (0.0, 1.0)
+        simulated_comparisons.sample_texts(policy, task, tokenizer, rows, 1, temperature, seed=0)
+        for temperature in (0.0, 1.0)
     )
     assert greedy == again
     assert one != other

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from textrl_gym import induction, sft
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.models import loading, tiny
 from textrl_gym.models.packing import pack
 from textrl_gym.models.tokenizer import EOS, train_tokenizer
-from textrl_gym.sft import SFTConfig
+from textrl_gym.pipeline import induction, sft
+from textrl_gym.pipeline.sft import SFTConfig
 
 TEXTS = ["Anna broke my lamp on Monday. It cost me $450.", "Is it right to tell her?", "My boss Tom lost 2 keys."]
 TINY = SFTConfig(

@@ -119,7 +119,7 @@ def check(args: Sequence[str]) -> int:
 
 def sft(args: Sequence[str]) -> int:
     """Fine-tune a language model on a task's prompts and completions."""
-    from textrl_gym import sft as home
+    from textrl_gym.pipeline import sft as home
 
     _make_model("sft", home.SFTConfig, home.sft, args)
     return 0
@@ -129,8 +129,8 @@ def reward_model(args: Sequence[str]) -> int:
     """Train a reward model, or an ensemble of several, on preferences between completions."""
     from rich.console import Console
 
-    from textrl_gym import reward_ensemble, reward_report
-    from textrl_gym import reward_training as home
+    from textrl_gym.pipeline import reward_ensemble, reward_report
+    from textrl_gym.pipeline import reward_model as home
 
     record = _make_model("reward-model", home.RewardModelConfig, reward_ensemble.train_rewards, args)
     Console().print(*reward_report.tables(record))
@@ -139,7 +139,7 @@ def reward_model(args: Sequence[str]) -> int:
 
 def preferences(args: Sequence[str]) -> int:
     """Sample pairs of completions, label them, and write them as jsonl."""
-    from textrl_gym import pairing as home
+    from textrl_gym.pipeline import sample_preferences as home
 
     _make_model("preferences", home.PreferenceConfig, home.make_preferences, args)
     return 0

@@ -1,4 +1,4 @@
-"""Rebuild the bundled files of TLDRSummarize-v0: `python -m textrl_gym.build_assets` (about 45 minutes on one core).
+"""Rebuild the bundled files of TLDRSummarize-v0: `python -m textrl_gym.pipeline.build_assets` (about 45 minutes on one core).
 
 Each step uses what the command line has for users (`textrl-gym sft`, `textrl-gym reward-model`):
 1. A fluent model learns the reference summaries, from scratch. It is not bundled.
@@ -19,13 +19,13 @@ from typing import Any
 
 import tyro
 
-from textrl_gym.comparisons import sample_texts
 from textrl_gym.envs import tldr_summarize
 from textrl_gym.models import loading
+from textrl_gym.pipeline.reward_model import RewardModelConfig, train_reward_model
+from textrl_gym.pipeline.sft import SFTConfig, sft
+from textrl_gym.pipeline.simulated_comparisons import sample_texts
 from textrl_gym.policy.policy import Policy
-from textrl_gym.reward_training import RewardModelConfig, train_reward_model
 from textrl_gym.rewards import load_reward
-from textrl_gym.sft import SFTConfig, sft
 from textrl_gym.worlds.tldr import TLDRCorpus
 
 ENV = tldr_summarize.ID

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textrl_gym.comparisons import Comparison
 from textrl_gym.models.packing import pack
+from textrl_gym.pipeline.simulated_comparisons import Comparison
 from textrl_gym.stats.pairwise import agreement
 
 CLEAR = 0.2  # a difference of the judge's scores from which on the reward model should agree with it

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from textrl_gym import files
-from textrl_gym.comparisons import sample_texts
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.models import loading, lora
+from textrl_gym.pipeline.sft import progress_bar
+from textrl_gym.pipeline.simulated_comparisons import sample_texts
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
-from textrl_gym.sft import progress_bar
 
 START = "start"
 ANNOTATORS, JUDGE = "annotators", "judge"

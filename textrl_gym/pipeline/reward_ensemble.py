@@ -1,6 +1,6 @@
 """Training an ensemble of reward models on the same comparisons, and what it is worth on held-out ones.
 
-Member i is the reward model of `seed + i`: another head, another reading (see `textrl_gym.reading`), and the same
+Member i is the reward model of `seed + i`: another head, another reading (see `pipeline.replaced_tokens`), and the same
 comparisons in another order; member 0 is the model that is trained without --ensemble. All start from one body, so that
 what its pretraining got wrong is wrong in all of them: Eisenstein et al. 2023 (arXiv:2312.09244) found that ensembles
 of several pretrainings do better than those that differ by the fine-tuning seed only, and that both leave hacks that
@@ -19,12 +19,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from textrl_gym import files, reward_training
-from textrl_gym.comparisons import Comparison
+from textrl_gym import files
 from textrl_gym.models import loading
-from textrl_gym.reward_measures import gaps, gold_agreement, score_all
-from textrl_gym.reward_report import accuracy_row
-from textrl_gym.reward_training import Data, RewardModelConfig
+from textrl_gym.pipeline.reward_metrics import gaps, gold_agreement, score_all
+from textrl_gym.pipeline.reward_model import RECORD as MEMBER_RECORD
+from textrl_gym.pipeline.reward_model import Data, RewardModelConfig, gather, train_on, train_reward_model
+from textrl_gym.pipeline.reward_report import accuracy_row
+from textrl_gym.pipeline.simulated_comparisons import Comparison
 from textrl_gym.rewards import ensemble, reward_model
 
 RECORD = "ensemble_training.json"
@@ -40,7 +41,7 @@ def train_rewards(env_id: str, config: RewardModelConfig, out: Path) -> dict[str
     Raises:
         ValueError: as of either; or the folder holds the other kind.
     """
-    kind, train, other = "a reward model", reward_training.train_reward_model, ensemble.FILE
+    kind, train, other = "a reward model", train_reward_model, ensemble.FILE
     if config.ensemble:
         kind, train, other = "an ensemble", train_ensemble, reward_model.FILE
     if (out / other).is_file():
@@ -52,11 +53,11 @@ def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[st
     """Train the members that are missing, and write `ensemble.json` and `ensemble_training.json`.
 
     Args:
-        env_id: as of `reward_training.train_reward_model`.
+        env_id: as of `train_reward_model`.
         out: the folder; members are its subfolders 0, 1, ... The same call goes on where the last one was stopped.
 
     Raises:
-        ValueError: as of `reward_training.train_reward_model`; or the folder holds another training's members.
+        ValueError: as of `train_reward_model`; or the folder holds another training's members.
     """
     data_seed = config.seed if config.data_seed is None else config.data_seed
     single = dataclasses.replace(config, ensemble=0, combine="mean", coefficient=ensemble.COEFFICIENT)
@@ -64,11 +65,11 @@ def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[st
         str(i): dataclasses.replace(single, seed=config.seed + i, data_seed=data_seed) for i in range(config.ensemble)
     }
     missing = {name: member for name, member in members.items() if not is_trained(out / name, env_id, member)}
-    data = reward_training.gather(env_id, config)
+    data = gather(env_id, config)
     if missing:
         data.train = list(data.train)
     for name, member in missing.items():
-        reward_training.train_on(data, env_id, member, out / name)
+        train_on(data, env_id, member, out / name)
     record = {
         "environment": env_id,
         "config": dataclasses.asdict(config),
@@ -89,7 +90,7 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
         ValueError: it holds one of other settings, naming the first that differs.
     """
     files.finish_folder(folder)
-    file = folder / reward_training.RECORD
+    file = folder / MEMBER_RECORD
     if not file.is_file():
         return False
     found = json.loads(file.read_text(encoding="utf-8"))

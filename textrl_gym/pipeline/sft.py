@@ -22,11 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from textrl_gym import files, induction
+from textrl_gym import files
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.mdp.task import Task
 from textrl_gym.models.packing import Packed, pack
 from textrl_gym.models.tokenizer import train_tokenizer
+from textrl_gym.pipeline import induction
 from textrl_gym.registry import load_env_task
 
 

@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from textrl_gym import files
-from textrl_gym.comparisons import Comparer, Comparison, read_preferences
-from textrl_gym.induction import cosine, descend
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.models import loading
+from textrl_gym.pipeline.induction import cosine, descend
+from textrl_gym.pipeline.replaced_tokens import learn_to_read
+from textrl_gym.pipeline.reward_metrics import gaps, gold_agreement, normalisation, raw_rewards, references, score_all
+from textrl_gym.pipeline.reward_report import accuracy_row, accuracy_table, calibration
+from textrl_gym.pipeline.sft import progress_bar
+from textrl_gym.pipeline.simulated_comparisons import Comparer, Comparison, read_preferences
 from textrl_gym.policy.policy import Policy
-from textrl_gym.reading import learn_to_read
 from textrl_gym.registry import load_env_task
-from textrl_gym.reward_measures import gaps, gold_agreement, normalisation, raw_rewards, references, score_all
-from textrl_gym.reward_report import accuracy_row, accuracy_table, calibration
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
 from textrl_gym.rewards.reward_model import FILE
-from textrl_gym.sft import progress_bar
 from textrl_gym.stats.pairwise import agreement
 
 RECORD = "reward_training.json"
@@ -60,8 +60,8 @@ class RewardModelConfig:
     curve: tuple[int, ...] = ()
     """Also train on only so many pairs each, and measure the accuracy on the same held-out pairs."""
     reading_steps: int = 900
-    """Updates of replaced-token detection before the comparisons (see `textrl_gym.reading`), where simulated annotators
-    compare and the task has `falsified` texts to read."""
+    """Updates of replaced-token detection before the comparisons (see pipeline.replaced_tokens), where simulated
+    annotators compare and the task has `falsified` texts to read."""
     reading_batch_size: int = 12
     """Prompts of such an update, four falsified texts each."""
     prompts: int = 5000

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.induction import cosine, descend
 from textrl_gym.models.packing import pack
+from textrl_gym.pipeline.induction import cosine, descend
 
 TEXTS = 4  # falsified texts of one prompt
 
