@@ -9,15 +9,15 @@ if __name__ != "textrl_gym.agents":  # `import agents` at the repository's root 
 from textrl_gym import registry
 
 if TYPE_CHECKING:
-    from textrl_gym.agent import Agent as Agent
-    from textrl_gym.agent_config import AgentConfig as AgentConfig
     from textrl_gym.agents.grpo import GRPO as GRPO
     from textrl_gym.agents.ppo import PPO as PPO
+    from textrl_gym.training.agent import Agent as Agent
+    from textrl_gym.training.config import AgentConfig as AgentConfig
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Agent", "AgentConfig"):
-        module = "textrl_gym.agent" if name == "Agent" else "textrl_gym.agent_config"
+        module = "textrl_gym.training.agent" if name == "Agent" else "textrl_gym.training.config"
         return getattr(importlib.import_module(module), name)
     for stem in registry.names("agents"):
         if stem.replace("_", "") == name.lower():  # GRPO in grpo.py, BestOfN in best_of_n.py

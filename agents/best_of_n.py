@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from textrl_gym import functional
-from textrl_gym.agent import Agent
-from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout, Row
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.rollouts.collect import complete, rollout_of, vector_env
 from textrl_gym.stats.overoptimization import best_of_n_kl_bound
+from textrl_gym.training.agent import Agent
+from textrl_gym.training.config import AgentConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ For a prompt x with a chosen completion y_w and a rejected one y_l, and beta = k
     L = - log sigmoid(beta log pi(y_w | x) / pi_ref(y_w | x) - beta log pi(y_l | x) / pi_ref(y_l | x))    (equation 7)
 
 At the reference its gradient is -beta/2 times the difference of the completions' d log pi. loss="ipo" and "hinge" are
-other functions of the same difference (textrl_gym.pair_losses has them, with their sources).
+other functions of the same difference (textrl_gym.training.preference_pairs has them, with their sources).
 
 The pairs come from `pairs=`, a file or a Hub id in any schema of data.preferences; or, where none is given, two
 completions of a prompt are sampled from the reference (which is the start, unless another is given) and labelled by the
@@ -32,12 +32,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from textrl_gym.agent import Agent
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.models.packing import pad
-from textrl_gym.pair_losses import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 from textrl_gym.pipeline import simulated_comparisons
 from textrl_gym.rollouts.collect import collect, token_logprobs
+from textrl_gym.training.agent import Agent
+from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 
 Pair = tuple[list[int], list[int], list[int]]
 FILE = "pairs.safetensors"

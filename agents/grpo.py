@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from textrl_gym import functional, kl
-from textrl_gym.agent import Agent
-from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout
+from textrl_gym.training.agent import Agent
+from textrl_gym.training.config import AgentConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import StopReason
-from textrl_gym.decoding import CriticAgent, CriticConfig, Endings, Opinion, States
+from textrl_gym.training.guided_decoding import CriticAgent, CriticConfig, Endings, Opinion, States
 
 
 @dataclasses.dataclass(frozen=True)

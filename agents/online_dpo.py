@@ -19,9 +19,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from textrl_gym.agent import Agent
 from textrl_gym.core import Rollout
-from textrl_gym.pair_losses import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
+from textrl_gym.training.agent import Agent
+from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textrl_gym.agent import Agent
 from textrl_gym.core import Rollout
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
+from textrl_gym.training.agent import Agent
 
 
 class UniformPolicy(Policy):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from textrl_gym.agent import Agent
+from textrl_gym.training.agent import Agent
 
 
 class Reference(Agent):

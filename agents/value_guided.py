@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import StopReason
-from textrl_gym.decoding import CriticAgent, CriticConfig, Endings, States
+from textrl_gym.training.guided_decoding import CriticAgent, CriticConfig, Endings, States
 
 
 @dataclasses.dataclass(frozen=True)

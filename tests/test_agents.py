@@ -13,13 +13,13 @@ from torch import Tensor
 
 import textrl_gym
 from textrl_gym import functional, registry
-from textrl_gym.agent import Agent
 from textrl_gym.agents import DAPO, GRPO, PPO, SB3PPO, SB3TRPO
 from textrl_gym.agents.grpo import GRPOConfig, group_advantages, grpo_loss
 from textrl_gym.agents.ppo import PPOConfig, ppo_loss
 from textrl_gym.envs import known_optimum
 from textrl_gym.evaluation import health
 from textrl_gym.registry import load_agent
+from textrl_gym.training.agent import Agent
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}
 # Those that do not train have no gradients, no weights that change and nothing to resume: see test_decoding.py.

@@ -28,8 +28,8 @@ from textrl_gym.comparison_data import read_comparison
 from textrl_gym.comparison_drawing import DARK, LIGHT
 from textrl_gym.comparison_figures import printed
 from textrl_gym.comparison_page import comparison_report, embedded
-from textrl_gym.run_folder import alarms, read_run
 from textrl_gym.stats import estimates, pairwise
+from textrl_gym.training.run_folder import alarms, read_run
 
 EVIL = '<script>document.title = "owned"</script>&amp;<img src=x onerror=alert(1)>'
 PROMPTS = ["first question", "second question", EVIL, "the fourth"]

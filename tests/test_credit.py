@@ -14,13 +14,13 @@ from torch import Tensor
 
 import textrl_gym
 from textrl_gym import functional, registry
-from textrl_gym.agent import Agent
 from textrl_gym.agents import DAPO, GRPO, NLPO, PPO, RLOO, SB3PPO, Reinforce, ReinforcePP
 from textrl_gym.agents.dapo import overlong
 from textrl_gym.agents.grpo import group_advantages
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import token_credit
 from textrl_gym.evaluation.evaluator import Evaluator
+from textrl_gym.training.agent import Agent
 
 ENV = "CopyText-v0"
 PROMPTS = [3, 0]

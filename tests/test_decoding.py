@@ -26,13 +26,13 @@ from textrl_gym.agents.random import Random
 from textrl_gym.agents.reference import Reference
 from textrl_gym.agents.value_guided import ValueGuided, guided_logprobs
 from textrl_gym.core import Rollout, StopReason
-from textrl_gym.decoding import States
 from textrl_gym.envs import known_optimum
 from textrl_gym.models import tiny
 from textrl_gym.policy.backbone import Trunk
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
 from textrl_gym.stats.overoptimization import best_of_n_kl_bound
+from textrl_gym.training.guided_decoding import States
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 8}
 COPY, KNOWN = "CopyText-v0", "KnownOptimum-v0"

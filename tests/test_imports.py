@@ -15,21 +15,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"judges", "mdp"}),
     frozenset({"rollouts", "envs"}),
     frozenset({"evaluation", "pipeline"}),
-    frozenset(
-        {
-            "training",
-            "env_settings",
-            "run_folder",
-            "agent_config",
-            "agent",
-            "saved",
-            "checkpoint",
-            "train",
-            "monitor",
-            "pair_losses",
-            "decoding",
-        }
-    ),
+    frozenset({"training"}),
     frozenset(
         {
             "integrations",

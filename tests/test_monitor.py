@@ -15,10 +15,10 @@ from textrl_gym import report
 from textrl_gym.agents import GRPO, Reinforce
 from textrl_gym.evaluation import reward_hacking
 from textrl_gym.evaluation.reward_hacking import Bounds, Evaluation
-from textrl_gym.monitor import RewardHackingMonitor
 from textrl_gym.registry import load_agent
-from textrl_gym.run_folder import ALARMS, BEST, alarms, earlier_evaluations, read_run
-from textrl_gym.train import TrainOptions
+from textrl_gym.training.callbacks import RewardHackingMonitor
+from textrl_gym.training.loop import TrainOptions
+from textrl_gym.training.run_folder import ALARMS, BEST, alarms, earlier_evaluations, read_run
 
 ROW = {"timesteps": 0, "updates": 0, "score": -1.9, "judge": 0.4, "kl_sequence": 0.0, "completion_tokens": 24.0}
 ROW |= {"eos_share": 1.0}

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 import textrl_gym
-from textrl_gym.agent import Agent
 from textrl_gym.agents.dpo import DPO
 from textrl_gym.agents.online_dpo import OnlineDPO
 from textrl_gym.agents.raft import RAFT, best_of_groups, raft_loss
 from textrl_gym.core import Rollout
 from textrl_gym.envs import known_optimum
-from textrl_gym.pair_losses import PairConfig, as_pairs, label_pairs, pair_loss, pairs_loss
 from textrl_gym.registry import load_agent
 from textrl_gym.rollouts.collect import micro_batches
+from textrl_gym.training.agent import Agent
+from textrl_gym.training.preference_pairs import PairConfig, as_pairs, label_pairs, pair_loss, pairs_loss
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 8}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from textrl_gym import report
-from textrl_gym.run_folder import read_run
+from textrl_gym.training.run_folder import read_run
 
 START = {"timesteps": 0, "score": -1.0, "judge": 0.4, "kl_sequence": 0.0, "kl_token": 0.0, "completion_tokens": 30.0}
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import files
-from textrl_gym.agent_config import make_config
-from textrl_gym.env_settings import EnvSettings, make_env
+from textrl_gym.training.config import make_config
+from textrl_gym.training.env_settings import EnvSettings, make_env
 
 SPEC = "cell.json"
 RESULT = "evaluation.json"

@@ -101,9 +101,9 @@ def check(args: Sequence[str]) -> int:
     """Check an environment, and print the health card of its task's model."""
     parsed = parse("check", check.__doc__, [("env", place(str, "an environment id, or module:ID"))], args)
     env_id = find_env(parsed.env)
-    from textrl_gym.agent import Agent
     from textrl_gym.evaluation import health
     from textrl_gym.evaluation.check_env import check_env
+    from textrl_gym.training.agent import Agent
 
     try:
         held = check_env(env_id)

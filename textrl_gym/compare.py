@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import cell, files, registry
-from textrl_gym.agent_config import make_config
-from textrl_gym.env_settings import parse_reward
 from textrl_gym.evaluation import reward_hacking
 from textrl_gym.live import LiveTable
-from textrl_gym.run_folder import EVALUATIONS
+from textrl_gym.training.config import make_config
+from textrl_gym.training.env_settings import parse_reward
+from textrl_gym.training.run_folder import EVALUATIONS
 
 PLAN = "compare.json"
 RUNS = "runs"

@@ -19,8 +19,8 @@ from textrl_gym import cell, files
 from textrl_gym.compare import PLAN, RUNS
 from textrl_gym.evaluation import reward_hacking
 from textrl_gym.live import progress
-from textrl_gym.run_folder import read_evaluations, read_rollouts
 from textrl_gym.stats.estimates import Array
+from textrl_gym.training.run_folder import read_evaluations, read_rollouts
 
 KEPT_STATE = ("agent", "task", "model", "reference", "seed", "kl_coef", "total_timesteps", "config", "env", "num_envs")
 """Of agent.json; the rest is the state of random streams."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from textrl_gym import files
 from textrl_gym.evaluation.metrics import metric_names, metric_words, number
-from textrl_gym.run_folder import Run, alarms, find_runs, read_run
+from textrl_gym.training.run_folder import Run, alarms, find_runs, read_run
 
 SAMPLES_SHOWN = 6
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-from textrl_gym.env_settings import parse_reward
 from textrl_gym.registry import unknown
+from textrl_gym.training.env_settings import parse_reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def place(kind: Any, about: str) -> Any:
 def find_agent(name: str) -> Any:
     """The agent class of a file in agents/, or at module:Class."""
     from textrl_gym import registry
-    from textrl_gym.agent import Agent
+    from textrl_gym.training.agent import Agent
 
     if ":" not in name and name not in registry.names("agents"):
         raise unknown("agent", name, registry.names("agents"), ", or module:Class")

@@ -1,7 +1,7 @@
 """SB3Agent: Stable-Baselines3's algorithms as agents here, with its rollouts and its losses.
 
 `collect` is SB3's collect_rollouts() and `update` its train(); what is around them (evaluations, logs, checkpoints,
-Ctrl-C) is ours, by textrl_gym.train, so that curves can be laid beside those of the other agents. Running SB3's own
+Ctrl-C) is ours, by training.loop, so that curves can be laid beside those of the other agents. Running SB3's own
 learn() with the same seeds gives the same weights (a test).
 
 Departures from SB3's habits: the optimizer is this project's AdamW for all of its algorithms, gamma and lambda are 1,
@@ -23,13 +23,13 @@ from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
 from textrl_gym import functional
-from textrl_gym.agent import Agent
-from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import token_logprobs
 from textrl_gym.sb3 import CausalLMPolicy, PolicyLogprob
 from textrl_gym.sb3_env import TextVecEnv
+from textrl_gym.training.agent import Agent
+from textrl_gym.training.config import AgentConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import files
-from textrl_gym.env_settings import EnvSettings, make_env
 from textrl_gym.registry import find_env
 from textrl_gym.run_settings import RunSettings, as_arguments, find_agent, flag, flat, parse, read_toml
+from textrl_gym.training.env_settings import EnvSettings, make_env
 
 RUN_FILE = "run.json"
 """How a run was started; `train --resume` takes its options from there."""
@@ -33,8 +33,8 @@ def train(args: Sequence[str]) -> int:
     names = [arg for arg in args[:2] if not arg.startswith("-")]
     if len(names) < 2 and not {"-h", "--help"} & set(args):
         raise ValueError("train needs AGENT and ENV first: textrl-gym train AGENT ENV --total-timesteps N --out DIR")
-    from textrl_gym.agent import Agent
-    from textrl_gym.train import TrainOptions
+    from textrl_gym.training.agent import Agent
+    from textrl_gym.training.loop import TrainOptions
 
     agent_class = find_agent(names[0]) if names else Agent
     env_id = find_env(names[1]) if len(names) == 2 else ""
@@ -99,7 +99,7 @@ def resume(args: Sequence[str]) -> int:
     peek.add_argument("--resume", type=Path, nargs="?")
     folder = peek.parse_known_args(args)[0].resume
     from textrl_gym.registry import load_agent
-    from textrl_gym.train import TrainOptions
+    from textrl_gym.training.loop import TrainOptions
 
     saved = {}
     if folder is not None and (folder / RUN_FILE).is_file():

@@ -16,15 +16,15 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from textrl_gym import train
-from textrl_gym.agent_config import AgentConfig, Clock, make_config
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import collect, micro_batches, vector_env
-from textrl_gym.saved import Saved
+from textrl_gym.training import loop
+from textrl_gym.training.config import AgentConfig, Clock, make_config
+from textrl_gym.training.saved import Saved
 
 
 class Agent(Saved):
@@ -251,20 +251,20 @@ class Agent(Saved):
             log_interval: updates between two rows of the log.
             tb_log_name: subfolder for TensorBoard's files under `out`.
             reset_num_timesteps: False goes on counting (and with the learning-rate schedule) from before.
-            options: of textrl_gym.train.TrainOptions (evaluations, health card).
+            options: of textrl_gym.training.loop.TrainOptions (evaluations, health card).
         """
         if reset_num_timesteps:
             self.num_timesteps = 0
             self._total_timesteps = total_timesteps
         else:
             self._total_timesteps = self.num_timesteps + total_timesteps
-        train.train(
+        loop.train(
             self,
             callback=callback,
             log_interval=log_interval,
             tb_log_name=tb_log_name,
             progress_bar=progress_bar,
-            options=make_config(train.TrainOptions, options, "learn()"),
+            options=make_config(loop.TrainOptions, options, "learn()"),
         )
         return self
 

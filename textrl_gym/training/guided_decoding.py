@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from textrl_gym import files, functional, registry
-from textrl_gym.agent import Agent
-from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv
@@ -28,6 +26,8 @@ from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
 from textrl_gym.rollouts.collect import rollout_of, unique_ids, vector_env
 from textrl_gym.rollouts.sampler import Completions
+from textrl_gym.training.agent import Agent
+from textrl_gym.training.config import AgentConfig
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textrl_gym.agent_config import AgentConfig
 from textrl_gym.core import Rollout
 from textrl_gym.functional import last_places, mean_of
+from textrl_gym.training.config import AgentConfig
 
 Loss = Literal["sigmoid", "ipo", "hinge"]
 Labels = Literal["best", "bradley_terry"]

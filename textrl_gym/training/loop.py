@@ -19,12 +19,12 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.logger import Logger, make_output_format
 
 from textrl_gym import files
-from textrl_gym.agent_config import Clock
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import health
 from textrl_gym.evaluation.evaluator import Evaluator
-from textrl_gym.monitor import EvaluationCallback, RewardHackingMonitor
-from textrl_gym.run_folder import EVALUATIONS, SAMPLES, earlier_evaluations
+from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
+from textrl_gym.training.config import Clock
+from textrl_gym.training.run_folder import EVALUATIONS, SAMPLES, earlier_evaluations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class TrainOptions:
     on_bad_health: Literal["stop", "warn"] = "stop"
     """What to do when a line of the health card fails before the first update."""
     on_hacking: Literal["off", "warn", "stop"] = "warn"
-    """What to do when evaluations show signs of reward hacking (see `evaluation.reward_hacking`). "stop" ends the run when the
-    judge falls while the score rises, and keeps the judge's best checkpoint in OUT/best."""
+    """What to do when evaluations show signs of reward hacking (see evaluation.reward_hacking). "stop" ends the run
+    when the judge falls while the score rises, and keeps the judge's best checkpoint in OUT/best."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "show_samples", "save_every"):

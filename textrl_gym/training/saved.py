@@ -12,15 +12,16 @@ from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from textrl_gym import checkpoint, files, registry
-from textrl_gym.agent_config import Clock
+from textrl_gym import files, registry
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import loading, lora
 from textrl_gym.rollouts.collect import vector_env
+from textrl_gym.training import checkpoint
+from textrl_gym.training.config import Clock
 
 
 class Saved:
-    """The half of Agent that is about checkpoints; see textrl_gym.checkpoint for the files."""
+    """The half of Agent that is about checkpoints; see textrl_gym.training.checkpoint for the files."""
 
     env: TextVectorEnv
     policy: Any

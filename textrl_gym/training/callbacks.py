@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from textrl_gym import files
 from textrl_gym.evaluation.reward_hacking import GOLD, Alarm, Bounds, Evaluation, alarms, best
-from textrl_gym.run_folder import ALARMS, BEST
+from textrl_gym.training.run_folder import ALARMS, BEST
 
 
 class EvaluationCallback(BaseCallback):

@@ -4,7 +4,7 @@ progress*.json          a row for each logged update (of a resumed run, one file
 evaluations.jsonl       a row for each evaluation
 samples.jsonl           its completions
 alarms.jsonl            signs of reward hacking, as they were raised
-agent.json, model/, ... the checkpoint (see textrl_gym.checkpoint)
+agent.json, model/, ... the checkpoint (see textrl_gym.training.checkpoint)
 best/                   the checkpoint of the best gold score, where a run may be stopped for reward hacking
 """
 
