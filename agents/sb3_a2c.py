@@ -2,7 +2,7 @@
 
     L = - mean_t A_t log pi(y_t | x, y_<t) + vf_coef mean_t (R_t - V_t)^2 - ent_coef H
 
-One step on each rollout. The loop and the loss are SB3's; see textrl_gym/sb3_agent.py for what is around them.
+One step on each rollout. The loop and the loss are SB3's; see integrations/sb3_agent.py for what is around them.
 
 Departures from SB3's defaults: AdamW for RMSprop; advantages are scaled to variance 1, since rewards of texts may have
 any scale; rollouts of a token budget instead of 5 steps, since the score comes with the last token; a smaller vf_coef,
@@ -16,7 +16,7 @@ from typing import Any
 
 from stable_baselines3 import A2C
 
-from textrl_gym.sb3_agent import SB3Agent, SB3Config
+from textrl_gym.integrations.sb3_agent import SB3Agent, SB3Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     L = mean_t max(-A_t ratio_t, -A_t clip(ratio_t, 1 - e, 1 + e)) + vf_coef mean_t (R_t - V_t)^2 - ent_coef H
 
-The loop and the loss are SB3's; see textrl_gym/sb3_agent.py for what is around them. It is here as the ground that
+The loop and the loss are SB3's; see integrations/sb3_agent.py for what is around them. It is here as the ground that
 agents/ppo.py stands on: the same algorithm with no knowledge of text. What differs from agents/ppo.py:
 
     * a rollout is a fixed number of tokens of each row and cuts texts; the rest of one is estimated by V;
@@ -21,7 +21,7 @@ from typing import Any
 
 from stable_baselines3 import PPO
 
-from textrl_gym.sb3_agent import SB3Agent, SB3Config
+from textrl_gym.integrations.sb3_agent import SB3Agent, SB3Config
 
 
 @dataclasses.dataclass(frozen=True)

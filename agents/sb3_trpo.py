@@ -4,7 +4,7 @@
 
 by a natural gradient step: conjugate gradients on products with the Hessian of the KL, then a line search. The critic
 is fitted after it, its head alone, since the trunk is the actor's. The loop and the losses are SB3's; see
-textrl_gym/sb3_agent.py for what is around them.
+textrl_gym/integrations/sb3_agent.py for what is around them.
 
 `minibatches` are the critic's, and `learning_rate` is its own. Each update computes gradients of gradients, which fused
 attention has not: it takes the plain one.
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import Rollout
+from textrl_gym.integrations.sb3_agent import SB3Agent, SB3Config
 from textrl_gym.models import onednn
-from textrl_gym.sb3_agent import SB3Agent, SB3Config
 
 try:
     from sb3_contrib import TRPO

@@ -16,21 +16,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rollouts", "envs"}),
     frozenset({"evaluation", "pipeline"}),
     frozenset({"training"}),
-    frozenset(
-        {
-            "integrations",
-            "experiments",
-            "sb3",
-            "sb3_env",
-            "sb3_agent",
-            "compare",
-            "cell",
-            "comparison_data",
-            "live",
-            "judging",
-            "bench",
-        }
-    ),
+    frozenset({"integrations", "experiments", "compare", "cell", "comparison_data", "live", "judging", "bench"}),
     frozenset(
         {
             "agents",

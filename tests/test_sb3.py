@@ -24,12 +24,12 @@ from transformers import MistralConfig, MistralForCausalLM
 import textrl_gym
 from textrl_gym.agents import SB3A2C, SB3PPO, SB3TRPO
 from textrl_gym.envs import known_optimum
+from textrl_gym.integrations.sb3_env import TextVecEnv
+from textrl_gym.integrations.sb3_policy import CausalLMPolicy, PolicyLogprob, longest_texts
 from textrl_gym.models import onednn, tiny
 from textrl_gym.policy.policy import Policy
 from textrl_gym.policy.step_cache import SLACK, StepCache
 from textrl_gym.registry import load_agent
-from textrl_gym.sb3 import CausalLMPolicy, PolicyLogprob, longest_texts
-from textrl_gym.sb3_env import TextVecEnv
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
+from textrl_gym.integrations.sb3_env import TextVecEnv
+from textrl_gym.integrations.sb3_policy import CausalLMPolicy, PolicyLogprob
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import token_logprobs
-from textrl_gym.sb3 import CausalLMPolicy, PolicyLogprob
-from textrl_gym.sb3_env import TextVecEnv
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
 
