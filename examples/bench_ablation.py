@@ -70,7 +70,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
 def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     """In a process of its own: what bench measures with one technique off."""
     VARIANTS[variant]()
-    from textrl_gym import bench
+    from textrl_gym.experiments import bench
 
     config = bench.BenchConfig(
         prompts=args.prompts,

@@ -40,7 +40,7 @@ def peak_bytes() -> int:
 
 
 def run_ours(args: argparse.Namespace) -> dict[str, float]:
-    from textrl_gym import bench
+    from textrl_gym.experiments import bench
 
     config = bench.BenchConfig(
         agent=args.agent,
@@ -61,7 +61,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, float]:
 
 
 def make_parts(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and a data set of random prompts, as textrl_gym.bench makes them."""
+    """Model, tokenizer and a data set of random prompts, as textrl_gym.experiments.bench makes them."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from textrl_gym.bench import BenchConfig, bench, rows
 from textrl_gym.cli import main
+from textrl_gym.experiments.bench import BenchConfig, bench, rows
 from textrl_gym.rollouts import sampler
 
 SMALL = {"prompts": 2, "group": 2, "prompt_tokens": 9, "new_tokens": 4, "iterations": 2, "device": "cpu"}

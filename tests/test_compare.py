@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from textrl_gym import cell
-from textrl_gym.compare import CompareConfig, compare, lay_out, tidy
+from textrl_gym.experiments import worker
+from textrl_gym.experiments.compare import CompareConfig, compare, lay_out, tidy
 from textrl_gym.registry import load_agent
 
 ENV = "CopyText-v0"
@@ -49,7 +49,7 @@ def test_the_table_has_a_row_an_evaluation(done: Path) -> None:
     assert start["score"].nunique() == 1  # one start, the same prompts and the same random numbers for all
     assert table[table["final"]]["score"].nunique() > 1
     assert (done / "results.csv").is_file() and (done / "results.parquet").is_file()
-    episodes = [json.loads(line) for line in (done / "runs" / "grpo-0" / cell.EPISODES).read_text().splitlines()]
+    episodes = [json.loads(line) for line in (done / "runs" / "grpo-0" / worker.EPISODES).read_text().splitlines()]
     assert len(episodes) == 8
     # The start's answers are beside the agent's: the win rate is the share of prompts on which these are better.
     ahead = [(e["score"] > e["start"]["score"]) + 0.5 * (e["score"] == e["start"]["score"]) for e in episodes]
@@ -62,8 +62,8 @@ def test_credit_is_of_the_same_texts_and_the_work_is_counted(done: Path) -> None
     told = {}
     for agent in ("reinforce", "grpo"):
         run = done / "runs" / f"{agent}-0"
-        told[agent] = [json.loads(line) for line in (run / cell.CREDIT).read_text().splitlines()]
-        counted = json.loads((run / cell.FLOPS).read_text())
+        told[agent] = [json.loads(line) for line in (run / worker.CREDIT).read_text().splitlines()]
+        counted = json.loads((run / worker.FLOPS).read_text())
         first = json.loads((run / "progress.json").read_text().splitlines()[0])
         assert counted["tokens"] == first["time/total_timesteps"]
         # Forward passes of sampling, reference and update and a backward pass: 2 + 2 + 2 + 4 for each weight of a
@@ -91,7 +91,7 @@ def test_another_comparison_in_the_folder_is_refused(done: Path) -> None:
     more = dataclasses.replace(SMALL, seeds=3)
     assert len(lay_out(done, ENV, more)) == 6  # more runs are welcome
     for name in ("reinforce-2", "grpo-2"):
-        (done / "runs" / name / cell.SPEC).unlink()
+        (done / "runs" / name / worker.SPEC).unlink()
         (done / "runs" / name).rmdir()
 
 
@@ -113,7 +113,7 @@ def test_a_failed_run_takes_no_other_down_and_a_saved_agent_is_only_evaluated(
     config = dataclasses.replace(SMALL, agents=("broken_agents:Broken", str(saved)), seeds=1, set=())
     with pytest.warns(UserWarning, match=r"1 of 2 runs failed: broken_agents.Broken-0: RuntimeError: the loss is NaN"):
         table = compare(ENV, config, tmp_path / "out", progress_bar=False)
-    assert "Traceback" in (tmp_path / "out" / "runs" / "broken_agents.Broken-0" / cell.LOG).read_text()
+    assert "Traceback" in (tmp_path / "out" / "runs" / "broken_agents.Broken-0" / worker.LOG).read_text()
     last = tidy(done)
     expected = last[last["final"] & (last["run"] == "grpo-0")]["score"].item()
     assert table["score"].tolist() == [expected]
@@ -149,7 +149,7 @@ def test_wrong_settings_name_themselves(tmp_path: Path) -> None:
 def test_logs_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0}\n{"timesteps": 40}\n{"timesteps": 80}\n')
     (tmp_path / "progress.json").write_text('{"time/total_timesteps": 40}\n{"time/total_timesteps": 60}\n{"time/tot')
-    cell.cut_logs(tmp_path, 40)
+    worker.cut_logs(tmp_path, 40)
     assert (tmp_path / "evaluations.jsonl").read_text() == '{"timesteps": 0}\n{"timesteps": 40}\n'
     assert (tmp_path / "progress.json").read_text() == '{"time/total_timesteps": 40}\n'
 
@@ -170,7 +170,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(done: Path, tmp_pa
     process.wait()
     with (run / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the run has ended with it
-    assert not (run / cell.RESULT).is_file(), "it was over before it could be killed"
+    assert not (run / worker.RESULT).is_file(), "it was over before it could be killed"
     subprocess.run(command, check=True, capture_output=True)
     expected = tidy(done)
     expected = expected[expected["run"] == "reinforce-0"].reset_index(drop=True)
@@ -185,8 +185,8 @@ def test_a_judge_of_ones_own_judges_every_evaluation(tmp_path: Path) -> None:
     table = compare(ENV, config, tmp_path / "out", progress_bar=False)
     assert table["judge"].notna().all() and len(table) > 2  # those of training, too
     run = tmp_path / "out" / "runs" / "grpo-0"
-    assert json.loads((run / cell.SPEC).read_text())["judge"] == "length"
-    episodes = [json.loads(line) for line in (run / cell.EPISODES).read_text().splitlines()]
+    assert json.loads((run / worker.SPEC).read_text())["judge"] == "length"
+    episodes = [json.loads(line) for line in (run / worker.EPISODES).read_text().splitlines()]
     assert table["judge"].iloc[-1] == pytest.approx(sum(e["judge"] for e in episodes) / 8, abs=1e-6, rel=0)
     with pytest.raises(ValueError, match=r"holds the run grpo-0 with judge='length', not None"):
         lay_out(tmp_path / "out", ENV, dataclasses.replace(config, judge=None))

@@ -19,15 +19,15 @@ import pytest
 
 from textrl_gym import cli, report
 from textrl_gym import comparison_numbers as numbers
-from textrl_gym.compare import tidy
 from textrl_gym.compare_command import show_page
 from textrl_gym.comparison_charts import charts
 from textrl_gym.comparison_credit import scale
 from textrl_gym.comparison_curves import level_of
-from textrl_gym.comparison_data import read_comparison
 from textrl_gym.comparison_drawing import DARK, LIGHT
 from textrl_gym.comparison_figures import printed
 from textrl_gym.comparison_page import comparison_report, embedded
+from textrl_gym.experiments.compare import tidy
+from textrl_gym.experiments.results import read_comparison
 from textrl_gym.stats import estimates, pairwise
 from textrl_gym.training.run_folder import alarms, read_run
 

@@ -16,7 +16,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rollouts", "envs"}),
     frozenset({"evaluation", "pipeline"}),
     frozenset({"training"}),
-    frozenset({"integrations", "experiments", "compare", "cell", "comparison_data", "live", "judging", "bench"}),
+    frozenset({"integrations", "experiments"}),
     frozenset(
         {
             "agents",

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import textrl_gym
-from textrl_gym import cli, judging
+from textrl_gym import cli
 from textrl_gym.agents import GRPO
 from textrl_gym.core import Row
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.evaluation.evaluator import Evaluator, entropy
+from textrl_gym.experiments import win_rates
 from textrl_gym.judges.judge import Answer, Noisy, Pointwise, load_judge, load_scorer
 from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv
@@ -132,7 +133,7 @@ def test_noise_leaves_ties_and_silence() -> None:
 def test_tally_by_hand() -> None:
     outcome_N = np.array([1, 1, 0.5, 0, math.nan, 1])
     longer_N = np.array([3, 1, 0, -2, 50, 1.0])
-    found = judging.tally(outcome_N, longer_N)
+    found = win_rates.tally(outcome_N, longer_N)
     assert (found.wins, found.ties, found.losses, found.no_verdict) == (3, 1, 1, 1)
     judged = [1, 1, 0.5, 0, 1]  # what has no verdict is in no rate: 3.5 of 5
     assert found.win_rate == pairwise.win_rate(judged) and found.win_rate is not None
@@ -142,10 +143,10 @@ def test_tally_by_hand() -> None:
 
 
 def test_tally_of_little() -> None:
-    nothing = judging.tally(np.array([math.nan]), np.array([1.0]))
+    nothing = win_rates.tally(np.array([math.nan]), np.array([1.0]))
     assert (nothing.win_rate, nothing.length_controlled) == (None, None)
     assert nothing.numbers() == {"wins": 0, "ties": 0, "losses": 0, "no_verdict": 1}
-    alike = judging.tally(np.ones(4), np.full(4, 2.0))  # what length does cannot be told
+    alike = win_rates.tally(np.ones(4), np.full(4, 2.0))  # what length does cannot be told
     assert alike.win_rate is not None and alike.length_controlled is None
 
 
@@ -370,7 +371,7 @@ def test_a_comparison_of_a_task_that_is_not_registered_is_judged_by_its_texts(co
 
 
 def test_a_row_is_its_sources_only_where_the_prompt_is_the_same() -> None:
-    reader = judging.Reader(source=[{"prompt": "p", "completion": "c", "facts": 1}])
+    reader = win_rates.Reader(source=[{"prompt": "p", "completion": "c", "facts": 1}])
     assert reader.row({"index": 0, "prompt": "p", "reference": "r"}) == {"prompt": "p", "completion": "c", "facts": 1}
     for index, prompt in ((0, "q"), (1, "p")):  # of another data set
         sample = {"index": index, "prompt": prompt, "reference": "r"}

@@ -161,7 +161,7 @@ def _make_model(command: str, config: type[Any], work: Callable[..., dict[str, A
 
 def bench(args: Sequence[str]) -> int:
     """Measure how fast rollout and update are on this machine."""
-    from textrl_gym import bench as home
+    from textrl_gym.experiments import bench as home
 
     parsed = parse("bench", bench.__doc__, [("config", flat(home.BenchConfig))], args)
     print_rows("textrl-gym bench", home.rows(home.bench(parsed.config)))

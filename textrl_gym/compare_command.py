@@ -12,8 +12,8 @@ from textrl_gym.run_settings import find_agent, flag, flat, parse, place
 
 def compare(args: Sequence[str]) -> int:
     """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
-    from textrl_gym import cell
-    from textrl_gym import compare as home
+    from textrl_gym.experiments import compare as home
+    from textrl_gym.experiments import worker
 
     parts = [
         ("env", place(str, "an environment id, or module:ID")),
@@ -31,7 +31,7 @@ def compare(args: Sequence[str]) -> int:
         print(f"go on with the same command, --out {parsed.out}", file=sys.stderr)
         raise
     home.print_finals(table)
-    failed = [path.parent.name for path in sorted((parsed.out / home.RUNS).glob(f"*/{cell.ERROR}"))]
+    failed = [path.parent.name for path in sorted((parsed.out / home.RUNS).glob(f"*/{worker.ERROR}"))]
     if not table.empty:
         show_page(parsed.out)
     print(f"saved in {parsed.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
@@ -56,8 +56,8 @@ def report(args: Sequence[str]) -> int:
         ("figures", flag(bool, about), False),
     ]
     parsed = parse("report", report.__doc__, parts, args)
-    from textrl_gym import compare as comparison
     from textrl_gym import report as home
+    from textrl_gym.experiments import compare as comparison
 
     if (parsed.folder / comparison.PLAN).is_file():
         from textrl_gym.comparison_figures import comparison_figures

@@ -6,8 +6,8 @@ import numpy as np
 
 from textrl_gym import comparison_numbers as numbers
 from textrl_gym.comparison_curves import drifts, learning_curves, lengths
-from textrl_gym.comparison_data import Comparison
 from textrl_gym.comparison_drawing import Chart, between, figure, line, look, marker, plain, short
+from textrl_gym.experiments.results import Comparison
 
 
 def charts(comparison: Comparison) -> dict[str, Chart]:

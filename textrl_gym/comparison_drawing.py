@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from textrl_gym.comparison_data import Group
+from textrl_gym.experiments.results import Group
 
 LIGHT = ("#0072b2", "#c84e00", "#00805f", "#7208f0", "#541c03", "#142a41")
 DARK = ("#56b4e9", "#ee7733", "#2bbf93", "#c942fd", "#e8e70a", "#dfe6ee")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym.comparison_charts import charts
-from textrl_gym.comparison_data import read_comparison
 from textrl_gym.comparison_drawing import LIGHT, Chart, go
+from textrl_gym.experiments.results import read_comparison
 
 FOLDER = "figures"
 WIDTH = 760

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from textrl_gym.comparison_data import Comparison, Group, Result
+from textrl_gym.experiments.results import Comparison, Group, Result
 from textrl_gym.stats import estimates, overoptimization, pairwise
 from textrl_gym.stats.estimates import Array, Estimate
 

@@ -18,9 +18,9 @@ from textrl_gym import files
 from textrl_gym.comparison_charts import charts
 from textrl_gym.comparison_credit import credit, credit_data
 from textrl_gym.comparison_curves import quality
-from textrl_gym.comparison_data import KEPT_STATE, Comparison, Group, read_comparison
 from textrl_gym.comparison_drawing import LIGHT, Chart, Table, go, painted, palettes, short
 from textrl_gym.evaluation.metrics import METRICS
+from textrl_gym.experiments.results import KEPT_STATE, Comparison, Group, read_comparison
 from textrl_gym.stats.estimates import Estimate
 
 ASSETS = Path(__file__).parent / "assets" / "report"
@@ -354,7 +354,7 @@ def _answer(place: int, name: str, group: Group | None, sample: dict[str, Any]) 
 
 def command(comparison: Comparison) -> str:
     """What was typed, or could have been."""
-    from textrl_gym.compare import CompareConfig
+    from textrl_gym.experiments.compare import CompareConfig
 
     words = ["textrl-gym", "compare", comparison.environment]
     defaults = CompareConfig(("",))

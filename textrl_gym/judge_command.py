@@ -111,7 +111,7 @@ def _agent(folder: Path, parsed: Any) -> Any:
 
 def _opponent(against: str, parsed: Any) -> Any:
     """An agent, or the name of an opponent that is none."""
-    from textrl_gym.judging import HUMAN, START
+    from textrl_gym.experiments.win_rates import HUMAN, START
 
     if against in (START, HUMAN):
         return against
@@ -122,20 +122,20 @@ def _opponent(against: str, parsed: Any) -> Any:
 
 def _judged(judge: Any, evaluator: Any, agent: Any, samples: list[dict[str, Any]], opponent: Any) -> Any:
     """The tally of an evaluation's answers against the opponent's, by the same prompts and random numbers."""
-    from textrl_gym import judging
     from textrl_gym.evaluation.evaluator import Evaluator
+    from textrl_gym.experiments import win_rates
 
     mdp = evaluator.mdp
-    reader = judging.Reader(mdp.task, mdp.tokenizer, mdp.source, mdp.max_prompt_tokens)
-    if opponent == judging.HUMAN:
-        pairs = judging.against_references(samples, reader)
-    elif opponent == judging.START:
-        pairs = judging.against_answers(samples, evaluator.start(agent.policy.reference), reader)
+    reader = win_rates.Reader(mdp.task, mdp.tokenizer, mdp.source, mdp.max_prompt_tokens)
+    if opponent == win_rates.HUMAN:
+        pairs = win_rates.against_references(samples, reader)
+    elif opponent == win_rates.START:
+        pairs = win_rates.against_answers(samples, evaluator.start(agent.policy.reference), reader)
     else:
         split = mdp.settings["split"]
         other = Evaluator(opponent.env, evaluator.episodes, evaluator.seed, split).run(opponent, greedy=False)[1]
-        pairs = judging.against_answers(samples, other, reader)
-    return judging.tally(judge.prefer(pairs.rows, pairs.own, pairs.other), pairs.longer_N)
+        pairs = win_rates.against_answers(samples, other, reader)
+    return win_rates.tally(judge.prefer(pairs.rows, pairs.own, pairs.other), pairs.longer_N)
 
 
 def tally_rows(found: Any) -> dict[str, str]:
@@ -174,21 +174,21 @@ def judge(args: Sequence[str]) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from textrl_gym import judging
-    from textrl_gym.comparison_data import read_comparison
+    from textrl_gym.experiments import win_rates
+    from textrl_gym.experiments.results import read_comparison
 
     folder, against = parsed.folder, parsed.judging.against or "start"
     comparison = read_comparison(folder)
     reader = _reader(comparison.environment)
     judged_by = parsed.judging.make(parsed.endpoint, folder, reader.task, tokenizer=reader.tokenizer)
-    judged = judging.judge_runs(comparison, judged_by, against, reader)
-    file = folder / judging.file_name(judged_by.name, against)
-    judging.tidy(judged, judged_by.name, against).to_csv(file, index=False)
+    judged = win_rates.judge_runs(comparison, judged_by, against, reader)
+    file = folder / win_rates.file_name(judged_by.name, against)
+    win_rates.tidy(judged, judged_by.name, against).to_csv(file, index=False)
     table = Table(title=f"judged by {judged_by.name} against {against}", title_justify="left")
     for heading in ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "no verdict"):
         wide = heading not in ("runs", "no verdict")
         table.add_column(heading, justify="left" if heading == "agent" else "right", no_wrap=wide)
-    for group, found in judging.by_agent(judged):
+    for group, found in win_rates.by_agent(judged):
         missing = sum(int((one.outcome_N != one.outcome_N).sum()) for one in judged if one.group is group)
         rates = (interval(found.win_rate), interval(found.length_controlled))
         table.add_row(escape(group.label), str(len(group.runs)), *map(escape, rates), str(missing))
@@ -200,7 +200,7 @@ def judge(args: Sequence[str]) -> int:
 def _reader(environment: str) -> Any:
     """What the comparison's task knows of its prompts; nothing where it is not registered here."""
     from textrl_gym import registry
-    from textrl_gym.judging import Reader
+    from textrl_gym.experiments.win_rates import Reader
 
     if environment not in text_envs():
         return Reader()

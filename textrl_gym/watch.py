@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from textrl_gym import cell
-from textrl_gym.compare import PLAN, RUNS
 from textrl_gym.comparison_drawing import go
 from textrl_gym.comparison_page import asset, live_page
-from textrl_gym.live import progress, state_of
+from textrl_gym.experiments import worker
+from textrl_gym.experiments.compare import PLAN, RUNS
+from textrl_gym.experiments.progress import progress, state_of
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -51,20 +51,20 @@ HEADERS = {
 
 def version(folder: Path) -> str:
     """Changes when a run has ended, in success or failure, is tried again, and when the plan does."""
-    kept = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{cell.RESULT}"))]
+    kept = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{worker.RESULT}"))]
     told = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in kept]
-    told += sorted(str(file) for file in (folder / RUNS).glob(f"*/{cell.ERROR}"))  # gone when its run is tried again
+    told += sorted(str(file) for file in (folder / RUNS).glob(f"*/{worker.ERROR}"))  # gone when its run is tried again
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def status(folder: Path) -> dict[str, Any]:
     """The page's version, and of each run its state, tokens, score, KL and the seconds that are left."""
-    runs = [_status_of(file.parent) for file in sorted((folder / RUNS).glob(f"*/{cell.SPEC}"))]
+    runs = [_status_of(file.parent) for file in sorted((folder / RUNS).glob(f"*/{worker.SPEC}"))]
     return {"version": version(folder), "runs": runs}
 
 
 def _status_of(run: Path) -> dict[str, Any]:
-    total = json.loads((run / cell.SPEC).read_text(encoding="utf-8"))["total_timesteps"]
+    total = json.loads((run / worker.SPEC).read_text(encoding="utf-8"))["total_timesteps"]
     state, row = state_of(run, running(run)), progress(run)
     done = int(row.get("time/total_timesteps", 0))
     spent = sum(row.get(f"time/{phase}_seconds", 0.0) for phase in ("collect", "update", "evaluate"))
@@ -105,7 +105,7 @@ class Pages:
             return self._made[1]
 
     def _make(self, now: str) -> str:
-        if not any((self.folder / RUNS).glob(f"*/{cell.RESULT}")):
+        if not any((self.folder / RUNS).glob(f"*/{worker.RESULT}")):
             return waiting_page(now, "No run has finished yet. The page comes with the first.")
         try:
             return live_page(self.folder, now)

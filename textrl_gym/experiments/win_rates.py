@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from textrl_gym import cell
-from textrl_gym.comparison_data import Comparison, Group, Result
 from textrl_gym.core import PromptSource, Row, StopReason
+from textrl_gym.experiments import worker
+from textrl_gym.experiments.results import Comparison, Group, Result
 from textrl_gym.judges.judge import Answer, Judge
 from textrl_gym.registry import unknown
 from textrl_gym.stats import pairwise
@@ -197,7 +197,7 @@ def judge_runs(comparison: Comparison, judge: Judge, against: str, reader: Reade
 
 def _pairs(run: Result, opponent: Group | None, against: str, reader: Reader) -> Pairs:
     if not run.episodes:
-        raise ValueError(f"the run {run.name} holds no answers: no {cell.EPISODES}")
+        raise ValueError(f"the run {run.name} holds no answers: no {worker.EPISODES}")
     if opponent is not None:
         other = next((r for r in opponent.runs if r.spec["seed"] == run.spec["seed"]), opponent.runs[0])
         return against_answers(run.episodes, other.episodes, reader)

@@ -1,6 +1,6 @@
 """compare(): every agent x seed x KL coefficient on the same prompts, reward, reference and token budget.
 
-Each run is a process of its own (textrl_gym.cell) in a folder of its own, so that a failure takes no other down, and
+Each run is a process of its own (experiments.worker) in a folder of its own, so that a failure takes no other down, and
 what is finished is never run again: the same call goes on where the last one was stopped.
 """
 
@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import cell, files, registry
+from textrl_gym import files, registry
 from textrl_gym.evaluation import reward_hacking
-from textrl_gym.live import LiveTable
+from textrl_gym.experiments import worker
+from textrl_gym.experiments.progress import LiveTable
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import parse_reward
 from textrl_gym.training.run_folder import EVALUATIONS
@@ -110,7 +111,7 @@ def settings_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
 
 
 def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
-    """Name of each run -> what textrl_gym.cell needs to know."""
+    """Name of each run -> what textrl_gym.experiments.worker needs to know."""
     apart = {"agents", "seeds", "kl_coef", "set", "workers"}
     shared = {name: value for name, value in dataclasses.asdict(config).items() if name not in apart}
     found = {}
@@ -137,7 +138,7 @@ def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
     wanted = cells(environment, config)
     out.mkdir(parents=True, exist_ok=True)
     for name, spec in wanted.items():
-        file = out / RUNS / name / cell.SPEC
+        file = out / RUNS / name / worker.SPEC
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(file, json.dumps(spec, indent=1) + "\n")
@@ -178,9 +179,9 @@ def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Any) -> 
 
     Ctrl-C reaches the runs too: each finishes its update, saves and ends, and then it is raised here.
     """
-    waiting = [name for name, folder in folders.items() if not (folder / cell.RESULT).is_file()]
+    waiting = [name for name, folder in folders.items() if not (folder / worker.RESULT).is_file()]
     for name in waiting:
-        (folders[name] / cell.ERROR).unlink(missing_ok=True)  # what failed before is tried again
+        (folders[name] / worker.ERROR).unlink(missing_ok=True)  # what failed before is tried again
     slots: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
     try:
         while waiting or slots:
@@ -198,7 +199,7 @@ def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Any) -> 
             process.wait()
         raise
     show(set())
-    errors = {name: folder / cell.ERROR for name, folder in folders.items()}
+    errors = {name: folder / worker.ERROR for name, folder in folders.items()}
     return {name: file.read_text(encoding="utf-8").strip() for name, file in errors.items() if file.is_file()}
 
 
@@ -208,8 +209,8 @@ def _start(folder: Path, slot: int, workers: int, gpus: int) -> subprocess.Popen
     environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)  # where module:Class was found
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-    with (folder / cell.LOG).open("ab") as log:
-        command = [sys.executable, "-W", "ignore", "-m", "textrl_gym.cell", str(folder)]
+    with (folder / worker.LOG).open("ab") as log:
+        command = [sys.executable, "-W", "ignore", "-m", "textrl_gym.experiments.worker", str(folder)]
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
@@ -217,9 +218,9 @@ def _note_death(folder: Path, code: int) -> None:
     """The error of a run that failed: the last line that it said, which is an exception's where there was one."""
     if code in (0, 130):
         return
-    said = (folder / cell.LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = said[-1] if code == 1 and said else f"the process ended with exit code {code}; see {cell.LOG}"
-    files.write_text(folder / cell.ERROR, last + "\n")
+    said = (folder / worker.LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = said[-1] if code == 1 and said else f"the process ended with exit code {code}; see {worker.LOG}"
+    files.write_text(folder / worker.ERROR, last + "\n")
 
 
 def compare(environment: str, config: CompareConfig, out: str | Path, progress_bar: bool = True) -> Any:
@@ -283,14 +284,14 @@ def tidy(out: str | Path) -> Any:
 
 def _rows(out: Path) -> Iterator[dict[str, Any]]:
     for folder in sorted((out / RUNS).iterdir()):
-        if not (folder / cell.RESULT).is_file():
+        if not (folder / worker.RESULT).is_file():
             continue
-        spec = json.loads((folder / cell.SPEC).read_text(encoding="utf-8"))
+        spec = json.loads((folder / worker.SPEC).read_text(encoding="utf-8"))
         agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
         shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
         for evaluation in reward_hacking.evaluations(files.read_json_lines(folder / EVALUATIONS), []):
             yield {**shared, "final": False, **evaluation.row}
-        last = json.loads((folder / cell.RESULT).read_text(encoding="utf-8"))
+        last = json.loads((folder / worker.RESULT).read_text(encoding="utf-8"))
         yield {**shared, "final": True, **last}
 
 

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import cell, files
+from textrl_gym import files
+from textrl_gym.experiments import worker
 
 
 def state_of(folder: Path, running: bool) -> str:
     """ "done", "failed", "running" or "waiting"."""
-    if (folder / cell.RESULT).is_file():
+    if (folder / worker.RESULT).is_file():
         return "done"
     if running:
         return "running"
-    return "failed" if (folder / cell.ERROR).is_file() else "waiting"
+    return "failed" if (folder / worker.ERROR).is_file() else "waiting"
 
 
 def progress(folder: Path) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class LiveTable:
         if state == "failed":
             from rich.markup import escape
 
-            return f"[red]failed: {escape((folder / cell.ERROR).read_text(encoding='utf-8').strip()[:80])}"
+            return f"[red]failed: {escape((folder / worker.ERROR).read_text(encoding='utf-8').strip()[:80])}"
         return {"done": "[green]done", "running": "[bold]running", "waiting": "[dim]waiting"}[state]
 
     def _left(self, name: str, state: str, done: int) -> str:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from textrl_gym import cell, files
-from textrl_gym.compare import PLAN, RUNS
+from textrl_gym import files
 from textrl_gym.evaluation import reward_hacking
-from textrl_gym.live import progress
+from textrl_gym.experiments import worker
+from textrl_gym.experiments.compare import PLAN, RUNS
+from textrl_gym.experiments.progress import progress
 from textrl_gym.stats.estimates import Array
 from textrl_gym.training.run_folder import read_evaluations, read_rollouts
 
@@ -138,17 +139,17 @@ def read_comparison(folder: Path) -> Comparison:
     found: list[Result] = []
     failed: dict[str, str] = {}
     unfinished: dict[str, str] = {}
-    for file in sorted((folder / RUNS).glob(f"*/{cell.SPEC}")):
+    for file in sorted((folder / RUNS).glob(f"*/{worker.SPEC}")):
         run = file.parent
-        if (run / cell.RESULT).is_file():
+        if (run / worker.RESULT).is_file():
             result = _read_result(run)
             bad = [key for key in ("judge", "score") if not math.isfinite(result.final.get(key, 0.0))]
             if bad:
                 failed[run.name] = f"its last evaluation has {bad[0]} {result.final[bad[0]]}"
             else:
                 found.append(result)
-        elif (run / cell.ERROR).is_file():
-            failed[run.name] = (run / cell.ERROR).read_text(encoding="utf-8").strip()
+        elif (run / worker.ERROR).is_file():
+            failed[run.name] = (run / worker.ERROR).read_text(encoding="utf-8").strip()
         else:
             done = progress(run).get("time/total_timesteps", 0)
             unfinished[run.name] = f"{int(done):,} of {_json(file)['total_timesteps']:,} tokens"
@@ -165,15 +166,15 @@ def _read_result(folder: Path) -> Result:
     state = _json(folder / "agent.json") if (folder / "agent.json").is_file() else {}
     return Result(
         folder.name,
-        _json(folder / cell.SPEC),
-        _json(folder / cell.RESULT),
+        _json(folder / worker.SPEC),
+        _json(folder / worker.RESULT),
         [evaluation.row for evaluation in evaluations],
         reward_hacking.last_alarms(evaluations),
-        files.read_json_lines(folder / cell.EPISODES),
+        files.read_json_lines(folder / worker.EPISODES),
         {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
         read_rollouts(folder),
-        files.read_json_lines(folder / cell.CREDIT),
-        _json(folder / cell.FLOPS) if (folder / cell.FLOPS).is_file() else {},
+        files.read_json_lines(folder / worker.CREDIT),
+        _json(folder / worker.FLOPS) if (folder / worker.FLOPS).is_file() else {},
     )
 
 

@@ -1,0 +1,22 @@
+"""Many runs: comparisons of agents, win rates, speed.
+
+compare      every agent, seed and KL coefficient on the same prompts and budget
+worker       one run of a comparison, in a process of its own
+progress     how far the runs of a comparison are
+results      the finished runs of a comparison's folder
+win_rates    win rates of saved completions by a judge
+bench        the speed of training on this machine, by phase
+"""
+
+from __future__ import annotations
+
+from textrl_gym.lazy import lazy
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "CompareConfig": "compare",
+        "read_comparison": "results",
+        "BenchConfig": "bench",
+    },
+)
