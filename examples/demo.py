@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from textrl_gym.comparison_page import comparison_report
 from textrl_gym.experiments.compare import CompareConfig, compare, print_finals
 from textrl_gym.experiments.results import Comparison, read_comparison
+from textrl_gym.reports.comparison_page import comparison_report
 
 AGENTS = ("reference", "best_of_n", "grpo", "ppo")
 TOKENS = 160_000  # of each run; the whole demo stays below eight minutes on two cores

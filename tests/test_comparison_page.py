@@ -17,17 +17,18 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from textrl_gym import cli, report
-from textrl_gym import comparison_numbers as numbers
+from textrl_gym import cli
 from textrl_gym.compare_command import show_page
-from textrl_gym.comparison_charts import charts
-from textrl_gym.comparison_credit import scale
-from textrl_gym.comparison_curves import level_of
-from textrl_gym.comparison_drawing import DARK, LIGHT
-from textrl_gym.comparison_figures import printed
-from textrl_gym.comparison_page import comparison_report, embedded
 from textrl_gym.experiments.compare import tidy
 from textrl_gym.experiments.results import read_comparison
+from textrl_gym.reports import analysis as numbers
+from textrl_gym.reports import run_page
+from textrl_gym.reports.charts import charts
+from textrl_gym.reports.comparison_page import comparison_report, embedded
+from textrl_gym.reports.credit_section import scale
+from textrl_gym.reports.export_figures import printed
+from textrl_gym.reports.plotting import DARK, LIGHT
+from textrl_gym.reports.training_curves import level_of
 from textrl_gym.stats import estimates, pairwise
 from textrl_gym.training.run_folder import alarms, read_run
 
@@ -353,7 +354,7 @@ def test_both_pages_of_a_run_raise_the_same_alarms(
     assert ["Reward hacking" if alarm.measure == "gold" else "Drift" for alarm in own] == expected
     assert read_comparison(tmp_path).runs[0].alarms == own
     comparison_words = read(tmp_path)[1].words
-    own_page = report.page([read_run(run)])
+    own_page = run_page.page([read_run(run)])
     for alarm in own:
         assert alarm.words in own_page
         assert f"alpha-0: {alarm.words}" in comparison_words

@@ -17,21 +17,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"evaluation", "pipeline"}),
     frozenset({"training"}),
     frozenset({"integrations", "experiments"}),
-    frozenset(
-        {
-            "agents",
-            "reports",
-            "report",
-            "comparison_numbers",
-            "comparison_drawing",
-            "comparison_charts",
-            "comparison_curves",
-            "comparison_credit",
-            "comparison_page",
-            "comparison_figures",
-            "watch",
-        }
-    ),
+    frozenset({"agents", "reports"}),
     frozenset({"cli", "__main__", "run_settings", "train_command", "compare_command", "judge_command"}),
 )
 STRANGERS = frozenset({"envs", "agents"})  # these two never import each other

@@ -11,11 +11,11 @@ import gymnasium as gym
 import pytest
 from stable_baselines3.common.callbacks import CallbackList
 
-from textrl_gym import report
 from textrl_gym.agents import GRPO, Reinforce
 from textrl_gym.evaluation import reward_hacking
 from textrl_gym.evaluation.reward_hacking import Bounds, Evaluation
 from textrl_gym.registry import load_agent
+from textrl_gym.reports import run_page
 from textrl_gym.training.callbacks import RewardHackingMonitor
 from textrl_gym.training.loop import TrainOptions
 from textrl_gym.training.run_folder import ALARMS, BEST, alarms, earlier_evaluations, read_run
@@ -162,7 +162,7 @@ def test_the_report_applies_the_same_rules(tmp_path: Path) -> None:
     assert [alarm.measure for alarm in alarms(run)] == ["gold", "ends"]
     start, top, now = evaluations
     assert alarms(run) == reward_hacking.alarms(start, top, now)
-    text = report.page([run])
+    text = run_page.page([run])
     assert f"<b>Reward hacking in {tmp_path.name}.</b> From 100 tokens" in text
     assert f"<b>Drift in {tmp_path.name}.</b> EOS ends 10% of the completions; at the start 100%." in text
 

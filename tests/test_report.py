@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from textrl_gym import report
+from textrl_gym.reports import run_page
 from textrl_gym.training.run_folder import read_run
 
 START = {"timesteps": 0, "score": -1.0, "judge": 0.4, "kl_sequence": 0.0, "kl_token": 0.0, "completion_tokens": 30.0}
@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 
 def make(dirs: list[Path], out: Path) -> str:
-    assert report.report(dirs, out) == out
+    assert run_page.report(dirs, out) == out
     text = out.read_text(encoding="utf-8")
     assert Page(text).open == []
     return text
@@ -69,7 +69,7 @@ def test_one_run(tmp_path: Path) -> None:
     assert "0.900" in text
     assert Page(text).seen.count("figure") == 4
     assert "KL to the reference, nats per sequence" in text
-    assert text.count("judge 0.50") == 2 * report.SAMPLES_SHOWN
+    assert text.count("judge 0.50") == 2 * run_page.SAMPLES_SHOWN
 
 
 def test_the_file_stands_alone(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_numbers_that_no_table_knows_are_shown_under_their_names(tmp_path: Path)
 
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run"):
-        report.report([tmp_path], tmp_path / "report.html")
+        run_page.report([tmp_path], tmp_path / "report.html")
 
 
 def test_broken_line_is_named(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_broken_line_is_named(tmp_path: Path) -> None:
     with (run / "evaluations.jsonl").open("a") as file:
         file.write('{"timesteps": 3\n')
     with pytest.raises(ValueError, match=r"evaluations.jsonl', line 2 is no JSON"):
-        report.report([run], tmp_path / "report.html")
+        run_page.report([run], tmp_path / "report.html")
 
 
 @pytest.mark.parametrize(
@@ -160,15 +160,15 @@ def test_resumed_run_counts_once(tmp_path: Path) -> None:
 
 
 def test_ticks_are_round_and_inside() -> None:
-    assert report.ticks(-0.05, 1.05) == [0.0, 0.5, 1.0]  # 1.1 / 4 = 0.275, the next round step is 0.5
-    assert report.ticks(0, 240_000) == [0.0, 100_000.0, 200_000.0]
-    assert report.ticks(-2.3, 7.9) == [0.0, 5.0]
-    assert report.ticks(0.31, 0.33) == [0.31, 0.315, 0.32, 0.325, 0.33]
+    assert run_page.ticks(-0.05, 1.05) == [0.0, 0.5, 1.0]  # 1.1 / 4 = 0.275, the next round step is 0.5
+    assert run_page.ticks(0, 240_000) == [0.0, 100_000.0, 200_000.0]
+    assert run_page.ticks(-2.3, 7.9) == [0.0, 5.0]
+    assert run_page.ticks(0.31, 0.33) == [0.31, 0.315, 0.32, 0.325, 0.33]
 
 
 def test_chart_skips_what_is_not_finite() -> None:
     points = [(0.0, float("nan")), (1.0, 2.0), (2.0, float("inf"))]
-    text = report.chart("a", [report.Series("a", 0, points)])
+    text = run_page.chart("a", [run_page.Series("a", 0, points)])
     assert text.count("<circle") == 1
     assert "nan" not in text
-    assert report.chart("a", [report.Series("a", 0, [])]) == ""
+    assert run_page.chart("a", [run_page.Series("a", 0, [])]) == ""

@@ -22,8 +22,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from textrl_gym import cli, watch
+from textrl_gym import cli
 from textrl_gym.compare_command import watch as command
+from textrl_gym.reports import watch
 
 
 def write_run(folder: Path, name: str, gold: float | None, **progress: float) -> Path:

@@ -40,7 +40,7 @@ def compare(args: Sequence[str]) -> int:
 
 def show_page(folder: Path) -> None:
     """Write a comparison's page; what has been computed is not worth less without plotly."""
-    from textrl_gym.comparison_page import comparison_report
+    from textrl_gym.reports.comparison_page import comparison_report
 
     try:
         print(comparison_report(folder))
@@ -56,12 +56,12 @@ def report(args: Sequence[str]) -> int:
         ("figures", flag(bool, about), False),
     ]
     parsed = parse("report", report.__doc__, parts, args)
-    from textrl_gym import report as home
     from textrl_gym.experiments import compare as comparison
+    from textrl_gym.reports import run_page as home
 
     if (parsed.folder / comparison.PLAN).is_file():
-        from textrl_gym.comparison_figures import comparison_figures
-        from textrl_gym.comparison_page import comparison_report
+        from textrl_gym.reports.comparison_page import comparison_report
+        from textrl_gym.reports.export_figures import comparison_figures
 
         print(comparison_report(parsed.folder))
         if parsed.figures:
@@ -82,7 +82,7 @@ def watch(args: Sequence[str]) -> int:
         ("port", flag(int, "0: a free one"), 0),
     ]
     parsed = parse("watch", watch.__doc__, parts, args)
-    from textrl_gym import watch as home
+    from textrl_gym.reports import watch as home
 
     with home.make_server(parsed.folder, parsed.host, parsed.port) as server:
         print(f"{server.address}  (Ctrl-C ends it)", flush=True)

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from textrl_gym.comparison_drawing import go
-from textrl_gym.comparison_page import asset, live_page
 from textrl_gym.experiments import worker
 from textrl_gym.experiments.compare import PLAN, RUNS
 from textrl_gym.experiments.progress import progress, state_of
+from textrl_gym.reports.comparison_page import asset, live_page
+from textrl_gym.reports.plotting import go
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from textrl_gym.comparison_drawing import LIGHT
 from textrl_gym.evaluation.token_credit import QUANTITIES
 from textrl_gym.experiments.results import Comparison, Group
+from textrl_gym.reports.plotting import LIGHT
 
 WORDS = {
     "advantage": ("Advantage", "what the agent's loss would weigh the token by; 0 in the middle"),

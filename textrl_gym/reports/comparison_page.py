@@ -13,17 +13,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import comparison_numbers as numbers
 from textrl_gym import files
-from textrl_gym.comparison_charts import charts
-from textrl_gym.comparison_credit import credit, credit_data
-from textrl_gym.comparison_curves import quality
-from textrl_gym.comparison_drawing import LIGHT, Chart, Table, go, painted, palettes, short
 from textrl_gym.evaluation.metrics import METRICS
 from textrl_gym.experiments.results import KEPT_STATE, Comparison, Group, read_comparison
+from textrl_gym.reports import analysis as numbers
+from textrl_gym.reports.charts import charts
+from textrl_gym.reports.credit_section import credit, credit_data
+from textrl_gym.reports.plotting import LIGHT, Chart, Table, go, painted, palettes, short
+from textrl_gym.reports.training_curves import quality
 from textrl_gym.stats.estimates import Estimate
 
-ASSETS = Path(__file__).parent / "assets" / "report"
+ASSETS = Path(__file__).parents[1] / "assets" / "report"
 SAMPLES_SHOWN = 40
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "

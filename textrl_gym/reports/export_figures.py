@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from textrl_gym.comparison_charts import charts
-from textrl_gym.comparison_drawing import LIGHT, Chart, go
 from textrl_gym.experiments.results import read_comparison
+from textrl_gym.reports.charts import charts
+from textrl_gym.reports.plotting import LIGHT, Chart, go
 
 FOLDER = "figures"
 WIDTH = 760

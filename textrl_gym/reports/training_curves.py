@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from textrl_gym import comparison_numbers as numbers
-from textrl_gym.comparison_drawing import Chart, Table, between, figure, line, look, marker, short
 from textrl_gym.experiments.results import Comparison, Group
+from textrl_gym.reports import analysis as numbers
+from textrl_gym.reports.plotting import Chart, Table, between, figure, line, look, marker, short
 
 DRIFT = {
     "completion_tokens": ("Length through training", "completion, tokens"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from textrl_gym import comparison_numbers as numbers
-from textrl_gym.comparison_curves import drifts, learning_curves, lengths
-from textrl_gym.comparison_drawing import Chart, between, figure, line, look, marker, plain, short
 from textrl_gym.experiments.results import Comparison
+from textrl_gym.reports import analysis as numbers
+from textrl_gym.reports.plotting import Chart, between, figure, line, look, marker, plain, short
+from textrl_gym.reports.training_curves import drifts, learning_curves, lengths
 
 
 def charts(comparison: Comparison) -> dict[str, Chart]:
