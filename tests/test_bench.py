@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from textrl_gym.cli import main
+from textrl_gym.cli.main import main
 from textrl_gym.experiments.bench import BenchConfig, bench, rows
 from textrl_gym.rollouts import sampler
 

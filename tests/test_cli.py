@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from textrl_gym import cli, files
+from textrl_gym import files
+from textrl_gym.cli import main
 from textrl_gym.registry import load_agent, text_envs
 
 TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    code = cli.main([str(arg) for arg in args])
+    code = main.main([str(arg) for arg in args])
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -36,7 +37,7 @@ def one_error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of GRPO on CopyText-v0."""
     out = tmp_path_factory.mktemp("runs") / "grpo"
-    assert cli.main(["train", "grpo", "CopyText-v0", *TINY, "--seed", "3", "--out", str(out)]) == 0
+    assert main.main(["train", "grpo", "CopyText-v0", *TINY, "--seed", "3", "--out", str(out)]) == 0
     return out
 
 
@@ -45,14 +46,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("args", [["--help"], [], ["trian"]])
 def test_help_is_quick_and_loads_no_torch(args: list[str], root: Path) -> None:
-    code = f"import sys; from textrl_gym import cli; code = cli.main({args!r}); print('torch' in sys.modules, code)"
+    code = (
+        f"import sys; from textrl_gym.cli.main import main; code = main({args!r}); print('torch' in sys.modules, code)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == ("False 2" if args == ["trian"] else "False 0"), done.stderr
 
 
 def test_threads_are_set_before_torch(root: Path) -> None:
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
-    code = f"import os, textrl_gym.cli; print(*(os.environ[name] for name in {names}))"
+    code = f"import os, textrl_gym.cli.main; print(*(os.environ[name] for name in {names}))"
     env = {k: v for k, v in os.environ.items() if k not in names}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["PASSIVE", "1000", str(min(8, len(os.sched_getaffinity(0))))], done.stderr
@@ -61,10 +64,10 @@ def test_threads_are_set_before_torch(root: Path) -> None:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert all(f"  {name}" in out for name in cli.COMMANDS)
+    assert all(f"  {name}" in out for name in main.COMMANDS)
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+@pytest.mark.parametrize("command", sorted(main.COMMANDS))
 def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, command, "--help")
     assert code == 0
@@ -116,7 +119,7 @@ def test_wrong_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
 
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(ValueError, match="unknown command"):
-        cli.main(["--debug", "trian"])
+        main.main(["--debug", "trian"])
 
 
 # -- TOML -------------------------------------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def test_resume_goes_on_to_the_runs_own_total(trained: Path, tmp_path: Path) -> 
     shutil.copytree(trained, out)
     state = files.read_state(out)
     files.write_state(out, state | {"total_timesteps": 700})  # as if it had been stopped on the way there
-    assert cli.main(["train", "--resume", str(out)]) == 0
+    assert main.main(["train", "--resume", str(out)]) == 0
     assert load_agent(out, device="cpu").num_timesteps >= 700
     assert files.read_state(out)["total_timesteps"] == 700
 

@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from textrl_gym import cli
-from textrl_gym.compare_command import show_page
+from textrl_gym.cli import main
+from textrl_gym.cli.compare import show_page
 from textrl_gym.experiments.compare import tidy
 from textrl_gym.experiments.results import read_comparison
 from textrl_gym.reports import analysis as numbers
@@ -449,7 +449,7 @@ def test_credit_of_older_runs_and_of_other_texts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("scheme", "ink"), [(0, "#16181d"), (1, "#eceded")])
 def test_words_can_be_read_on_every_colour(scheme: int, ink: str) -> None:
-    css = (Path(cli.__file__).parent / "assets" / "report" / "page.css").read_text()
+    css = (Path(main.__file__).parents[1] / "assets" / "report" / "page.css").read_text()
     assert f"--ink: {ink}" in css
     for end in ("plus", "minus"):
         low, high = sorted(luminance(c) for c in (re.findall(f"--{end}: (#[0-9a-f]{{6}})", css)[scheme], ink))
@@ -614,7 +614,7 @@ def luminance(color: str) -> float:
 
 @pytest.mark.parametrize(("colors", "card"), [(LIGHT, "#ffffff"), (DARK, "#1c1e21")])
 def test_lines_stand_out_from_the_page(colors: tuple[str, ...], card: str) -> None:
-    assert card in (Path(cli.__file__).parent / "assets" / "report" / "page.css").read_text()
+    assert card in (Path(main.__file__).parents[1] / "assets" / "report" / "page.css").read_text()
     for color in colors:
         low, high = sorted((luminance(color), luminance(card)))
         assert (high + 0.05) / (low + 0.05) >= 3, color  # WCAG 2.1, 1.4.11
@@ -636,7 +636,7 @@ def test_the_command_is_written_out(made: tuple[str, Page]) -> None:
 
 
 def test_report_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", str(folder)]) == 0
+    assert main.main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
 
 
@@ -654,7 +654,7 @@ def test_without_plotly(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_figures_are_files_for_papers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("kaleido", reason="kaleido is not installed (extra figures)")
     find_browser()
-    assert cli.main(["report", str(folder), "--figures"]) == 0
+    assert main.main(["report", str(folder), "--figures"]) == 0
     named = [Path(line) for line in capsys.readouterr().out.split()[1:]]
     assert sorted(named) == sorted((folder / "figures").iterdir())
     assert {file.stem for file in named} == set(charts(read_comparison(folder)))
@@ -690,17 +690,17 @@ def test_figures_need_kaleido_and_a_browser(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "kaleido", None)
-        assert cli.main(["report", str(folder), "--figures"]) == 2
+        assert main.main(["report", str(folder), "--figures"]) == 2
         assert "figures need kaleido: pip install textrl-gym[figures]" in capsys.readouterr().err
     write_run(tmp_path / "run", "alpha", 0, [0.5, 0.5, 0.5, 0.5])
-    assert cli.main(["report", str(tmp_path / "run"), "--figures"]) == 2
+    assert main.main(["report", str(tmp_path / "run"), "--figures"]) == 2
     assert "holds no comparison: --figures are those of one" in capsys.readouterr().err
     pytest.importorskip("kaleido", reason="kaleido is not installed (extra figures)")
     monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "nowhere"))
-    assert cli.main(["report", str(folder), "--figures"]) == 2
+    assert main.main(["report", str(folder), "--figures"]) == 2
     assert "or name its program in the environment variable BROWSER_PATH" in capsys.readouterr().err
     monkeypatch.setenv("BROWSER_PATH", shutil.which("false") or "")
-    assert cli.main(["report", str(folder), "--figures"]) == 2
+    assert main.main(["report", str(folder), "--figures"]) == 2
     assert "the browser that draws the figures could not be started: " in capsys.readouterr().err
 
 
@@ -855,7 +855,7 @@ def parts(color: str) -> Any:
 
 def mixed(end: str, share: float) -> list[float]:
     """The page's colour of a scale's end on a light card."""
-    css = (Path(cli.__file__).parent / "assets" / "report" / "page.css").read_text()
+    css = (Path(main.__file__).parents[1] / "assets" / "report" / "page.css").read_text()
     color = re.search(f"--{end}: (#[0-9a-f]{{6}})", css)
     assert color is not None
     return [share * int(color[1][i : i + 2], 16) / 255 + 1 - share for i in (1, 3, 5)]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import textrl_gym
-from textrl_gym import cli
 from textrl_gym.agents import GRPO, PPO
 from textrl_gym.agents.best_of_n import (
     BestOfN,
@@ -25,6 +24,7 @@ from textrl_gym.agents.mcts import MCTS, Leaves, puct, search
 from textrl_gym.agents.random import Random
 from textrl_gym.agents.reference import Reference
 from textrl_gym.agents.value_guided import ValueGuided, guided_logprobs
+from textrl_gym.cli import main
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.envs import known_optimum
 from textrl_gym.models import tiny
@@ -521,17 +521,17 @@ def test_scored_ends_know_the_score(ppo: Path) -> None:
 def test_by_the_command_line(ppo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--eval-episodes", "4"]
     for name, more in (("reference", []), ("random", []), ("best_of_n", ["--n", "2"])):
-        assert cli.main(["train", name, COPY, *few, *more, "--out", str(tmp_path / name)]) == 0
-        assert cli.main(["evaluate", str(tmp_path / name), "--episodes", "4"]) == 0
+        assert main.main(["train", name, COPY, *few, *more, "--out", str(tmp_path / name)]) == 0
+        assert main.main(["evaluate", str(tmp_path / name), "--episodes", "4"]) == 0
     out = capsys.readouterr().out
     assert "Model evaluations per token" in out and "Completions scored per prompt" in out
     assert "Tokens generated per prompt" in out
     more = ["--ppo", str(ppo), "--simulations", "2", *few]
-    assert cli.main(["train", "mcts", COPY, *more, "--out", str(tmp_path / "mcts")]) == 0
-    assert cli.main(["evaluate", str(tmp_path / "mcts"), "--episodes", "4"]) == 0
-    assert cli.main(["report", str(tmp_path)]) == 0
+    assert main.main(["train", "mcts", COPY, *more, "--out", str(tmp_path / "mcts")]) == 0
+    assert main.main(["evaluate", str(tmp_path / "mcts"), "--episodes", "4"]) == 0
+    assert main.main(["report", str(tmp_path)]) == 0
     capsys.readouterr()
-    assert cli.main(["train", "--resume", str(tmp_path / "reference")]) == 2
+    assert main.main(["train", "--resume", str(tmp_path / "reference")]) == 2
     assert "Reference, which does not train: nothing to resume" in capsys.readouterr().err
-    assert cli.main(["train", "grpo", COPY, "--out", str(tmp_path / "grpo")]) == 2
+    assert main.main(["train", "grpo", COPY, "--out", str(tmp_path / "grpo")]) == 2
     assert "grpo trains: give --total-timesteps N" in capsys.readouterr().err

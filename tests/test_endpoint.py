@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from textrl_gym import cli
+from textrl_gym.cli import main
 from textrl_gym.core import Row
 from textrl_gym.judges import llm_judge
 from textrl_gym.judges.judge import Answer, Noisy
@@ -465,13 +465,13 @@ def test_judge_by_the_command_line_fails_and_goes_on(
             handler.say(better(a, b))
 
     server.act, server.fixed = act, False
-    assert cli.main(args) == 2
+    assert main.main(args) == 2
     err = capsys.readouterr().err
     assert f"error: {server.url}/chat/completions: status 502: down (2 tries); 4 of 8 verdicts are kept in " in err
     assert not list(comparison.glob("judged-*.csv"))
     server.fixed = True
     monkeypatch.setenv("COLUMNS", "160")
-    assert cli.main(args) == 0
+    assert main.main(args) == 0
     lines = capsys.readouterr().out.splitlines()
     (heading,), (grpo,) = ([line for line in lines if line.startswith(start)] for start in ("┃", "│ grpo"))
     assert heading.split("┃")[-2].strip() == "no verdict" and grpo.split("│")[-2].strip() == "1"
@@ -486,6 +486,6 @@ def test_judge_by_the_command_line_fails_and_goes_on(
     # What both agents said is asked about once; "odd" 2 times before (one failed try again) and 3 times in each order.
     assert server.asked["longer text", "same here"] == 1 and server.asked["odd", "same here"] == 5
     asked = sum(server.asked.values())
-    assert cli.main(args) == 0 and sum(server.asked.values()) == asked
+    assert main.main(args) == 0 and sum(server.asked.values()) == asked
     written = [path.read_bytes() for path in comparison.rglob("*") if path.is_file()]
     assert len(written) == 9 and not any(b"sk-secret" in data for data in written)

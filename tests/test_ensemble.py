@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import cli
+from textrl_gym.cli import main
 from textrl_gym.models import loading, tiny
 from textrl_gym.pipeline import reward_ensemble, reward_model, sft
 from textrl_gym.pipeline.reward_model import RewardModelConfig
@@ -215,7 +215,7 @@ def test_an_ensemble_on_a_users_pairs_by_the_command_line(
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     args = ["reward-model", "TLDRSummarize-v0", "--model", tiny_model, "--dataset", str(tmp_path / "pairs.jsonl")]
     args += ["--learning-rate", "1e-2", "--warmup-steps", "2", "--batch-size", "4", "--ensemble", "2"]
-    assert cli.main([*args, "--combine", "worst", "--out", str(tmp_path / "two")]) == 0
+    assert main.main([*args, "--combine", "worst", "--out", str(tmp_path / "two")]) == 0
     told = capsys.readouterr().out
     assert "accuracy_worst" in told and "member 1" in told and "Calibration" not in told
     record = json.loads((tmp_path / "two" / reward_ensemble.RECORD).read_text())

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import textrl_gym
-from textrl_gym import cli
 from textrl_gym.agents import GRPO
+from textrl_gym.cli import main
 from textrl_gym.core import Row
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.evaluation.evaluator import Evaluator, entropy
@@ -283,7 +283,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("module")
 def test_judge_against_the_start(comparison: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["judge", str(comparison), "--judge", LENGTH]) == 0
+    assert main.main(["judge", str(comparison), "--judge", LENGTH]) == 0
     rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-start.csv")
     counts = {run: [int(row[key]) for key in ("wins", "ties", "losses", "no_verdict")] for run, row in rows.items()}
     assert counts == {"grpo-0": [1, 2, 1, 0], "grpo-1": [1, 1, 2, 0], "ppo-0": [0, 2, 2, 0]}
@@ -301,14 +301,14 @@ def test_judge_against_the_start(comparison: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.usefixtures("module")
 def test_judge_against_reference_texts_and_agents(comparison: Path) -> None:
-    assert cli.main(["judge", str(comparison), "--judge", LENGTH, "--against", "human"]) == 0
+    assert main.main(["judge", str(comparison), "--judge", LENGTH, "--against", "human"]) == 0
     rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-human.csv")
     assert float(rows["grpo-0"]["win_rate"]) == 0.5 and float(rows["ppo-0"]["win_rate"]) == 0.25
-    assert cli.main(["judge", str(comparison), "--judge", LENGTH, "--against", "grpo"]) == 0
+    assert main.main(["judge", str(comparison), "--judge", LENGTH, "--against", "grpo"]) == 0
     rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-grpo.csv")
     assert list(rows) == ["ppo-0"]  # against grpo's run of its seed: loss loss win loss
     assert [rows["ppo-0"][key] for key in ("wins", "ties", "losses")] == ["1", "0", "3"]
-    assert cli.main(["judge", str(comparison), "--judge", LENGTH, "--against", "ppo"]) == 0
+    assert main.main(["judge", str(comparison), "--judge", LENGTH, "--against", "ppo"]) == 0
     rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-ppo.csv")
     assert [float(row["win_rate"]) for row in rows.values()] == [0.75, 0.625]  # grpo-1 against ppo's only run
 
@@ -317,7 +317,7 @@ def test_judge_by_a_reward_that_reads_tokens(comparison: Path) -> None:
     # CopyText's own reward wants EOS: "a b" is right for the second prompt, and ended; the start's was cut off, so that
     # it is worth 1/2 there, 1/4 where one symbol is right, as for "a a" and none for "b a" and "c d".
     judge = ["--judge", "textrl_gym.envs.copy_text:copied"]
-    assert cli.main(["judge", str(comparison), *judge]) == 0
+    assert main.main(["judge", str(comparison), *judge]) == 0
     row = judged_rows(comparison, "judged-textrl_gym.envs.copy_text-copied-start.csv")["grpo-0"]
     # "a b" for "a a": 1/2 + 1/4 against 1/4; for "a b": 1 against 1/2; "a" for "b a": 0 against 0; "a b c": 0 and 0.
     assert [row[key] for key in ("wins", "ties", "losses")] == ["2", "2", "0"]
@@ -326,7 +326,7 @@ def test_judge_by_a_reward_that_reads_tokens(comparison: Path) -> None:
 @pytest.mark.usefixtures("module")
 def test_judge_with_noise(comparison: Path) -> None:
     noise = ["--judge-noise", "0.5", "--judge-seed", "3"]
-    assert cli.main(["judge", str(comparison), "--judge", LENGTH, *noise]) == 0
+    assert main.main(["judge", str(comparison), "--judge", LENGTH, *noise]) == 0
     rows = judged_rows(comparison, "judged-textrl_gym_test_judge-longer-noise-0.5-start.csv")
     assert rows["ppo-0"]["ties"] == "2" and rows["ppo-0"]["judge"] == f"{LENGTH}, noise 0.5"
     decided = [int(row["wins"]) + int(row["losses"]) for row in rows.values()]
@@ -334,7 +334,7 @@ def test_judge_with_noise(comparison: Path) -> None:
 
 
 def one_error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    assert cli.main([str(arg) for arg in args]) == 2
+    assert main.main([str(arg) for arg in args]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     return err
@@ -364,7 +364,7 @@ def test_wrong_words_for_judge(comparison: Path, capsys: pytest.CaptureFixture[s
 def test_a_comparison_of_a_task_that_is_not_registered_is_judged_by_its_texts(comparison: Path) -> None:
     plan = json.loads((comparison / "compare.json").read_text()) | {"environment": "Elsewhere-v0"}
     (comparison / "compare.json").write_text(json.dumps(plan))
-    assert cli.main(["judge", str(comparison), "--judge", "exact_match", "--against", "start"]) == 0
+    assert main.main(["judge", str(comparison), "--judge", "exact_match", "--against", "start"]) == 0
     # exact_match reads the reference: grpo-0 is right about the second prompt only, and so is the start.
     row = judged_rows(comparison, "judged-exact_match-start.csv")["grpo-0"]
     assert (row["wins"], row["ties"], row["losses"]) == ("0", "4", "0")
@@ -393,7 +393,7 @@ def test_evaluate_with_a_judge(saved: Path, tmp_path: Path, capsys: pytest.Captu
     file = tmp_path / "numbers.json"
     common = ["evaluate", str(saved), "--episodes", "16", "--device", "cpu", "--json", str(file)]
     own = ["--judge", "textrl_gym.envs.copy_text:copied"]
-    assert cli.main([*common, *own, "--against", "human"]) == 0
+    assert main.main([*common, *own, "--against", "human"]) == 0
     assert "judged by textrl_gym.envs.copy_text:copied against human" in " ".join(capsys.readouterr().out.split())
     numbers = json.loads(file.read_text())
     judged = numbers["judged"]
@@ -401,10 +401,10 @@ def test_evaluate_with_a_judge(saved: Path, tmp_path: Path, capsys: pytest.Captu
     assert judged["wins"] + judged["ties"] + judged["losses"] == 16
     assert judged["win_rate_low"] <= judged["win_rate"] < judged["win_rate_high"]
     for against in ("start", str(saved)):  # the policy is its own start
-        assert cli.main([*common, *own, "--against", against]) == 0
+        assert main.main([*common, *own, "--against", against]) == 0
         judged = json.loads(file.read_text())["judged"]
         assert (judged["ties"], judged["win_rate"], judged["against"]) == (16, 0.5, against)
-    assert cli.main(common) == 0
+    assert main.main(common) == 0
     assert "judged" not in json.loads(file.read_text())
     capsys.readouterr()
     assert "CopyText has no judge of its own" in one_error(capsys, *common, "--against", "start")

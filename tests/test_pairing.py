@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from textrl_gym import cli
 from textrl_gym.agents import GRPO
+from textrl_gym.cli import main
 from textrl_gym.data import preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
@@ -149,8 +149,8 @@ def test_a_model_that_is_a_plain_folder(agent: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "pairs.jsonl"
     args = ["preferences", "CopyText-v0", "--n", "20", "--label", COPIED, "--out", str(out)]
-    assert cli.main(args) == 0
+    assert main.main(args) == 0
     assert "score_chosen" in capsys.readouterr().out
     assert len(written(out)) == 20
-    assert cli.main(args) == 2
+    assert main.main(args) == 2
     assert "is there already" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from textrl_gym import cli
+from textrl_gym.cli import main
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.models import loading
 from textrl_gym.pipeline import reward_metrics, reward_model, reward_report, sft, simulated_comparisons
@@ -176,7 +176,7 @@ def test_several_data_sets_and_a_curve(tiny_model: str, tmp_path: Path, capsys: 
     write_pairs(Path(c), 20)
     args = ["reward-model", "TLDRSummarize-v0", "--model", tiny_model, "--out", str(tmp_path / "rm")]
     more = ["--learning-rate", "1e-2", "--warmup-steps", "2", "--batch-size", "4"]
-    assert cli.main([*args, *more, "--dataset", a, b, "--eval-dataset", c, "--curve", "4", "60"]) == 0
+    assert main.main([*args, *more, "--dataset", a, b, "--eval-dataset", c, "--curve", "4", "60"]) == 0
     record = json.loads((tmp_path / "rm" / "reward_training.json").read_text())
     # a tenth of the first two is held out; what is only measured on is taken whole
     assert [(row["data"], row["pairs"]) for row in record["accuracy"]] == [(a, 4), (b, 3), (c, 20), ("all", 27)]

@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from textrl_gym import cli
-from textrl_gym.compare_command import watch as command
+from textrl_gym.cli import main
+from textrl_gym.cli.compare import watch as command
 from textrl_gym.reports import watch
 
 
@@ -301,7 +301,7 @@ def test_loopback(host: str, loopback: bool) -> None:
 
 def test_wrong_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error(*args: Any) -> str:
-        assert cli.main(["watch", *map(str, args)]) == 2
+        assert main.main(["watch", *map(str, args)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
         return err

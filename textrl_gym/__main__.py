@@ -2,6 +2,6 @@
 
 import sys
 
-from textrl_gym.cli import main
+from textrl_gym.cli.main import main
 
 sys.exit(main())

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from textrl_gym.cli.options import find_agent, flag, flat, parse, place
 from textrl_gym.registry import find_env
-from textrl_gym.run_settings import find_agent, flag, flat, parse, place
 
 
 def compare(args: Sequence[str]) -> int:

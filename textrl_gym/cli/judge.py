@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from textrl_gym.cli.options import flag, flat, parse, place
 from textrl_gym.registry import find_env, text_envs
-from textrl_gym.run_settings import flag, flat, parse, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +30,18 @@ class JudgeFlags:
 
     def make(self, endpoint: Any, folder: Path, task: Any, device: Any = "cpu", tokenizer: Any = None) -> Any:
         """The judge that the flags name; endpoint: an EndpointConfig, for the judge of that name."""
-        from textrl_gym.judges import judge
+        from textrl_gym.judges.judge import ENDPOINT, GOLD, Noisy, load_judge
         from textrl_gym.judges.llm_judge import CACHE, Endpoint, EndpointConfig
 
         if importlib.util.find_spec("scipy") is None:
             raise ImportError("win rates with intervals need the package scipy: pip install textrl-gym[judge]")
-        if self.judge != judge.ENDPOINT and endpoint != EndpointConfig():
-            raise ValueError(
-                f"--endpoint. settings are of --judge {judge.ENDPOINT}, and the judge is {self.judge or judge.GOLD}"
-            )
-        if self.judge == judge.ENDPOINT:
+        if self.judge != ENDPOINT and endpoint != EndpointConfig():
+            raise ValueError(f"--endpoint. settings are of --judge {ENDPOINT}, and the judge is {self.judge or GOLD}")
+        if self.judge == ENDPOINT:
             judge: Any = Endpoint(dataclasses.replace(endpoint, cache=endpoint.cache or folder / CACHE))
         else:
-            judge = judge.load_judge(self.judge or judge.GOLD, task=task, device=device, tokenizer=tokenizer)
-        return judge.Noisy(judge, self.judge_noise, self.judge_seed) if self.judge_noise else judge
+            judge = load_judge(self.judge or GOLD, task=task, device=device, tokenizer=tokenizer)
+        return Noisy(judge, self.judge_noise, self.judge_seed) if self.judge_noise else judge
 
 
 def judge_parts() -> list[tuple[Any, ...]]:

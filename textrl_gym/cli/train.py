@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import files
+from textrl_gym.cli.options import RunSettings, as_arguments, find_agent, flag, flat, parse, read_toml
 from textrl_gym.registry import find_env
-from textrl_gym.run_settings import RunSettings, as_arguments, find_agent, flag, flat, parse, read_toml
 from textrl_gym.training.env_settings import EnvSettings, make_env
 
 RUN_FILE = "run.json"

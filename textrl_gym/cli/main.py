@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from textrl_gym.compare_command import compare, report, watch
-from textrl_gym.judge_command import evaluate, judge, print_rows
+from textrl_gym.cli.compare import compare, report, watch
+from textrl_gym.cli.judge import evaluate, judge, print_rows
+from textrl_gym.cli.options import flag, flat, parse, place
+from textrl_gym.cli.train import train
 from textrl_gym.registry import find_env, text_envs, unknown
-from textrl_gym.run_settings import flag, flat, parse, place
-from textrl_gym.train_command import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
