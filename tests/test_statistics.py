@@ -257,9 +257,11 @@ def test_paired_difference_covers(seed_spread: float) -> None:
 
 def test_imports_are_light(root: Path) -> None:
     modules = "estimates", "pairwise", "overoptimization"
-    code = f"import sys; from textrl_gym.stats import {', '.join(modules)}; print(*{{'torch', 'scipy'}} & set(sys.modules))"
+    code = (
+        f"import sys; from textrl_gym.stats import {', '.join(modules)}\nprint({{'torch', 'scipy'}} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
 
 
 def test_outcomes() -> None:

@@ -1,7 +1,7 @@
 """Prompts and preferences, from files, folders and the Hub.
 
-prompts        the published schemas of prompts, and their encoding under a token budget
-preferences    the published schemas of preferences
+- `prompts`: the published schemas of prompts, and their encoding under a token budget
+- `preferences`: the published schemas of preferences
 """
 
 from __future__ import annotations

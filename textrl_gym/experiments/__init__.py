@@ -1,11 +1,11 @@
 """Many runs: comparisons of agents, win rates, speed.
 
-compare      every agent, seed and KL coefficient on the same prompts and budget
-worker       one run of a comparison, in a process of its own
-progress     how far the runs of a comparison are
-results      the finished runs of a comparison's folder
-win_rates    win rates of saved completions by a judge
-bench        the speed of training on this machine, by phase
+- `compare`: every agent, seed and KL coefficient on the same prompts and budget
+- `worker`: one run of a comparison, in a process of its own
+- `progress`: how far the runs of a comparison are
+- `results`: the finished runs of a comparison's folder
+- `win_rates`: win rates of saved completions by a judge
+- `bench`: the speed of training on this machine, by phase
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One run of a comparison, in a process of its own: an agent with a seed and a KL coefficient, trained and evaluated.
 
-`python -m textrl_gym.experiments.worker FOLDER` reads FOLDER/cell.json, goes on from the last checkpoint where there is one, and
-writes FOLDER/evaluation.json last: a run is finished when that file is there. Killed at any moment and started again it
-ends with the same numbers as if it had never been stopped.
+`python -m textrl_gym.experiments.worker FOLDER` reads FOLDER/cell.json, goes on from the last checkpoint where there is
+one, and writes FOLDER/evaluation.json last: a run is finished when that file is there. Killed at any moment and started
+again it ends with the same numbers as if it had never been stopped.
 """
 
 from __future__ import annotations

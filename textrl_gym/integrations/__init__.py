@@ -1,8 +1,8 @@
 """Other libraries' algorithms on text environments.
 
-sb3_policy    a causal LM as Stable-Baselines3's actor-critic policy
-sb3_env       a text vector environment as Stable-Baselines3's VecEnv
-sb3_agent     Stable-Baselines3's algorithms as agents
+- `sb3_policy`: a causal LM as Stable-Baselines3's actor-critic policy
+- `sb3_env`: a text vector environment as Stable-Baselines3's VecEnv
+- `sb3_agent`: Stable-Baselines3's algorithms as agents
 """
 
 from __future__ import annotations

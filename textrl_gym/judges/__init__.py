@@ -1,8 +1,8 @@
 """Judges: which of two completions of a prompt is better.
 
-judge         the protocol, and any reward as a judge
-llm_judge     a language model behind an OpenAI-compatible endpoint
-annotators    simulated annotators with noise and biases
+- `judge`: the protocol, and any reward as a judge
+- `llm_judge`: a language model behind an OpenAI-compatible endpoint
+- `annotators`: simulated annotators with noise and biases
 """
 
 from __future__ import annotations

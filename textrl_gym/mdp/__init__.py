@@ -1,14 +1,14 @@
 """The token MDP as Gymnasium environments.
 
-task              Task: prompts, budgets, model and reward of one environment id
-transition        the MDP as pure functions: append a token, when an episode ends, reward
-vector_env        TextVectorEnv: B rows on one device
-text_env          TextEnv: one row
-prompt_streams    which prompt each episode gets
-actions           actions with the policy's log-probabilities, and the KL penalty of a step
-spaces            the observation and action spaces, and the checks of the settings
-infos             the infos of episodes that begin and end
-render            episodes as text in the terminal
+- `task`: Task: prompts, budgets, model and reward of one environment id
+- `transition`: the MDP as pure functions: append a token, when an episode ends, reward
+- `vector_env`: TextVectorEnv: B rows on one device
+- `text_env`: TextEnv: one row
+- `prompt_streams`: which prompt each episode gets
+- `actions`: actions with the policy's log-probabilities, and the KL penalty of a step
+- `spaces`: the observation and action spaces, and the checks of the settings
+- `infos`: the infos of episodes that begin and end
+- `render`: episodes as text in the terminal
 """
 
 from __future__ import annotations

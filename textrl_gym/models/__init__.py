@@ -1,12 +1,12 @@
 """Language models and tokenizers: everything below a policy.
 
-loading      tokenizers and models by name, from a folder, the Hub or a package
-lora         LoRA adapters and frozen layers, saved and loaded
-tokenizer    training a byte-level BPE tokenizer
-tiny         tiny tokenizers and models made in code
-onednn       linear layers by oneDNN
-flops        counting floating-point operations
-packing      several completions of a prompt in one sequence
+- `loading`: tokenizers and models by name, from a folder, the Hub or a package
+- `lora`: LoRA adapters and frozen layers, saved and loaded
+- `tokenizer`: training a byte-level BPE tokenizer
+- `tiny`: tiny tokenizers and models made in code
+- `onednn`: linear layers by oneDNN
+- `flops`: counting floating-point operations
+- `packing`: several completions of a prompt in one sequence
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """What precedes RL: supervised fine-tuning, preferences and reward models.
 
-sft                      supervised fine-tuning on prompt and completion pairs
-sample_preferences       preference pairs sampled from policies and labelled
-simulated_comparisons    completions compared by simulated annotators
-reward_model             training a Bradley-Terry reward model
-reward_report            accuracy and calibration as tables
-reward_ensemble          an ensemble of reward models
-reward_metrics           accuracy and calibration of a reward model
-replaced_tokens          replaced-token detection before the comparisons
-induction                an initialisation for tiny models that can copy
-build_assets             rebuilding the bundled files of TLDRSummarize-v0
+- `sft`: supervised fine-tuning on prompt and completion pairs
+- `sample_preferences`: preference pairs sampled from policies and labelled
+- `simulated_comparisons`: completions compared by simulated annotators
+- `reward_model`: training a Bradley-Terry reward model
+- `reward_report`: accuracy and calibration as tables
+- `reward_ensemble`: an ensemble of reward models
+- `reward_metrics`: accuracy and calibration of a reward model
+- `replaced_tokens`: replaced-token detection before the comparisons
+- `induction`: an initialisation for tiny models that can copy
+- `build_assets`: rebuilding the bundled files of TLDRSummarize-v0
 """
 
 from __future__ import annotations

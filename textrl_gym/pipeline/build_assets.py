@@ -1,4 +1,6 @@
-"""Rebuild the bundled files of TLDRSummarize-v0: `python -m textrl_gym.pipeline.build_assets` (about 45 minutes on one core).
+"""Rebuild the bundled files of TLDRSummarize-v0 (about 45 minutes on one core).
+
+`python -m textrl_gym.pipeline.build_assets`
 
 Each step uses what the command line has for users (`textrl-gym sft`, `textrl-gym reward-model`):
 1. A fluent model learns the reference summaries, from scratch. It is not bundled.

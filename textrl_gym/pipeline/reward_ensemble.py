@@ -26,7 +26,7 @@ from textrl_gym.pipeline.reward_model import RECORD as MEMBER_RECORD
 from textrl_gym.pipeline.reward_model import Data, RewardModelConfig, gather, train_on, train_reward_model
 from textrl_gym.pipeline.reward_report import accuracy_row
 from textrl_gym.pipeline.simulated_comparisons import Comparison
-from textrl_gym.rewards import ensemble
+from textrl_gym.rewards import ensemble, reward_model
 
 RECORD = "ensemble_training.json"
 """What was asked for and measured, in an ensemble's folder."""

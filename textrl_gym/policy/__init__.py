@@ -1,11 +1,11 @@
 """A causal LM as a token policy: logits, values, decoding, and its frozen reference.
 
-policy              Policy: log-probabilities, values and actions of a model
-backbone            the model's body on prompts and completions, each prompt computed once
-prefix_attention    attention over a prompt that a group of completions shares
-decoders            cached decoding, a token at a time
-step_cache          cached decoding of observations that grow by a token (Stable-Baselines3)
-top_p_policy        a policy on the top-p tokens of an older copy (NLPO)
+- `policy`: Policy: log-probabilities, values and actions of a model
+- `backbone`: the model's body on prompts and completions, each prompt computed once
+- `prefix_attention`: attention over a prompt that a group of completions shares
+- `decoders`: cached decoding, a token at a time
+- `step_cache`: cached decoding of observations that grow by a token (Stable-Baselines3)
+- `top_p_policy`: a policy on the top-p tokens of an older copy (NLPO)
 """
 
 from __future__ import annotations

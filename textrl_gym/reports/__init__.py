@@ -1,14 +1,14 @@
 """Pages: a run, a comparison, and a comparison while it runs.
 
-run_page           one run as one HTML file
-comparison_page    a comparison as one HTML file
-analysis           the numbers and sentences of a comparison's page
-charts             its charts
-training_curves    its charts of training and of length
-credit_section     its section on the credit of tokens
-plotting           colours, symbols and numbers in words
-export_figures     the charts as PNG and SVG
-watch              the page over HTTP while the runs go on
+- `run_page`: one run as one HTML file
+- `comparison_page`: a comparison as one HTML file
+- `analysis`: the numbers and sentences of a comparison's page
+- `charts`: its charts
+- `training_curves`: its charts of training and of length
+- `credit_section`: its section on the credit of tokens
+- `plotting`: colours, symbols and numbers in words
+- `export_figures`: the charts as PNG and SVG
+- `watch`: the page over HTTP while the runs go on
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The fast driver of the MDP: complete episodes, all rows at once.
 
-collect    collect(env, policy) -> Rollout
-sampler    cached sampling of completions
+- `collect`: collect(env, policy) -> Rollout
+- `sampler`: cached sampling of completions
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Statistics on numpy arrays: no torch, no text.
 
-estimates           means and interquartile means with their intervals; paired differences
-pairwise            win rates, with length taken out; agreement; Bradley-Terry ratings
-overoptimization    gold score against KL, best of n, reward against length
+- `estimates`: means and interquartile means with their intervals; paired differences
+- `pairwise`: win rates, with length taken out; agreement; Bradley-Terry ratings
+- `overoptimization`: gold score against KL, best of n, reward against length
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Training: the agents' base class, the loop around its updates, and a run's files.
 
-config              settings that every agent has, and those of its environment
-env_settings        settings of the environment as flags and TOML files give them
-agent               Agent: the base of every algorithm
-loop                collect, update, adapt the KL coefficient, log, evaluate, save
-callbacks           callbacks that see evaluations; the monitor of reward hacking
-checkpoint          saving an agent to a folder, and loading it
-run_folder          a run's files: one writer and one reader
-saved               what an agent saves and loads
-preference_pairs    pairs of completions and the losses on them (DPO and relatives)
-guided_decoding     decoding with a trained critic
+- `config`: settings that every agent has, and those of its environment
+- `env_settings`: settings of the environment as flags and TOML files give them
+- `agent`: Agent: the base of every algorithm
+- `loop`: collect, update, adapt the KL coefficient, log, evaluate, save
+- `callbacks`: callbacks that see evaluations; the monitor of reward hacking
+- `checkpoint`: saving an agent to a folder, and loading it
+- `run_folder`: a run's files: one writer and one reader
+- `saved`: what an agent saves and loads
+- `preference_pairs`: pairs of completions and the losses on them (DPO and relatives)
+- `guided_decoding`: decoding with a trained critic
 """
 
 from __future__ import annotations
