@@ -5,10 +5,10 @@ Importing this package registers the environments and loads no torch; the names 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from textrl_gym import registry as _plugins
+from textrl_gym import registry as _registry
+from textrl_gym.lazy import lazy as _lazy
 
 if TYPE_CHECKING:
     from textrl_gym.core import Rollout as Rollout
@@ -35,21 +35,16 @@ _HOME = {
     "Task": "mdp.task",
 }
 
-register = _plugins.register
+register = _registry.register
 
 __all__ = ["__version__", "register", *_HOME]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'textrl_gym' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    value = getattr(importlib.import_module(f"textrl_gym.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = _lazy(__name__, _HOME)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_plugins.register_envs()
+_registry.register_envs()
