@@ -1,4 +1,4 @@
-"""MkDocs hook: a page of the API for every module and for every folder of plug-ins, because they exist."""
+"""MkDocs hook: the API, a group of pages for each wing and a page for each module, because they exist."""
 
 from __future__ import annotations
 
@@ -8,49 +8,66 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST = (
-    "core",
-    "tasks",
-    "env",
+PACKAGE = "textrl_gym"
+CORE = "core"
+"""The group of the modules at the package's root."""
+WINGS = (
+    CORE,
+    "envs",
     "mdp",
-    "kl",
     "rewards",
-    "policy",
-    "sampler",
-    "rollout",
-    "functional",
-    "agent",
-    "train",
+    "judges",
+    "rollouts",
+    "agents",
+    "training",
     "evaluation",
+    "policy",
+    "models",
+    "data",
+    "worlds",
+    "pipeline",
+    "experiments",
+    "reports",
+    "integrations",
+    "stats",
+    "cli",
 )
-"""The order in which the data flows; modules that are not named here follow by name."""
-FOLDERS = {"envs": ROOT / "envs", "agents": ROOT / "agents", "rewards": ROOT / "textrl_gym" / "rewards"}
+"""The order of the groups, by what a user needs first; wings that are not named here follow by name."""
+PLUGINS = {"envs": ROOT / "envs", "agents": ROOT / "agents"}
+"""Wings whose files lie beside the package."""
 
 
-def pages() -> dict[str, list[str]]:
-    """Page name -> the modules that it shows."""
-    found = {p.stem: [f"textrl_gym.{p.stem}"] for p in (ROOT / "textrl_gym").glob("[!_]*.py")}
-    for name, folder in FOLDERS.items():
-        plugins = [f"textrl_gym.{name}.{p.stem}" for p in sorted(folder.glob("[!_]*.py"))]
-        if (folder / "__init__.py").is_file():
-            found[name] = [f"textrl_gym.{name}", *plugins]
-    rank = {name: number for number, name in enumerate(FIRST)}
-    return {name: found[name] for name in sorted(found, key=lambda n: (rank.get(n, len(FIRST)), n))}
+def modules() -> dict[str, list[str]]:
+    """Wing -> the dotted names of its modules, the wing's own first."""
+    package = ROOT / PACKAGE
+    found = {CORE: [PACKAGE, *(f"{PACKAGE}.{path.stem}" for path in sorted(package.glob("[!_]*.py")))]}
+    folders = {path.name: path for path in package.iterdir() if (path / "__init__.py").is_file()} | PLUGINS
+    for wing, folder in folders.items():
+        name = f"{PACKAGE}.{wing}"
+        found[wing] = [name, *(f"{name}.{path.stem}" for path in sorted(folder.glob("[!_]*.py")))]
+    rank = {wing: number for number, wing in enumerate(WINGS)}
+    return {wing: found[wing] for wing in sorted(found, key=lambda wing: (rank.get(wing, len(WINGS)), wing))}
+
+
+def page_of(wing: str, module: str) -> str:
+    """The path of a module's page: api/WING/MODULE.md, and api/WING/index.md for the wing's own."""
+    own = module in (PACKAGE, f"{PACKAGE}.{wing}") and module != f"{PACKAGE}.{CORE}"
+    return f"api/{wing}/{'index' if own else module.rpartition('.')[2]}.md"
 
 
 def on_config(config: Any) -> Any:
-    """Put the pages into the navigation."""
-    config["nav"].append({"API": [{name: f"api/{name}.md"} for name in pages()]})
+    """Put the pages into the navigation: a group for each wing."""
+    groups = []
+    for wing, names in modules().items():
+        pages = [{name.removeprefix(f"{PACKAGE}.").rpartition(".")[2]: page_of(wing, name)} for name in names]
+        groups.append({wing: pages})
+    config["nav"].append({"API by wing": groups})
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Write the pages: a directive of mkdocstrings for each module."""
-    for name, modules in pages().items():
-        if len(modules) == 1:
-            text = f"# textrl_gym.{name}\n\n::: {modules[0]}\n"
-        else:
-            parts = [f"## {m}\n\n::: {m}\n    options:\n      heading_level: 3\n" for m in modules]
-            text = f"# textrl_gym.{name}\n\n" + "\n".join(parts)
-        files.append(File.generated(config, f"api/{name}.md", content=text))
+    for wing, names in modules().items():
+        for name in names:
+            files.append(File.generated(config, page_of(wing, name), content=f"# {name}\n\n::: {name}\n"))
     return files
