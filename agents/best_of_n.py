@@ -25,8 +25,8 @@ from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout, Row
-from textrl_gym.mdp.text_env import TextVectorEnv
-from textrl_gym.rollouts.collect import complete, rollout_of, vector_env
+from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
+from textrl_gym.rollouts.collect import complete, rollout_of
 from textrl_gym.stats.overoptimization import best_of_n_kl_bound
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
@@ -116,14 +116,14 @@ class BestOfN(Agent):
         all_rows, all_ids = [row for row in rows for _ in range(n)], [ids for ids in prompt_ids for _ in range(n)]
         out = complete(mdp, self.policy, all_ids, uniform_XT)
         rollout = rollout_of(mdp, self.policy, all_rows, all_ids, out)
-        passes_B = rollout.mask_BT.sum(1).float().view(-1, n).sum(1)
+        model_calls_B = rollout.mask_BT.sum(1).float().view(-1, n).sum(1)
         best = rollout.select(best_rows(rollout.reward_BT.sum(1), n))
         length_B1 = functional.last_places(best.mask_BT)[:, None] + 1
         logp_BT = best.logp_BT + best_of_n_kl_bound(n) / length_B1 * best.mask_BT
-        return dataclasses.replace(best, logp_BT=logp_BT, passes_B=passes_B)
+        return dataclasses.replace(best, logp_BT=logp_BT, model_calls_B=model_calls_B)
 
     def extra_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
-        generated = sum(float(r.mask_BT.sum() if r.passes_B is None else r.passes_B.sum()) for r in rollouts)
+        generated = sum(float(r.mask_BT.sum() if r.model_calls_B is None else r.model_calls_B.sum()) for r in rollouts)
         return {
             "kl_bound": best_of_n_kl_bound(self.config.n),
             "scored_completions": float(self.config.n),

@@ -31,11 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from textrl_gym.core import Rollout, StopReason
-from textrl_gym.models.packing import pad
+from textrl_gym.functional import pad
+from textrl_gym.mdp.transition import stop_reasons
 from textrl_gym.pipeline import simulated_comparisons
-from textrl_gym.rollouts.collect import collect, token_logprobs
+from textrl_gym.rollouts.collect import collect
+from textrl_gym.rollouts.scoring import token_logprobs
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 
@@ -122,19 +125,23 @@ class DPO(Agent):
         names = ("logp_BT", "ref_logp_BT", "kl_BT", "value_BT", "reward_BT")
         tensors |= dict.fromkeys(names, torch.zeros(mask_BT.shape)) | {"score_B": torch.zeros(len(texts))}
         tensors |= {
-            "stop_B": torch.tensor([self._stop(ids) for ids in texts]),
+            "stop_B": self._stops(texts),
             "group_B": torch.arange(len(texts)) // 2,
         }
-        prompts = [self.env.decode(prompt) for prompt, _, _ in pairs for _ in range(2)]
-        completions = [self.env.decode(ids) for ids in texts]
+        prompts = [self.env.scorer.decode(prompt) for prompt, _, _ in pairs for _ in range(2)]
+        completions = [self.env.scorer.decode(ids) for ids in texts]
         on_device: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         rollout = Rollout(**on_device, prompts=prompts, completions=completions)
         return as_pairs(rollout, torch.arange(len(texts), device=self.device).view(-1, 2))
 
-    def _stop(self, ids: list[int]) -> int:
-        if ids[-1] == self.env.eos_id:
-            return StopReason.EOS.value
-        return (StopReason.BUDGET if len(ids) == self.env.max_new_tokens else StopReason.STOP_STRING).value
+    def _stops(self, completions: list[list[int]]) -> Tensor:
+        """Why each completion ended, as StopReason. int64 [B]."""
+        env = self.env
+        last_B, length_B = (torch.tensor(x) for x in ([ids[-1] for ids in completions], [*map(len, completions)]))
+        hit_B = torch.tensor(env.scorer.stopped(completions)) if env.stop else None
+        stop_B = stop_reasons(last_B, length_B, hit_B, env.max_new_tokens, env.eos_id)
+        # A completion of a file that no rule ends was ended by what its writer stopped at.
+        return torch.where(stop_B == StopReason.RUNNING, StopReason.STOP_STRING.value, stop_B)
 
     # -- sampling pairs -----------------------------------------------------------------------------------------------
 

@@ -166,7 +166,7 @@ class MCTS(CriticAgent):
     def next_token(
         self, states: States, endings: Endings, row_b: list[int], texts: list[list[int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        passes_b = torch.zeros_like(states.now.value_B)
+        calls_b = torch.zeros_like(states.now.value_B)
 
         def grow(path_bD: Tensor, length_b: Tensor, before_b: Tensor, fresh_b: Tensor) -> Leaves:
             paths = zip(texts, path_bD.tolist(), length_b.tolist(), strict=True)
@@ -175,13 +175,13 @@ class MCTS(CriticAgent):
             runs_b = torch.tensor(stops, device=self.device) == StopReason.RUNNING
             value_b = endings.values(row_b, longer, stops, before_b)
             said = states.look(path_bD, length_b) if (runs_b & fresh_b).any() else states.now
-            passes_b.add_((runs_b & fresh_b) * states.models)
+            calls_b.add_((runs_b & fresh_b) * states.models)
             return self._leaves(said, torch.where(runs_b, said.value_B, value_b), ~runs_b)
 
-        root = self._leaves(states.now, states.now.value_B, torch.zeros_like(passes_b, dtype=torch.bool))
+        root = self._leaves(states.now, states.now.value_B, torch.zeros_like(calls_b, dtype=torch.bool))
         tree = search(root, grow, self.config.simulations, self.config.c_puct)
         logp_bK = (tree.visits_BMK[:, 0].log() / self.config.visit_temperature).log_softmax(1)
-        return tree.token_BMK[:, 0], logp_bK, passes_b
+        return tree.token_BMK[:, 0], logp_bK, calls_b
 
     def _leaves(self, said: Opinion, value_B: Tensor, over_B: Tensor) -> Leaves:
         token_BK = self.candidates(said.logp_BV)

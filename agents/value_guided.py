@@ -55,7 +55,7 @@ class ValueGuided(CriticAgent):
     ) -> tuple[Tensor, Tensor, Tensor]:
         now = states.now
         token_bK = self.candidates(now.logp_BV)
-        values, passes_b = [], torch.zeros_like(now.value_B)
+        values, calls_b = [], torch.zeros_like(now.value_B)
         for token_b in token_bK.unbind(1):
             # 1. What is over has no state after it.
             longer = [[*ids, token] for ids, token in zip(texts, token_b.tolist(), strict=True)]
@@ -64,9 +64,9 @@ class ValueGuided(CriticAgent):
             # 2. The critic's word on all else.
             value_b = endings.values(row_b, longer, stops, now.value_B)
             values.append(torch.where(runs_b, states.values(token_b), value_b) if runs_b.any() else value_b)
-            passes_b += runs_b
+            calls_b += runs_b
         return (
             token_bK,
             guided_logprobs(now.logp_BV.gather(1, token_bK), torch.stack(values, 1), self.config.weight),
-            passes_b,
+            calls_b,
         )

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from textrl_gym.core import Row
 from textrl_gym.data import prompts
+from textrl_gym.functional import pad
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import tiny
-from textrl_gym.models.packing import pad
 from textrl_gym.policy.policy import Policy
 
 ID = "KnownOptimum-v0"

@@ -19,7 +19,8 @@ from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollouts.collect import collect, micro_batches
+from textrl_gym.rollouts.batching import micro_batches
+from textrl_gym.rollouts.collect import collect
 
 SYMBOLS = ("a", "b", "c", "d", "e", "f", "g")
 EOS_ID = 0
@@ -166,7 +167,7 @@ def test_budget_and_its_penalty() -> None:
     env.streams_of_prompts.seed(0)
     rollout = collect(env, policy, uniform_BT=uniforms(8))
     assert_same(rollout, said)
-    budget_B = rollout.stop_B == StopReason.BUDGET
+    budget_B = rollout.stop_B == StopReason.LENGTH
     assert budget_B.any() and not budget_B.all()
     # reward = score - 0.5 where the budget ran out, score elsewhere; no KL
     torch.testing.assert_close(rollout.reward_BT.sum(1), rollout.score_B - 0.5 * budget_B, atol=0, rtol=0)

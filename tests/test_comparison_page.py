@@ -89,7 +89,7 @@ def write_cost_and_credit(folder: Path, critic: bool) -> None:
             advantage = [x / (1 + critic) for x in ADVANTAGE] if number == 0 else zeros
             lines.append(
                 {"index": 0, "prompt": prompt, "completion": "".join(tokens), "tokens": tokens, "score": 0.75}
-                | {"group_scores": [0.75, 0.25], "stop_reason": "BUDGET" if number else "EOS", "kl": zeros}
+                | {"group_scores": [0.75, 0.25], "stop_reason": "LENGTH" if number else "EOS", "kl": zeros}
                 | {"ratio": [1.0] * len(tokens), "entropy": [None] * len(tokens), "advantage": advantage}
                 | ({"value": [0.5] * len(tokens)} if critic else {})
             )

@@ -164,8 +164,8 @@ def test_best_of_n_is_drawn_from_its_exact_distribution() -> None:
     bound = best_of_n_kl_bound(4)
     torch.testing.assert_close(kl_of(rollout), torch.full((2_000,), bound), atol=1e-5, rtol=0)
     assert best_of_n_kl_exact(logp_Y, score_Y, 4) < bound
-    assert rollout.passes_B is not None  # 4 completions of at most 3 tokens for each answer
-    assert (rollout.passes_B >= rollout.mask_BT.sum(1) + 3).all() and (rollout.passes_B <= 12).all()
+    assert rollout.model_calls_B is not None  # 4 completions of at most 3 tokens for each answer
+    assert (rollout.model_calls_B >= rollout.mask_BT.sum(1) + 3).all() and (rollout.model_calls_B <= 12).all()
 
 
 def test_best_of_1_is_the_reference_and_chunks_change_nothing() -> None:
@@ -175,7 +175,7 @@ def test_best_of_1_is_the_reference_and_chunks_change_nothing() -> None:
     one = BestOfN(COPY, n=1, rollout_episodes=8)
     found = one.play(one.env, generator=generator(3), prompt_indices=indices)
     for field in dataclasses.fields(Rollout):
-        if field.name != "passes_B":
+        if field.name != "model_calls_B":
             a, b = getattr(expected, field.name), getattr(found, field.name)
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, field.name
     numbers = textrl_gym.evaluate(one, episodes=8)
@@ -287,9 +287,9 @@ def test_a_larger_weight_prefers_the_critics_tokens(ppo: Path) -> None:
     agents = [ValueGuided(COPY, ppo=str(ppo), weight=weight, top_k=3) for weight in (0.0, 20.0)]
     plain, guided = (a.play(agents[0].env, generator=generator(1), prompt_indices=ROWS) for a in agents)
     assert guided.value_BT[:, 1].mean() > plain.value_BT[:, 1].mean()  # V after the first token
-    passes_B = guided.passes_B
-    assert passes_B is not None  # of a token: one for the text so far and at most one for each of 3 candidates
-    assert (passes_B <= 4 * guided.mask_BT.sum(1)).all() and (passes_B > 2 * guided.mask_BT.sum(1)).all()
+    model_calls_B = guided.model_calls_B
+    assert model_calls_B is not None  # of a token: one for the text so far and at most one for each of 3 candidates
+    assert (model_calls_B <= 4 * guided.mask_BT.sum(1)).all() and (model_calls_B > 2 * guided.mask_BT.sum(1)).all()
 
 
 # -- tree search ------------------------------------------------------------------------------------------------------
@@ -500,7 +500,7 @@ def test_what_is_no_critic_says_so(ppo: Path, tmp_path: Path) -> None:
 
 def test_stop_strings_end_a_search_too(ppo: Path) -> None:
     plain = MCTS(COPY, ppo=str(ppo), simulations=4, rollout_episodes=16)
-    symbol = plain.env.decode([int(plain.play(plain.env, greedy=True, prompt_indices=[0] * 16).token_BT[0, 0])])
+    symbol = plain.env.scorer.decode([int(plain.play(plain.env, greedy=True, prompt_indices=[0] * 16).token_BT[0, 0])])
     env = plain.env.remake(16, stop=symbol)
     for player in (plain, ValueGuided(env, ppo=str(ppo))):
         rollout = player.play(env, greedy=True, prompt_indices=[0] * 16)
@@ -514,7 +514,7 @@ def test_scored_ends_know_the_score(ppo: Path) -> None:
     agents = [MCTS(COPY, ppo=str(ppo), simulations=30, top_k=5, end_value=end) for end in ("critic", "score")]
     rollouts = [a.play(agents[0].env, generator=generator(), prompt_indices=ROWS) for a in agents]
     assert rollouts[1].score_B.mean() > rollouts[0].score_B.mean()
-    passes = [float(r.passes_B.sum()) / r.num_tokens for r in rollouts if r.passes_B is not None]
+    passes = [float(r.model_calls_B.sum()) / r.num_tokens for r in rollouts if r.model_calls_B is not None]
     assert all(2 < p <= 2 * 31 for p in passes)  # policy with critic, and reference: of the text, and of each new node
 
 

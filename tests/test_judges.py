@@ -258,7 +258,7 @@ def comparison(tmp_path: Path) -> Path:
         lines = [
             {"index": i, "prompt": prompt, "completion": text, "tokens": len(text.split()) + 1, "score": 0.5}
             | {"stop_reason": "EOS", "reference": prompt}
-            | {"start": {"completion": "a b", "tokens": 3, "score": 0.1, "stop_reason": "BUDGET"}}
+            | {"start": {"completion": "a b", "tokens": 3, "score": 0.1, "stop_reason": "LENGTH"}}
             for i, (prompt, text) in enumerate(zip(PROMPTS, answers, strict=True))
         ]
         (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

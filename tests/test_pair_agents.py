@@ -16,7 +16,7 @@ from textrl_gym.agents.raft import RAFT, best_of_groups, raft_loss
 from textrl_gym.core import Rollout
 from textrl_gym.envs import known_optimum
 from textrl_gym.registry import load_agent
-from textrl_gym.rollouts.collect import micro_batches
+from textrl_gym.rollouts.batching import micro_batches
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.preference_pairs import PairConfig, as_pairs, label_pairs, pair_loss, pairs_loss
 

@@ -12,7 +12,7 @@ from textrl_gym.core import Rollout
 from textrl_gym.models import tiny
 from textrl_gym.policy.decoders import position_ids
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollouts.collect import micro_batches
+from textrl_gym.rollouts.batching import micro_batches
 
 V = 5
 

@@ -22,7 +22,7 @@ def write_run(folder: Path, evaluations: list[dict[str, Any]], completion: str =
     folder.mkdir(parents=True)
     samples = [
         {"timesteps": row["timesteps"], "index": i, "prompt": prompt, "completion": completion, "score": 1.25}
-        | {"judge": 0.5, "stop_reason": "BUDGET", "reference": None}
+        | {"judge": 0.5, "stop_reason": "LENGTH", "reference": None}
         for row in (evaluations[0], evaluations[-1])
         for i in range(10)
     ]

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textrl_gym.core import Row, StopReason
+from textrl_gym.mdp.scorer import Scorer
 from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
@@ -172,7 +173,7 @@ def test_missing_eos_penalty() -> None:
     _, reward_B, terminated_B, truncated_B, infos = envs.step(np.array([EOS_ID, 1, 2]))
     assert terminated_B.tolist() == [True, False, False]
     assert truncated_B.tolist() == [False, True, True]
-    assert infos["stop_reason"].tolist() == [StopReason.EOS, StopReason.BUDGET, StopReason.BUDGET]
+    assert infos["stop_reason"].tolist() == [StopReason.EOS, StopReason.LENGTH, StopReason.LENGTH]
     # score is the raw one; the reward has lost 0.5 where EOS is missing
     assert (infos["score"] - reward_B).tolist() == [0.0, 0.5, 0.5]
 
@@ -197,9 +198,9 @@ def test_a_stop_string_as_text() -> None:
     assert make(stop="b c").stop == ("b c",)
 
 
-def test_eos_goes_before_a_stop_string() -> None:
+def test_eos_goes_before_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
     envs = make(1, stop=["a"])
-    envs.stopped = lambda completions: [True] * len(completions)  # type: ignore[method-assign]
+    monkeypatch.setattr(Scorer, "completes_stop", lambda self, completions: [True] * len(completions))
     envs.reset(seed=0)
     *_, infos = envs.step(np.array([EOS_ID]))
     assert infos["stop_reason"][0] is StopReason.EOS
@@ -212,7 +213,7 @@ def test_a_budget_of_one_ends_by_termination(mode: AutoresetMode) -> None:
     _, _, terminated_B, truncated_B, infos = envs.step(np.array([1, EOS_ID, 2]))
     assert terminated_B.all() and not truncated_B.any()
     final = infos["final_info"] if mode is AutoresetMode.SAME_STEP else infos
-    assert final["stop_reason"].tolist() == [StopReason.BUDGET, StopReason.EOS, StopReason.BUDGET]
+    assert final["stop_reason"].tolist() == [StopReason.LENGTH, StopReason.EOS, StopReason.LENGTH]
 
 
 def test_reference_text_only_where_the_row_has_one() -> None:

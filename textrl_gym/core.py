@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 class StopReason(enum.IntEnum):
-    """Why an episode ended: Gymnasium's truncated for BUDGET, and terminated for the others."""
+    """Why an episode ended: Gymnasium's truncated for LENGTH, and terminated for the others."""
 
     RUNNING = 0
     EOS = 1
     STOP_STRING = 2
-    BUDGET = 3
+    LENGTH = 3
 
 
 Row = Mapping[str, Any]
@@ -94,7 +94,7 @@ class Rollout:
     """B texts, as the reward saw them."""
     completions: list[str] = dataclasses.field(default_factory=list)
     """B texts, as the reward saw them."""
-    passes_B: Tensor | None = None
+    model_calls_B: Tensor | None = None
     """float32, states that a model was asked about for the completion, as agents that search count them; None: one for
     each token."""
     components: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -136,7 +136,7 @@ class Rollout:
                 parts = [torch.nn.functional.pad(part, (prompt - part.shape[1], 0)) for part in parts]
             elif field.name.endswith("_BT"):
                 parts = [torch.nn.functional.pad(part, (0, response - part.shape[1])) for part in parts]
-            if field.name == "passes_B":
+            if field.name == "model_calls_B":
                 joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
                 continue
             if field.name == "components":

@@ -137,3 +137,23 @@ def returns_to_go(reward_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def last_places(mask_BT: Tensor) -> Tensor:
     """Index of the last True of each row, which must have one. [B] int64."""
     return mask_BT.sum(1).long() - 1
+
+
+def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+    """Ids [N, S] padded with 0 on the "left" or "right", and their bool mask."""
+    width = max(map(len, rows))
+    length_N1 = torch.tensor([[len(row)] for row in rows])
+    place_S = torch.arange(width)
+    if side == "left":
+        ids_NS = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+        return ids_NS, place_S >= width - length_N1
+    ids_NS = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
+    return ids_NS, place_S < length_N1
+
+
+def unique_ids(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Each different prompt once, left-padded, its mask, and which of them each row has."""
+    first_of: dict[tuple[int, ...], int] = {}
+    source_B = torch.tensor([first_of.setdefault(tuple(ids), len(first_of)) for ids in prompts])
+    prompt_UP, mask_UP = pad(list(first_of), "left")
+    return prompt_UP.to(device), mask_UP.to(device), source_B.to(device)

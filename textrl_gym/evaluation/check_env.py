@@ -22,10 +22,10 @@ from stable_baselines3.common import env_checker as sb3_checker
 
 from textrl_gym import files, kl
 from textrl_gym.core import StopReason
-from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
+from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv, vector_env
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollouts.collect import collect, vector_env
+from textrl_gym.rollouts.collect import collect
 
 ROWS = 3
 BUDGET = 6  # tokens of the checked episodes, where the environment allows more: long ones would show nothing else

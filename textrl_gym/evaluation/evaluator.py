@@ -15,10 +15,11 @@ from torch import Tensor
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.evaluation.text_metrics import text_metrics
 from textrl_gym.judges.judge import Answer, load_scorer, reward_of
-from textrl_gym.mdp.text_env import TextVectorEnv
+from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
-from textrl_gym.rollouts.collect import collect, token_entropy, vector_env
+from textrl_gym.rollouts.collect import collect
+from textrl_gym.rollouts.scoring import token_entropy
 from textrl_gym.stats.estimates import outcomes
 
 ROWS = 64
@@ -83,7 +84,7 @@ class Evaluator:
         scores = []
         for rows, prompt_ids, rollout in self._batches(rollouts):
             completion_ids = [ids[mask].tolist() for ids, mask in zip(rollout.token_BT, rollout.mask_BT, strict=True)]
-            scores.append(self.mdp.score(rows, prompt_ids, completion_ids, self.judge).score_N.cpu())
+            scores.append(self.mdp.scorer.score(rows, prompt_ids, completion_ids, self.judge).score_N.cpu())
         return torch.cat(scores)
 
     def human(self, rollouts: list[Rollout]) -> Tensor:
@@ -196,7 +197,7 @@ def _means(rollouts: list[Rollout]) -> dict[str, float]:
     episodes = sum(len(r) for r in rollouts)
     tokens = sum(r.num_tokens for r in rollouts)
     kl = sum(float(((r.logp_BT - r.ref_logp_BT) * r.mask_BT).sum()) for r in rollouts)
-    passes = sum(r.num_tokens if r.passes_B is None else float(r.passes_B.sum()) for r in rollouts)
+    passes = sum(r.num_tokens if r.model_calls_B is None else float(r.model_calls_B.sum()) for r in rollouts)
     ended = sum(int((r.stop_B == StopReason.EOS).sum()) for r in rollouts)
     return {
         "score": sum(float(r.score_B.sum()) for r in rollouts) / episodes,

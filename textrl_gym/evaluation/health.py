@@ -8,7 +8,7 @@ import torch
 
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollouts.collect import MICRO_BATCH_TOKENS, micro_batches
+from textrl_gym.rollouts.batching import MICRO_BATCH_TOKENS, micro_batches
 
 
 class HealthError(RuntimeError):

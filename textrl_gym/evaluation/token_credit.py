@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import Rollout, StopReason
-from textrl_gym.rollouts.collect import as_written_by, complete, rollout_of, token_entropy
+from textrl_gym.rollouts.collect import complete, rollout_of
+from textrl_gym.rollouts.scoring import rescore, token_entropy
 
 PROMPTS = 6
 GROUP = 8
@@ -41,7 +42,7 @@ LARGEST_LOG = 80.0
 def token_credit(agent: Any, rollout: Rollout) -> dict[str, Tensor]:
     """Quantity -> [B, T], of those above that the agent has. The rollout's texts may be anyone's, in whole groups."""
     coef = agent.kl.coef_in_reward
-    own = as_written_by(agent.policy, rollout, agent.env, kl_coef=coef)
+    own = rescore(agent.policy, rollout, agent.env, kl_coef=coef)
     log_ratio_BT = (own.logp_BT - own.ref_logp_BT) * own.mask_BT
     found = {
         "kl": log_ratio_BT,

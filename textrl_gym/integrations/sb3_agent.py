@@ -27,7 +27,7 @@ from textrl_gym.core import Rollout
 from textrl_gym.integrations.sb3_env import TextVecEnv
 from textrl_gym.integrations.sb3_policy import CausalLMPolicy, PolicyLogprob
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollouts.collect import token_logprobs
+from textrl_gym.rollouts.scoring import token_logprobs
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
 

@@ -10,8 +10,8 @@ from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 
+from textrl_gym.mdp.text_env import vector_env
 from textrl_gym.policy.step_cache import StepCache
-from textrl_gym.rollouts.collect import vector_env
 
 
 class TextVecEnv(VecEnv):

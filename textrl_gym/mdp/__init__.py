@@ -5,6 +5,7 @@
 - `vector_env`: TextVectorEnv: B rows on one device
 - `text_env`: TextEnv: one row
 - `prompt_streams`: which prompt each episode gets
+- `scorer`: decoding, stop strings and the terminal score of completions
 - `actions`: actions with the policy's log-probabilities, and the KL penalty of a step
 - `spaces`: the observation and action spaces, and the checks of the settings
 - `infos`: the infos of episodes that begin and end

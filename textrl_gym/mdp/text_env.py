@@ -73,6 +73,22 @@ class TextEnv(gym.Env[Any, Any]):
         return frames[0] if frames else None
 
 
+def vector_env(env: Any, **settings: Any) -> TextVectorEnv:
+    """The TextVectorEnv under any wrappers; a TextEnv's own one-row one; of an id, one made with the settings.
+
+    Raises:
+        ValueError: it is not a text environment.
+    """
+    if isinstance(env, str):
+        env = gym.make_vec(env, **settings)
+    bare = getattr(env, "unwrapped", None)
+    if isinstance(bare, TextEnv):
+        return bare.vector
+    if not isinstance(bare, TextVectorEnv):
+        raise ValueError(f"{env!r} is not a text environment (TextEnv or TextVectorEnv)")
+    return bare
+
+
 class _Rowwise:
     """A single environment's policy_logprob as a vector environment's: asked row by row."""
 

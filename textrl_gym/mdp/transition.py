@@ -21,7 +21,7 @@ from textrl_gym.core import StopReason
 Array = Any
 """numpy.ndarray or torch.Tensor."""
 
-RUNNING, EOS, BUDGET = StopReason.RUNNING.value, StopReason.EOS.value, StopReason.BUDGET.value
+RUNNING, EOS, STOP_STRING, LENGTH = (reason.value for reason in StopReason)
 
 
 @dataclass
@@ -64,10 +64,29 @@ def restart_(state: State, rows_R: Array, fresh: State) -> None:
     state.stop_B[rows_R] = fresh.stop_B
 
 
-def append_(state: State, action_B: Array, max_new: int, eos_id: int) -> None:
-    """s_{t+1}, in place: the action at place P + t of every running row, and the row's end by EOS or by its budget.
+def stop_reasons(last_B: Array, length_B: Array, hit_B: Array | None, max_new: int, eos_id: int) -> Array:
+    """Why each completion ends, as StopReason: EOS before stop string before length. int64 [B].
 
-    In place because L may be in the thousands and a step changes one place of it. Rows that have ended stay as they
+    This is the one rule; stepping, the sampler, guided decoding and given pairs all ask it.
+
+    Args:
+        last_B: the last token of each completion.
+        length_B: its tokens, the last included.
+        hit_B: bool, whether the text contains a stop string; None where there are no stop strings.
+        max_new: the token budget.
+        eos_id: the token that ends a completion.
+    """
+    xp: Any = torch if isinstance(last_B, Tensor) else np
+    stop_B = xp.where(length_B >= max_new, LENGTH, RUNNING)
+    if hit_B is not None:
+        stop_B = xp.where(hit_B, STOP_STRING, stop_B)
+    return xp.where(last_B == eos_id, EOS, stop_B)
+
+
+def append_(state: State, action_B: Array, max_new: int) -> None:
+    """Append the action at position P + t of every running row, in place; `end_` follows.
+
+    In place because L may be in the thousands and a step changes one position of it. Rows that have ended stay as they
     are.
     """
     xp: Any = torch if isinstance(state.token_BL, Tensor) else np
@@ -78,13 +97,17 @@ def append_(state: State, action_B: Array, max_new: int, eos_id: int) -> None:
     state.token_BL[at] = xp.where(running_B, action_B, state.token_BL[at])
     state.mask_BL[at] |= running_B
     state.count_B += running_B
-    end_B = xp.where(state.count_B >= max_new, BUDGET, RUNNING)
-    end_B[action_B == eos_id] = EOS
-    state.stop_B = xp.where(running_B, end_B, state.stop_B)
+
+
+def end_(state: State, action_B: Array, hit_B: Array | None, max_new: int, eos_id: int) -> None:
+    """Set why the rows that were running end with their action, if they do; arguments as of `stop_reasons`."""
+    xp: Any = torch if isinstance(state.token_BL, Tensor) else np
+    stop_B = stop_reasons(action_B, state.count_B, hit_B, max_new, eos_id)
+    state.stop_B = xp.where(state.stop_B == RUNNING, stop_B, state.stop_B)
 
 
 def shape_reward(score_B: Array, stop_B: Array, kl_B: Array, kl_coef: float, missing_eos_penalty: float) -> Array:
-    """r_t = [episode ends at t] (score - penalty where the budget ran out) - kl_coef KL_t. float32 [B]."""
+    """r_t = [episode ends at t] (score - penalty where the budget ran out) - kl_coef KL_t. float32 [B], or [B, T]."""
     xp: Any = torch if isinstance(score_B, Tensor) else np
-    terminal_B = score_B - missing_eos_penalty * (stop_B == BUDGET)
+    terminal_B = score_B - missing_eos_penalty * (stop_B == LENGTH)
     return xp.where(stop_B != RUNNING, terminal_B, xp.zeros_like(score_B)) - kl_coef * kl_B

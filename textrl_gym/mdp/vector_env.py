@@ -18,13 +18,24 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from textrl_gym import registry
-from textrl_gym.core import RewardSpec, Row, Scores, StopReason
+from textrl_gym.core import RewardSpec, Row, StopReason
 from textrl_gym.mdp.actions import parse, penalty, to_tensor
 from textrl_gym.mdp.infos import final_info, reset_infos, with_finals
 from textrl_gym.mdp.prompt_streams import Prompt, PromptStreams
 from textrl_gym.mdp.render import RENDER_MODES, Renderer
+from textrl_gym.mdp.scorer import Scorer
 from textrl_gym.mdp.spaces import check_settings, spaces
-from textrl_gym.mdp.transition import BUDGET, RUNNING, Array, State, append_, initial_state, restart_, shape_reward
+from textrl_gym.mdp.transition import (
+    LENGTH,
+    RUNNING,
+    Array,
+    State,
+    append_,
+    end_,
+    initial_state,
+    restart_,
+    shape_reward,
+)
 from textrl_gym.models import loading
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import RewardFunction, load_reward
@@ -108,6 +119,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.streams_of_prompts = PromptStreams(self.source, self._encode, num_envs, group_size)
         spec = self.task.reward if reward is None else reward
         self.reward_model = load_reward(spec, task=self.task, device=self.device, tokenizer=self.tokenizer)
+        self.scorer = Scorer(self.tokenizer, self.reward_model, self.stop, self.device)
         self._reference_spec = tokenizer if reference is None and isinstance(tokenizer, str) else reference
         self._reference: Policy | None = None
         self._prompts: list[Prompt] = []
@@ -241,12 +253,11 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         action_B, logprob = parse(self, actions)
         kl_B, infos = self._penalty(actions, action_B, logprob, active_B)
         # 2. The transition.
-        append_(self._state, action_B, self.max_new_tokens, self.eos_id)
-        if self.stop:
-            self._apply_stop_strings(active_B)
+        append_(self._state, action_B, self.max_new_tokens)
+        end_(self._state, action_B, self._stop_hits(active_B), self.max_new_tokens, self.eos_id)
         stop_B = self._host(self._state.stop_B)
         ended_B = active_B & (stop_B != RUNNING)
-        truncated_B = active_B & (stop_B == BUDGET)
+        truncated_B = active_B & (stop_B == LENGTH)
         terminated_B = ended_B & ~truncated_B
         if self.max_new_tokens == 1:  # Gymnasium's checker refuses truncation at the first step
             terminated_B, truncated_B = ended_B, np.zeros_like(truncated_B)
@@ -288,54 +299,20 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
 
     # -- the end of an episode ----------------------------------------------------------------------------------------
 
-    def stopped(self, completions: list[list[int]]) -> list[bool]:
-        """Whether each list of generated ids completes a stop string."""
-        return [any(s in text for s in self.stop) for text in map(self.decode, completions)]
-
-    def _apply_stop_strings(self, active_B: np.ndarray) -> None:
-        assert self._state is not None
+    def _stop_hits(self, active_B: np.ndarray) -> Array | None:
+        """Whether each active row completes a stop string with its last token; None without stop strings. bool [B]."""
+        if not self.stop:
+            return None
         rows = np.flatnonzero(active_B)
         hit_B = np.zeros(self.num_envs, bool)
-        hit_B[rows] = self.stopped(self._completion_ids(rows))
-        hit_B &= self._host(self._state.stop_B) != StopReason.EOS.value
-        where = hit_B if self._on_host else torch.as_tensor(hit_B, device=self.device)
-        self._state.stop_B[where] = StopReason.STOP_STRING.value
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        hit_B[rows] = self.scorer.completes_stop(self._completion_ids(rows))
+        return hit_B if self._on_host else torch.as_tensor(hit_B, device=self.device)
 
     def _completion_ids(self, rows: np.ndarray) -> list[list[int]]:
         assert self._state is not None
         chosen: Any = rows if self._on_host else torch.as_tensor(rows, device=self.device)
         tokens = self._state.token_BL[chosen, self.max_prompt_tokens :].tolist()
         return [ids[:count] for ids, count in zip(tokens, self._state.count_B[chosen].tolist(), strict=True)]
-
-    def score(
-        self,
-        rows: Sequence[Row],
-        prompt_ids: list[list[int]],
-        completion_ids: list[list[int]],
-        reward: RewardFunction | None = None,
-    ) -> Scores:
-        """Raw scores of finished completions, on the device, and their texts.
-
-        Both drivers score by this, and evaluation, with the judge for `reward` (None: the environment's own). The text
-        ends before EOS and before a stop string; the ids are as generated.
-        """
-        texts = []
-        for ids in completion_ids:
-            text = self.decode(ids)
-            cuts = [text.index(s) for s in self.stop if s in text]
-            texts.append(text[: min(cuts)] if cuts else text)
-        names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "completion_ids"}
-        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
-        columns |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
-        reward = reward or self.reward_model
-        components = reward.components([row["prompt"] for row in rows], texts, **columns)
-        score = reward.total(components).to(self.device)
-        mixed = components if len(components) > 1 else {}
-        return Scores(score, texts, {name: part.to(self.device) for name, part in mixed.items()})
 
     def _end(self, ended_B: np.ndarray, kl_B: Array | None) -> tuple[Array, list[dict[str, Any]]]:
         """The step's rewards, and the final info of each row that ended."""
@@ -346,7 +323,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             return (score_B if kl_B is None else -self.kl_coef * kl_B), finals
         ended = np.flatnonzero(ended_B)
         prompts, ids = [self._prompts[b] for b in ended], self._completion_ids(ended)
-        scores = self.score([p.row for p in prompts], [p.ids for p in prompts], ids)
+        scores = self.scorer.score([p.row for p in prompts], [p.ids for p in prompts], ids)
         values, parts = scores.score_N.tolist(), {name: part.tolist() for name, part in scores.components.items()}
         stop_B = self._host(self._state.stop_B) * ended_B  # a row that ended before is not paid again
         for i, (b, prompt, text) in enumerate(zip(ended, prompts, scores.texts, strict=True)):

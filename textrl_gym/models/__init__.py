@@ -26,7 +26,6 @@ __getattr__ = lazy(
         "symbol_tokenizer": "tiny",
         "llama": "tiny",
         "gpt2": "tiny",
-        "pad": "packing",
         "pack": "packing",
     },
 )

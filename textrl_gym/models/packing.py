@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from textrl_gym.functional import pad
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -44,18 +46,6 @@ class Packed:
             "position_ids": self.position_BL.to(model.device),
             "use_cache": False,
         }
-
-
-def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
-    """Ids [N, S] padded with 0 on the "left" or "right", and their bool mask."""
-    width = max(map(len, rows))
-    length_N1 = torch.tensor([[len(row)] for row in rows])
-    place_S = torch.arange(width)
-    if side == "left":
-        ids_NS = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-        return ids_NS, place_S >= width - length_N1
-    ids_NS = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
-    return ids_NS, place_S < length_N1
 
 
 def pack(items: Sequence[tuple[list[int], list[list[int]]]]) -> Packed:

@@ -14,8 +14,8 @@ import torch
 
 from textrl_gym.core import Row
 from textrl_gym.data import preferences, prompts
+from textrl_gym.functional import pad
 from textrl_gym.mdp.task import Task
-from textrl_gym.models.packing import pad
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.rollouts import sampler

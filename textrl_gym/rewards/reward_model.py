@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from textrl_gym.functional import pad
 from textrl_gym.models import loading
-from textrl_gym.models.packing import pad
 from textrl_gym.policy.backbone import Trunk
 
 FILE = "reward_model.json"

@@ -2,6 +2,8 @@
 
 - `collect`: collect(env, policy) -> Rollout
 - `sampler`: cached sampling of completions
+- `scoring`: log-probabilities, entropy, KL and reward of a rollout
+- `batching`: rows of a rollout in micro-batches of a token budget
 """
 
 from __future__ import annotations
@@ -15,5 +17,9 @@ __getattr__ = lazy(
         "complete": "collect",
         "generate": "sampler",
         "Completions": "sampler",
+        "token_logprobs": "scoring",
+        "token_entropy": "scoring",
+        "rescore": "scoring",
+        "micro_batches": "batching",
     },
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import StopReason
+from textrl_gym.mdp.transition import stop_reasons
 from textrl_gym.policy.policy import Policy
 
 POLL_EVERY = 8  # on a GPU, tokens between two questions "has every row ended?": each one waits for the device
@@ -50,7 +51,7 @@ def generate(
         uniform_BT: float in [0, 1), T >= max_new_tokens: number [b, t] decides token t of row b. None: greedy.
         max_new_tokens: the budget of every row.
         eos_id: the token that ends a row; it is part of the completion.
-        stopped: asked at each token whether the rows' tokens so far complete a stop string.
+        stopped: asked at each token whether the rows' tokens so far complete a stop string (Scorer.completes_stop).
 
     Returns:
         Completions with T = max_new_tokens.
@@ -79,10 +80,11 @@ def generate(
 
         # 3. Who ended with this token?
         hit_b = None if stopped is None else torch.tensor(stopped(token_BT[row_b, : t + 1].tolist()), device=device)
-        reason_b = _reasons(token_b, eos_id, hit_b)
+        length_b = torch.full_like(token_b, t + 1)
+        reason_b = stop_reasons(token_b, length_b, hit_b, max_new_tokens, eos_id)
         stop_B[row_b] = torch.where(alive_b, reason_b, stop_B[row_b])
         ended_b = alive_b & (reason_b != StopReason.RUNNING)
-        length_B[row_b] = torch.where(ended_b, t + 1, length_B[row_b])
+        length_B[row_b] = torch.where(ended_b, length_b, length_B[row_b])
         if t == max_new_tokens - 1:
             break
 
@@ -98,14 +100,5 @@ def generate(
         # 5. One more place for each row.
         hidden_bD = decoder.step(token_b)
 
-    stop_B = torch.where(stop_B == StopReason.RUNNING, StopReason.BUDGET.value, stop_B)
     mask_BT = torch.arange(max_new_tokens, device=device) < length_B[:, None]
     return Completions(token_BT * mask_BT, mask_BT, logp_BT * mask_BT, value_BT * mask_BT, stop_B)
-
-
-def _reasons(token_b: Tensor, eos_id: int, hit_b: Tensor | None) -> Tensor:
-    """Why each row ends with its token, as StopReason; hit_b: whether it completes a stop string. EOS comes first."""
-    reason_b = torch.where(token_b == eos_id, StopReason.EOS.value, StopReason.RUNNING.value)
-    if hit_b is None:
-        return reason_b
-    return torch.where(hit_b & (token_b != eos_id), StopReason.STOP_STRING.value, reason_b)

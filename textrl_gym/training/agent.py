@@ -18,10 +18,11 @@ from torch import Tensor
 
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
-from textrl_gym.mdp.text_env import TextVectorEnv
+from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollouts.collect import collect, micro_batches, vector_env
+from textrl_gym.rollouts.batching import micro_batches
+from textrl_gym.rollouts.collect import collect
 from textrl_gym.training import loop
 from textrl_gym.training.config import AgentConfig, Clock, make_config
 from textrl_gym.training.saved import Saved

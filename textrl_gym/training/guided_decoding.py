@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from textrl_gym import files, functional, registry
 from textrl_gym.core import Rollout, Row, StopReason
+from textrl_gym.functional import unique_ids
 from textrl_gym.kl import KLPenalty
-from textrl_gym.mdp.text_env import TextVectorEnv
+from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
+from textrl_gym.mdp.transition import stop_reasons
 from textrl_gym.policy.decoders import Lookahead
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
-from textrl_gym.rollouts.collect import rollout_of, unique_ids, vector_env
+from textrl_gym.rollouts.collect import rollout_of
 from textrl_gym.rollouts.sampler import Completions
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
@@ -134,12 +137,9 @@ class Endings:
     def stops(self, texts: list[list[int]]) -> list[int]:
         """Why each text is over, as StopReason; RUNNING if it is not."""
         mdp = self.mdp
-        hits = mdp.stopped(texts) if mdp.stop else [False] * len(texts)
-        reasons = []
-        for ids, hit in zip(texts, hits, strict=True):
-            reason = StopReason.BUDGET if len(ids) >= mdp.max_new_tokens else StopReason.RUNNING
-            reasons.append(StopReason.EOS if ids[-1] == mdp.eos_id else StopReason.STOP_STRING if hit else reason)
-        return [int(reason) for reason in reasons]
+        hit_b = np.array(mdp.scorer.completes_stop(texts)) if mdp.stop else None
+        last_b, length_b = np.array([ids[-1] for ids in texts]), np.array([len(ids) for ids in texts])
+        return stop_reasons(last_b, length_b, hit_b, mdp.max_new_tokens, mdp.eos_id).tolist()
 
     def values(self, row_b: list[int], texts: list[list[int]], stops: list[int], before_b: Tensor) -> Tensor:
         """The worth of each text that is over; of the others, before_b, the critic's value before the last token."""
@@ -148,8 +148,8 @@ class Endings:
             return before_b
         rows = [row_b[i] for i in over]
         prompts = [self.rows[b] for b in rows]
-        score = self.mdp.score(prompts, [self.prompt_ids[b] for b in rows], [texts[i] for i in over]).score_N
-        penalty = [self.mdp.missing_eos_penalty * (stops[i] == StopReason.BUDGET) for i in over]
+        score = self.mdp.scorer.score(prompts, [self.prompt_ids[b] for b in rows], [texts[i] for i in over]).score_N
+        penalty = [self.mdp.missing_eos_penalty * (stops[i] == StopReason.LENGTH) for i in over]
         value_b = before_b.clone()
         value_b[over] = score.to(value_b) - torch.tensor(penalty).to(value_b)
         return value_b
@@ -181,7 +181,7 @@ class CriticAgent(Agent, abc.ABC):
         Returns:
             token_bK: candidates, the policy's most likely first.
             logp_bK: their log-probabilities, which sum to 1.
-            passes_b: states that a model was asked about, those of the text so far left out.
+            calls_b: states that a model was asked about, those of the text so far left out.
         """
 
     # -- made of a saved agent ----------------------------------------------------------------------------------------
@@ -237,9 +237,9 @@ class CriticAgent(Agent, abc.ABC):
         shape = (len(rows), mdp.max_new_tokens)
         uniform_BT = None if greedy else torch.rand(shape, generator=generator, device=self.device)
         endings = Endings(mdp, rows, prompt_ids, scored=self.config.end_value == "score")
-        out, passes_B = self._decode(endings, uniform_BT)
+        out, model_calls_B = self._decode(endings, uniform_BT)
         rollout = rollout_of(mdp, self.policy, rows, prompt_ids, out, guided=True)
-        return dataclasses.replace(rollout, passes_B=passes_B)
+        return dataclasses.replace(rollout, model_calls_B=model_calls_B)
 
     @torch.no_grad()
     def _decode(self, endings: Endings, uniform_BT: Tensor | None) -> tuple[Completions, Tensor]:
@@ -248,12 +248,12 @@ class CriticAgent(Agent, abc.ABC):
         states = States(self.policy, endings.prompt_ids, places, self.asks_reference)
         token_BT = torch.zeros((rows, places), dtype=torch.long, device=self.device)
         logp_BT, value_BT = (torch.zeros((rows, places), device=self.device) for _ in range(2))
-        passes_B, stop_B, length_B = (torch.zeros(rows, device=self.device) for _ in range(3))
+        model_calls_B, stop_B, length_B = (torch.zeros(rows, device=self.device) for _ in range(3))
         row_b = torch.arange(rows, device=self.device)
         for t in range(places):
             texts = token_BT[row_b, :t].tolist()
             # 1. The distribution, and a token of it.
-            token_bK, logp_bK, passes_b = self.next_token(states, endings, row_b.tolist(), texts)
+            token_bK, logp_bK, calls_b = self.next_token(states, endings, row_b.tolist(), texts)
             if uniform_BT is None:
                 token_b = token_bK.gather(1, logp_bK.argmax(1, keepdim=True)).squeeze(1)
             else:  # in the vocabulary's order, as sampling from the policy itself does
@@ -261,7 +261,7 @@ class CriticAgent(Agent, abc.ABC):
             token_BT[row_b, t] = token_b
             logp_BT[row_b, t] = logp_bK.masked_fill(token_bK != token_b[:, None], -torch.inf).amax(1)
             value_BT[row_b, t] = states.now.value_B
-            passes_B[row_b] += passes_b + states.models
+            model_calls_B[row_b] += calls_b + states.models
 
             # 2. Rows that ended leave; the others go on.
             stops = endings.stops([[*ids, int(token)] for ids, token in zip(texts, token_b, strict=True)])
@@ -275,7 +275,7 @@ class CriticAgent(Agent, abc.ABC):
                 row_b, token_b = row_b[going_k], token_b[going_k]
             states.step(token_b)
         mask_BT = torch.arange(places, device=self.device) < length_B[:, None]
-        return Completions(token_BT, mask_BT, logp_BT, value_BT, stop_B.long()), passes_B
+        return Completions(token_BT, mask_BT, logp_BT, value_BT, stop_B.long()), model_calls_B
 
     def _spread(self, token_bK: Tensor, logp_bK: Tensor) -> Tensor:
         """Log-probabilities over the vocabulary, [b, V]; none outside the candidates."""

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from textrl_gym import files, registry
-from textrl_gym.mdp.text_env import TextVectorEnv
+from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import loading, lora
-from textrl_gym.rollouts.collect import vector_env
 from textrl_gym.training import checkpoint
 from textrl_gym.training.config import Clock
 
