@@ -33,8 +33,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from textrl_gym.core import Rollout, StopReason
+from textrl_gym.data.ranked import read_preferences
 from textrl_gym.models.packing import pad
-from textrl_gym.pipeline import simulated_comparisons
 from textrl_gym.rollouts.collect import collect, token_logprobs
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
@@ -81,7 +81,7 @@ class DPO(Agent):
         """Rollouts of the reference that pairs have been sampled from."""
         if self.config.pairs is not None:
             mdp = self.env
-            compared = simulated_comparisons.read_preferences(
+            compared = read_preferences(
                 self.config.pairs, "train", mdp.task, mdp.tokenizer, mdp.max_prompt_tokens, mdp.max_new_tokens
             )
             self.pairs = [

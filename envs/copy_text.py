@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from textrl_gym.core import Row
-from textrl_gym.data import prompts
+from textrl_gym.data import sources
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import tiny
 
@@ -76,7 +76,7 @@ class CopyText(Task):
 
     def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
         """All 16 prompts, in every split: the task is to solve them, not to generalise."""
-        prompts.check_split(split)
+        sources.check_split(split)
         if dataset is not None:
             raise ValueError(f"CopyText-v0 has only its own prompts; dataset must be None, got {dataset!r}")
         texts = [" ".join(symbols) for symbols in itertools.product(SYMBOLS, repeat=LENGTH)]

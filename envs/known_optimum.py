@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import Row
-from textrl_gym.data import prompts
+from textrl_gym.data import sources
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import tiny
 from textrl_gym.models.packing import pad
@@ -121,7 +121,7 @@ class KnownOptimum(Task):
 
     def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
         """The two prompts, in every split."""
-        prompts.check_split(split)
+        sources.check_split(split)
         if dataset is not None:
             raise ValueError(f"KnownOptimum-v0 has only its own prompts; dataset must be None, got {dataset!r}")
         return [{"prompt": prompt} for prompt in PROMPTS]

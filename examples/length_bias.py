@@ -19,7 +19,8 @@ from rich.table import Table
 from textrl_gym.agents import GRPO
 from textrl_gym.evaluation.evaluator import Evaluator
 from textrl_gym.judges.annotators import Annotators
-from textrl_gym.pipeline.reward_model import RewardModelConfig, train_reward_model
+from textrl_gym.pipeline.reward_data import RewardModelConfig
+from textrl_gym.pipeline.reward_model import train_reward_model
 from textrl_gym.stats.estimates import Estimate, outcomes
 from textrl_gym.stats.pairwise import length_controlled_win_rate, win_rate
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from textrl_gym.cli import main
+from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.models import loading, tiny
-from textrl_gym.pipeline import reward_ensemble, reward_model, sft
-from textrl_gym.pipeline.reward_model import RewardModelConfig
-from textrl_gym.pipeline.simulated_comparisons import Comparison
+from textrl_gym.pipeline import reward_data, reward_ensemble, reward_model, sft
+from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.rewards import ensemble, load_reward
 from textrl_gym.rewards.reward_model import RewardModel
 
@@ -156,12 +156,12 @@ def test_training_goes_on_with_the_members_that_are_missing(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     env, config = "TLDRSummarize-v0", dataclasses.replace(TINY, model=tiny_model, policy=tiny_model, ensemble=2)
-    learnt: list[tuple[str, list[Comparison]]] = []
+    learnt: list[tuple[str, list[RankedCompletions]]] = []
     train_on = reward_model.train_on
 
     def watched(data: Any, env_id: str, member: RewardModelConfig, out: Path) -> Any:
         data.train = list(data.train)  # of a single model it is a stream
-        learnt.append((out.name, list(reward_model.in_order(data.train, member))))
+        learnt.append((out.name, list(reward_data.in_order(data.train, member))))
         return train_on(data, env_id, member, out)
 
     monkeypatch.setattr(reward_model, "train_on", watched)

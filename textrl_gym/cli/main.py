@@ -129,11 +129,10 @@ def reward_model(args: Sequence[str]) -> int:
     """Train a reward model, or an ensemble of several, on preferences between completions."""
     from rich.console import Console
 
-    from textrl_gym.pipeline import reward_ensemble, reward_report
-    from textrl_gym.pipeline import reward_model as home
+    from textrl_gym.pipeline import reward_data, reward_ensemble, reward_metrics
 
-    record = _make_model("reward-model", home.RewardModelConfig, reward_ensemble.train_rewards, args)
-    Console().print(*reward_report.tables(record))
+    record = _make_model("reward-model", reward_data.RewardModelConfig, reward_ensemble.train_rewards, args)
+    Console().print(*reward_metrics.tables(record))
     return 0
 
 

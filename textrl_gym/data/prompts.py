@@ -1,21 +1,15 @@
-"""Prompts: rows from the Hub or from local files in the published schemas, and their encoding under a token budget."""
+"""Prompts in the published schemas, and their encoding within a token budget."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import dataclasses
-import gzip
-import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SPLITS = ("train", "validation", "test")
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+from textrl_gym.data import sources
+
 _HEAD = re.compile(r"^POST:", re.MULTILINE)
 
 
@@ -88,7 +82,7 @@ def _whole_characters(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schema:
+class PromptSchema:
     """One published form of a data set, and how its rows become prompts."""
 
     name: str
@@ -105,24 +99,18 @@ def tldr_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "completion": " " + row["summary"]}
 
 
-PROMPT_COMPLETION = Schema(
+PROMPT_COMPLETION = PromptSchema(
     "trl-lib/tldr",
     ("prompt", "completion"),
     lambda row: {"prompt": row["prompt"], "completion": row["completion"]},
 )
-TLDR_FILTERED = Schema(
+TLDR_FILTERED = PromptSchema(
     "vwxyzjn/summarize_from_feedback_tldr_3_filtered", ("subreddit", "title", "post", "summary"), tldr_prompt
 )
 TLDR_SCHEMAS = (PROMPT_COMPLETION, TLDR_FILTERED)
 
 
-def check_split(split: str) -> None:
-    """Raise ValueError for a name that is no split."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
-
-
-def load_rows(dataset: str | Path, split: str, schemas: Sequence[Schema] = TLDR_SCHEMAS) -> list[dict[str, Any]]:
+def load_rows(dataset: str | Path, split: str, schemas: Sequence[PromptSchema] = TLDR_SCHEMAS) -> list[dict[str, Any]]:
     """The prompts of a split, in memory: rows with `prompt`, `completion` and every other column of the data.
 
     Args:
@@ -136,23 +124,10 @@ def load_rows(dataset: str | Path, split: str, schemas: Sequence[Schema] = TLDR_
         ValueError: no such data or split, no rows, columns of no schema, or a row with something else than a text.
         ImportError: a Hub id or a parquet file without the extra "hub".
     """
-    return _to_rows(read_raw(dataset, split), f"dataset {str(dataset)!r}, split {split!r}", schemas)
+    return _to_rows(sources.read_rows(dataset, split), f"dataset {str(dataset)!r}, split {split!r}", schemas)
 
 
-def read_raw(dataset: str | Path, split: str, hub: Callable[[str, str], list[Any]] | None = None) -> list[Any]:
-    """A split's rows as they are written; arguments and errors as `load_rows`. `hub`: who reads a Hub id."""
-    check_split(split)
-    path = Path(dataset).expanduser()
-    if path.is_file():
-        return _read_file(path)
-    if path.is_dir():
-        return [row for file in _split_files(path, split) for row in _read_file(file)]
-    if path.name.endswith(FORMATS) or _HUB_ID.fullmatch(str(dataset)) is None:
-        raise ValueError(f"dataset {str(dataset)!r}: there is no such file or folder, and it is no Hub id (owner/name)")
-    return (hub or _read_hub)(str(dataset), split)
-
-
-def _to_rows(raw: list[Any], where: str, schemas: Sequence[Schema]) -> list[dict[str, Any]]:
+def _to_rows(raw: list[Any], where: str, schemas: Sequence[PromptSchema]) -> list[dict[str, Any]]:
     if not raw:
         raise ValueError(f"{where} is empty: it has no rows")
     for number, row in enumerate(raw):
@@ -171,90 +146,3 @@ def _to_rows(raw: list[Any], where: str, schemas: Sequence[Schema]) -> list[dict
         # Rewards get whole columns, so every row has every column.
         rows.append({name: row.get(name) for name in columns} | schema.convert(row))
     return rows
-
-
-def _split_files(folder: Path, split: str) -> list[Path]:
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.endswith(FORMATS)]
-    found = [f for f in files if re.fullmatch(rf"{split}(-\d+(-of-\d+)?)?", f.name.split(".")[0])]
-    if not found:
-        names = ", ".join(f.name for f in files) or "no data file"
-        raise ValueError(f"folder {str(folder)!r} has no file for split {split!r} ({split}.jsonl, ...); it has {names}")
-    if len(found) > 1 and any(f.name.split(".")[0] == split for f in found):  # else they are shards
-        names = ", ".join(f.name for f in found)
-        raise ValueError(f"folder {str(folder)!r} has more than one file for split {split!r}: {names}")
-    return found
-
-
-def _read_file(path: Path) -> list[Any]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(path)
-    if path.suffix == ".json":
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
-        if not isinstance(data, list):
-            raise ValueError(f"{str(path)!r} must hold a list of objects, not {type(data).__name__}")
-        return data
-    if path.suffix == ".csv":
-        return _read_csv(path)
-    if path.suffix == ".parquet":
-        _require("pyarrow", f"reading {path.name}")
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{str(path)!r} is no parquet file: {error}") from error
-    raise ValueError(f"{str(path)!r} is of no known format; allowed: {', '.join(FORMATS)}")
-
-
-def _read_csv(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
-        try:
-            rows = list(csv.DictReader(file, restkey="", strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{str(path)!r} is no CSV: {error}") from error
-    for number, row in enumerate(rows):
-        if "" in row:
-            raise ValueError(f"{str(path)!r}, row {number} has more fields than the header: {row['']}")
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{str(path)!r}, line {number} is no JSON: {error}") from error
-    return rows
-
-
-def _read_hub(name: str, split: str) -> list[Any]:
-    with hub_errors(name, split):
-        import datasets
-
-        return datasets.load_dataset(name, split=split).to_list()
-
-
-@contextlib.contextmanager
-def hub_errors(name: str, split: str) -> Iterator[None]:
-    """Around what asks the Hub: its errors in words that say what else works."""
-    _require("datasets", f"dataset {name!r} (no such file or folder, so a Hub id)")
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"dataset {name!r}, split {split!r}: there is no such file or folder, and the Hub gave none: {reason}. "
-            "Without a network a local file works."
-        ) from error
-
-
-def _require(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{what} needs the package {package}: pip install textrl-gym[hub]")

@@ -23,7 +23,8 @@ import tyro
 
 from textrl_gym.envs import tldr_summarize
 from textrl_gym.models import loading
-from textrl_gym.pipeline.reward_model import RewardModelConfig, train_reward_model
+from textrl_gym.pipeline.reward_data import RewardModelConfig
+from textrl_gym.pipeline.reward_model import train_reward_model
 from textrl_gym.pipeline.sft import SFTConfig, sft
 from textrl_gym.pipeline.simulated_comparisons import sample_texts
 from textrl_gym.policy.policy import Policy

@@ -12,7 +12,6 @@ Shape legend: B prompts, K texts a prompt, T places a text, N tokens of texts.
 from __future__ import annotations
 
 import difflib
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.models.packing import pack
-from textrl_gym.pipeline.induction import cosine, descend
+from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend
 
 TEXTS = 4  # falsified texts of one prompt
 
@@ -96,8 +95,8 @@ def learn_to_read(
 ) -> float:
     """Train body and head; the running mean of the loss at the end, in nats a token."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    smooth = math.nan
+    optimizer = adamw(model, learning_rate)
+    mean_loss = RunningMean()
     for step in range(steps):
         batch: list[Reading] = []
         while len(batch) < batch_size:
@@ -106,6 +105,5 @@ def learn_to_read(
                 batch.append(reading)
         loss = reading_loss(model, batch)
         descend(model, optimizer, loss, learning_rate * cosine(step, steps, warmup_steps))
-        smooth = loss.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss.item()
-        report(smooth)
-    return smooth
+        report(mean_loss.update(loss.item()))
+    return mean_loss.value

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from textrl_gym import files
+from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.models import loading
-from textrl_gym.pipeline.reward_metrics import gaps, gold_agreement, score_all
+from textrl_gym.pipeline.reward_data import RewardData, RewardModelConfig, gather
+from textrl_gym.pipeline.reward_metrics import accuracy_row, gaps, gold_agreement, score_all
 from textrl_gym.pipeline.reward_model import RECORD as MEMBER_RECORD
-from textrl_gym.pipeline.reward_model import Data, RewardModelConfig, gather, train_on, train_reward_model
-from textrl_gym.pipeline.reward_report import accuracy_row
-from textrl_gym.pipeline.simulated_comparisons import Comparison
+from textrl_gym.pipeline.reward_model import train_on, train_reward_model
 from textrl_gym.rewards import ensemble, reward_model
 
 RECORD = "ensemble_training.json"
@@ -108,7 +108,7 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def normalised(folder: Path, comparisons: Sequence[Comparison]) -> Scores:
+def normalised(folder: Path, comparisons: Sequence[RankedCompletions]) -> Scores:
     """A saved reward model's normalised scores."""
     norm = reward_model.read_normalisation(folder / reward_model.FILE)
     raw = score_all(loading.load_classifier(folder), comparisons)
@@ -126,7 +126,7 @@ def combined(of_members: Sequence[Scores], how: str, coefficient: float) -> Scor
     return [[next(flat) for _ in row] for row in of_members[0]]
 
 
-def measure(folders: Sequence[Path], data: Data, config: RewardModelConfig) -> dict[str, Any]:
+def measure(folders: Sequence[Path], data: RewardData, config: RewardModelConfig) -> dict[str, Any]:
     """The accuracy of members and combinations on all held-out pairs, and how far members are apart.
 
     Apart: the standard deviation of their normalised scores of one completion, averaged over completions. A unit is
@@ -151,7 +151,7 @@ def measure(folders: Sequence[Path], data: Data, config: RewardModelConfig) -> d
     return {"measured": measured, "accuracy": rows}
 
 
-def accuracy(name: str, scores: Scores, pairs: Sequence[Comparison]) -> dict[str, Any]:
+def accuracy(name: str, scores: Scores, pairs: Sequence[RankedCompletions]) -> dict[str, Any]:
     """A line of the table of accuracies, with the agreement with the judge where there is one."""
     row = accuracy_row(name, gaps(scores, pairs))
     row = {"reward": row.pop("data"), **row}

@@ -20,7 +20,7 @@ from textrl_gym import files
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.models import loading, lora
-from textrl_gym.pipeline.sft import progress_bar
+from textrl_gym.pipeline.optim import progress_bar
 from textrl_gym.pipeline.simulated_comparisons import sample_texts
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_env_task

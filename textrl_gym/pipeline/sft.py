@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,6 +26,7 @@ from textrl_gym.mdp.task import Task
 from textrl_gym.models.packing import Packed, pack
 from textrl_gym.models.tokenizer import train_tokenizer
 from textrl_gym.pipeline import induction
+from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend, progress_bar
 from textrl_gym.registry import load_env_task
 
 
@@ -177,18 +176,6 @@ def heldout_loss(model: Any, task: Task, tokenizer: Any, source: PromptSource, r
     return total / count
 
 
-def progress_bar() -> Progress:
-    """What everything that lasts shows: done of all, what it measures, the time gone and to come."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-
-
 def load_start(task: Task, config: SFTConfig, source: PromptSource) -> tuple[Any, Any]:
     """The model and tokenizer that training starts from."""
     if config.model is not None:
@@ -233,19 +220,19 @@ def sft(env_id: str, config: SFTConfig, out: Path) -> dict[str, Any]:
                 report=lambda loss: bar.update(row, advance=1, note=f"loss {loss:.3f}"),
             )
         rng = random.Random(config.seed)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-        )
+        optimizer = adamw(model, config.learning_rate, config.weight_decay)
         stream = batches(task, tokenizer, source, config.batch_size, rng)
         row = bar.add_task("supervised", total=config.steps, note="")
-        smooth = math.nan
+        mean_loss = RunningMean()
         for step, batch in zip(range(config.steps), stream, strict=False):
             loss = sft_loss(model, batch)
-            rate = config.learning_rate * induction.cosine(step, config.steps, config.warmup_steps)
-            induction.descend(model, optimizer, loss, rate, config.max_grad_norm)
-            smooth = loss.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss.item()
-            bar.update(row, advance=1, note=f"loss {smooth:.3f}")
-    measured |= {"train_loss": smooth, "heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows)}
+            rate = config.learning_rate * cosine(step, config.steps, config.warmup_steps)
+            descend(model, optimizer, loss, rate, config.max_grad_norm)
+            bar.update(row, advance=1, note=f"loss {mean_loss.update(loss.item()):.3f}")
+    measured |= {
+        "train_loss": mean_loss.value,
+        "heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows),
+    }
     save(model, tokenizer, out)
     record = {"environment": env_id, "config": dataclasses.asdict(config), "measured": measured}
     files.write_text(out / "sft.json", json.dumps(record, indent=2) + "\n")

@@ -1,11 +1,9 @@
-"""Preferences: which of several completions of a prompt are better, by simulated annotators or from a user's file."""
+"""Simulated comparisons: completions of a task's prompts, compared by simulated annotators."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,27 +11,12 @@ import numpy as np
 import torch
 
 from textrl_gym.core import Row
-from textrl_gym.data import preferences, prompts
+from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.mdp.task import Task
 from textrl_gym.models.packing import pad
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.rollouts import sampler
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """K completions of one prompt, and which of them were preferred to which."""
-
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
-    """With their EOS, unless they were cut off."""
-    pairs: list[tuple[int, int]]
-    """(chosen, rejected), as places in completion_ids."""
-    gold: list[float] = dataclasses.field(default_factory=list)
-    """The judge's scores of the completions, where there is a judge; for measuring only."""
-    sampled: int = 0
-    """The first so many completions are the model's own samples."""
 
 
 def sample_texts(
@@ -73,7 +56,7 @@ class Comparer:
 
     def compare(
         self, policy: Policy, rows: Sequence[Row], seed: int, samples: int, temperature: float, candidates: int
-    ) -> list[Comparison]:
+    ) -> list[RankedCompletions]:
         """All pairs among so many samples and candidates of each row. Equal texts are compared once."""
         rng, draw = random.Random(seed), np.random.default_rng(seed)
         sampled = sample_texts(policy, self.task, self.tokenizer, rows, samples, temperature, seed)
@@ -94,7 +77,7 @@ class Comparer:
             first, second = np.array(list(itertools.combinations(range(len(ids)), 2)), dtype=int).reshape(-1, 2).T
             wins = self.config.annotators.prefer(score[first], score[second], words[first], words[second], draw)
             pairs = [(int(a), int(b)) if w else (int(b), int(a)) for a, b, w in zip(first, second, wins, strict=True)]
-            found.append(Comparison(prompt_ids, ids, pairs, score.tolist(), distinct))
+            found.append(RankedCompletions(prompt_ids, ids, pairs, score.tolist(), distinct))
         return found
 
     def _gold(self, rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> list[float]:
@@ -103,7 +86,7 @@ class Comparer:
         columns = {name: [row[name] for row in spread] for name in rows[0] if name != "prompt"}
         return self.judge([row["prompt"] for row in spread], flat, **columns).tolist()
 
-    def stream(self, split: str, count: int, seed: int, chunk: int = 64) -> Iterator[Comparison]:
+    def stream(self, split: str, count: int, seed: int, chunk: int = 64) -> Iterator[RankedCompletions]:
         """Comparisons of `count` rows of a split; policies take turns, at temperatures between 0.5 and 1.2."""
         source = self.task.rows(split)
         rng = random.Random(seed)
@@ -114,54 +97,3 @@ class Comparer:
             temperature = rng.uniform(0.5, 1.2)
             made = (self.config.samples, temperature, self.config.candidates)
             yield from self.compare(policy, rows, seed + start + 1, *made)
-
-
-def _encode(row: Row, task: Task, tokenizer: Any, budget: int) -> list[int]:
-    """Ids of a prompt from a user's data, which need not be of the task's form."""
-    if row["dialogue"] or not row["prompt"].endswith(task.keep_suffix):
-        ids = prompts.encode_prompt(row["prompt"], tokenizer, sys.maxsize)
-        first = ids[: int(len(ids) > budget and ids[0] == tokenizer.bos_token_id)]
-        return first + ids[len(first) :][-(budget - len(first)) :]
-    return task.encode(row, tokenizer, budget)
-
-
-def read_preferences(
-    dataset: str,
-    split: str,
-    task: Task,
-    tokenizer: Any,
-    max_prompt_tokens: int | None = None,
-    max_new_tokens: int | None = None,
-    *,
-    most: int | None = None,
-    seed: int = 0,
-    whole: bool = False,
-) -> list[Comparison]:
-    """A user's preferences, in any schema of `textrl_gym.data.preferences`, as token ids within the task's budgets.
-
-    A prompt that is too long is cut as the task cuts it; a dialogue, or what does not end as the task's prompts do,
-    loses its beginning. A completion that the budget cuts has no EOS; two that are equal within it are no pair.
-
-    Args:
-        most: so many rows at most, drawn with `seed`.
-        whole: take the whole of what has no held-out split.
-
-    Raises:
-        ValueError: see `textrl_gym.data.preferences.load`; or no pair is left within the budget.
-    """
-    prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
-    found = []
-    rows = preferences.load(dataset, split, tokenizer, whole=whole).rows
-    if most is not None and most < len(rows):
-        rows = random.Random(seed).sample(rows, most)
-    for row in rows:
-        ids = [
-            tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for t in row["completions"]
-        ]
-        ids = [some[:budget] for some in ids]
-        pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
-        if pairs:
-            found.append(Comparison(_encode(row, task, tokenizer, prompt_budget), ids, pairs))
-    if not found:
-        raise ValueError(f"dataset {dataset!r}: within max_new_tokens={budget} no two completions of a prompt differ")
-    return found
