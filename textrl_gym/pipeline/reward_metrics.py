@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from textrl_gym.data.ranked import RankedCompletions
@@ -129,23 +128,3 @@ def calibration(gap_N: Sequence[float], bins: int = BINS) -> dict[str, Any]:
     ]
     error = sum(row["pairs"] * abs(row["predicted"] - row["observed"]) for row in rows) / len(gap_N)
     return {"ece": error, "bins": rows}
-
-
-def tables(record: Mapping[str, Any]) -> list[Table]:
-    """What is in a record, for the terminal."""
-    made = [_table("Accuracy on held-out pairs", record["accuracy"])]
-    if "calibration" in record:
-        error = record["calibration"]["ece"]
-        made.append(_table(f"Calibration: expected error {error:.3f}", record["calibration"]["bins"]))
-    if record.get("curve"):
-        made.append(_table("Accuracy by the number of training pairs", record["curve"]))
-    return made
-
-
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    return table
