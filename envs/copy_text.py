@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textrl_gym.core import Row
 from textrl_gym.data import sources
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import tiny
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ID = "CopyText-v0"
 
@@ -85,5 +88,5 @@ class CopyText(Task):
     def load_tokenizer(self, name: str | None = None) -> Any:
         return tiny.symbol_tokenizer(SYMBOLS) if name is None else super().load_tokenizer(name)
 
-    def load_model(self, name: str | None = None, **kwargs: Any) -> Any:
+    def load_model(self, name: str | None = None, **kwargs: Any) -> PreTrainedModel:
         return tiny.gpt2(len(SYMBOLS) + 1, 2 * LENGTH + 1) if name is None else super().load_model(name, **kwargs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from textrl_gym.mdp.task import Task
 from textrl_gym.models import tiny
 from textrl_gym.models.packing import pad
 from textrl_gym.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ID = "KnownOptimum-v0"
 
@@ -129,6 +132,6 @@ class KnownOptimum(Task):
     def load_tokenizer(self, name: str | None = None) -> Any:
         return tiny.symbol_tokenizer(SYMBOLS) if name is None else super().load_tokenizer(name)
 
-    def load_model(self, name: str | None = None, **kwargs: Any) -> Any:
+    def load_model(self, name: str | None = None, **kwargs: Any) -> PreTrainedModel:
         # A larger scale than usual: the reference must differ from uniform for the test to mean something.
         return tiny.llama(len(SYMBOLS) + 1, scale=0.2) if name is None else super().load_model(name, **kwargs)

@@ -23,7 +23,7 @@ TINY_SFT = sft.SFTConfig(
     steps=2, batch_size=2, copy_steps=0, hidden_size=16, intermediate_size=32, layers=2, eval_rows=2
 )
 TINY = RewardModelConfig(
-    prompts=8, samples=2, candidates=3, batch_size=4, eval_prompts=8, warmup_steps=1, reading_steps=2
+    prompts=8, samples=2, candidates=3, batch_size=4, eval_prompts=8, warmup_steps=1, replaced_token_steps=2
 )
 
 
@@ -47,7 +47,7 @@ def test_bradley_terry_by_hand() -> None:
 
 
 def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str) -> None:
-    model = reward_model.new_reward_model(loading.load_model(tiny_model), seed=0)
+    model: Any = reward_model.new_reward_model(loading.load_model(tiny_model), seed=0)
     batch = [
         RankedCompletions([5, 6, 7], [[8, 9, 0], [10, 0], [11]], []),
         RankedCompletions([3], [[4, 5, 6, 7, 0]], []),
@@ -62,7 +62,7 @@ def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str)
 
 
 def test_the_head_starts_with_the_published_spread() -> None:
-    model = reward_model.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
+    model: Any = reward_model.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
     width = model.score.weight.numel()
     # The standard error of a standard deviation of n draws is about 1 / sqrt(2 n) of it: 6% of 128.
     assert model.score.weight.std().item() == pytest.approx(1 / math.sqrt(width + 1), rel=0.25)
@@ -199,7 +199,7 @@ def test_several_data_sets_and_a_curve(tiny_model: str, tmp_path: Path, capsys: 
 
 def test_a_curve_of_simulated_annotators_starts_where_the_model_does(tiny_model: str, tmp_path: Path) -> None:
     """All pairs of the curve give the model itself, so their accuracies are equal."""
-    everything = RewardModelConfig(**{**vars(TINY), "model": tiny_model, "reading_steps": 1})
+    everything = RewardModelConfig(**{**vars(TINY), "model": tiny_model, "replaced_token_steps": 1})
     task = TLDRSummarize()
     policies = [Policy(task.load_model(name)) for name in (None, tiny_model)]
     comparer = Comparer(task, policies, loading.load_tokenizer(tiny_model), everything)

@@ -16,11 +16,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from textrl_gym.data import prompts, sources
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from textrl_gym.core import Row
 
 Talk = list[dict[str, str]]
@@ -79,7 +81,7 @@ class PreferenceSchema:
 # -- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def _talk(turns: Any) -> Talk:
+def _talk(turns: Row | Sequence[Row]) -> Talk:
     """A conversation of {"role", "content"} or {"from", "value"} turns; one turn may stand alone."""
     turns = [turns] if isinstance(turns, Mapping) else turns
     found = []
@@ -225,7 +227,9 @@ PREFERENCE_SCHEMAS = (
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load_preferences(dataset: str, split: str, tokenizer: Any = None, *, whole: bool = False) -> Preferences:
+def load_preferences(
+    dataset: str, split: str, tokenizer: PreTrainedTokenizerBase | None = None, *, whole: bool = False
+) -> Preferences:
     """The preferences of a split: "train", or "validation" for those held out.
 
     Args:
@@ -269,7 +273,7 @@ def load_preferences(dataset: str, split: str, tokenizer: Any = None, *, whole: 
     return Preferences(found, schema.name, dict(dropped))
 
 
-def _as_mapping(row: Any, where: str, number: int) -> Row:
+def _as_mapping(row: object, where: str, number: int) -> Row:
     """The row itself, or of OpenAI's own file of WebGPT, where a row is a list of two answers, its published form."""
     if isinstance(row, list) and len(row) == 2 and all(isinstance(half, Mapping) for half in row):
         halves = {f"{name}_{n}": half.get(name) for n, half in enumerate(row) for name in ("answer", "score")}
@@ -279,7 +283,7 @@ def _as_mapping(row: Any, where: str, number: int) -> Row:
     return row
 
 
-def _texts(preference: Preference, tokenizer: Any) -> dict[str, Any]:
+def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """A preference with every part a text, as a policy reads and writes it."""
     prompt, texts, dialogue = preference.prompt, preference.completions, preference.dialogue
     for text in [*texts, *([prompt] if isinstance(prompt, str) else [])]:
@@ -287,8 +291,9 @@ def _texts(preference: Preference, tokenizer: Any) -> dict[str, Any]:
             raise ValueError(f"{str(text)[:60]!r} is not a text")
     if not isinstance(prompt, str):
         dialogue = True
-        if getattr(tokenizer, "chat_template", None):
-            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        if tokenizer is not None and tokenizer.chat_template:
+            # A text and no list of ids: tokenize=False, of one conversation.
+            prompt = cast(str, tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
         else:
             dialogue = not preference.plain
             prompt = preference.plain or "".join(_written(turn) for turn in prompt) + ASSISTANT

@@ -6,14 +6,19 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from textrl_gym.data import sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _HEAD = re.compile(r"^POST:", re.MULTILINE)
 
 
-def encode_prompt(text: str, tokenizer: Any, max_prompt_tokens: int, keep_suffix: str = "") -> list[int]:
+def encode_prompt(
+    text: str, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, keep_suffix: str = ""
+) -> list[int]:
     """Token ids of a prompt, at most max_prompt_tokens.
 
     A prompt that fits is `tokenizer(text)`. A longer one loses tokens from the end of its body. What stands before the
@@ -43,7 +48,7 @@ def encode_prompt(text: str, tokenizer: Any, max_prompt_tokens: int, keep_suffix
     return head_ids + _whole_characters(body_ids[:room], tokenizer) + suffix_ids
 
 
-def _encode(text: str, tokenizer: Any, **kwargs: Any) -> Any:
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
     """Ids of a text with the special tokens that the tokenizer puts before it, but never with a second BOS."""
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # as chat templates write it
     encoded = tokenizer(text, add_special_tokens=not has_bos, **kwargs)
@@ -56,7 +61,7 @@ def _encode(text: str, tokenizer: Any, **kwargs: Any) -> Any:
     return encoded if kwargs else ids
 
 
-def _split_head(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _split_head(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens that cutting keeps before the body, and those of the body."""
     if not tokenizer.is_fast:
         raise ValueError(f"cutting a prompt needs the character offsets of a fast tokenizer, not {type(tokenizer)}")
@@ -72,11 +77,12 @@ def _split_head(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     return encoded["input_ids"][:kept], encoded["input_ids"][kept:]
 
 
-def _whole_characters(ids: list[int], tokenizer: Any) -> list[int]:
+def _whole_characters(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """ids without a last character that was cut inside its bytes (it would read U+FFFD), but with at least one id."""
     for cut in range(min(4, len(ids))):  # a character has at most 4 bytes, so at most 3 of its tokens can stand here
         kept = len(ids) - cut
-        if not tokenizer.decode(ids[max(0, kept - 4) : kept]).endswith("\ufffd"):
+        text = cast(str, tokenizer.decode(ids[max(0, kept - 4) : kept]))  # a list only of a batch
+        if not text.endswith("\ufffd"):
             return ids[:kept]
     return ids
 

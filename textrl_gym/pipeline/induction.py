@@ -9,7 +9,7 @@ Shape legend: B rows, N tokens of a run, L places, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from textrl_gym.pipeline.optim import RunningMean, adamw, descend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -62,7 +65,7 @@ def induction_init(model: LlamaForCausalLM, generator: torch.Generator) -> None:
 
 
 def copy_curriculum(
-    model: Any,
+    model: PreTrainedModel,
     *,
     steps: int,
     target_loss: float,

@@ -6,14 +6,19 @@ import dataclasses
 import math
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from textrl_gym.core import Row
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
+from textrl_gym.mdp.task import Task
 from textrl_gym.pipeline.simulated_comparisons import Comparer
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_env_task
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +37,11 @@ class RewardModelConfig:
     """Preferences to measure the accuracy on besides; a single file as a whole."""
     curve: tuple[int, ...] = ()
     """Also train on only so many pairs each, and measure the accuracy on the same held-out pairs."""
-    reading_steps: int = 900
+    replaced_token_steps: int = 900
     """Updates of replaced-token detection before the comparisons (see pipeline.replaced_tokens), where simulated
-    annotators compare and the task has `falsified` texts to read."""
-    reading_batch_size: int = 12
-    """Prompts of such an update, four falsified texts each."""
+    annotators compare and the task can corrupt its texts (`corrupted`)."""
+    replaced_token_batch_size: int = 12
+    """Prompts of such an update, four corrupted texts each."""
     prompts: int = 5000
     """Prompts to compare completions of; of each dataset, at most so many rows."""
     samples: int = 2
@@ -56,7 +61,7 @@ class RewardModelConfig:
     annotators: Annotators = dataclasses.field(default_factory=Annotators)
     """Who compares, where no dataset is given."""
     seed: int = 0
-    """Seeds the head and the reading and, where data_seed does not, the comparisons."""
+    """Seeds the head, replaced-token detection and, where data_seed is None, the comparisons."""
     data_seed: int | None = None
     """Seeds the comparisons: prompts, samples, candidates and annotators; `seed` then shuffles them. None: as seed."""
     ensemble: int = 0
@@ -86,8 +91,8 @@ class RewardModelConfig:
 class RewardData:
     """What reward models are trained on and measured on."""
 
-    task: Any
-    tokenizer: Any
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
     train: Iterable[RankedCompletions]
     total: int
     """How many comparisons `train` has."""
@@ -125,7 +130,7 @@ def gather(env_id: str, config: RewardModelConfig) -> RewardData:
     return dataclasses.replace(made(task, tokenizer, drawn), measured_only=more)
 
 
-def simulated(task: Any, tokenizer: Any, config: RewardModelConfig) -> RewardData:
+def simulated(task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> RewardData:
     """Comparisons by simulated annotators, sampled while they are learnt (before, where a curve needs them again)."""
     names = dict.fromkeys([config.policy, config.model])
     comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
@@ -148,7 +153,7 @@ def simulated(task: Any, tokenizer: Any, config: RewardModelConfig) -> RewardDat
     )
 
 
-def from_datasets(task: Any, tokenizer: Any, config: RewardModelConfig) -> RewardData:
+def from_datasets(task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> RewardData:
     """The user's preferences, of all data sets in one random order."""
     train: list[RankedCompletions] = []
     heldout = {}
@@ -188,7 +193,7 @@ def check_curve(config: RewardModelConfig, pairs: int) -> None:
         raise ValueError(f"curve asks for {max(config.curve)} pairs; there are {pairs} to train on")
 
 
-def references(task: Any, tokenizer: Any, rows: Sequence[Any]) -> list[RankedCompletions]:
+def references(task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[RankedCompletions]:
     """The rows' reference texts, as comparisons of one completion each."""
     found = []
     for row in rows:

@@ -17,38 +17,43 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.models.packing import pack
 from textrl_gym.stats.estimates import outcomes
 from textrl_gym.stats.pairwise import agreement, win_rate
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BINS = 10
 ALL = "all"
 CLEAR = 0.2  # a difference of the judge's scores from which on the reward model should agree with it
 
 
-def raw_rewards(model: Any, batch: Sequence[RankedCompletions]) -> Tensor:
+def raw_rewards(model: nn.Module, batch: Sequence[RankedCompletions]) -> Tensor:
     """Rewards of every completion before normalisation, float32 [B, K]; 0 where a prompt has fewer than K.
 
     Equal to scoring each prompt + completion alone at its last token, at a fraction of the cost.
     """
+    classifier, head = cast("PreTrainedModel", model), cast(nn.Linear, model.score)
+    device = classifier.device
     packed = pack([(c.prompt_ids, c.completion_ids) for c in batch])
     width = packed.token_BKT.shape[2]
     length_BK = packed.mask_BKT.sum(2)
     start_K = packed.prompt_places + torch.arange(packed.token_BKT.shape[1]) * width
-    last_BK = (start_K + length_BK - 1).to(model.device)
-    hidden_BLD = model.base_model(**packed.inputs(model))[0]
-    last_BKD = hidden_BLD[torch.arange(len(batch), device=model.device)[:, None], last_BK]
-    return model.score(last_BKD).squeeze(2).float() * (length_BK > 0).to(model.device)
+    last_BK = (start_K + length_BK - 1).to(device)
+    hidden_BLD = classifier.base_model(**packed.inputs(classifier))[0]
+    last_BKD = hidden_BLD[torch.arange(len(batch), device=device)[:, None], last_BK]
+    return head(last_BKD).squeeze(2).float() * (length_BK > 0).to(device)
 
 
 @torch.no_grad()
-def score_all(model: Any, comparisons: Sequence[RankedCompletions], batch_size: int = 8) -> list[list[float]]:
+def score_all(model: nn.Module, comparisons: Sequence[RankedCompletions], batch_size: int = 8) -> list[list[float]]:
     """Raw rewards of every completion."""
     found: list[list[float]] = []
     for start in range(0, len(comparisons), batch_size):

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,10 @@ from transformers import AutoModelForSequenceClassification
 
 from textrl_gym import files
 from textrl_gym.data.ranked import RankedCompletions
+from textrl_gym.mdp.task import Task
 from textrl_gym.models import loading
 from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend, progress_bar
-from textrl_gym.pipeline.replaced_tokens import learn_to_read
+from textrl_gym.pipeline.replaced_tokens import CorruptingTask, train_replaced_tokens
 from textrl_gym.pipeline.reward_data import RewardData, RewardModelConfig, check_curve, first_pairs, gather, in_order
 from textrl_gym.pipeline.reward_metrics import (
     accuracy_row,
@@ -42,8 +43,11 @@ from textrl_gym.pipeline.reward_metrics import (
 from textrl_gym.rewards.reward_model import FILE
 from textrl_gym.stats.pairwise import agreement
 
-RECORD = "reward_training.json"
-"""What was asked for and measured, in a reward model's folder."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TRAINING_RECORD = "reward_training.json"
+"""Settings and measurements, in a reward model's folder."""
 
 
 # -- model and loss ---------------------------------------------------------------------------------------------------
@@ -67,14 +71,16 @@ def winners(batch: Sequence[RankedCompletions]) -> Tensor:
     return torch.tensor([(row, *pair) for row, c in enumerate(batch) for pair in c.pairs]).view(-1, 3)
 
 
-def new_reward_model(language_model: Any, seed: int) -> Any:
+def new_reward_model(language_model: nn.Module, seed: int) -> PreTrainedModel:
     """The body of a causal LM with a fresh head N(0, 1 / sqrt(d + 1)) (Stiennon et al. 2020, appendix B.1)."""
-    config = copy.deepcopy(language_model.config)
+    body = cast("PreTrainedModel", language_model)
+    config = copy.deepcopy(body.config)
     config.num_labels = 1
-    model: Any = AutoModelForSequenceClassification.from_config(config)
-    model.base_model.load_state_dict(language_model.base_model.state_dict())
-    width = model.score.weight.shape[1]
-    nn.init.normal_(model.score.weight, 0.0, 1 / math.sqrt(width + 1), torch.Generator().manual_seed(seed))
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    model.base_model.load_state_dict(body.base_model.state_dict())
+    head = cast(nn.Linear, model.score)
+    width = head.weight.shape[1]
+    nn.init.normal_(head.weight, 0.0, 1 / math.sqrt(width + 1), torch.Generator().manual_seed(seed))
     return model.eval()  # no dropout: rewards must not depend on chance
 
 
@@ -87,19 +93,21 @@ def batched(stream: Iterator[RankedCompletions], size: int) -> Iterator[list[Ran
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def read_first(model: Any, task: Any, tokenizer: Any, config: RewardModelConfig) -> float | None:
-    """The reading step, where the task has texts for it; its last loss in nats a token."""
-    if not config.reading_steps or not hasattr(task, "falsified"):
+def pretrain(
+    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig
+) -> float | None:
+    """Replaced-token detection, where the task can corrupt its texts; returns its last loss in nats a token."""
+    if not config.replaced_token_steps or not isinstance(task, CorruptingTask):
         return None
     with progress_bar() as bar:
-        row = bar.add_task("reading", total=config.reading_steps, note="")
-        return learn_to_read(
+        row = bar.add_task("replaced tokens", total=config.replaced_token_steps, note="")
+        return train_replaced_tokens(
             model,
             task,
             tokenizer,
             task.rows("train"),
-            steps=config.reading_steps,
-            batch_size=config.reading_batch_size,
+            steps=config.replaced_token_steps,
+            batch_size=config.replaced_token_batch_size,
             learning_rate=config.learning_rate,
             warmup_steps=config.warmup_steps,
             seed=config.seed,
@@ -107,7 +115,9 @@ def read_first(model: Any, task: Any, tokenizer: Any, config: RewardModelConfig)
         )
 
 
-def train_epoch(model: Any, stream: Iterator[RankedCompletions], total: int, config: RewardModelConfig) -> float:
+def train_epoch(
+    model: PreTrainedModel, stream: Iterator[RankedCompletions], total: int, config: RewardModelConfig
+) -> float:
     """One epoch over the comparisons; the running mean of the loss at its end, in nats a pair."""
     optimizer = adamw(model, config.learning_rate)
     steps = math.ceil(total / config.batch_size)
@@ -125,8 +135,8 @@ def train_epoch(model: Any, stream: Iterator[RankedCompletions], total: int, con
     return mean_loss.value
 
 
-def measure(
-    model: Any, data: RewardData, raw: Sequence[Sequence[float]]
+def measure_simulated(
+    model: PreTrainedModel, data: RewardData, raw: Sequence[Sequence[float]]
 ) -> tuple[dict[str, float], dict[str, float | None]]:
     """The normalisation and the agreements, for simulated annotators, of held-out comparisons and their raw rewards."""
     (mixed,) = data.heldout.values()
@@ -147,12 +157,12 @@ def measure(
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
-def measure_curve(start: Any, data: RewardData, config: RewardModelConfig) -> list[dict[str, Any]]:
-    """The accuracy on all held-out pairs after one epoch over so many pairs each, from the same start."""
+def measure_curve(initial: PreTrainedModel, data: RewardData, config: RewardModelConfig) -> list[dict[str, Any]]:
+    """The accuracy on all held-out pairs after one epoch over so many pairs each, from the same initial model."""
     train, rows = list(data.train), []
     check_curve(config, sum(len(c.pairs) for c in train))
     for number in sorted(set(config.curve)):
-        model, some = copy.deepcopy(start), first_pairs(train, number)
+        model, some = copy.deepcopy(initial), first_pairs(train, number)
         train_epoch(model, iter(some), len(some), config)
         gap_N = [gap for pairs in data.compared.values() for gap in gaps(score_all(model, pairs), pairs)]
         rows.append({"training pairs": number} | {k: v for k, v in accuracy_row("", gap_N).items() if k != "data"})
@@ -179,10 +189,10 @@ def train_on(data: RewardData, env_id: str, config: RewardModelConfig, out: Path
     """train_reward_model, of data that has been gathered."""
     # 1. The model.
     model = new_reward_model(data.task.load_model(config.model), config.seed)
-    reading = None if config.dataset else read_first(model, data.task, data.tokenizer, config)
+    pretraining_loss = None if config.dataset else pretrain(model, data.task, data.tokenizer, config)
 
     # 2. Train.
-    start = copy.deepcopy(model) if config.curve else None
+    initial = copy.deepcopy(model) if config.curve else None
     data = dataclasses.replace(data, train=in_order(data.train, config))
     loss = train_epoch(model, iter(data.train), data.total, config)
 
@@ -197,15 +207,15 @@ def train_on(data: RewardData, env_id: str, config: RewardModelConfig, out: Path
             "annotator_agreement": agreement([gap for name in own for gap in gaps_of[name]])
         }
     else:
-        norm, measured = measure(model, data, raw[next(iter(data.heldout))])
-        measured["reading_loss"] = reading
+        norm, measured = measure_simulated(model, data, raw[next(iter(data.heldout))])
+        measured["replaced_token_loss"] = pretraining_loss
     record: dict[str, Any] = {
         "environment": env_id,
         "config": dataclasses.asdict(config),
         "measured": {"train_loss": loss, **measured},
         "accuracy": accuracy_table(gaps_of),
         "calibration": calibration([gap for gap_N in gaps_of.values() for gap in gap_N]),
-        "curve": [] if start is None else measure_curve(start, data, config),
+        "curve": [] if initial is None else measure_curve(initial, data, config),
     }
 
     # 4. Save, whole or not at all.
@@ -216,7 +226,28 @@ def train_on(data: RewardData, env_id: str, config: RewardModelConfig, out: Path
             model.save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
         (folder / FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
-        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        (folder / TRAINING_RECORD).write_text(text + "\n", encoding="utf-8")
 
     files.write_folder(out, fill)
     return json.loads(text)
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+RENAMED = {
+    "reading_steps": "replaced_token_steps",
+    "reading_batch_size": "replaced_token_batch_size",
+    "reading_loss": "replaced_token_loss",
+}
+"""Keys of records that version 0.1 wrote -> their names now."""
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a reward model's training, with today's names also where 0.1 wrote it; None where there is none."""
+    file = folder / TRAINING_RECORD
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    for part in ("config", "measured"):
+        record[part] = {RENAMED.get(name, name): value for name, value in record[part].items()}
+    return record

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
 
 from textrl_gym.core import Row
 from textrl_gym.data.ranked import RankedCompletions
+from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.task import Task
 from textrl_gym.models.packing import pad
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.rollouts import sampler
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def sample_texts(
-    policy: Policy, task: Task, tokenizer: Any, rows: Sequence[Row], number: int, temperature: float, seed: int
+    policy: Policy,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    number: int,
+    temperature: float,
+    seed: int,
 ) -> list[list[list[int]]]:
     """`number` completions of each row's prompt as token ids with their EOS; temperature 0 is greedy decoding."""
     prompt_BP, prompt_mask_BP = pad([task.encode(row, tokenizer, task.max_prompt_tokens) for row in rows], "left")
@@ -41,17 +51,47 @@ def sample_texts(
     return [ids[start : start + number] for start in range(0, len(ids), number)]
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of a completion, without EOS."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))  # a list only of a batch
+
+
+Candidates = Callable[[Row, random.Random, int], list[str]]
+"""A task's `candidates(row, rng, n)`: n completions of a row's prompt, from perfect to poor."""
+
+
+class ComparisonSettings(Protocol):
+    """What comparing needs of the settings (`pipeline.reward_data.RewardModelConfig`)."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def candidates(self) -> int: ...
+
+    @property
+    def annotators(self) -> Annotators: ...
+
+
 class Comparer:
     """Simulated comparisons of the task's rows: annotators judge samples of policies and the task's candidates."""
 
-    def __init__(self, task: Any, policies: Sequence[Policy], tokenizer: Any, config: Any) -> None:
+    def __init__(
+        self,
+        task: Task,
+        policies: Sequence[Policy],
+        tokenizer: PreTrainedTokenizerBase,
+        config: ComparisonSettings,
+    ) -> None:
         """Raises ValueError where the task has no judge or no candidates to compare."""
-        if task.judge is None or not hasattr(task, "candidates"):
+        candidates: Candidates | None = getattr(task, "candidates", None)
+        if task.judge is None or candidates is None:
             raise ValueError(
                 f"{type(task).__name__} has no judge with candidates(row, rng, n), so there is nothing for simulated "
                 "annotators to compare: give pairs with dataset="
             )
         self.task, self.policies, self.tokenizer, self.config = task, policies, tokenizer, config
+        self.candidates = candidates
         self.judge = load_reward(task.judge, task=task, tokenizer=tokenizer)
 
     def compare(
@@ -63,12 +103,12 @@ class Comparer:
         made = []
         for row, own in zip(rows, sampled, strict=True):
             prompt_ids = self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens)
-            texts = self.task.candidates(row, rng, candidates)
+            texts = self.candidates(row, rng, candidates)
             given = [self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id] for text in texts]
             ids = [list(key) for key in dict.fromkeys(tuple(i[: self.task.max_new_tokens]) for i in own + given)]
             distinct = len({tuple(i) for i in own})
             made.append((row, prompt_ids, ids, distinct))
-        texts_of = [[self.tokenizer.decode(i, skip_special_tokens=True) for i in ids] for _, _, ids, _ in made]
+        texts_of = [[decode(self.tokenizer, i) for i in ids] for _, _, ids, _ in made]
         gold = iter(self._gold([row for row, *_ in made], texts_of))
         found = []
         for (_, prompt_ids, ids, distinct), texts in zip(made, texts_of, strict=True):
