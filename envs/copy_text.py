@@ -22,7 +22,7 @@ EOS_ID = 0
 
 
 def copied(
-    prompts: list[str], completions: list[str], *, completion_ids: list[list[int]], **columns: Any
+    prompts: list[str], completions: list[str], *, completion_ids: list[list[int]], **columns: list[Any]
 ) -> list[float]:
     """Half for ending after exactly as many symbols as the prompt has, half for the share of symbols that are right.
 

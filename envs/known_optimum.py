@@ -35,7 +35,7 @@ PROMPTS = ("a", "b c")
 EOS_ID = 0
 
 
-def table(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+def table(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
     """A fixed reward of text alone: 1 for each "a" after the prompt's own number of symbols, 0.5 for ending in "b"."""
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):

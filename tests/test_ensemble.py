@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(out: Path, members: list[str], combine: str = "mean", coefficient: Any = 0.5) -> None:
     found = {"members": members, "combine": combine, "coefficient": coefficient}
-    (out / ensemble.FILE).write_text(json.dumps(found))
+    (out / ensemble.ENSEMBLE_FILE).write_text(json.dumps(found))
 
 
 def score(spec: Any) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_a_wrong_file_is_named(folder: Path, tmp_path: Path) -> None:
         write(tmp_path, members, how, coefficient)
         with pytest.raises(ValueError, match=message):
             score(tmp_path)
-    (tmp_path / ensemble.FILE).write_text('{"members": ["0"]}')
+    (tmp_path / ensemble.ENSEMBLE_FILE).write_text('{"members": ["0"]}')
     with pytest.raises(ValueError, match=r'must hold \{"members"'):
         score(tmp_path)
 
@@ -188,13 +188,13 @@ def test_training_goes_on_with_the_members_that_are_missing(
     learnt.clear()
     before = weights(out / "1")
     shutil.rmtree(out / "1")
-    (out / ensemble.FILE).unlink()
+    (out / ensemble.ENSEMBLE_FILE).unlink()
     assert reward_ensemble.train_rewards(env, config, out) == record
     assert [name for name, _ in learnt] == ["1"]
     assert all(torch.equal(value, before[name]) for name, value in weights(out / "1").items())
     reward_ensemble.train_rewards(env, dataclasses.replace(config, ensemble=3, combine="worst"), out)
     assert [name for name, _ in learnt] == ["1", "2"]
-    assert json.loads((out / ensemble.FILE).read_text()) == {
+    assert json.loads((out / ensemble.ENSEMBLE_FILE).read_text()) == {
         "members": ["0", "1", "2"],
         "combine": "worst",
         "coefficient": 0.5,

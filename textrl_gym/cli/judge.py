@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from textrl_gym.cli.options import Part, flag, flat, parse_flags, positional
-from textrl_gym.cli.terminal import interval, print_rows, print_tables, table
+from textrl_gym.cli.terminal import interval, make_table, print_rows, print_tables
 from textrl_gym.registry import find_env, text_envs
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ class JudgeFlags:
     """gold (the task's own), a reward (its name, module:function, a folder with a reward model), or endpoint, which is
     a language model; None: gold."""
     against: str | None = None
-    """start (the model from which training began), human (the reference texts), or another agent: for `evaluate` the
+    """start (the initial policy), human (the reference texts), or another agent: for `evaluate` the
     folder that it was saved to, for `judge` its name in the comparison. None: start."""
     judge_noise: float = 0.0
-    """Share of the pairs whose verdict is turned round, as people differ: 0.25 in AlpacaFarm."""
+    """Share of the pairs whose verdict is flipped, as human annotators disagree: 0.25 in AlpacaFarm."""
     judge_seed: int = 0
-    """Decides which pairs these are."""
+    """Seeds which pairs are flipped."""
 
     def make(
         self,
@@ -189,7 +189,7 @@ def judge_command(args: Sequence[str]) -> int:
         rates = (interval(found.win_rate), interval(found.length_controlled))
         rows.append((group.label, str(len(group.runs)), *rates, str(missing)))
     title = f"judged by {judged_by.name} against {against}"
-    print_tables(table(title, headings, rows, left=("agent",), no_wrap=(headings[0], *headings[2:4])))
+    print_tables(make_table(title, headings, rows, left=("agent",), no_wrap=(headings[0], *headings[2:4])))
     print(f"saved in {file}")
     return 0
 

@@ -21,7 +21,7 @@ from textrl_gym.cli.compare import compare_command, report_command, watch_comman
 from textrl_gym.cli.judge import evaluate_command, judge_command
 from textrl_gym.cli.options import flat, parse_flags, positional
 from textrl_gym.cli.pipeline import preferences_command, reward_model_command, sft_command
-from textrl_gym.cli.terminal import print_rows, print_tables, show_error, table
+from textrl_gym.cli.terminal import make_table, print_rows, print_tables, show_error
 from textrl_gym.cli.train import train_command
 from textrl_gym.registry import find_env, text_envs, unknown
 
@@ -77,7 +77,7 @@ def envs_command(args: Sequence[str]) -> int:
         reward = task.reward if isinstance(task.reward, str) else repr(task.reward)
         rows.append((env_id, lines[0], *budgets, reward.rpartition(":")[2] if ":" in reward else reward))
     headings = ("id", "task", "prompt tokens", "new tokens", "reward")
-    print_tables(table(None, headings, rows, left=("id", "task", "reward"), no_wrap=("id",)))
+    print_tables(make_table(None, headings, rows, left=("id", "task", "reward"), no_wrap=("id",)))
     return 0
 
 

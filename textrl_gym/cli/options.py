@@ -62,10 +62,10 @@ def read_toml(path: Path, schema: Mapping[str, tuple[type[Any], ...]]) -> dict[s
     for name, table in tables.items():
         if name not in schema or not isinstance(table, dict):
             raise ValueError(f"{path}: {unknown('table', name, schema)}")
-    return {name: _checked(tables.get(name, {}), classes, f"{path}: [{name}]") for name, classes in schema.items()}
+    return {name: _check_table(tables.get(name, {}), classes, f"{path}: [{name}]") for name, classes in schema.items()}
 
 
-def _checked(table: dict[str, Any], classes: tuple[type[Any], ...], where: str) -> dict[str, Any]:
+def _check_table(table: dict[str, Any], classes: tuple[type[Any], ...], where: str) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for cls in classes:
         fields = {field.name for field in dataclasses.fields(cls)} - {"config"}

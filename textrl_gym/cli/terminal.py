@@ -23,7 +23,7 @@ def show_error(error: Exception) -> int:
     return 1 if health is not None and isinstance(error, health.HealthError) else 2
 
 
-def table(
+def make_table(
     title: str | None,
     headings: Iterable[str],
     rows: Iterable[Sequence[str]],
@@ -54,12 +54,12 @@ def records_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
     """A table of records that all have the keys of the first: floats with three decimals, texts on the left."""
     left = [name for name, value in records[0].items() if isinstance(value, str)]
     rows = [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in r.values()] for r in records]
-    return table(title, records[0], rows, left=left)
+    return make_table(title, records[0], rows, left=left)
 
 
 def print_rows(title: str, rows: Mapping[str, str]) -> None:
     """Print a table of two columns: measure and value."""
-    print_tables(table(title, ("measure", "value"), list(rows.items()), left=("measure",)))
+    print_tables(make_table(title, ("measure", "value"), list(rows.items()), left=("measure",)))
 
 
 def print_tables(*tables: Table) -> None:

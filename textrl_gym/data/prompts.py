@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from textrl_gym.data import sources
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 _HEAD = re.compile(r"^POST:", re.MULTILINE)
 
@@ -28,7 +28,7 @@ def encode_prompt(
         ValueError: the kept parts leave no room for one token of the body, the text does not end in keep_suffix, or
             the tokenizer puts an EOS behind the text.
     """
-    ids = _encode(text, tokenizer)
+    ids = _encode(text, tokenizer)["input_ids"]
     if not ids:
         raise ValueError(f"the prompt {text[:60]!r} encodes to no tokens: a policy needs at least one to start from")
     if len(ids) <= max_prompt_tokens:
@@ -48,17 +48,22 @@ def encode_prompt(
     return head_ids + _whole_characters(body_ids[:room], tokenizer) + suffix_ids
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
-    """Ids of a text with the special tokens that the tokenizer puts before it, but never with a second BOS."""
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, with_offsets: bool = False) -> BatchEncoding:
+    """A text with the special tokens that the tokenizer puts before it, but never with a second BOS.
+
+    Args:
+        with_offsets: add `offset_mapping` and `special_tokens_mask`.
+    """
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # as chat templates write it
-    encoded = tokenizer(text, add_special_tokens=not has_bos, **kwargs)
+    more = {"return_offsets_mapping": True, "return_special_tokens_mask": True} if with_offsets else {}
+    encoded = tokenizer(text, add_special_tokens=not has_bos, **more)
     ids = encoded["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} puts EOS {tokenizer.eos_token!r} behind every text, so that a "
             "prompt would already be at its end: load it with add_eos_token=False"
         )
-    return encoded if kwargs else ids
+    return encoded
 
 
 def _split_head(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -67,7 +72,7 @@ def _split_head(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
         raise ValueError(f"cutting a prompt needs the character offsets of a fast tokenizer, not {type(tokenizer)}")
     match = _HEAD.search(text)
     head_chars = match.end() if match else 0
-    encoded = _encode(text, tokenizer, return_offsets_mapping=True, return_special_tokens_mask=True)
+    encoded = _encode(text, tokenizer, with_offsets=True)
     kept = 0
     for place, ((start, _), special) in enumerate(
         zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 SPLITS = ("train", "validation", "test")
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 PREFERENCE_SPLITS = {
     "train": ("train", "train_prefs", "preference"),
     "validation": ("validation", "test", "test_prefs", "eval"),
@@ -46,7 +46,7 @@ def read_rows(dataset: str | Path, split: str, hub: Callable[[str, str], list[An
         return _read_file(path)
     if path.is_dir():
         return [row for file in _split_files(path, split) for row in _read_file(file)]
-    if path.name.endswith(FORMATS) or _HUB_ID.fullmatch(str(dataset)) is None:
+    if path.name.endswith(FORMATS) or _DATASET_ID.fullmatch(str(dataset)) is None:
         raise ValueError(f"dataset {str(dataset)!r}: there is no such file or folder, and it is no Hub id (owner/name)")
     return (hub or _read_hub_split)(str(dataset), split)
 

@@ -95,7 +95,7 @@ def initial_policy_quality(folder: Path, posts: int = 128, seed: int = 0) -> dic
 
 def store(folder: Path, record_file: str, **measured: float) -> dict[str, Any]:
     """Store the weights as float16, drop what is not needed, and complete the record; returns the record."""
-    is_reward_model = (folder / reward_model.FILE).is_file()
+    is_reward_model = (folder / reward_model.NORMALISATION_FILE).is_file()
     loaded = loading.load_classifier(folder) if is_reward_model else loading.load_model(folder)
     cast("PreTrainedModel", loaded).half().save_pretrained(folder)  # textrl_gym.models.loading loads them as float32
     (folder / "generation_config.json").unlink(missing_ok=True)

@@ -40,9 +40,9 @@ def train_rewards(env_id: str, config: RewardModelConfig, out: Path) -> dict[str
     Raises:
         ValueError: as of either; or the folder holds the other kind.
     """
-    kind, train, other = "a reward model", train_reward_model, ensemble.FILE
+    kind, train, other = "a reward model", train_reward_model, ensemble.ENSEMBLE_FILE
     if config.ensemble:
-        kind, train, other = "an ensemble", train_ensemble, reward_model.FILE
+        kind, train, other = "an ensemble", train_ensemble, reward_model.NORMALISATION_FILE
     if (out / other).is_file():
         raise ValueError(f"{str(out)!r} holds {other}, so {kind} cannot be written to it: name another --out")
     return train(env_id, config, out)
@@ -78,7 +78,7 @@ def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[st
 
     text = json.dumps(record, indent=2)
     files.write_text(out / ENSEMBLE_RECORD, text + "\n")
-    files.write_text(out / ensemble.FILE, json.dumps(settings, indent=2) + "\n")
+    files.write_text(out / ensemble.ENSEMBLE_FILE, json.dumps(settings, indent=2) + "\n")
     return json.loads(text)
 
 
@@ -108,7 +108,7 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
 
 def normalised(folder: Path, comparisons: Sequence[RankedCompletions]) -> CompletionScores:
     """A saved reward model's normalised scores."""
-    norm = reward_model.read_normalisation(folder / reward_model.FILE)
+    norm = reward_model.read_normalisation(folder / reward_model.NORMALISATION_FILE)
     raw = score_all(loading.load_classifier(folder), comparisons)
     return [[(value - norm["bias"]) * norm["scale"] for value in row] for row in raw]
 
@@ -128,7 +128,7 @@ def measure_ensemble(folders: Sequence[Path], data: RewardData, config: RewardMo
     """The accuracy of members and combinations on all held-out pairs, and how far members are apart.
 
     Apart: the standard deviation of their normalised scores of one completion, averaged over completions. A unit is
-    the standard deviation of a member's scores of the start policy's samples.
+    the standard deviation of a member's scores of the initial policy's samples.
     """
     pairs = [c for some in data.compared.values() for c in some]
     of_members = [normalised(folder, pairs) for folder in folders]

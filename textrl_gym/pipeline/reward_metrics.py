@@ -90,7 +90,7 @@ def gold_agreement(
 
 
 def normalisation(reference_N: Sequence[float], sample_N: Sequence[float]) -> dict[str, float]:
-    """{"bias", "scale"} with which references have mean 0 and samples of the start policy standard deviation 1.
+    """{"bias", "scale"} with which references have mean 0 and samples of the initial policy standard deviation 1.
 
     The scale is taken on samples, so that a KL coefficient buys as much of the policy's spread under any reward model.
     """

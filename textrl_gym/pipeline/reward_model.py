@@ -40,7 +40,7 @@ from textrl_gym.pipeline.reward_metrics import (
     raw_rewards,
     score_all,
 )
-from textrl_gym.rewards.reward_model import FILE
+from textrl_gym.rewards.reward_model import NORMALISATION_FILE
 from textrl_gym.stats.pairwise import agreement
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def train_on(data: RewardData, env_id: str, config: RewardModelConfig, out: Path
         with loading.no_bars():
             model.save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
-        (folder / FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
+        (folder / NORMALISATION_FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
         (folder / TRAINING_RECORD).write_text(text + "\n", encoding="utf-8")
 
     files.write_folder(out, fill)

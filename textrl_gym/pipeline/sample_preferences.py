@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 START = "start"
+"""The name of the task's initial policy as a model."""
 ANNOTATORS, JUDGE = "annotators", "judge"
 MOST_PROMPTS = 20
 """Prompts that are drawn at most for each pair that is wanted, since some give ties."""
@@ -47,8 +48,8 @@ class PreferenceConfig:
     """Whose completions: the folder of a saved agent, or a causal LM (folder, Hub id); None: the task's
     initial policy."""
     other_model: str | None = None
-    """Whose completions they are compared to, of the same tokenizer; "start" is the task's start; None: others of
-    `model`."""
+    """Whose completions they are compared to, of the same tokenizer; "start" is the task's initial policy; None: other
+    completions of `model`."""
     label: str = ANNOTATORS
     """Who chooses. "annotators": the simulated ones, by the task's judge, noise and all; "judge": the higher score of
     the task's judge; else the higher score of this reward (a name, package.module:name or a folder)."""
@@ -81,7 +82,7 @@ class PreferenceConfig:
 
 
 def load_policy(spec: str | None, task: Task, device: str | torch.device) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """The policy of a saved agent, of a model, or of the task's start, and its tokenizer.
+    """The policy of a saved agent, of a model, or of the task's initial policy, and its tokenizer.
 
     Raises:
         ValueError: nothing can be loaded, or its tokenizer is another model's.

@@ -151,7 +151,7 @@ def batches(
 
 
 def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, places: int) -> LlamaForCausalLM:
-    """A Llama that can copy from the start. Embeddings are tied to the output layer: a quarter of the parameters."""
+    """A new Llama with an induction circuit (`pipeline.induction`)."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -162,7 +162,7 @@ def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, places: int
             num_key_value_heads=config.heads,
             attention_bias=True,
             max_position_embeddings=max(512, places),
-            tie_word_embeddings=True,
+            tie_word_embeddings=True,  # else a quarter of the parameters would be a second embedding
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
