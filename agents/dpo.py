@@ -34,9 +34,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from textrl_gym.core import Rollout, StopReason
+from textrl_gym.data.ranked import read_preferences
 from textrl_gym.functional import pad
 from textrl_gym.mdp.transition import stop_reasons
-from textrl_gym.pipeline import simulated_comparisons
 from textrl_gym.rollouts.collect import collect
 from textrl_gym.rollouts.scoring import token_logprobs
 from textrl_gym.training.agent import Agent
@@ -84,7 +84,7 @@ class DPO(Agent):
         """Rollouts of the reference that pairs have been sampled from."""
         if self.config.pairs is not None:
             mdp = self.env
-            compared = simulated_comparisons.read_preferences(
+            compared = read_preferences(
                 self.config.pairs, "train", mdp.task, mdp.tokenizer, mdp.max_prompt_tokens, mdp.max_new_tokens
             )
             self.pairs = [

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textrl_gym.core import Row
-from textrl_gym.data import prompts
+from textrl_gym.data import sources
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import tiny
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ID = "CopyText-v0"
 
@@ -19,7 +22,7 @@ EOS_ID = 0
 
 
 def copied(
-    prompts: list[str], completions: list[str], *, completion_ids: list[list[int]], **columns: Any
+    prompts: list[str], completions: list[str], *, completion_ids: list[list[int]], **columns: list[Any]
 ) -> list[float]:
     """Half for ending after exactly as many symbols as the prompt has, half for the share of symbols that are right.
 
@@ -76,7 +79,7 @@ class CopyText(Task):
 
     def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
         """All 16 prompts, in every split: the task is to solve them, not to generalise."""
-        prompts.check_split(split)
+        sources.check_split(split)
         if dataset is not None:
             raise ValueError(f"CopyText-v0 has only its own prompts; dataset must be None, got {dataset!r}")
         texts = [" ".join(symbols) for symbols in itertools.product(SYMBOLS, repeat=LENGTH)]
@@ -85,5 +88,5 @@ class CopyText(Task):
     def load_tokenizer(self, name: str | None = None) -> Any:
         return tiny.symbol_tokenizer(SYMBOLS) if name is None else super().load_tokenizer(name)
 
-    def load_model(self, name: str | None = None, **kwargs: Any) -> Any:
+    def load_model(self, name: str | None = None, **kwargs: Any) -> PreTrainedModel:
         return tiny.gpt2(len(SYMBOLS) + 1, 2 * LENGTH + 1) if name is None else super().load_model(name, **kwargs)

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from textrl_gym.core import Row
-from textrl_gym.data import prompts
+from textrl_gym.data import sources
 from textrl_gym.functional import pad
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ID = "KnownOptimum-v0"
 
@@ -32,7 +35,7 @@ PROMPTS = ("a", "b c")
 EOS_ID = 0
 
 
-def table(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+def table(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
     """A fixed reward of text alone: 1 for each "a" after the prompt's own number of symbols, 0.5 for ending in "b"."""
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -121,7 +124,7 @@ class KnownOptimum(Task):
 
     def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
         """The two prompts, in every split."""
-        prompts.check_split(split)
+        sources.check_split(split)
         if dataset is not None:
             raise ValueError(f"KnownOptimum-v0 has only its own prompts; dataset must be None, got {dataset!r}")
         return [{"prompt": prompt} for prompt in PROMPTS]
@@ -129,6 +132,6 @@ class KnownOptimum(Task):
     def load_tokenizer(self, name: str | None = None) -> Any:
         return tiny.symbol_tokenizer(SYMBOLS) if name is None else super().load_tokenizer(name)
 
-    def load_model(self, name: str | None = None, **kwargs: Any) -> Any:
+    def load_model(self, name: str | None = None, **kwargs: Any) -> PreTrainedModel:
         # A larger scale than usual: the reference must differ from uniform for the test to mean something.
         return tiny.llama(len(SYMBOLS) + 1, scale=0.2) if name is None else super().load_model(name, **kwargs)

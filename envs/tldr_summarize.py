@@ -18,11 +18,11 @@ ID = "TLDRSummarize-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "tldr")
 _SENTENCE = re.compile(r"[^\s.?][^.?]*[.?]")
 MEDIOCRE = {"swap": 0.15, "generic": 0.2, "ask": 0.45, "detail": 0.65}
-"""How poor the summaries are that the start policy learns from: gold about 0.6; its own noise takes a third of it."""
+"""How poor the summaries are that the initial policy learns from: gold about 0.6; its own noise takes a third of it."""
 
 
 class MediocreRows:
-    """The posts of a corpus with poor summaries for completions: what the bundled start policy has learnt."""
+    """The posts of a corpus with poor summaries as completions: training data of the bundled initial policy."""
 
     def __init__(self, corpus: TLDRCorpus) -> None:
         self.corpus = corpus
@@ -46,25 +46,25 @@ def wordings(row: Row, n: int, seed: int) -> list[str]:
     return [row["completion"], *(" " + compose(slots_of(row["facts"]), rng) for _ in range(n - 1))]
 
 
-def _slip(text: str, row: dict[str, Any], rng: random.Random) -> str:
+def _damage(text: str, row: dict[str, Any], rng: random.Random) -> str:
     """The text with one word lost, doubled or out of place, cut off, or with a sentence more: what samples do."""
     words = text.split(" ")
     at = rng.randrange(1, max(2, len(words) - 1))
-    slip = rng.choice(("lost", "doubled", "swapped", "cut", "more"))
-    if slip == "lost":
+    fault = rng.choice(("lost", "doubled", "swapped", "cut", "more"))
+    if fault == "lost":
         del words[at]
-    elif slip == "doubled":
+    elif fault == "doubled":
         words.insert(at, words[at])
-    elif slip == "swapped" and at + 1 < len(words):
+    elif fault == "swapped" and at + 1 < len(words):
         words[at], words[at + 1] = words[at + 1], words[at]
-    elif slip == "cut":
+    elif fault == "cut":
         del words[max(4, at) :]
     else:
         words += mediocre_summary(row, rng, generic=0.5, ask=0.3, detail=0.2).strip().split(" ")
     return " ".join(words)
 
 
-def _falsified(slots: dict[str, str], row: dict[str, Any], number: int, rng: random.Random) -> dict[str, str]:
+def _corrupt_slots(slots: dict[str, str], row: dict[str, Any], number: int, rng: random.Random) -> dict[str, str]:
     """The slots with `number` of their values (at most as many as there are) taken from distractors or another post."""
     slots = dict(slots)
     told = [kind for kind in KINDS if (kind in slots or (kind == "who" and "name" in slots))]
@@ -130,7 +130,7 @@ class TLDRSummarize(Task):
 
     ## Reward
     0 at each step but the last, then the score of the bundled reward model, which was trained on the pairwise choices
-    of simulated annotators and normalised: references have mean 0, the start policy's samples standard deviation 1.
+    of simulated annotators and normalised: references have mean 0, the initial policy's samples standard deviation 1.
     With kl_coef > 0 each step costs kl_coef * KL of the policy to the reference.
 
     ## Episode End
@@ -174,12 +174,12 @@ class TLDRSummarize(Task):
         """The posts of a split with their reference summaries."""
         return TLDRCorpus(split) if dataset is None else prompts.load_rows(dataset, split)
 
-    def demonstrations(self, split: str) -> Any:
-        """What the start policy is trained on: poor summaries, so that RL has room."""
+    def demonstrations(self, split: str) -> PromptSource:
+        """Training data of the initial policy: poor summaries, so that RL has room."""
         return MediocreRows(TLDRCorpus(split))
 
-    def falsified(self, row: Row, rng: random.Random, n: int) -> list[tuple[str, str]]:
-        """`n` pairs of a true summary and the same with false values or with facts told again, for a reward model."""
+    def corrupted(self, row: Row, rng: random.Random, n: int) -> list[tuple[str, str]]:
+        """`n` pairs of a true summary and the same with wrong values or repeated facts."""
         post = dict(row)
         pairs = []
         for _ in range(n):
@@ -187,7 +187,7 @@ class TLDRSummarize(Task):
             for slot in rng.sample(("when", "where", "amount", "feeling", "ask"), rng.randint(0, 3)):
                 del slots[slot]
             wording = rng.getrandbits(32)
-            wrong = _falsified(slots, post, rng.choice((0, 0, 1, 1, 2, 3, 4)), rng)
+            wrong = _corrupt_slots(slots, post, rng.choice((0, 0, 1, 1, 2, 3, 4)), rng)
             true, false = (" " + compose(some, random.Random(wording)) for some in (slots, wrong))
             pairs.append((true, _told_again(false, slots, rng) if rng.random() < 0.3 else false))
         return pairs
@@ -197,8 +197,8 @@ class TLDRSummarize(Task):
 
         They span what a policy that is optimised against the reward model may write: every fact or most of them, in
         other words; the same sentences with one value, or several, from a distractor (nothing else differs, so that
-        only reading the post can tell them apart); the same fact said again; slips of a word; and the gross flaws of
-        `corrupted_summaries`.
+        only reading the post can tell them apart); the same fact said again; a word lost, doubled or out of
+        place; and the gross flaws of `corrupted_summaries`.
         """
         post = dict(row)
         every = slots_of(post["facts"])
@@ -212,11 +212,11 @@ class TLDRSummarize(Task):
             del most[slot]
         makers = [
             lambda: worded(every, first),
-            lambda: worded(_falsified(every, post, 1, rng), first),
+            lambda: worded(_corrupt_slots(every, post, 1, rng), first),
             lambda: worded(most, second),
-            lambda: worded(_falsified(most, post, rng.choice((1, 1, 2, 3)), rng), second),
+            lambda: worded(_corrupt_slots(most, post, rng.choice((1, 1, 2, 3)), rng), second),
             lambda: corrupted_summaries(post, rng, 1)[0] if rng.random() < 0.5 else mediocre_summary(post, rng),
             lambda: _patchwork(worded(every, first), post, rng),
-            lambda: _slip(worded(every if rng.random() < 0.5 else most, rng.getrandbits(32)), post, rng),
+            lambda: _damage(worded(every if rng.random() < 0.5 else most, rng.getrandbits(32)), post, rng),
         ]
         return [makers[i % len(makers)]() for i in range(n)]

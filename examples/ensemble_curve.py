@@ -1,6 +1,6 @@
 """Gold of the best of n by one reward model and by an ensemble of several, over the KL of best-of-n.
 
-    textrl-gym reward-model TLDRSummarize-v0 --ensemble 5 --prompts 100 --reading-steps 0 --out runs/weak5
+    textrl-gym reward-model TLDRSummarize-v0 --ensemble 5 --prompts 100 --replaced-token-steps 0 --out runs/weak5
     python examples/ensemble_curve.py runs/weak5 --plot runs/weak5/curve.html
 
 A pool of completions of each held-out post is sampled once from the start policy. All selectors choose from it, and

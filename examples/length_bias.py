@@ -19,7 +19,8 @@ from rich.table import Table
 from textrl_gym.agents import GRPO
 from textrl_gym.evaluation.evaluator import Evaluator
 from textrl_gym.judges.annotators import Annotators
-from textrl_gym.pipeline.reward_model import RewardModelConfig, train_reward_model
+from textrl_gym.pipeline.reward_data import RewardModelConfig
+from textrl_gym.pipeline.reward_model import train_reward_model
 from textrl_gym.stats.estimates import Estimate, outcomes
 from textrl_gym.stats.pairwise import length_controlled_win_rate, win_rate
 
@@ -32,7 +33,7 @@ def trained(out: Path, preference: float, args: argparse.Namespace) -> GRPO:
     if not (reward / "reward_model.json").is_file():
         config = RewardModelConfig(
             prompts=args.prompts,
-            reading_steps=args.reading_steps,
+            replaced_token_steps=args.replaced_token_steps,
             eval_prompts=args.eval_prompts,
             annotators=Annotators(length_preference=preference),
             seed=args.seed,
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/length"), help="folder of reward models and runs")
     parser.add_argument("--preference", type=float, default=0.4, help="logits per word of those who like length")
     parser.add_argument("--prompts", type=int, default=400, help="prompts that a reward model learns from")
-    parser.add_argument("--reading-steps", type=int, default=100, help="updates of reading before that")
+    parser.add_argument("--replaced-token-steps", type=int, default=100, help="updates of its pretraining")
     parser.add_argument("--eval-prompts", type=int, default=64, help="held-out prompts of a reward model")
     parser.add_argument("--tokens", type=int, default=100_000, help="of each GRPO run")
     parser.add_argument("--kl-coef", type=float, default=0.02, help="of GRPO")

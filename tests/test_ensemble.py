@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from textrl_gym.cli import main
+from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.models import loading, tiny
-from textrl_gym.pipeline import reward_ensemble, reward_model, sft
-from textrl_gym.pipeline.reward_model import RewardModelConfig
-from textrl_gym.pipeline.simulated_comparisons import Comparison
+from textrl_gym.pipeline import reward_data, reward_ensemble, reward_model, sft
+from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.rewards import ensemble, load_reward
 from textrl_gym.rewards.reward_model import RewardModel
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(out: Path, members: list[str], combine: str = "mean", coefficient: Any = 0.5) -> None:
     found = {"members": members, "combine": combine, "coefficient": coefficient}
-    (out / ensemble.FILE).write_text(json.dumps(found))
+    (out / ensemble.ENSEMBLE_FILE).write_text(json.dumps(found))
 
 
 def score(spec: Any) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_a_wrong_file_is_named(folder: Path, tmp_path: Path) -> None:
         write(tmp_path, members, how, coefficient)
         with pytest.raises(ValueError, match=message):
             score(tmp_path)
-    (tmp_path / ensemble.FILE).write_text('{"members": ["0"]}')
+    (tmp_path / ensemble.ENSEMBLE_FILE).write_text('{"members": ["0"]}')
     with pytest.raises(ValueError, match=r'must hold \{"members"'):
         score(tmp_path)
 
@@ -129,7 +129,7 @@ def test_a_wrong_file_is_named(folder: Path, tmp_path: Path) -> None:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 TINY = RewardModelConfig(
-    prompts=8, samples=2, candidates=3, batch_size=4, eval_prompts=8, warmup_steps=1, reading_steps=1, seed=3
+    prompts=8, samples=2, candidates=3, batch_size=4, eval_prompts=8, warmup_steps=1, replaced_token_steps=1, seed=3
 )
 
 
@@ -156,12 +156,12 @@ def test_training_goes_on_with_the_members_that_are_missing(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     env, config = "TLDRSummarize-v0", dataclasses.replace(TINY, model=tiny_model, policy=tiny_model, ensemble=2)
-    learnt: list[tuple[str, list[Comparison]]] = []
+    learnt: list[tuple[str, list[RankedCompletions]]] = []
     train_on = reward_model.train_on
 
     def watched(data: Any, env_id: str, member: RewardModelConfig, out: Path) -> Any:
         data.train = list(data.train)  # of a single model it is a stream
-        learnt.append((out.name, list(reward_model.in_order(data.train, member))))
+        learnt.append((out.name, list(reward_data.in_order(data.train, member))))
         return train_on(data, env_id, member, out)
 
     monkeypatch.setattr(reward_model, "train_on", watched)
@@ -176,7 +176,7 @@ def test_training_goes_on_with_the_members_that_are_missing(
     reward_ensemble.train_rewards(env, dataclasses.replace(config, ensemble=0), tmp_path / "single")
     assert same(out / "0", tmp_path / "single")
     # 2. What is told of them.
-    assert json.loads((out / reward_ensemble.RECORD).read_text()) == record
+    assert json.loads((out / reward_ensemble.ENSEMBLE_RECORD).read_text()) == record
     rows = {row["reward"]: row for row in record["accuracy"]}
     assert list(rows) == ["member 0", "member 1", "mean", "worst", "uncertainty"]
     single = json.loads((tmp_path / "single" / "reward_training.json").read_text())
@@ -188,18 +188,30 @@ def test_training_goes_on_with_the_members_that_are_missing(
     learnt.clear()
     before = weights(out / "1")
     shutil.rmtree(out / "1")
-    (out / ensemble.FILE).unlink()
+    (out / ensemble.ENSEMBLE_FILE).unlink()
     assert reward_ensemble.train_rewards(env, config, out) == record
     assert [name for name, _ in learnt] == ["1"]
     assert all(torch.equal(value, before[name]) for name, value in weights(out / "1").items())
     reward_ensemble.train_rewards(env, dataclasses.replace(config, ensemble=3, combine="worst"), out)
     assert [name for name, _ in learnt] == ["1", "2"]
-    assert json.loads((out / ensemble.FILE).read_text()) == {
+    assert json.loads((out / ensemble.ENSEMBLE_FILE).read_text()) == {
         "members": ["0", "1", "2"],
         "combine": "worst",
         "coefficient": 0.5,
     }
-    # 4. Others are not mixed with them.
+    # 4. A member that version 0.1 wrote is known again: its record has the old names of three keys.
+    file = out / "0" / reward_model.TRAINING_RECORD
+    today = file.read_text()
+    old = today.replace("replaced_token_steps", "reading_steps").replace(
+        "replaced_token_batch_size", "reading_batch_size"
+    )
+    file.write_text(old.replace("replaced_token_loss", "reading_loss"))
+    assert file.read_text() != today
+    assert reward_model.read_record(out / "0") == json.loads(today)
+    learnt.clear()
+    reward_ensemble.train_rewards(env, dataclasses.replace(config, ensemble=3, combine="worst"), out)
+    assert learnt == []
+    # 5. Others are not mixed with them.
     with pytest.raises(ValueError, match=r"0' holds a reward model with batch_size=4, not 2: go on with that"):
         reward_ensemble.train_rewards(env, dataclasses.replace(config, batch_size=2), out)
     with pytest.raises(ValueError, match=r"holds ensemble.json, so a reward model cannot be written to it"):
@@ -218,7 +230,7 @@ def test_an_ensemble_on_a_users_pairs_by_the_command_line(
     assert main.main([*args, "--combine", "worst", "--out", str(tmp_path / "two")]) == 0
     told = capsys.readouterr().out
     assert "accuracy_worst" in told and "member 1" in told and "Calibration" not in told
-    record = json.loads((tmp_path / "two" / reward_ensemble.RECORD).read_text())
+    record = json.loads((tmp_path / "two" / reward_ensemble.ENSEMBLE_RECORD).read_text())
     assert [row["accuracy"] for row in record["accuracy"]] == [1.0] * 5  # "yes" against "no"
     assert [row["pairs"] for row in record["accuracy"]] == [4] * 5
     assert "gold_agreement" not in record["accuracy"][0]

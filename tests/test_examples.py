@@ -147,7 +147,18 @@ def test_bench_vs_generate(example: Path, spread: list[str], capsys: pytest.Capt
 
 
 def test_length_bias(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--prompts", "4", "--reading-steps", "1", "--eval-prompts", "8", "--tokens", "1000", "--episodes", "8"]
+    small = [
+        "--prompts",
+        "4",
+        "--replaced-token-steps",
+        "1",
+        "--eval-prompts",
+        "8",
+        "--tokens",
+        "1000",
+        "--episodes",
+        "8",
+    ]
     module = importlib.import_module("length_bias")
     for _ in range(2):  # the second reads what the first has trained
         module.main([*small, "--out", "length"])

@@ -54,7 +54,7 @@ def test_two_samples_of_the_start_chosen_by_a_reward(tmp_path: Path) -> None:
     assert same == one != other
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b.jsonl", "c.jsonl"]
     # and it can be read back
-    found = preferences.load(str(tmp_path / "b.jsonl"), "train", whole=True)
+    found = preferences.load_preferences(str(tmp_path / "b.jsonl"), "train", whole=True)
     assert [row["completions"] for row in found.rows] == [[row["chosen"], row["rejected"]] for row in rows]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from textrl_gym.data import preferences
+from textrl_gym.data.ranked import read_preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.models import loading
-from textrl_gym.pipeline import simulated_comparisons
 
 DATA = os.environ.get("TEXTRL_GYM_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="TEXTRL_GYM_DATA names no folder of real data")
@@ -139,7 +139,7 @@ def other(number: int) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_schema(name: str, tmp_path: Path) -> None:
     row, schema, prompt, completions, pairs = SCHEMAS[name]
-    found = preferences.load(write(tmp_path / "a.jsonl", [row]), "train", whole=True)
+    found = preferences.load_preferences(write(tmp_path / "a.jsonl", [row]), "train", whole=True)
     assert found.schema.startswith(schema)
     assert found.dropped == {}
     (one,) = found.rows
@@ -148,13 +148,13 @@ def test_every_schema(name: str, tmp_path: Path) -> None:
 
 def test_every_schema_has_an_example() -> None:
     shown = {schema for _, schema, *_ in SCHEMAS.values()}
-    assert all(any(s.name.startswith(schema) for schema in shown) for s in preferences.SCHEMAS)
+    assert all(any(s.name.startswith(schema) for schema in shown) for s in preferences.PREFERENCE_SCHEMAS)
 
 
 @pytest.mark.parametrize("name", TIES)
 def test_ties_are_dropped_and_said(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.jsonl", [TIES[name], SCHEMAS[name][0], TIES[name]])
-    found = preferences.load(path, "train", whole=True)
+    found = preferences.load_preferences(path, "train", whole=True)
     assert (len(found.rows), found.dropped) == (1, {"ties": 2})
     assert "of 3 rows dropped 2 ties" in capsys.readouterr().err
 
@@ -169,7 +169,7 @@ def test_a_chat_template_writes_conversations(tmp_path: Path) -> None:
         ("trl", "Post\n\nTL;DR:"),  # a text stays as it is
     ):
         path = write(tmp_path / "a.jsonl", [SCHEMAS[name][0]])
-        (row,) = preferences.load(path, "train", tokenizer, whole=True).rows
+        (row,) = preferences.load_preferences(path, "train", tokenizer, whole=True).rows
         space = " " if name == "trl" else ""
         assert (row["prompt"], row["completions"]) == (prompt, [f"{space}good", f"{space}bad"])
 
@@ -177,21 +177,21 @@ def test_a_chat_template_writes_conversations(tmp_path: Path) -> None:
 def test_the_last_prompts_of_a_file_are_held_out(tmp_path: Path) -> None:
     rows = [other(i // 2) for i in range(40)]  # 20 prompts, each twice: the last 2 are a tenth
     path = write(tmp_path / "a.jsonl", rows)
-    train, heldout = (preferences.load(path, split).rows for split in ("train", "validation"))
+    train, heldout = (preferences.load_preferences(path, split).rows for split in ("train", "validation"))
     assert (len(train), len(heldout)) == (36, 4)
     assert {row["prompt"] for row in heldout} == {other(18)["prompt"], other(19)["prompt"]}
-    assert len(preferences.load(path, "validation", whole=True).rows) == 40
+    assert len(preferences.load_preferences(path, "validation", whole=True).rows) == 40
     with pytest.raises(ValueError, match="too few pairs"):
-        preferences.load(write(tmp_path / "b.jsonl", rows[:2]), "train")
+        preferences.load_preferences(write(tmp_path / "b.jsonl", rows[:2]), "train")
 
 
 def test_a_folder_has_its_own_splits(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [other(1)])
     write(tmp_path / "test.jsonl", [other(2)])
-    assert preferences.load(str(tmp_path), "train").rows[0]["prompt"] == other(1)["prompt"]
-    assert preferences.load(str(tmp_path), "validation").rows[0]["prompt"] == other(2)["prompt"]
+    assert preferences.load_preferences(str(tmp_path), "train").rows[0]["prompt"] == other(1)["prompt"]
+    assert preferences.load_preferences(str(tmp_path), "validation").rows[0]["prompt"] == other(2)["prompt"]
     write(tmp_path / "validation.jsonl", [other(3)])
-    assert preferences.load(str(tmp_path), "validation").rows[0]["prompt"] == other(3)["prompt"]
+    assert preferences.load_preferences(str(tmp_path), "validation").rows[0]["prompt"] == other(3)["prompt"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_folder_has_its_own_splits(tmp_path: Path) -> None:
 def test_errors_name_what_was_found(row: Any, words: str, tmp_path: Path) -> None:
     rows = [row, row] if "question" in row else [PLAIN, row]
     with pytest.raises(ValueError, match=words):
-        preferences.load(write(tmp_path / "a.jsonl", rows), "train")
+        preferences.load_preferences(write(tmp_path / "a.jsonl", rows), "train")
 
 
 def test_dialogues_that_part_early_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,16 +216,16 @@ def test_dialogues_that_part_early_are_dropped(tmp_path: Path, capsys: pytest.Ca
         {"chosen": f"{first} B", "rejected": "\n\nHuman: C\n\nAssistant: D"},
         {"chosen": f"{first} B", "rejected": f"{first} C\n\nHuman: D\n\nAssistant: E"},
     ]
-    found = preferences.load(write(tmp_path / "a.jsonl", [*astray, HH]), "train", whole=True)
+    found = preferences.load_preferences(write(tmp_path / "a.jsonl", [*astray, HH]), "train", whole=True)
     assert (len(found.rows), found.dropped) == (1, {"dialogues that differ in more than the last turn": 2})
     assert "of 3 rows dropped 2 dialogues that differ" in capsys.readouterr().err
     talks = [
         {"chosen": [user("A"), assistant("B"), user("C"), assistant("D")], "rejected": [user("A"), assistant("E")]}
     ]
     with pytest.raises(ValueError, match="too few pairs"):
-        preferences.load(write(tmp_path / "b.jsonl", talks), "train", whole=True)
+        preferences.load_preferences(write(tmp_path / "b.jsonl", talks), "train", whole=True)
     with pytest.raises(ValueError, match=r"row 0.*no words in common"):
-        preferences.load(write(tmp_path / "c.jsonl", [{"chosen": "A b", "rejected": "C d"}]), "train")
+        preferences.load_preferences(write(tmp_path / "c.jsonl", [{"chosen": "A b", "rejected": "C d"}]), "train")
 
 
 class Hub:
@@ -248,7 +248,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def prompts_of(hub: Hub, name: str, split: str) -> list[str]:
         monkeypatch.setattr(datasets, "load_dataset", hub)
-        return [row["prompt"] for row in preferences.load(name, split).rows]
+        return [row["prompt"] for row in preferences.load_preferences(name, split).rows]
 
     # test_prefs is held out; a part of a data set is a folder of it
     hub = Hub({"train_prefs": [other(1)], "test_prefs": [other(2)], "train_gen": [{"x": "y"}]})
@@ -280,16 +280,14 @@ def test_prompts_are_cut_where_it_hurts_least(tmp_path: Path) -> None:
          "rejected": [assistant("b")]},
         {"prompt": long + "The end", "chosen": " a", "rejected": " b"},
     ]  # fmt: skip
-    found = simulated_comparisons.read_preferences(
-        write(tmp_path / "a.jsonl", rows), "train", task, tokenizer, whole=True
-    )
+    found = read_preferences(write(tmp_path / "a.jsonl", rows), "train", task, tokenizer, whole=True)
     texts = [tokenizer.decode(c.prompt_ids) for c in found]
     assert all(len(c.prompt_ids) == 176 for c in found)
     assert texts[0].startswith("SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: My cat")
     assert [text[-8:] for text in texts] == ["\n\nTL;DR:", "sistant:", " The end"]
     assert texts[1].endswith("\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:")
     task.keep_suffix = ""  # prompts of such a task are cut at their end; a dialogue never is
-    found = simulated_comparisons.read_preferences(str(tmp_path / "a.jsonl"), "train", task, tokenizer, whole=True)
+    found = read_preferences(str(tmp_path / "a.jsonl"), "train", task, tokenizer, whole=True)
     assert [tokenizer.decode(c.prompt_ids)[-8:] == text[-8:] for c, text in zip(found, texts, strict=True)] == [
         False,
         True,
@@ -303,14 +301,10 @@ def test_completions_keep_their_eos_only_within_the_budget(tmp_path: Path) -> No
         {"prompt": "a b", "chosen": "a b c", "rejected": "a b c d"},  # equal within 3 tokens
     ]
     task = CopyText()
-    (found,) = simulated_comparisons.read_preferences(
-        write(tmp_path / "a.jsonl", rows), "train", task, task.load_tokenizer(), whole=True
-    )
+    (found,) = read_preferences(write(tmp_path / "a.jsonl", rows), "train", task, task.load_tokenizer(), whole=True)
     assert found.completion_ids == [[1, 2, 0], [1, 2, 3]]
     with pytest.raises(ValueError, match="within max_new_tokens=3 no two completions"):
-        simulated_comparisons.read_preferences(
-            write(tmp_path / "b.jsonl", rows[1:]), "train", task, task.load_tokenizer(), whole=True
-        )
+        read_preferences(write(tmp_path / "b.jsonl", rows[1:]), "train", task, task.load_tokenizer(), whole=True)
 
 
 # -- real data --------------------------------------------------------------------------------------------------------
@@ -329,7 +323,7 @@ def test_completions_keep_their_eos_only_within_the_budget(tmp_path: Path) -> No
     ],
 )
 def test_real_samples(file: str, rows: int, ties: int) -> None:
-    found = preferences.load(f"{DATA}/{file}", "train", whole=True)
+    found = preferences.load_preferences(f"{DATA}/{file}", "train", whole=True)
     assert (len(found.rows), found.dropped.get("ties", 0)) == (rows, ties)
     for row in found.rows:
         assert row["prompt"].strip()
@@ -341,7 +335,7 @@ def test_real_samples(file: str, rows: int, ties: int) -> None:
 @pytest.mark.data
 def test_both_published_forms_of_real_comparisons_are_the_same() -> None:
     plain, raw = (
-        preferences.load(f"{DATA}/tldr/{name}.jsonl", "train", whole=True).rows
+        preferences.load_preferences(f"{DATA}/tldr/{name}.jsonl", "train", whole=True).rows
         for name in ("tldr-preference", "summarize_from_feedback_comparisons")
     )
     assert [(r["prompt"], r["completions"]) for r in plain] == [(r["prompt"], r["completions"]) for r in raw]
@@ -353,6 +347,6 @@ def test_real_dialogues_are_read_within_the_budgets_of_any_task() -> None:
     task = TLDRSummarize()
     tokenizer = loading.load_tokenizer(task.model)
     path = f"{DATA}/hh_rlhf/harmless-base_test.jsonl.gz"
-    found = simulated_comparisons.read_preferences(path, "train", task, tokenizer, most=300, whole=True)
+    found = read_preferences(path, "train", task, tokenizer, most=300, whole=True)
     assert 280 < len(found) <= 300  # some differ after the budget only
     assert all(len(c.prompt_ids) <= 176 and max(map(len, c.completion_ids)) <= 48 for c in found)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from textrl_gym.data import prompts
+from textrl_gym.data import prompts, sources
 
 DATA = os.environ.get("TEXTRL_GYM_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="TEXTRL_GYM_DATA names no folder of real data")
@@ -187,7 +187,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 @pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
 def test_a_single_file_of_any_format_is_every_split(tmp_path: Path, extension: str) -> None:
     path = write(tmp_path / f"data.{extension}", ROWS)
-    for split in prompts.SPLITS:
+    for split in sources.SPLITS:
         assert prompts.load_rows(path, split) == ROWS
     assert prompts.load_rows(str(path), "train") == ROWS
 

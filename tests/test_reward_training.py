@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from textrl_gym.cli import main
+from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.models import loading
-from textrl_gym.pipeline import reward_metrics, reward_model, reward_report, sft, simulated_comparisons
-from textrl_gym.pipeline.reward_model import RewardModelConfig
-from textrl_gym.pipeline.simulated_comparisons import Comparer, Comparison
+from textrl_gym.pipeline import reward_data, reward_metrics, reward_model, sft, simulated_comparisons
+from textrl_gym.pipeline.reward_data import RewardModelConfig
+from textrl_gym.pipeline.simulated_comparisons import Comparer
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.stats import pairwise
@@ -22,7 +23,7 @@ TINY_SFT = sft.SFTConfig(
     steps=2, batch_size=2, copy_steps=0, hidden_size=16, intermediate_size=32, layers=2, eval_rows=2
 )
 TINY = RewardModelConfig(
-    prompts=8, samples=2, candidates=3, batch_size=4, eval_prompts=8, warmup_steps=1, reading_steps=2
+    prompts=8, samples=2, candidates=3, batch_size=4, eval_prompts=8, warmup_steps=1, replaced_token_steps=2
 )
 
 
@@ -46,8 +47,11 @@ def test_bradley_terry_by_hand() -> None:
 
 
 def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str) -> None:
-    model = reward_model.new_reward_model(loading.load_model(tiny_model), seed=0)
-    batch = [Comparison([5, 6, 7], [[8, 9, 0], [10, 0], [11]], []), Comparison([3], [[4, 5, 6, 7, 0]], [])]
+    model: Any = reward_model.new_reward_model(loading.load_model(tiny_model), seed=0)
+    batch = [
+        RankedCompletions([5, 6, 7], [[8, 9, 0], [10, 0], [11]], []),
+        RankedCompletions([3], [[4, 5, 6, 7, 0]], []),
+    ]
     with torch.no_grad():
         raw_BK = reward_metrics.raw_rewards(model, batch)
         for row, comparison in enumerate(batch):
@@ -58,7 +62,7 @@ def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str)
 
 
 def test_the_head_starts_with_the_published_spread() -> None:
-    model = reward_model.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
+    model: Any = reward_model.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
     width = model.score.weight.numel()
     # The standard error of a standard deviation of n draws is about 1 / sqrt(2 n) of it: 6% of 128.
     assert model.score.weight.std().item() == pytest.approx(1 / math.sqrt(width + 1), rel=0.25)
@@ -68,7 +72,7 @@ def test_the_head_starts_with_the_published_spread() -> None:
 
 
 def test_agreements_by_hand() -> None:
-    compared = [Comparison([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)], gold=[0.5, 0.6, 0.9], sampled=2)]
+    compared = [RankedCompletions([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)], gold=[0.5, 0.6, 0.9], sampled=2)]
     raw = [[1.0, 0.0, 2.0]]
     # (1, 2) is lost: 0 < 2
     assert pairwise.agreement(reward_metrics.gaps(raw, compared)) == pytest.approx(2 / 3)
@@ -83,13 +87,13 @@ def test_a_tie_of_the_rewards_counts_half_in_every_agreement() -> None:
         gold = [0.2, 0.2]
         gold[tied[0]] = 0.8
         rows = ([tied], gold), ([(0, 1)], [0.8, 0.2])
-        compared = [Comparison([1], [[2], [3]], pairs, gold=judged) for pairs, judged in rows]
+        compared = [RankedCompletions([1], [[2], [3]], pairs, gold=judged) for pairs, judged in rows]
         raw = [[1.0, 1.0], [1.0, 0.0]]
         gap_N = reward_metrics.gaps(raw, compared)
         assert pairwise.agreement(gap_N) == 0.75
         assert reward_metrics.gold_agreement(raw, compared) == 0.75
-        assert reward_report.accuracy_row("x", gap_N)["accuracy"] == 0.75
-        assert reward_report.calibration([0.0])["bins"][0]["observed"] == 0.5
+        assert reward_metrics.accuracy_row("x", gap_N)["accuracy"] == 0.75
+        assert reward_metrics.calibration([0.0])["bins"][0]["observed"] == 0.5
 
 
 def test_normalisation_by_hand() -> None:
@@ -139,13 +143,13 @@ def test_a_users_pairs_are_learnt_and_the_seed_decides_the_weights(tiny_model: s
 def test_the_report_by_hand() -> None:
     # 0.75 of 4: Wilson centre (0.75 + z^2/8) / (1 + z^2/4), z^2 = 3.8415: 1.2302 / 1.9604 = 0.6275;
     # half width 1.96 / 1.9604 * sqrt(0.75 * 0.25 / 4 + 3.8415 / 64) = 0.3269
-    row = reward_report.accuracy_row("x", [1.0, 2.0, 0.5, -1.0])
+    row = reward_metrics.accuracy_row("x", [1.0, 2.0, 0.5, -1.0])
     assert row == pytest.approx(row | {"pairs": 4, "accuracy": 0.75}, abs=1e-12)
     assert (row["low"], row["high"]) == pytest.approx((0.3006, 0.9544), abs=1e-4)
-    row = reward_report.accuracy_row("x", [1.0] * 10)
+    row = reward_metrics.accuracy_row("x", [1.0] * 10)
     assert (row["low"], row["high"]) == pytest.approx((0.7225, 1.0), abs=1e-4)  # 1 / (1 + z^2 / 10)
     # predicted sigmoid(log 3) = 0.75 twice, one right; sigmoid(log 9) = 0.9, right; sigmoid(0) = 0.5, which counts half
-    found = reward_report.calibration([math.log(3) + 1e-9, -math.log(3) - 1e-9, math.log(9) + 1e-9, 0.0])
+    found = reward_metrics.calibration([math.log(3) + 1e-9, -math.log(3) - 1e-9, math.log(9) + 1e-9, 0.0])
     bins = [(b["from"], b["pairs"], b["predicted"], b["observed"]) for b in found["bins"]]
     assert bins == [
         pytest.approx((0.5, 1, 0.5, 0.5), abs=1e-6),
@@ -153,7 +157,7 @@ def test_the_report_by_hand() -> None:
         pytest.approx((0.9, 1, 0.9, 1.0), abs=1e-6),
     ]
     assert found["ece"] == pytest.approx((2 * 0.25 + 0.1) / 4, abs=1e-6)
-    table = reward_report.accuracy_table({"a": [1.0], "b": [-1.0, 1.0, 1.0]})
+    table = reward_metrics.accuracy_table({"a": [1.0], "b": [-1.0, 1.0, 1.0]})
     assert [(row["data"], row["pairs"], row["accuracy"]) for row in table] == [
         ("a", 1, 1.0),
         ("b", 3, pytest.approx(2 / 3)),
@@ -162,11 +166,14 @@ def test_the_report_by_hand() -> None:
 
 
 def test_gaps_and_first_pairs_by_hand() -> None:
-    compared = [Comparison([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)]), Comparison([1], [[2], [3]], [(1, 0)])]
+    compared = [
+        RankedCompletions([1], [[2], [3], [4]], [(0, 1), (2, 0), (1, 2)]),
+        RankedCompletions([1], [[2], [3]], [(1, 0)]),
+    ]
     assert reward_metrics.gaps([[1.0, 0.0, 2.0], [5.0, 3.0]], compared) == [1.0, 1.0, -2.0, -2.0]
-    taken = reward_model.first_pairs(compared, 2)
+    taken = reward_data.first_pairs(compared, 2)
     assert [c.pairs for c in taken] == [[(0, 1), (2, 0)]]
-    assert [len(c.pairs) for c in reward_model.first_pairs(compared, 4)] == [3, 1]
+    assert [len(c.pairs) for c in reward_data.first_pairs(compared, 4)] == [3, 1]
 
 
 def test_several_data_sets_and_a_curve(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +199,7 @@ def test_several_data_sets_and_a_curve(tiny_model: str, tmp_path: Path, capsys: 
 
 def test_a_curve_of_simulated_annotators_starts_where_the_model_does(tiny_model: str, tmp_path: Path) -> None:
     """All pairs of the curve give the model itself, so their accuracies are equal."""
-    everything = RewardModelConfig(**{**vars(TINY), "model": tiny_model, "reading_steps": 1})
+    everything = RewardModelConfig(**{**vars(TINY), "model": tiny_model, "replaced_token_steps": 1})
     task = TLDRSummarize()
     policies = [Policy(task.load_model(name)) for name in (None, tiny_model)]
     comparer = Comparer(task, policies, loading.load_tokenizer(tiny_model), everything)

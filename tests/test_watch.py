@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from textrl_gym.cli import main
-from textrl_gym.cli.compare import watch as command
+from textrl_gym.cli.compare import watch_command
 from textrl_gym.reports import watch
 
 
@@ -334,4 +334,4 @@ def test_ctrl_c_ends_it(folder: Path, root: Path) -> None:
 
 
 def test_its_help_says_what_it_is() -> None:
-    assert (command.__doc__ or "").startswith("Serve a comparison's page while its runs go on")
+    assert (watch_command.__doc__ or "").startswith("Serve a comparison's page while its runs go on")

@@ -7,11 +7,15 @@ import importlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium
 
 from textrl_gym import files
+
+if TYPE_CHECKING:
+    from textrl_gym.mdp.task import Task
 
 ENV_ENTRY = "textrl_gym.mdp.text_env:TextEnv"
 VECTOR_ENTRY = "textrl_gym.mdp.text_env:TextVectorEnv"
@@ -56,7 +60,7 @@ def register(env_id: str, task: str) -> None:
     gymnasium.register(id=env_id, entry_point=ENV_ENTRY, vector_entry_point=VECTOR_ENTRY, kwargs={"task": task})
 
 
-def load_object(path: str) -> Any:
+def load_object(path: str) -> object:
     """The object at "package.module:name".
 
     Raises:
@@ -77,31 +81,29 @@ def load_object(path: str) -> Any:
     return getattr(module, name)
 
 
-def load_task(task: Any) -> Any:
+def load_task(task: Task | type[Task] | str) -> Task:
     """A Task from an instance, a subclass, "module:Class", or a module that defines one subclass."""
-    from_module = isinstance(task, str) and ":" not in task
-    if from_module:
-        task = class_in(importlib.import_module(task), "rows")
-    elif isinstance(task, str):
-        task = load_object(task)
-    return task() if isinstance(task, type) else task
+    found: object = task
+    if isinstance(task, str):
+        found = load_object(task) if ":" in task else class_in(importlib.import_module(task), "rows")
+    return cast("Task", found() if isinstance(found, type) else found)
 
 
-def load_agent_class(name: str) -> Any:
+def load_agent_class(name: str) -> type[Any]:
     """The agent class of a file in agents/ ("ppo") or at "package.module:Class".
 
     Raises:
         ValueError: naming the agents that exist.
     """
     if ":" in name:
-        return load_object(name)
+        return cast(type[Any], load_object(name))
     if name not in names("agents"):
         raise ValueError(f"unknown agent {name!r}; allowed: {', '.join(names('agents'))}, or package.module:Class")
     module = importlib.import_module(f"textrl_gym.agents.{name}")
     return class_in(module, "update")
 
 
-def class_in(module: Any, method: str) -> type:
+def class_in(module: ModuleType, method: str) -> type:
     """The one class that a plug-in's module defines with this method."""
     classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
     found = [c for c in classes if hasattr(c, method)]
@@ -136,7 +138,7 @@ def find_env(name: str) -> str:
     return env_id
 
 
-def load_env_task(env_id: str) -> Any:
+def load_env_task(env_id: str) -> Task:
     """The task of a registered environment id ("TLDRSummarize-v0").
 
     Raises:

@@ -1,8 +1,11 @@
 """The command line: `textrl-gym COMMAND ...`.
 
-- `main`: the commands and their errors
+In reading order:
+- `main`: the commands and how their errors end
 - `options`: flags and TOML files as dataclasses
+- `terminal`: tables and errors as commands print them
 - `train`: train
 - `compare`: compare, report and watch
 - `judge`: evaluate and judge
+- `pipeline`: sft, reward-model and preferences
 """

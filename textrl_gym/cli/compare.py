@@ -6,21 +6,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from textrl_gym.cli.options import find_agent, flag, flat, parse, place
+from textrl_gym.cli.options import Part, find_agent, flag, flat, parse_flags, positional
 from textrl_gym.registry import find_env
 
 
-def compare(args: Sequence[str]) -> int:
+def compare_command(args: Sequence[str]) -> int:
     """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
     from textrl_gym.experiments import compare as home
     from textrl_gym.experiments import worker
 
-    parts = [
-        ("env", place(str, "an environment id, or module:ID")),
+    parts: list[Part] = [
+        ("env", positional("ENV", str, "an environment id, or module:ID")),
         ("out", flag(Path, "the comparison's folder; the same one goes on")),
         ("config", flat(home.CompareConfig)),
     ]
-    parsed = parse("compare", compare.__doc__, parts, args)
+    parsed = parse_flags("compare", compare_command.__doc__, parts, args)
     env_id = find_env(parsed.env)
     for agent in parsed.config.agents:
         if not Path(agent).is_dir():
@@ -48,14 +48,14 @@ def show_page(folder: Path) -> None:
         print(f"no page: {error}", file=sys.stderr)
 
 
-def report(args: Sequence[str]) -> int:
+def report_command(args: Sequence[str]) -> int:
     """Write DIR/report.html, one self-contained file, about a run, the runs in DIR's subfolders, or a comparison."""
     about = "also write the charts of a comparison into DIR/figures, as PNG and SVG (by Chromium)"
-    parts = [
-        ("folder", place(Path, "a run, a folder of runs, a comparison")),
+    parts: list[Part] = [
+        ("folder", positional("DIR", Path, "a run, a folder of runs, a comparison")),
         ("figures", flag(bool, about), False),
     ]
-    parsed = parse("report", report.__doc__, parts, args)
+    parsed = parse_flags("report", report_command.__doc__, parts, args)
     from textrl_gym.experiments import compare as comparison
     from textrl_gym.reports import run_page as home
 
@@ -74,14 +74,14 @@ def report(args: Sequence[str]) -> int:
     return 0
 
 
-def watch(args: Sequence[str]) -> int:
+def watch_command(args: Sequence[str]) -> int:
     """Serve a comparison's page while its runs go on, to this machine or, with a secret in the address, to others."""
-    parts = [
-        ("folder", place(Path, "a comparison")),
+    parts: list[Part] = [
+        ("folder", positional("DIR", Path, "a comparison")),
         ("host", flag(str, "where to listen; beyond this machine the address has a secret token"), "127.0.0.1"),
         ("port", flag(int, "0: a free one"), 0),
     ]
-    parsed = parse("watch", watch.__doc__, parts, args)
+    parsed = parse_flags("watch", watch_command.__doc__, parts, args)
     from textrl_gym.reports import watch as home
 
     with home.make_server(parsed.folder, parsed.host, parsed.port) as server:

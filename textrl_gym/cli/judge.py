@@ -7,10 +7,23 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
 
-from textrl_gym.cli.options import flag, flat, parse, place
+from textrl_gym.cli.options import Part, flag, flat, parse_flags, positional
+from textrl_gym.cli.terminal import interval, make_table, print_rows, print_tables
 from textrl_gym.registry import find_env, text_envs
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from textrl_gym.evaluation.evaluator import Evaluator
+    from textrl_gym.experiments.win_rates import Reader, Tally
+    from textrl_gym.judges.judge import Judge
+    from textrl_gym.judges.llm_judge import EndpointConfig
+    from textrl_gym.mdp.task import Task
+    from textrl_gym.training.agent import Agent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +34,21 @@ class JudgeFlags:
     """gold (the task's own), a reward (its name, module:function, a folder with a reward model), or endpoint, which is
     a language model; None: gold."""
     against: str | None = None
-    """start (the model from which training began), human (the reference texts), or another agent: for `evaluate` the
+    """start (the initial policy), human (the reference texts), or another agent: for `evaluate` the
     folder that it was saved to, for `judge` its name in the comparison. None: start."""
     judge_noise: float = 0.0
-    """Share of the pairs whose verdict is turned round, as people differ: 0.25 in AlpacaFarm."""
+    """Share of the pairs whose verdict is flipped, as human annotators disagree: 0.25 in AlpacaFarm."""
     judge_seed: int = 0
-    """Decides which pairs these are."""
+    """Seeds which pairs are flipped."""
 
-    def make(self, endpoint: Any, folder: Path, task: Any, device: Any = "cpu", tokenizer: Any = None) -> Any:
+    def make(
+        self,
+        endpoint: EndpointConfig,
+        folder: Path,
+        task: Task | None,
+        device: str | torch.device = "cpu",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Judge:
         """The judge that the flags name; endpoint: an EndpointConfig, for the judge of that name."""
         from textrl_gym.judges.judge import ENDPOINT, GOLD, Noisy, load_judge
         from textrl_gym.judges.llm_judge import CACHE, Endpoint, EndpointConfig
@@ -38,13 +58,13 @@ class JudgeFlags:
         if self.judge != ENDPOINT and endpoint != EndpointConfig():
             raise ValueError(f"--endpoint. settings are of --judge {ENDPOINT}, and the judge is {self.judge or GOLD}")
         if self.judge == ENDPOINT:
-            judge: Any = Endpoint(dataclasses.replace(endpoint, cache=endpoint.cache or folder / CACHE))
+            judge: Judge = Endpoint(dataclasses.replace(endpoint, cache=endpoint.cache or folder / CACHE))
         else:
             judge = load_judge(self.judge or GOLD, task=task, device=device, tokenizer=tokenizer)
         return Noisy(judge, self.judge_noise, self.judge_seed) if self.judge_noise else judge
 
 
-def judge_parts() -> list[tuple[Any, ...]]:
+def judge_parts() -> list[Part]:
     """The flags of a judge, and under --endpoint. those of a language model."""
     from textrl_gym.judges.llm_judge import EndpointConfig
 
@@ -54,10 +74,10 @@ def judge_parts() -> list[tuple[Any, ...]]:
 # -- evaluate ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(args: Sequence[str]) -> int:
+def evaluate_command(args: Sequence[str]) -> int:
     """Evaluate a saved agent on held-out prompts; with --judge or --against also as another judge sees it."""
-    parts = [
-        ("folder", place(Path, "what training saved")),
+    parts: list[Part] = [
+        ("folder", positional("DIR", Path, "what training saved")),
         ("env", flag(str | None, "another environment id; None: the agent's own, with its settings"), None),
         ("episodes", flag(int, "prompts, one completion of each"), 256),
         ("seed", flag(int, "of prompts and sampling"), 0),
@@ -66,7 +86,7 @@ def evaluate(args: Sequence[str]) -> int:
         ("json", flag(Path | None, "also write the numbers to this file"), None),
         *judge_parts(),
     ]
-    parsed = parse("evaluate", evaluate.__doc__, parts, args)
+    parsed = parse_flags("evaluate", evaluate_command.__doc__, parts, args)
     from textrl_gym import files
     from textrl_gym.evaluation.evaluator import Evaluator
     from textrl_gym.evaluation.metrics import metric_names, metric_words, number
@@ -95,7 +115,7 @@ def evaluate(args: Sequence[str]) -> int:
     return 0
 
 
-def _agent(folder: Path, parsed: Any) -> Any:
+def _agent(folder: Path, parsed: SimpleNamespace) -> Agent:
     """The saved agent, in its own environment or in the one that was named."""
     import gymnasium
 
@@ -107,7 +127,7 @@ def _agent(folder: Path, parsed: Any) -> Any:
     return load_agent(folder, env, device=parsed.device)
 
 
-def _opponent(against: str, parsed: Any) -> Any:
+def _opponent(against: str, parsed: SimpleNamespace) -> Agent | str:
     """An agent, or the name of an opponent that is none."""
     from textrl_gym.experiments.win_rates import HUMAN, START
 
@@ -118,7 +138,9 @@ def _opponent(against: str, parsed: Any) -> Any:
     return _agent(Path(against), parsed)
 
 
-def _judged(judge: Any, evaluator: Any, agent: Any, samples: list[dict[str, Any]], opponent: Any) -> Any:
+def _judged(
+    judge: Judge, evaluator: Evaluator, agent: Agent, samples: list[dict[str, Any]], opponent: Agent | str
+) -> Tally:
     """The tally of an evaluation's answers against the opponent's, by the same prompts and random numbers."""
     from textrl_gym.evaluation.evaluator import Evaluator
     from textrl_gym.experiments import win_rates
@@ -127,7 +149,7 @@ def _judged(judge: Any, evaluator: Any, agent: Any, samples: list[dict[str, Any]
     reader = win_rates.Reader(mdp.task, mdp.tokenizer, mdp.source, mdp.max_prompt_tokens)
     if opponent == win_rates.HUMAN:
         pairs = win_rates.against_references(samples, reader)
-    elif opponent == win_rates.START:
+    elif isinstance(opponent, str):
         pairs = win_rates.against_answers(samples, evaluator.start(agent.policy.reference), reader)
     else:
         split = mdp.settings["split"]
@@ -136,42 +158,20 @@ def _judged(judge: Any, evaluator: Any, agent: Any, samples: list[dict[str, Any]
     return win_rates.tally(judge.prefer(pairs.rows, pairs.own, pairs.other), pairs.longer_N)
 
 
-def tally_rows(found: Any) -> dict[str, str]:
+def tally_rows(found: Tally) -> dict[str, str]:
     """A tally for the terminal."""
     counts = {"wins": found.wins, "ties": found.ties, "losses": found.losses, "no verdict": found.no_verdict}
     rates = {"win rate": found.win_rate, "win rate at equal lengths": found.length_controlled}
     return {name: str(count) for name, count in counts.items()} | {n: interval(rate) for n, rate in rates.items()}
 
 
-def interval(estimate: Any) -> str:
-    """A number with its 95% interval; a dash where there is none."""
-    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
-def print_rows(title: str, rows: dict[str, str]) -> None:
-    """A table of two columns."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("measure", title=title, title_justify="left")
-    table.add_column("value", justify="right")
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
-    Console().print(table)
-
-
 # -- judge ------------------------------------------------------------------------------------------------------------
 
 
-def judge(args: Sequence[str]) -> int:
+def judge_command(args: Sequence[str]) -> int:
     """Judge the answers of a finished comparison: DIR --judge gold|REWARD|endpoint --against start|human|AGENT."""
-    parts = [("folder", place(Path, "what `compare` wrote")), *judge_parts()]
-    parsed = parse("judge", judge.__doc__, parts, args)
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
+    parts: list[Part] = [("folder", positional("DIR", Path, "what `compare` wrote")), *judge_parts()]
+    parsed = parse_flags("judge", judge_command.__doc__, parts, args)
     from textrl_gym.experiments import win_rates
     from textrl_gym.experiments.results import read_comparison
 
@@ -182,20 +182,19 @@ def judge(args: Sequence[str]) -> int:
     judged = win_rates.judge_runs(comparison, judged_by, against, reader)
     file = folder / win_rates.file_name(judged_by.name, against)
     win_rates.tidy(judged, judged_by.name, against).to_csv(file, index=False)
-    table = Table(title=f"judged by {judged_by.name} against {against}", title_justify="left")
-    for heading in ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "no verdict"):
-        wide = heading not in ("runs", "no verdict")
-        table.add_column(heading, justify="left" if heading == "agent" else "right", no_wrap=wide)
+    headings = ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "no verdict")
+    rows = []
     for group, found in win_rates.by_agent(judged):
-        missing = sum(int((one.outcome_N != one.outcome_N).sum()) for one in judged if one.group is group)
+        missing = sum(int((one.outcome_N != one.outcome_N).sum()) for one in judged if one.group is group)  # nan
         rates = (interval(found.win_rate), interval(found.length_controlled))
-        table.add_row(escape(group.label), str(len(group.runs)), *map(escape, rates), str(missing))
-    Console().print(table)
+        rows.append((group.label, str(len(group.runs)), *rates, str(missing)))
+    title = f"judged by {judged_by.name} against {against}"
+    print_tables(make_table(title, headings, rows, left=("agent",), no_wrap=(headings[0], *headings[2:4])))
     print(f"saved in {file}")
     return 0
 
 
-def _reader(environment: str) -> Any:
+def _reader(environment: str) -> Reader:
     """What the comparison's task knows of its prompts; nothing where it is not registered here."""
     from textrl_gym import registry
     from textrl_gym.experiments.win_rates import Reader

@@ -16,13 +16,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are abo
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-from textrl_gym.cli.compare import compare, report, watch
-from textrl_gym.cli.judge import evaluate, judge, print_rows
-from textrl_gym.cli.options import flag, flat, parse, place
-from textrl_gym.cli.train import train
+from textrl_gym.cli.compare import compare_command, report_command, watch_command
+from textrl_gym.cli.judge import evaluate_command, judge_command
+from textrl_gym.cli.options import flat, parse_flags, positional
+from textrl_gym.cli.pipeline import preferences_command, reward_model_command, sft_command
+from textrl_gym.cli.terminal import make_table, print_rows, print_tables, show_error
+from textrl_gym.cli.train import train_command
 from textrl_gym.registry import find_env, text_envs, unknown
 
 
@@ -61,45 +61,31 @@ def help_text() -> str:
     )
 
 
-def show_error(error: Exception) -> int:
-    """Print an error as one red line; returns the exit code."""
-    from rich.console import Console
-
-    text = str(error) or type(error).__name__
-    Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="bold red", markup=False, highlight=False)
-    health = sys.modules.get(
-        "textrl_gym.evaluation.health"
-    )  # not imported for this: that would load torch for a wrong word
-    return 1 if health is not None and isinstance(error, health.HealthError) else 2
-
-
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def envs(args: Sequence[str]) -> int:
+def envs_command(args: Sequence[str]) -> int:
     """List every registered environment, one row each."""
-    parse("envs", envs.__doc__, [], args)
-    from rich.console import Console
-    from rich.table import Table
-
+    parse_flags("envs", envs_command.__doc__, [], args)
     from textrl_gym import registry
 
-    table = Table()
-    for heading in ("id", "task", "prompt tokens", "new tokens", "reward"):
-        table.add_column(heading, no_wrap=heading == "id", justify="right" if "tokens" in heading else "left")
+    rows = []
     for env_id, path in sorted(text_envs().items()):
         task = registry.load_task(path)
         lines = (type(task).__doc__ or "").strip().splitlines() or [""]
         budgets = (str(task.max_prompt_tokens), str(task.max_new_tokens))
         reward = task.reward if isinstance(task.reward, str) else repr(task.reward)
-        table.add_row(env_id, lines[0], *budgets, reward.rpartition(":")[2] if ":" in reward else reward)
-    Console().print(table)
+        rows.append((env_id, lines[0], *budgets, reward.rpartition(":")[2] if ":" in reward else reward))
+    headings = ("id", "task", "prompt tokens", "new tokens", "reward")
+    print_tables(make_table(None, headings, rows, left=("id", "task", "reward"), no_wrap=("id",)))
     return 0
 
 
-def check(args: Sequence[str]) -> int:
+def check_command(args: Sequence[str]) -> int:
     """Check an environment, and print the health card of its task's model."""
-    parsed = parse("check", check.__doc__, [("env", place(str, "an environment id, or module:ID"))], args)
+    parsed = parse_flags(
+        "check", check_command.__doc__, [("env", positional("ENV", str, "an environment id, or module:ID"))], args
+    )
     env_id = find_env(parsed.env)
     from textrl_gym.evaluation import health
     from textrl_gym.evaluation.check_env import check_env
@@ -117,68 +103,26 @@ def check(args: Sequence[str]) -> int:
     return 0 if all(line.ok for line in lines) else 1
 
 
-def sft(args: Sequence[str]) -> int:
-    """Fine-tune a language model on a task's prompts and completions."""
-    from textrl_gym.pipeline import sft as home
-
-    _make_model("sft", home.SFTConfig, home.sft, args)
-    return 0
-
-
-def reward_model(args: Sequence[str]) -> int:
-    """Train a reward model, or an ensemble of several, on preferences between completions."""
-    from rich.console import Console
-
-    from textrl_gym.pipeline import reward_ensemble, reward_report
-    from textrl_gym.pipeline import reward_model as home
-
-    record = _make_model("reward-model", home.RewardModelConfig, reward_ensemble.train_rewards, args)
-    Console().print(*reward_report.tables(record))
-    return 0
-
-
-def preferences(args: Sequence[str]) -> int:
-    """Sample pairs of completions, label them, and write them as jsonl."""
-    from textrl_gym.pipeline import sample_preferences as home
-
-    _make_model("preferences", home.PreferenceConfig, home.make_preferences, args)
-    return 0
-
-
-def _make_model(command: str, config: type[Any], work: Callable[..., dict[str, Any]], args: Sequence[str]) -> Any:
-    """Parse, work, print what was measured; the record of the work."""
-    parts = [
-        ("env", place(str, "an environment id, or module:ID")),
-        ("out", flag(Path, "the file or folder to write")),
-        ("config", flat(config)),
-    ]
-    parsed = parse(command, COMMANDS[command].__doc__, parts, args)
-    record = work(find_env(parsed.env), parsed.config, parsed.out)
-    measured = {name: value for name, value in record["measured"].items() if isinstance(value, int | float)}
-    print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in measured.items()})
-    return record
-
-
-def bench(args: Sequence[str]) -> int:
+def bench_command(args: Sequence[str]) -> int:
     """Measure how fast rollout and update are on this machine."""
-    from textrl_gym.experiments import bench as home
+    from textrl_gym.experiments import bench
 
-    parsed = parse("bench", bench.__doc__, [("config", flat(home.BenchConfig))], args)
-    print_rows("textrl-gym bench", home.rows(home.bench(parsed.config)))
+    parsed = parse_flags("bench", bench_command.__doc__, [("config", flat(bench.BenchConfig))], args)
+    print_rows("textrl-gym bench", bench.rows(bench.bench(parsed.config)))
     return 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "envs": envs,
-    "check": check,
-    "train": train,
-    "evaluate": evaluate,
-    "compare": compare,
-    "report": report,
-    "judge": judge,
-    "watch": watch,
-    "sft": sft,
-    "reward-model": reward_model,
-    "preferences": preferences,
-    "bench": bench,
+    "envs": envs_command,
+    "check": check_command,
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "compare": compare_command,
+    "report": report_command,
+    "judge": judge_command,
+    "watch": watch_command,
+    "sft": sft_command,
+    "reward-model": reward_model_command,
+    "preferences": preferences_command,
+    "bench": bench_command,
 }

@@ -7,12 +7,15 @@ import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
 from textrl_gym.registry import unknown
 from textrl_gym.training.env_settings import parse_reward
+
+if TYPE_CHECKING:
+    from textrl_gym.training.agent import Agent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +62,10 @@ def read_toml(path: Path, schema: Mapping[str, tuple[type[Any], ...]]) -> dict[s
     for name, table in tables.items():
         if name not in schema or not isinstance(table, dict):
             raise ValueError(f"{path}: {unknown('table', name, schema)}")
-    return {name: _checked(tables.get(name, {}), classes, f"{path}: [{name}]") for name, classes in schema.items()}
+    return {name: _check_table(tables.get(name, {}), classes, f"{path}: [{name}]") for name, classes in schema.items()}
 
 
-def _checked(table: dict[str, Any], classes: tuple[type[Any], ...], where: str) -> dict[str, Any]:
+def _check_table(table: dict[str, Any], classes: tuple[type[Any], ...], where: str) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for cls in classes:
         fields = {field.name for field in dataclasses.fields(cls)} - {"config"}
@@ -80,7 +83,7 @@ def _checked(table: dict[str, Any], classes: tuple[type[Any], ...], where: str) 
     return checked
 
 
-def matches(value: Any, hint: Any) -> bool:
+def matches(value: object, hint: object) -> bool:
     """Whether a value of a TOML file fits a field's type: an integer fits float, a list a tuple, a string a path."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -96,7 +99,7 @@ def matches(value: Any, hint: Any) -> bool:
     return type(value) is hint  # a bool is no int
 
 
-def describe(hint: Any) -> str:
+def describe(hint: object) -> str:
     """A field's type in words, without None, which TOML cannot say."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -106,7 +109,7 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         return f"a list, each item {describe(get_args(hint)[0])}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", Path: "a string"}
-    return words.get(hint, getattr(hint, "__name__", str(hint)))
+    return words[hint] if isinstance(hint, type) and hint in words else getattr(hint, "__name__", str(hint))
 
 
 def as_arguments(table: Mapping[str, Any]) -> list[str]:
@@ -126,31 +129,36 @@ def as_arguments(table: Mapping[str, Any]) -> list[str]:
 # -- flags ------------------------------------------------------------------------------------------------------------
 
 
-def parse(command: str, about: str | None, fields: Sequence[tuple[Any, ...]], args: Sequence[str]) -> Any:
-    """Flags to an object with the given fields (name, type[, default]), by tyro."""
-    cls = dataclasses.make_dataclass("Arguments", fields, kw_only=True)
-    return tyro.cli(cls, prog=f"textrl-gym {command}", args=list(args), description=about)
+Part = tuple[str, object] | tuple[str, object, object]
+"""A command's argument: its name, its type (by `flag`, `positional`, `flat`, or a dataclass) and its default."""
 
 
-def flat(cls: type[Any]) -> Any:
+def parse_flags(command: str, about: str | None, parts: Sequence[Part], args: Sequence[str]) -> types.SimpleNamespace:
+    """Read a command's flags with tyro; returns an object with the parts' names as attributes."""
+    cls: type[Any] = dataclasses.make_dataclass("Arguments", parts, kw_only=True)
+    parsed = tyro.cli(cls, prog=f"textrl-gym {command}", args=list(args), description=about)
+    return types.SimpleNamespace(**vars(parsed))
+
+
+def flat(cls: type[Any]) -> object:
     """A dataclass whose fields are flags without a prefix."""
     return Annotated[cls, tyro.conf.OmitArgPrefixes]
 
 
-def flag(kind: Any, about: str) -> Any:
+def flag(kind: object, about: str) -> object:
     """A flag with its help."""
     return Annotated[kind, tyro.conf.arg(help=about)]
 
 
-def place(kind: Any, about: str) -> Any:
-    """A positional argument with its help."""
-    return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(help=about)]
+def positional(metavar: str, kind: object, about: str) -> object:
+    """A positional argument with its help; metavar: how the usage line shows it."""
+    return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(help=about, metavar=metavar)]
 
 
-# -- the environment --------------------------------------------------------------------------------------------------
+# -- agents ------------------------------------------------------------------------------------------------------------
 
 
-def find_agent(name: str) -> Any:
+def find_agent(name: str) -> type[Agent]:
     """The agent class of a file in agents/, or at module:Class."""
     from textrl_gym import registry
     from textrl_gym.training.agent import Agent

@@ -8,12 +8,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from textrl_gym import files
-from textrl_gym.cli.options import RunSettings, as_arguments, find_agent, flag, flat, parse, read_toml
+from textrl_gym.cli.options import Part, RunSettings, as_arguments, find_agent, flag, flat, parse_flags, read_toml
 from textrl_gym.registry import find_env
 from textrl_gym.training.env_settings import EnvSettings, make_env
+
+if TYPE_CHECKING:
+    from textrl_gym.training.agent import Agent
+    from textrl_gym.training.loop import TrainOptions
 
 RUN_FILE = "run.json"
 """How a run was started; `train --resume` takes its options from there."""
@@ -26,7 +30,7 @@ AGENT is the name of a file in agents/, or module:Class; ENV is an environment i
 settings of AGENT are among those below. A TOML file given by --config holds the tables [agent], [train] and [env]."""
 
 
-def train(args: Sequence[str]) -> int:
+def train_command(args: Sequence[str]) -> int:
     """Train an agent: AGENT ENV --total-timesteps N --out DIR, or --resume DIR."""
     if any(arg.partition("=")[0] == "--resume" for arg in args):
         return resume(args)
@@ -43,7 +47,7 @@ def train(args: Sequence[str]) -> int:
     file = flags.parse_known_args(args[2:])[0].config
     schema = {"agent": (agent_class.Config,), "train": (RunSettings, TrainOptions), "env": (EnvSettings,)}
     tables = read_toml(file, schema) if file else {name: {} for name in schema}
-    parts = [
+    parts: list[Part] = [
         ("run", flat(RunSettings)),
         ("options", flat(TrainOptions)),
         ("agent", flat(agent_class.Config)),
@@ -51,7 +55,7 @@ def train(args: Sequence[str]) -> int:
     ]
     # The agent's settings are checked together, so the file's are given as flags and not as a finished default.
     before = [*as_arguments(tables["train"]), *as_arguments(tables["agent"])]
-    parsed = parse(" ".join(["train", *names]), TRAIN, parts, [*before, *args[len(names) :]])
+    parsed = parse_flags(" ".join(["train", *names]), TRAIN, parts, [*before, *args[len(names) :]])
 
     run = parsed.run
     if agent_class.trains and run.total_timesteps is None:
@@ -79,7 +83,7 @@ def refuse_used(out: Path) -> None:
         raise ValueError(f"{str(out)!r} holds a run already: go on with --resume {out}, or name another --out")
 
 
-def learn(agent: Any, timesteps: int, options: Any, goes_on: bool) -> int:
+def learn(agent: Agent, timesteps: int, options: TrainOptions, goes_on: bool) -> int:
     """Train and say where the results are; Ctrl-C leaves a checkpoint."""
     from transformers.utils import logging as hf_logging
 
@@ -105,13 +109,13 @@ def resume(args: Sequence[str]) -> int:
     if folder is not None and (folder / RUN_FILE).is_file():
         saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["options"]
     more = "tokens more than now; None: up to the run's own total"
-    parts = [
+    parts: list[Part] = [
         ("resume", flag(Path, "the run's folder")),
         ("total_timesteps", flag(int | None, more), None),
         ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
         ("options", flat(TrainOptions), TrainOptions(**saved)),
     ]
-    parsed = parse("train", resume.__doc__, parts, args)
+    parsed = parse_flags("train", resume.__doc__, parts, args)
     total = files.read_state(parsed.resume)["total_timesteps"]
     agent = load_agent(parsed.resume, device=parsed.device, out=parsed.resume)
     if not agent.trains:

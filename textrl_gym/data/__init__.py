@@ -1,7 +1,10 @@
-"""Prompts and preferences, from files, folders and the Hub.
+"""Data: prompts and preferences from files, folders and the Hub.
 
-- `prompts`: the published schemas of prompts, and their encoding under a token budget
+In reading order:
+- `sources`: reading rows from files, folders and the Hub
+- `prompts`: the published schemas of prompts, and their encoding within a token budget
 - `preferences`: the published schemas of preferences
+- `ranked`: preferences as token ids, in the form that reward models and DPO train on
 """
 
 from __future__ import annotations
@@ -11,9 +14,13 @@ from textrl_gym.lazy import lazy
 __getattr__ = lazy(
     __name__,
     {
-        "encode_prompt": "prompts",
-        "tldr_prompt": "prompts",
         "Preference": "preferences",
         "Preferences": "preferences",
+        "RankedCompletions": "ranked",
+        "encode_prompt": "prompts",
+        "load_preferences": "preferences",
+        "load_rows": "prompts",
+        "read_preferences": "ranked",
+        "tldr_prompt": "prompts",
     },
 )

@@ -16,12 +16,15 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from textrl_gym.data import prompts
+from textrl_gym.data import prompts, sources
 
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from textrl_gym.core import Row
+
 Talk = list[dict[str, str]]
 """A conversation: {"role": "user", "assistant" or "system", "content": text} for each turn."""
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -64,7 +67,7 @@ class Preferences:
 
 
 @dataclasses.dataclass(frozen=True)
-class Schema:
+class PreferenceSchema:
     """One published form of preference data, and how its rows become preferences."""
 
     name: str
@@ -78,7 +81,7 @@ class Schema:
 # -- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def _talk(turns: Any) -> Talk:
+def _talk(turns: Row | Sequence[Row]) -> Talk:
     """A conversation of {"role", "content"} or {"from", "value"} turns; one turn may stand alone."""
     turns = [turns] if isinstance(turns, Mapping) else turns
     found = []
@@ -206,34 +209,27 @@ def _conversations(row: Row) -> Preference:
 
 
 PAIR = ("prompt", "chosen", "rejected")
-SCHEMAS = (
-    Schema(
+PREFERENCE_SCHEMAS = (
+    PreferenceSchema(
         "trl-lib/tldr-preference, HuggingFaceH4/ultrafeedback_binarized", ("prompt", "chosen", "rejected"), _explicit
     ),
-    Schema("ShareGPT's form, as LLaMA-Factory has it", ("conversations", *PAIR[1:]), _conversations),
-    Schema("Anthropic/hh-rlhf, trl-lib/ultrafeedback_binarized (no prompt column)", PAIR[1:], _implicit),
-    Schema("openai/summarize_from_feedback", ("info", "summaries", "choice"), _summaries),
-    Schema("openai/webgpt_comparisons", ("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
-    Schema("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels"), _shp),
-    Schema("openbmb/UltraFeedback", ("instruction", "completions"), _ultrafeedback),
-    Schema("tatsu-lab/alpaca_farm", ("instruction", "output_1", "output_2", "preference"), _two_outputs),
+    PreferenceSchema("ShareGPT's form, as LLaMA-Factory has it", ("conversations", *PAIR[1:]), _conversations),
+    PreferenceSchema("Anthropic/hh-rlhf, trl-lib/ultrafeedback_binarized (no prompt column)", PAIR[1:], _implicit),
+    PreferenceSchema("openai/summarize_from_feedback", ("info", "summaries", "choice"), _summaries),
+    PreferenceSchema("openai/webgpt_comparisons", ("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
+    PreferenceSchema("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels"), _shp),
+    PreferenceSchema("openbmb/UltraFeedback", ("instruction", "completions"), _ultrafeedback),
+    PreferenceSchema("tatsu-lab/alpaca_farm", ("instruction", "output_1", "output_2", "preference"), _two_outputs),
 )
 """The first whose columns are all there is taken."""
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
-SPLIT_NAMES = {
-    "train": ("train", "train_prefs", "preference"),
-    "validation": ("validation", "test", "test_prefs", "eval"),
-}
-"""What the Hub's data sets call a split; the first that is there is taken."""
-CONFIGS = {"openai/summarize_from_feedback": "comparisons", "tatsu-lab/alpaca_farm": "alpaca_human_preference"}
-"""The configuration of data sets that have several, where the preferences are."""
-PARQUET = "refs/convert/parquet"
 
-
-def load(dataset: str, split: str, tokenizer: Any = None, *, whole: bool = False) -> Preferences:
+def load_preferences(
+    dataset: str, split: str, tokenizer: PreTrainedTokenizerBase | None = None, *, whole: bool = False
+) -> Preferences:
     """The preferences of a split: "train", or "validation" for those held out.
 
     Args:
@@ -247,15 +243,15 @@ def load(dataset: str, split: str, tokenizer: Any = None, *, whole: bool = False
         ValueError: no such data, columns of no schema, a row that does not fit, or too few rows to hold any out.
         ImportError: a Hub id or a parquet file without the extra "hub".
     """
-    raw, parted = _read(dataset, split)
+    raw, has_held_out = sources.read_preference_rows(dataset, split)
     where = f"dataset {dataset!r}, split {split!r}"
     rows = [_as_mapping(row, where, number) for number, row in enumerate(raw)]
     if not rows:
         raise ValueError(f"{where} is empty: it has no rows")
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    schema = next((s for s in SCHEMAS if set(s.columns) <= set(columns)), None)
+    schema = next((s for s in PREFERENCE_SCHEMAS if set(s.columns) <= set(columns)), None)
     if schema is None:
-        known = "; or ".join(f"{', '.join(s.columns)} (as {s.name})" for s in SCHEMAS)
+        known = "; or ".join(f"{', '.join(s.columns)} (as {s.name})" for s in PREFERENCE_SCHEMAS)
         raise ValueError(f"{where} has the columns {', '.join(map(str, columns))}; expected: {known}")
     found: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
@@ -266,7 +262,7 @@ def load(dataset: str, split: str, tokenizer: Any = None, *, whole: bool = False
             dropped[str(why)] += 1
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}, row {number} does not fit the schema of {schema.name}: {error!r}") from error
-    if not (parted or whole):
+    if not (has_held_out or whole):
         places = {text: place for place, text in enumerate(dict.fromkeys(row["prompt"] for row in found))}
         first_held_out = len(places) - max(1, len(places) // 10)
         found = [row for row in found if (places[row["prompt"]] >= first_held_out) == (split == "validation")]
@@ -277,7 +273,7 @@ def load(dataset: str, split: str, tokenizer: Any = None, *, whole: bool = False
     return Preferences(found, schema.name, dict(dropped))
 
 
-def _as_mapping(row: Any, where: str, number: int) -> Row:
+def _as_mapping(row: object, where: str, number: int) -> Row:
     """The row itself, or of OpenAI's own file of WebGPT, where a row is a list of two answers, its published form."""
     if isinstance(row, list) and len(row) == 2 and all(isinstance(half, Mapping) for half in row):
         halves = {f"{name}_{n}": half.get(name) for n, half in enumerate(row) for name in ("answer", "score")}
@@ -287,7 +283,7 @@ def _as_mapping(row: Any, where: str, number: int) -> Row:
     return row
 
 
-def _texts(preference: Preference, tokenizer: Any) -> dict[str, Any]:
+def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """A preference with every part a text, as a policy reads and writes it."""
     prompt, texts, dialogue = preference.prompt, preference.completions, preference.dialogue
     for text in [*texts, *([prompt] if isinstance(prompt, str) else [])]:
@@ -295,8 +291,9 @@ def _texts(preference: Preference, tokenizer: Any) -> dict[str, Any]:
             raise ValueError(f"{str(text)[:60]!r} is not a text")
     if not isinstance(prompt, str):
         dialogue = True
-        if getattr(tokenizer, "chat_template", None):
-            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        if tokenizer is not None and tokenizer.chat_template:
+            # A text and no list of ids: tokenize=False, of one conversation.
+            prompt = cast(str, tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
         else:
             dialogue = not preference.plain
             prompt = preference.plain or "".join(_written(turn) for turn in prompt) + ASSISTANT
@@ -307,44 +304,3 @@ def _texts(preference: Preference, tokenizer: Any) -> dict[str, Any]:
 def _written(turn: dict[str, str]) -> str:
     names = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
     return names.get(turn["role"], "\n\n") + turn["content"]
-
-
-def _read(dataset: str, split: str) -> tuple[list[Any], bool]:
-    """The raw rows, and whether the data set itself holds rows out."""
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        names = {file.name.split(".")[0].split("-")[0] for file in path.iterdir()}
-        if split == "validation" and "validation" not in names and "test" in names:
-            split = "test"
-        return prompts.read_raw(dataset, split), True
-    if path.is_file():
-        return prompts.read_raw(dataset, split), False
-    parted: list[bool] = []
-
-    def hub(name: str, split: str) -> list[Any]:
-        rows, has_split = _read_hub(name, part, split)
-        parted.append(has_split)
-        return rows
-
-    name, _, part = dataset.partition(":")
-    return prompts.read_raw(name, split, hub), all(parted)
-
-
-def _read_hub(name: str, part: str, split: str) -> tuple[list[Any], bool]:
-    """A split of a Hub data set. Those that are a script still are read from the branch that the Hub converted."""
-    with prompts.hub_errors(f"{name}:{part}" if part else name, split):
-        import datasets
-
-        try:
-            found = datasets.load_dataset(name, CONFIGS.get(name), data_dir=part or None)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            folder = part or CONFIGS.get(name, "default")
-            found = datasets.load_dataset(name, data_dir=folder, revision=PARQUET)
-        own = [n for n in SPLIT_NAMES[split] if n in found]
-        names = own or [n for n in SPLIT_NAMES["train"] if n in found]
-        if not names:
-            raise ValueError(f"it has the splits {', '.join(found)}; known are {', '.join(SPLIT_NAMES[split])}")
-        parted = any(n in found for n in SPLIT_NAMES["validation"])
-        return found[names[0]].to_list(), parted

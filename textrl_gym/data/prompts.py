@@ -1,25 +1,24 @@
-"""Prompts: rows from the Hub or from local files in the published schemas, and their encoding under a token budget."""
+"""Prompts in the published schemas, and their encoding within a token budget."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import dataclasses
-import gzip
-import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-SPLITS = ("train", "validation", "test")
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+from textrl_gym.data import sources
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
 _HEAD = re.compile(r"^POST:", re.MULTILINE)
 
 
-def encode_prompt(text: str, tokenizer: Any, max_prompt_tokens: int, keep_suffix: str = "") -> list[int]:
+def encode_prompt(
+    text: str, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, keep_suffix: str = ""
+) -> list[int]:
     """Token ids of a prompt, at most max_prompt_tokens.
 
     A prompt that fits is `tokenizer(text)`. A longer one loses tokens from the end of its body. What stands before the
@@ -29,7 +28,7 @@ def encode_prompt(text: str, tokenizer: Any, max_prompt_tokens: int, keep_suffix
         ValueError: the kept parts leave no room for one token of the body, the text does not end in keep_suffix, or
             the tokenizer puts an EOS behind the text.
     """
-    ids = _encode(text, tokenizer)
+    ids = _encode(text, tokenizer)["input_ids"]
     if not ids:
         raise ValueError(f"the prompt {text[:60]!r} encodes to no tokens: a policy needs at least one to start from")
     if len(ids) <= max_prompt_tokens:
@@ -49,26 +48,31 @@ def encode_prompt(text: str, tokenizer: Any, max_prompt_tokens: int, keep_suffix
     return head_ids + _whole_characters(body_ids[:room], tokenizer) + suffix_ids
 
 
-def _encode(text: str, tokenizer: Any, **kwargs: Any) -> Any:
-    """Ids of a text with the special tokens that the tokenizer puts before it, but never with a second BOS."""
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, with_offsets: bool = False) -> BatchEncoding:
+    """A text with the special tokens that the tokenizer puts before it, but never with a second BOS.
+
+    Args:
+        with_offsets: add `offset_mapping` and `special_tokens_mask`.
+    """
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # as chat templates write it
-    encoded = tokenizer(text, add_special_tokens=not has_bos, **kwargs)
+    more = {"return_offsets_mapping": True, "return_special_tokens_mask": True} if with_offsets else {}
+    encoded = tokenizer(text, add_special_tokens=not has_bos, **more)
     ids = encoded["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} puts EOS {tokenizer.eos_token!r} behind every text, so that a "
             "prompt would already be at its end: load it with add_eos_token=False"
         )
-    return encoded if kwargs else ids
+    return encoded
 
 
-def _split_head(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _split_head(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens that cutting keeps before the body, and those of the body."""
     if not tokenizer.is_fast:
         raise ValueError(f"cutting a prompt needs the character offsets of a fast tokenizer, not {type(tokenizer)}")
     match = _HEAD.search(text)
     head_chars = match.end() if match else 0
-    encoded = _encode(text, tokenizer, return_offsets_mapping=True, return_special_tokens_mask=True)
+    encoded = _encode(text, tokenizer, with_offsets=True)
     kept = 0
     for place, ((start, _), special) in enumerate(
         zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
@@ -78,17 +82,18 @@ def _split_head(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     return encoded["input_ids"][:kept], encoded["input_ids"][kept:]
 
 
-def _whole_characters(ids: list[int], tokenizer: Any) -> list[int]:
+def _whole_characters(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """ids without a last character that was cut inside its bytes (it would read U+FFFD), but with at least one id."""
     for cut in range(min(4, len(ids))):  # a character has at most 4 bytes, so at most 3 of its tokens can stand here
         kept = len(ids) - cut
-        if not tokenizer.decode(ids[max(0, kept - 4) : kept]).endswith("\ufffd"):
+        text = cast(str, tokenizer.decode(ids[max(0, kept - 4) : kept]))  # a list only of a batch
+        if not text.endswith("\ufffd"):
             return ids[:kept]
     return ids
 
 
 @dataclasses.dataclass(frozen=True)
-class Schema:
+class PromptSchema:
     """One published form of a data set, and how its rows become prompts."""
 
     name: str
@@ -105,24 +110,18 @@ def tldr_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "completion": " " + row["summary"]}
 
 
-PROMPT_COMPLETION = Schema(
+PROMPT_COMPLETION = PromptSchema(
     "trl-lib/tldr",
     ("prompt", "completion"),
     lambda row: {"prompt": row["prompt"], "completion": row["completion"]},
 )
-TLDR_FILTERED = Schema(
+TLDR_FILTERED = PromptSchema(
     "vwxyzjn/summarize_from_feedback_tldr_3_filtered", ("subreddit", "title", "post", "summary"), tldr_prompt
 )
 TLDR_SCHEMAS = (PROMPT_COMPLETION, TLDR_FILTERED)
 
 
-def check_split(split: str) -> None:
-    """Raise ValueError for a name that is no split."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
-
-
-def load_rows(dataset: str | Path, split: str, schemas: Sequence[Schema] = TLDR_SCHEMAS) -> list[dict[str, Any]]:
+def load_rows(dataset: str | Path, split: str, schemas: Sequence[PromptSchema] = TLDR_SCHEMAS) -> list[dict[str, Any]]:
     """The prompts of a split, in memory: rows with `prompt`, `completion` and every other column of the data.
 
     Args:
@@ -136,23 +135,10 @@ def load_rows(dataset: str | Path, split: str, schemas: Sequence[Schema] = TLDR_
         ValueError: no such data or split, no rows, columns of no schema, or a row with something else than a text.
         ImportError: a Hub id or a parquet file without the extra "hub".
     """
-    return _to_rows(read_raw(dataset, split), f"dataset {str(dataset)!r}, split {split!r}", schemas)
+    return _to_rows(sources.read_rows(dataset, split), f"dataset {str(dataset)!r}, split {split!r}", schemas)
 
 
-def read_raw(dataset: str | Path, split: str, hub: Callable[[str, str], list[Any]] | None = None) -> list[Any]:
-    """A split's rows as they are written; arguments and errors as `load_rows`. `hub`: who reads a Hub id."""
-    check_split(split)
-    path = Path(dataset).expanduser()
-    if path.is_file():
-        return _read_file(path)
-    if path.is_dir():
-        return [row for file in _split_files(path, split) for row in _read_file(file)]
-    if path.name.endswith(FORMATS) or _HUB_ID.fullmatch(str(dataset)) is None:
-        raise ValueError(f"dataset {str(dataset)!r}: there is no such file or folder, and it is no Hub id (owner/name)")
-    return (hub or _read_hub)(str(dataset), split)
-
-
-def _to_rows(raw: list[Any], where: str, schemas: Sequence[Schema]) -> list[dict[str, Any]]:
+def _to_rows(raw: list[Any], where: str, schemas: Sequence[PromptSchema]) -> list[dict[str, Any]]:
     if not raw:
         raise ValueError(f"{where} is empty: it has no rows")
     for number, row in enumerate(raw):
@@ -171,90 +157,3 @@ def _to_rows(raw: list[Any], where: str, schemas: Sequence[Schema]) -> list[dict
         # Rewards get whole columns, so every row has every column.
         rows.append({name: row.get(name) for name in columns} | schema.convert(row))
     return rows
-
-
-def _split_files(folder: Path, split: str) -> list[Path]:
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.endswith(FORMATS)]
-    found = [f for f in files if re.fullmatch(rf"{split}(-\d+(-of-\d+)?)?", f.name.split(".")[0])]
-    if not found:
-        names = ", ".join(f.name for f in files) or "no data file"
-        raise ValueError(f"folder {str(folder)!r} has no file for split {split!r} ({split}.jsonl, ...); it has {names}")
-    if len(found) > 1 and any(f.name.split(".")[0] == split for f in found):  # else they are shards
-        names = ", ".join(f.name for f in found)
-        raise ValueError(f"folder {str(folder)!r} has more than one file for split {split!r}: {names}")
-    return found
-
-
-def _read_file(path: Path) -> list[Any]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(path)
-    if path.suffix == ".json":
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
-        if not isinstance(data, list):
-            raise ValueError(f"{str(path)!r} must hold a list of objects, not {type(data).__name__}")
-        return data
-    if path.suffix == ".csv":
-        return _read_csv(path)
-    if path.suffix == ".parquet":
-        _require("pyarrow", f"reading {path.name}")
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{str(path)!r} is no parquet file: {error}") from error
-    raise ValueError(f"{str(path)!r} is of no known format; allowed: {', '.join(FORMATS)}")
-
-
-def _read_csv(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
-        try:
-            rows = list(csv.DictReader(file, restkey="", strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{str(path)!r} is no CSV: {error}") from error
-    for number, row in enumerate(rows):
-        if "" in row:
-            raise ValueError(f"{str(path)!r}, row {number} has more fields than the header: {row['']}")
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{str(path)!r}, line {number} is no JSON: {error}") from error
-    return rows
-
-
-def _read_hub(name: str, split: str) -> list[Any]:
-    with hub_errors(name, split):
-        import datasets
-
-        return datasets.load_dataset(name, split=split).to_list()
-
-
-@contextlib.contextmanager
-def hub_errors(name: str, split: str) -> Iterator[None]:
-    """Around what asks the Hub: its errors in words that say what else works."""
-    _require("datasets", f"dataset {name!r} (no such file or folder, so a Hub id)")
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"dataset {name!r}, split {split!r}: there is no such file or folder, and the Hub gave none: {reason}. "
-            "Without a network a local file works."
-        ) from error
-
-
-def _require(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{what} needs the package {package}: pip install textrl-gym[hub]")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,11 @@ import torch
 from textrl_gym.core import RewardSpec, Row
 from textrl_gym.rewards import RewardFunction, load_reward
 from textrl_gym.stats.estimates import Array, outcomes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from textrl_gym.mdp.task import Task
 
 GOLD = "gold"
 """The name of a task's own judge."""
@@ -108,7 +113,11 @@ class Noisy:
 
 
 def load_scorer(
-    spec: RewardSpec | RewardFunction, *, task: Any = None, device: Any = "cpu", tokenizer: Any = None
+    spec: RewardSpec | RewardFunction,
+    *,
+    task: Task | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RewardFunction:
     """A judge that gives scores: what `load_reward` takes, or "gold", the task's own judge.
 
@@ -132,7 +141,13 @@ def load_scorer(
         raise ValueError(f"judge ({GOLD}, or a reward): {error}") from error
 
 
-def load_judge(spec: Any, *, task: Any = None, device: Any = "cpu", tokenizer: Any = None) -> Judge:
+def load_judge(
+    spec: Judge | RewardSpec | RewardFunction,
+    *,
+    task: Task | None = None,
+    device: str | torch.device = "cpu",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Judge:
     """A judge from what has `prefer` already, or from what `load_scorer` takes."""
     if isinstance(spec, Judge):
         return spec

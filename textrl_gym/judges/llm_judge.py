@@ -28,13 +28,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from textrl_gym.core import Row
 from textrl_gym.judges.judge import ENDPOINT, Answer
 from textrl_gym.stats.estimates import Array
+
+if TYPE_CHECKING:
+    import httpx2
 
 TEMPLATE = """Two answers were given to one task. Which of them does the task better?
 
@@ -215,11 +218,11 @@ class Endpoint:
                     raise EndpointError(f"{error}; {where}, from where the same command goes on") from error
                 raise
 
-    def _judge(self, client: Any, stop: threading.Event, key: str, asked: tuple[str, str, str]) -> None:
+    def _judge(self, client: httpx2.Client, stop: threading.Event, key: str, asked: tuple[str, str, str]) -> None:
         """Ask one question until there is a verdict, and keep it. After a failure nobody begins with a new one."""
         if stop.is_set():
             return
-        question = fill(self.template, dict(zip(FIELDS, asked, strict=True)))
+        question = fill_template(self.template, dict(zip(FIELDS, asked, strict=True)))
         verdict = reply = NONE
         try:
             for number in range(self.config.asks):
@@ -232,7 +235,7 @@ class Endpoint:
             raise
         self.verdicts.add(key, verdict, reply)
 
-    def _request(self, client: Any, stop: threading.Event, question: str) -> str:
+    def _request(self, client: httpx2.Client, stop: threading.Event, question: str) -> str:
         """The model's reply, tried for as often as the settings allow."""
         config, number = self.config, 0
         while True:
@@ -248,7 +251,7 @@ class Endpoint:
             if number > config.retries or stop.wait(max(wanted, backoff)):
                 raise EndpointError(f"{self.url}: {reason} ({number} tries)")
 
-    def _try(self, client: Any, question: str) -> tuple[str | None, str, float]:
+    def _try(self, client: httpx2.Client, question: str) -> tuple[str | None, str, float]:
         """One request: the reply, or None, why there is none, and the wait that the endpoint asks for, in seconds.
 
         Raises:
@@ -263,9 +266,9 @@ class Endpoint:
         try:
             response = client.post(self.url, json=body, headers=headers)
         except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.InvalidURL) as error:
-            raise EndpointError(f"{self.url}: {self._told(_words(error))}") from error
+            raise EndpointError(f"{self.url}: {self._told(_describe(error))}") from error
         except httpx2.RequestError as error:
-            return None, self._told(_words(error)), 0.0
+            return None, self._told(_describe(error)), 0.0
         if response.status_code != 200:
             reason = f"status {response.status_code}: {' '.join(self._told(response.text).split())[:300]}"
             if response.status_code in _TRY_AGAIN or response.status_code >= 500:
@@ -307,7 +310,7 @@ def read_verdict(reply: str) -> str:
     return "tie" if len(match[1]) > 1 else match[1].upper()
 
 
-def fill(template: str, values: dict[str, str]) -> str:
+def fill_template(template: str, values: dict[str, str]) -> str:
     """Put the values into {places} in one go, so that braces in an answer are no places."""
     return re.sub(r"\{(" + "|".join(FIELDS) + r")\}", lambda match: values[match[1]], template)
 
@@ -335,7 +338,7 @@ def _read_template(path: Path) -> str:
     return text
 
 
-def _words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -1,14 +1,16 @@
-"""What precedes RL: supervised fine-tuning, preferences and reward models.
+"""The pipeline before RL: supervised fine-tuning, preference data, reward models.
 
-- `sft`: supervised fine-tuning on prompt and completion pairs
-- `sample_preferences`: preference pairs sampled from policies and labelled
-- `simulated_comparisons`: completions compared by simulated annotators
+In reading order:
+- `sft`: supervised fine-tuning on prompts and completions
+- `induction`: an initialisation and a curriculum for tiny models trained from scratch
+- `optim`: AdamW, the learning-rate schedule and the progress bar that all training loops here share
+- `sample_preferences`: preference pairs, sampled from policies and labelled
+- `simulated_comparisons`: completions of a task, compared by simulated annotators
+- `reward_data`: the settings and the data of reward-model training
+- `replaced_tokens`: replaced-token detection, the pretraining of a reward model's body
 - `reward_model`: training a Bradley-Terry reward model
-- `reward_report`: accuracy and calibration as tables
-- `reward_ensemble`: an ensemble of reward models
 - `reward_metrics`: accuracy and calibration of a reward model
-- `replaced_tokens`: replaced-token detection before the comparisons
-- `induction`: an initialisation for tiny models that can copy
+- `reward_ensemble`: training and measuring an ensemble of reward models
 - `build_assets`: rebuilding the bundled files of TLDRSummarize-v0
 """
 
@@ -19,10 +21,11 @@ from textrl_gym.lazy import lazy
 __getattr__ = lazy(
     __name__,
     {
-        "SFTConfig": "sft",
         "PreferenceConfig": "sample_preferences",
+        "RewardModelConfig": "reward_data",
+        "SFTConfig": "sft",
         "make_preferences": "sample_preferences",
-        "train_reward_model": "reward_model",
         "train_ensemble": "reward_ensemble",
+        "train_reward_model": "reward_model",
     },
 )

@@ -4,9 +4,9 @@
 
 Each step uses what the command line has for users (`textrl-gym sft`, `textrl-gym reward-model`):
 1. A fluent model learns the reference summaries, from scratch. It is not bundled.
-2. The start policy: the fluent model unlearns on poor summaries, so that RL has room but the model can do better.
-3. The reward model: the fluent model's body, taught to read and then trained on comparisons of the start policy's
-   samples and the task's candidates.
+2. The initial policy: the fluent model unlearns on poor summaries, so that RL has room but the model can do better.
+3. The reward model: the fluent model's body, pretrained on replaced tokens and then trained on comparisons of the
+   initial policy's samples and the task's candidates.
 Weights are stored as float16, which halves the package. The same seed gives the same files on the same machine with the
 same number of threads; elsewhere sums are rounded differently and the measurements differ a little.
 """
@@ -17,18 +17,22 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
 from textrl_gym.envs import tldr_summarize
 from textrl_gym.models import loading
-from textrl_gym.pipeline.reward_model import RewardModelConfig, train_reward_model
+from textrl_gym.pipeline.reward_data import RewardModelConfig
+from textrl_gym.pipeline.reward_model import train_reward_model
 from textrl_gym.pipeline.sft import SFTConfig, sft
-from textrl_gym.pipeline.simulated_comparisons import sample_texts
+from textrl_gym.pipeline.simulated_comparisons import decode, sample_texts
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rewards import load_reward
+from textrl_gym.rewards import load_reward, reward_model
 from textrl_gym.worlds.tldr import TLDRCorpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ENV = tldr_summarize.ID
 REFERENCES = 60_000
@@ -65,8 +69,8 @@ def write_references(folder: Path, rows: int) -> Path:
     return folder
 
 
-def start_quality(folder: Path, posts: int = 128, seed: int = 0) -> dict[str, float]:
-    """Gold of the start policy on held-out posts: of samples at temperature 1, greedy, and the best of 8 samples."""
+def initial_policy_quality(folder: Path, posts: int = 128, seed: int = 0) -> dict[str, float]:
+    """Gold of the initial policy on held-out posts: of samples at temperature 1, greedy, and the best of 8 samples."""
     task = tldr_summarize.TLDRSummarize()
     tokenizer = task.load_tokenizer(str(folder))
     source = task.rows("validation")
@@ -76,7 +80,7 @@ def start_quality(folder: Path, posts: int = 128, seed: int = 0) -> dict[str, fl
 
     def gold(number: int, temperature: float) -> list[list[float]]:
         found = sample_texts(policy, task, tokenizer, rows, number, temperature, seed)
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for some in found for ids in some]
+        texts = [decode(tokenizer, ids) for some in found for ids in some]
         spread = [row for row in rows for _ in range(number)]
         flat = judge([row["prompt"] for row in spread], texts, facts=[row["facts"] for row in spread]).tolist()
         return [flat[start : start + number] for start in range(0, len(flat), number)]
@@ -89,10 +93,11 @@ def start_quality(folder: Path, posts: int = 128, seed: int = 0) -> dict[str, fl
     }
 
 
-def finish(folder: Path, record_file: str, **measured: float) -> dict[str, Any]:
+def store(folder: Path, record_file: str, **measured: float) -> dict[str, Any]:
     """Store the weights as float16, drop what is not needed, and complete the record; returns the record."""
-    load: Any = loading.load_classifier if (folder / "reward_model.json").is_file() else loading.load_model
-    load(folder).half().save_pretrained(folder)  # textrl_gym.models.loading loads them as float32
+    is_reward_model = (folder / reward_model.NORMALISATION_FILE).is_file()
+    loaded = loading.load_classifier(folder) if is_reward_model else loading.load_model(folder)
+    cast("PreTrainedModel", loaded).half().save_pretrained(folder)  # textrl_gym.models.loading loads them as float32
     (folder / "generation_config.json").unlink(missing_ok=True)
     path = folder / record_file
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -113,13 +118,13 @@ def build(config: BuildConfig) -> dict[str, Any]:
             settings = SFTConfig(steps=config.fluent_steps, seed=config.seed)
             data = write_references(work / "references", REFERENCES)
             sft(ENV, dataclasses.replace(settings, dataset=str(data)), fluent)
-        policy, reward_model = config.out / "policy", config.out / "reward_model"
+        policy, classifier = config.out / "policy", config.out / "reward_model"
         settings = SFTConfig(model=str(fluent), steps=config.policy_steps, learning_rate=1e-3, seed=config.seed)
         sft(ENV, settings, policy)
-        started = finish(policy, "sft.json", **start_quality(policy))
+        initial = store(policy, "sft.json", **initial_policy_quality(policy))
         judging = RewardModelConfig(model=str(fluent), policy=str(policy), seed=config.seed)
-        train_reward_model(ENV, judging, reward_model)
-        return {"policy": started, "reward_model": finish(reward_model, "reward_training.json")}
+        train_reward_model(ENV, judging, classifier)
+        return {"policy": initial, "reward_model": store(classifier, "reward_training.json")}
 
 
 if __name__ == "__main__":

@@ -8,14 +8,18 @@ Shape legend: B rows, N tokens of a run, L places, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
+
+from textrl_gym.pipeline.optim import RunningMean, adamw, descend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -61,7 +65,7 @@ def induction_init(model: LlamaForCausalLM, generator: torch.Generator) -> None:
 
 
 def copy_curriculum(
-    model: Any,
+    model: PreTrainedModel,
     *,
     steps: int,
     target_loss: float,
@@ -81,10 +85,11 @@ def copy_curriculum(
     Returns:
         {"copy_steps", "copy_loss"}: updates taken, and the last running mean of the loss in nats a token.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    longest, smooth, step = max(2, longest_run // 4), math.nan, 0
+    optimizer = adamw(model, learning_rate)
+    longest, mean_loss, step = max(2, longest_run // 4), RunningMean(share=0.1), 0
     for step in range(1, steps + 1):
         width = longest + max(longest // 2, 8)
+        # B lengths of run, in a quarter of the longest to the longest; each run starts again from its first token.
         run_B1 = torch.randint(max(2, longest // 4), longest + 1, (batch_size, 1), generator=generator)
         fresh_BN = torch.randint(model.config.vocab_size, (batch_size, longest), generator=generator)
         place_L = torch.arange(width)
@@ -92,31 +97,10 @@ def copy_curriculum(
         again_BL = (place_L > run_B1)[:, 1:]  # the first token of a second run cannot be foreseen
         logits_BLV = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits_BLV[again_BL].float(), ids_BL[:, 1:][again_BL])
-        descend(model, optimizer, loss, learning_rate * min(1.0, step / 50))
-        smooth = loss.item() if math.isnan(smooth) else 0.9 * smooth + 0.1 * loss.item()
-        report(smooth)
-        if smooth < target_loss:
+        descend(model, optimizer, loss, learning_rate * min(1.0, step / 50))  # no decay: it ends by its loss
+        report(mean_loss.update(loss.item()))
+        if mean_loss.value < target_loss:
             if longest == longest_run:
                 break
             longest = longest_run
-    return {"copy_steps": step, "copy_loss": smooth}
-
-
-def descend(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, max_norm: float = 1.0
-) -> None:
-    """One step down the gradient, scaled down to at most this norm, at this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    optimizer.step()
-
-
-def cosine(step: int, steps: int, warmup: int) -> float:
-    """The share of the peak learning rate at update `step` (from 0) of `steps`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+    return {"copy_steps": step, "copy_loss": mean_loss.value}

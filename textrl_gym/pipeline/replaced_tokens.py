@@ -1,54 +1,67 @@
-"""Reading before judging: a reward model's body first learns which tokens of a text are not what its prompt says.
+"""Replaced-token detection: pretraining of the reward model's body.
 
-Replaced-token detection (Clark et al. 2020, "ELECTRA", arXiv:2003.10555): after every token the scalar head says
-whether it is the true one. False tokens come from the task's own falsified texts and, in half of them, from slips of
-the pen such as a language model makes that is sampled from. Labels are dense and certain where preferences are one
-noisy bit a pair: without this step 5,000 prompts of comparisons taught a body of a million parameters to count facts
-and to see bad grammar, but not to check a value (53% right on pairs that differ in one).
+After every token of a text the scalar head says whether it is the original token (Clark et al. 2020, "ELECTRA",
+arXiv:2003.10555). Replaced tokens come from the task's own corrupted texts and, in half of them, from replacements at
+random places, as a language model makes them when it is sampled from. Labels are dense and certain, where preferences
+are one noisy bit a pair: without this step 5,000 prompts of comparisons taught a body of a million parameters to count
+facts and to see bad grammar, but not to check a value (53% right on pairs that differ in one).
 
-Shape legend: B prompts, K texts a prompt, T places a text, N tokens of texts.
+Shape legend: B prompts, K texts a prompt, T positions a text, N tokens of texts.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from textrl_gym.core import PromptSource, Row
+from textrl_gym.data.ranked import PromptEncoder
 from textrl_gym.models.packing import pack
-from textrl_gym.pipeline.induction import cosine, descend
+from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend
 
-TEXTS = 4  # falsified texts of one prompt
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CORRUPTED_TEXTS = 4  # of one prompt: they share its computation, see models.packing
+MIN_ORIGINAL = 0.5  # share; a text that keeps less is another text, and its tokens are not "replaced"
+
+
+@runtime_checkable
+class CorruptingTask(PromptEncoder, Protocol):
+    """A task that can corrupt its own reference texts."""
+
+    def corrupted(self, row: Row, rng: random.Random, n: int) -> list[tuple[str, str]]:
+        """`n` pairs of a text of this row and the same text with wrong tokens."""
+        ...
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Texts of one prompt, and which of their tokens are true."""
+class CorruptedTexts:
+    """Corrupted texts of one prompt, and which of their tokens are the original ones."""
 
     prompt_ids: list[int]
     text_ids: list[list[int]]
-    true: list[list[bool]]
+    original: list[list[bool]]
 
 
-def true_tokens(original_ids: Sequence[int], false_ids: Sequence[int]) -> list[bool]:
-    """For each token of a falsified text, whether it is the original's (aligned as a diff aligns lines)."""
-    true = [False] * len(false_ids)
-    blocks = difflib.SequenceMatcher(None, original_ids, false_ids, autojunk=False).get_matching_blocks()
+def original_tokens(original_ids: Sequence[int], corrupted_ids: Sequence[int]) -> list[bool]:
+    """For each token of a corrupted text, whether it is the original's (aligned as a diff aligns lines)."""
+    original = [False] * len(corrupted_ids)
+    blocks = difflib.SequenceMatcher(None, original_ids, corrupted_ids, autojunk=False).get_matching_blocks()
     for _, start, size in blocks:
-        true[start : start + size] = [True] * size
-    return true
+        original[start : start + size] = [True] * size
+    return original
 
 
-def slip(ids: Sequence[int], prompt_ids: Sequence[int], vocab_size: int, rng: random.Random) -> list[int]:
-    """The tokens with 1 to 3 replaced or put in: from the prompt, the text itself or anywhere in the vocabulary."""
+def replace_tokens(ids: Sequence[int], prompt_ids: Sequence[int], vocab_size: int, rng: random.Random) -> list[int]:
+    """Replace or insert 1 to 3 tokens: from the prompt, the text itself or the whole vocabulary."""
     slipped = list(ids)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(slipped))
@@ -57,34 +70,36 @@ def slip(ids: Sequence[int], prompt_ids: Sequence[int], vocab_size: int, rng: ra
     return slipped
 
 
-def falsify(task: Any, tokenizer: Any, row: Row, rng: random.Random) -> Reading:
-    """Some texts of a row with false tokens. Texts that share less than half with their original are left out."""
+def corrupt(task: CorruptingTask, tokenizer: PreTrainedTokenizerBase, row: Row, rng: random.Random) -> CorruptedTexts:
+    """Corrupted texts of a row. Texts that keep at most half of their original tokens are left out."""
     prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
-    reading = Reading(prompt_ids, [], [])
-    for original, false in task.falsified(row, rng, TEXTS):
-        true_ids, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (original, false))
+    found = CorruptedTexts(prompt_ids, [], [])
+    for text, corrupted in task.corrupted(row, rng, CORRUPTED_TEXTS):
+        text_ids, ids = (tokenizer(some, add_special_tokens=False)["input_ids"] for some in (text, corrupted))
         if ids and rng.random() < 0.5:
-            ids = slip(ids, prompt_ids, len(tokenizer), rng)
-        true = true_tokens(true_ids, ids)[: task.max_new_tokens]
-        if sum(true) > 0.5 * len(true):
-            reading.text_ids.append(ids[: task.max_new_tokens])
-            reading.true.append(true)
-    return reading
+            ids = replace_tokens(ids, prompt_ids, len(tokenizer), rng)
+        original = original_tokens(text_ids, ids)[: task.max_new_tokens]
+        if sum(original) > MIN_ORIGINAL * len(original):
+            found.text_ids.append(ids[: task.max_new_tokens])
+            found.original.append(original)
+    return found
 
 
-def reading_loss(model: Any, batch: Sequence[Reading]) -> Tensor:
-    """Mean over all tokens of -log P(token is labelled rightly), with P(true) = sigmoid(score after the token)."""
-    packed = pack([(reading.prompt_ids, reading.text_ids) for reading in batch])
-    hidden_BLD = model.base_model(**packed.inputs(model))[0][:, packed.prompt_places :]
-    score_BKT = model.score(hidden_BLD).float().view(packed.mask_BKT.shape)
-    true_N = torch.tensor([token for reading in batch for text in reading.true for token in text], dtype=torch.float32)
-    return F.binary_cross_entropy_with_logits(score_BKT[packed.mask_BKT.to(model.device)], true_N.to(model.device))
+def replaced_token_loss(model: nn.Module, batch: Sequence[CorruptedTexts]) -> Tensor:
+    """Binary cross-entropy, mean over all tokens, with P(original) = sigmoid(score after the token)."""
+    classifier, head = cast("PreTrainedModel", model), cast(nn.Linear, model.score)
+    device = classifier.device
+    packed = pack([(texts.prompt_ids, texts.text_ids) for texts in batch])
+    hidden_BLD = classifier.base_model(**packed.inputs(classifier))[0][:, packed.prompt_places :]
+    score_BKT = head(hidden_BLD).float().view(packed.mask_BKT.shape)
+    label_N = torch.tensor([token for texts in batch for text in texts.original for token in text], dtype=torch.float32)
+    return F.binary_cross_entropy_with_logits(score_BKT[packed.mask_BKT.to(device)], label_N.to(device))
 
 
-def learn_to_read(
-    model: Any,
-    task: Any,
-    tokenizer: Any,
+def train_replaced_tokens(
+    model: nn.Module,
+    task: CorruptingTask,
+    tokenizer: PreTrainedTokenizerBase,
     source: PromptSource,
     *,
     steps: int,
@@ -94,18 +109,17 @@ def learn_to_read(
     seed: int,
     report: Callable[[float], None] = lambda loss: None,
 ) -> float:
-    """Train body and head; the running mean of the loss at the end, in nats a token."""
+    """Train body and head; returns the running mean of the loss at the end, in nats a token."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    smooth = math.nan
+    optimizer = adamw(model, learning_rate)
+    mean_loss = RunningMean()
     for step in range(steps):
-        batch: list[Reading] = []
+        batch: list[CorruptedTexts] = []
         while len(batch) < batch_size:
-            reading = falsify(task, tokenizer, source[rng.randrange(len(source))], rng)
-            if reading.text_ids:
-                batch.append(reading)
-        loss = reading_loss(model, batch)
+            texts = corrupt(task, tokenizer, source[rng.randrange(len(source))], rng)
+            if texts.text_ids:
+                batch.append(texts)
+        loss = replaced_token_loss(model, batch)
         descend(model, optimizer, loss, learning_rate * cosine(step, steps, warmup_steps))
-        smooth = loss.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss.item()
-        report(smooth)
-    return smooth
+        report(mean_loss.update(loss.item()))
+    return mean_loss.value

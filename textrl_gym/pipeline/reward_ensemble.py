@@ -1,11 +1,11 @@
-"""Training an ensemble of reward models on the same comparisons, and what it is worth on held-out ones.
+"""Reward-model ensembles: several reward models trained on the same comparisons, and measured on held-out ones.
 
-Member i is the reward model of `seed + i`: another head, another reading (see `pipeline.replaced_tokens`), and the same
-comparisons in another order; member 0 is the model that is trained without --ensemble. All start from one body, so that
-what its pretraining got wrong is wrong in all of them: Eisenstein et al. 2023 (arXiv:2312.09244) found that ensembles
-of several pretrainings do better than those that differ by the fine-tuning seed only, and that both leave hacks that
-all members share. For the former, train members with --model, --seed and --data-seed each, and list their folders in
-an ensemble.json.
+Member i is the reward model of `seed + i`: another head, other corrupted texts in `pipeline.replaced_tokens`, and the
+same comparisons in another order; member 0 is the model that is trained without --ensemble. All begin with one body, so
+that what its pretraining got wrong is wrong in all of them: Eisenstein et al. 2023 (arXiv:2312.09244) found that
+ensembles of several pretrainings do better than those that differ by the fine-tuning seed only, and that both leave
+hacks that all members share. For the former, train members with --model, --seed and --data-seed each, and list their
+folders in an ensemble.json.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ import torch
 from torch import Tensor
 
 from textrl_gym import files
+from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.models import loading
-from textrl_gym.pipeline.reward_metrics import gaps, gold_agreement, score_all
-from textrl_gym.pipeline.reward_model import RECORD as MEMBER_RECORD
-from textrl_gym.pipeline.reward_model import Data, RewardModelConfig, gather, train_on, train_reward_model
-from textrl_gym.pipeline.reward_report import accuracy_row
-from textrl_gym.pipeline.simulated_comparisons import Comparison
+from textrl_gym.pipeline.reward_data import RewardData, RewardModelConfig, gather
+from textrl_gym.pipeline.reward_metrics import accuracy_row, gaps, gold_agreement, score_all
+from textrl_gym.pipeline.reward_model import read_record, train_on, train_reward_model
 from textrl_gym.rewards import ensemble, reward_model
 
-RECORD = "ensemble_training.json"
-"""What was asked for and measured, in an ensemble's folder."""
+ENSEMBLE_RECORD = "ensemble_training.json"
+"""Settings and measurements, in an ensemble's folder."""
 
-Scores = list[list[float]]
+CompletionScores = list[list[float]]
 """Of each completion of each prompt."""
 
 
@@ -41,9 +40,9 @@ def train_rewards(env_id: str, config: RewardModelConfig, out: Path) -> dict[str
     Raises:
         ValueError: as of either; or the folder holds the other kind.
     """
-    kind, train, other = "a reward model", train_reward_model, ensemble.FILE
+    kind, train, other = "a reward model", train_reward_model, ensemble.ENSEMBLE_FILE
     if config.ensemble:
-        kind, train, other = "an ensemble", train_ensemble, reward_model.FILE
+        kind, train, other = "an ensemble", train_ensemble, reward_model.NORMALISATION_FILE
     if (out / other).is_file():
         raise ValueError(f"{str(out)!r} holds {other}, so {kind} cannot be written to it: name another --out")
     return train(env_id, config, out)
@@ -73,13 +72,13 @@ def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[st
     record = {
         "environment": env_id,
         "config": dataclasses.asdict(config),
-        **measure([out / name for name in members], data, config),
+        **measure_ensemble([out / name for name in members], data, config),
     }
     settings = {"members": list(members), "combine": config.combine, "coefficient": config.coefficient}
 
     text = json.dumps(record, indent=2)
-    files.write_text(out / RECORD, text + "\n")
-    files.write_text(out / ensemble.FILE, json.dumps(settings, indent=2) + "\n")
+    files.write_text(out / ENSEMBLE_RECORD, text + "\n")
+    files.write_text(out / ensemble.ENSEMBLE_FILE, json.dumps(settings, indent=2) + "\n")
     return json.loads(text)
 
 
@@ -90,10 +89,9 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
         ValueError: it holds one of other settings, naming the first that differs.
     """
     files.finish_folder(folder)
-    file = folder / MEMBER_RECORD
-    if not file.is_file():
+    found = read_record(folder)
+    if found is None:
         return False
-    found = json.loads(file.read_text(encoding="utf-8"))
     before = {"environment": found["environment"], **found["config"]}
     wanted = json.loads(json.dumps({"environment": env_id, **dataclasses.asdict(config)}))
     for key, value in wanted.items():
@@ -108,33 +106,33 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def normalised(folder: Path, comparisons: Sequence[Comparison]) -> Scores:
+def normalised(folder: Path, comparisons: Sequence[RankedCompletions]) -> CompletionScores:
     """A saved reward model's normalised scores."""
-    norm = reward_model.read_normalisation(folder / reward_model.FILE)
+    norm = reward_model.read_normalisation(folder / reward_model.NORMALISATION_FILE)
     raw = score_all(loading.load_classifier(folder), comparisons)
     return [[(value - norm["bias"]) * norm["scale"] for value in row] for row in raw]
 
 
-def stacked(of_members: Sequence[Scores]) -> Tensor:
+def stacked(of_members: Sequence[CompletionScores]) -> Tensor:
     """Members' scores as [M, completions]."""
     return torch.tensor([[value for row in scores for value in row] for scores in of_members])
 
 
-def combined(of_members: Sequence[Scores], how: str, coefficient: float) -> Scores:
+def combined(of_members: Sequence[CompletionScores], how: str, coefficient: float) -> CompletionScores:
     """The members' scores as one."""
     flat = iter(ensemble.combine(stacked(of_members), how, coefficient).tolist())
     return [[next(flat) for _ in row] for row in of_members[0]]
 
 
-def measure(folders: Sequence[Path], data: Data, config: RewardModelConfig) -> dict[str, Any]:
+def measure_ensemble(folders: Sequence[Path], data: RewardData, config: RewardModelConfig) -> dict[str, Any]:
     """The accuracy of members and combinations on all held-out pairs, and how far members are apart.
 
     Apart: the standard deviation of their normalised scores of one completion, averaged over completions. A unit is
-    the standard deviation of a member's scores of the start policy's samples.
+    the standard deviation of a member's scores of the initial policy's samples.
     """
     pairs = [c for some in data.compared.values() for c in some]
     of_members = [normalised(folder, pairs) for folder in folders]
-    scores: Mapping[str, Scores] = {
+    scores: Mapping[str, CompletionScores] = {
         **{f"member {folder.name}": some for folder, some in zip(folders, of_members, strict=True)},
         **{how: combined(of_members, how, config.coefficient) for how in get_args(ensemble.Combination)},
     }
@@ -151,7 +149,7 @@ def measure(folders: Sequence[Path], data: Data, config: RewardModelConfig) -> d
     return {"measured": measured, "accuracy": rows}
 
 
-def accuracy(name: str, scores: Scores, pairs: Sequence[Comparison]) -> dict[str, Any]:
+def accuracy(name: str, scores: CompletionScores, pairs: Sequence[RankedCompletions]) -> dict[str, Any]:
     """A line of the table of accuracies, with the agreement with the judge where there is one."""
     row = accuracy_row(name, gaps(scores, pairs))
     row = {"reward": row.pop("data"), **row}

@@ -11,22 +11,28 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from textrl_gym import files
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
+from textrl_gym.mdp.task import Task
 from textrl_gym.models import loading, lora
-from textrl_gym.pipeline.sft import progress_bar
-from textrl_gym.pipeline.simulated_comparisons import sample_texts
+from textrl_gym.pipeline.optim import progress_bar
+from textrl_gym.pipeline.simulated_comparisons import decode, sample_texts
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 START = "start"
+"""The name of the task's initial policy as a model."""
 ANNOTATORS, JUDGE = "annotators", "judge"
 MOST_PROMPTS = 20
 """Prompts that are drawn at most for each pair that is wanted, since some give ties."""
@@ -39,10 +45,11 @@ class PreferenceConfig:
     n: int = 5000
     """Pairs to write."""
     model: str | None = None
-    """Whose completions: the folder of a saved agent, or a causal LM (folder, Hub id); None: the task's start."""
+    """Whose completions: the folder of a saved agent, or a causal LM (folder, Hub id); None: the task's
+    initial policy."""
     other_model: str | None = None
-    """Whose completions they are compared to, of the same tokenizer; "start" is the task's start; None: others of
-    `model`."""
+    """Whose completions they are compared to, of the same tokenizer; "start" is the task's initial policy; None: other
+    completions of `model`."""
     label: str = ANNOTATORS
     """Who chooses. "annotators": the simulated ones, by the task's judge, noise and all; "judge": the higher score of
     the task's judge; else the higher score of this reward (a name, package.module:name or a folder)."""
@@ -74,8 +81,8 @@ class PreferenceConfig:
 # -- policies ---------------------------------------------------------------------------------------------------------
 
 
-def load_policy(spec: str | None, task: Any, device: Any) -> tuple[Policy, Any]:
-    """The policy of a saved agent, of a model, or of the task's start, and its tokenizer.
+def load_policy(spec: str | None, task: Task, device: str | torch.device) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """The policy of a saved agent, of a model, or of the task's initial policy, and its tokenizer.
 
     Raises:
         ValueError: nothing can be loaded, or its tokenizer is another model's.
@@ -96,7 +103,7 @@ def load_policy(spec: str | None, task: Any, device: Any) -> tuple[Policy, Any]:
     return Policy(model.to(device), vocab_size=len(tokenizer)), tokenizer
 
 
-def load_policies(task: Any, config: PreferenceConfig) -> tuple[list[Policy], Any]:
+def load_policies(task: Task, config: PreferenceConfig) -> tuple[list[Policy], PreTrainedTokenizerBase]:
     """One policy, or two of one tokenizer, and that."""
     device = loading.resolve_device(config.device)
     policy, tokenizer = load_policy(config.model, task, device)
@@ -114,19 +121,17 @@ def load_policies(task: Any, config: PreferenceConfig) -> tuple[list[Policy], An
 class Labeller:
     """Scores completions, and says which of two is chosen."""
 
-    def __init__(self, task: Any, tokenizer: Any, config: PreferenceConfig) -> None:
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreferenceConfig) -> None:
         """Raises ValueError where nothing is named so, or the task has no judge."""
-        by_judge = config.label in (ANNOTATORS, JUDGE)
-        if by_judge and task.judge is None:
+        reward = task.judge if config.label in (ANNOTATORS, JUDGE) else config.label
+        if reward is None:
             raise ValueError(
                 f"label {config.label!r} needs the task's judge, and {type(task).__name__} has none: name a reward, as "
                 f"--label {task.reward if isinstance(task.reward, str) else 'package.module:name'}"
             )
         self.annotators = config.annotators if config.label == ANNOTATORS else None
         device = loading.resolve_device(config.device)
-        self.reward = load_reward(
-            task.judge if by_judge else config.label, task=task, device=device, tokenizer=tokenizer
-        )
+        self.reward = load_reward(reward, task=task, device=device, tokenizer=tokenizer)
 
     def scores(
         self, rows: Sequence[Row], prompt_ids: list[list[int]], completion_ids: list[list[int]], texts: list[str]
@@ -163,7 +168,7 @@ def draw_prompts(size: int, count: int, seed: int) -> Iterator[list[int]]:
 class Pairer:
     """Samples pairs of a task's prompts and has them labelled."""
 
-    def __init__(self, task: Any, config: PreferenceConfig) -> None:
+    def __init__(self, task: Task, config: PreferenceConfig) -> None:
         """Raises ValueError where the models, the label or the prompts are not to be had."""
         self.task, self.config = task, config
         self.source = task.rows(config.split, config.dataset)
@@ -187,7 +192,7 @@ class Pairer:
             rng = np.random.default_rng([config.seed, 1, number])
             rows = [self.source[place] for place in places]
             both = self._sample(rows, rng)
-            texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in two] for two in both]
+            texts = [[decode(self.tokenizer, ids) for ids in two] for two in both]
             differing = [pair for pair in zip(rows, both, texts, strict=True) if pair[2][0] != pair[2][1]]
             counts["prompts"] += len(rows)
             counts["equal"] += len(rows) - len(differing)

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,7 +26,11 @@ from textrl_gym.mdp.task import Task
 from textrl_gym.models.packing import Packed, pack
 from textrl_gym.models.tokenizer import train_tokenizer
 from textrl_gym.pipeline import induction
+from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend, progress_bar
 from textrl_gym.registry import load_env_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ class SFTConfig:
 # -- loss -------------------------------------------------------------------------------------------------------------
 
 
-def completion_nll(model: Any, batch: Packed) -> tuple[Tensor, Tensor]:
+def completion_nll(model: PreTrainedModel, batch: Packed) -> tuple[Tensor, Tensor]:
     """Summed -log p of the completions' tokens (EOS included, prompts not) in float32, and how many they are."""
     rows, most, width = batch.token_BKT.shape
     # The prompt's last place predicts every first token; place t of a completion predicts its token t + 1.
@@ -92,7 +94,7 @@ def completion_nll(model: Any, batch: Packed) -> tuple[Tensor, Tensor]:
     return nll, mask_BKT.sum()
 
 
-def sft_loss(model: Any, batch: Packed) -> Tensor:
+def sft_loss(model: PreTrainedModel, batch: Packed) -> Tensor:
     """Mean -log p over all completion tokens of the batch: long and short rows' tokens weigh the same."""
     nll, count = completion_nll(model, batch)
     return nll / count
@@ -101,7 +103,7 @@ def sft_loss(model: Any, batch: Packed) -> Tensor:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def encode_row(task: Task, tokenizer: Any, row: Row) -> tuple[list[int], list[list[int]]]:
+def encode_row(task: Task, tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[list[int]]]:
     """Token ids of a row's prompt (cut to the task's limit) and of its completions, each with one EOS.
 
     A completion longer than the budget loses its end and its EOS: the model must not learn to stop in mid-sentence.
@@ -111,7 +113,7 @@ def encode_row(task: Task, tokenizer: Any, row: Row) -> tuple[list[int], list[li
     return task.encode(row, tokenizer, task.max_prompt_tokens), [some[: task.max_new_tokens] for some in ids]
 
 
-def demonstrations(task: Any, split: str, dataset: str | None) -> PromptSource:
+def demonstrations(task: Task, split: str, dataset: str | None) -> PromptSource:
     """Rows to learn from: the task's own `demonstrations(split)` where it has them, or the rows of a dataset.
 
     A row holds `prompt` and `completion`, or a list of `completions`, which cost little more to learn than one.
@@ -119,8 +121,8 @@ def demonstrations(task: Any, split: str, dataset: str | None) -> PromptSource:
     Raises:
         ValueError: the rows have no completions to learn.
     """
-    own = dataset is None and hasattr(task, "demonstrations")
-    source = task.demonstrations(split) if own else task.rows(split, dataset)
+    own: Callable[[str], PromptSource] | None = getattr(task, "demonstrations", None)
+    source = own(split) if dataset is None and own is not None else task.rows(split, dataset)
     if len(source) == 0 or not (source[0].get("completions") or source[0].get("completion")):
         found = sorted(source[0]) if len(source) else "no rows"
         raise ValueError(f"supervised training needs rows with the columns prompt and completion; found {found}")
@@ -128,7 +130,12 @@ def demonstrations(task: Any, split: str, dataset: str | None) -> PromptSource:
 
 
 def batches(
-    task: Task, tokenizer: Any, source: PromptSource, batch_size: int, rng: random.Random, pool: int = 8
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    source: PromptSource,
+    batch_size: int,
+    rng: random.Random,
+    pool: int = 8,
 ) -> Iterator[Packed]:
     """Endless shuffled batches, each of rows with prompts of about one length, so that little is padding."""
     while True:
@@ -143,8 +150,8 @@ def batches(
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def new_model(config: SFTConfig, tokenizer: Any, places: int) -> LlamaForCausalLM:
-    """A Llama that can copy from the start. Embeddings are tied to the output layer: a quarter of the parameters."""
+def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, places: int) -> LlamaForCausalLM:
+    """A new Llama with an induction circuit (`pipeline.induction`)."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -155,7 +162,7 @@ def new_model(config: SFTConfig, tokenizer: Any, places: int) -> LlamaForCausalL
             num_key_value_heads=config.heads,
             attention_bias=True,
             max_position_embeddings=max(512, places),
-            tie_word_embeddings=True,
+            tie_word_embeddings=True,  # else a quarter of the parameters would be a second embedding
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -166,7 +173,9 @@ def new_model(config: SFTConfig, tokenizer: Any, places: int) -> LlamaForCausalL
 
 
 @torch.no_grad()
-def heldout_loss(model: Any, task: Task, tokenizer: Any, source: PromptSource, rows: int) -> float:
+def heldout_loss(
+    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, source: PromptSource, rows: int
+) -> float:
     """Nats a completion token over the first `rows` rows."""
     total, count = 0.0, 0
     picked = [source[i] for i in range(min(rows, len(source)))]
@@ -177,19 +186,9 @@ def heldout_loss(model: Any, task: Task, tokenizer: Any, source: PromptSource, r
     return total / count
 
 
-def progress_bar() -> Progress:
-    """What everything that lasts shows: done of all, what it measures, the time gone and to come."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-
-
-def load_start(task: Task, config: SFTConfig, source: PromptSource) -> tuple[Any, Any]:
+def load_initial(
+    task: Task, config: SFTConfig, source: PromptSource
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that training starts from."""
     if config.model is not None:
         return task.load_model(config.model), task.load_tokenizer(config.model)
@@ -215,7 +214,7 @@ def sft(env_id: str, config: SFTConfig, out: Path) -> dict[str, Any]:
     task = load_env_task(env_id)
     torch.manual_seed(config.seed)
     source, heldout = (demonstrations(task, split, config.dataset) for split in ("train", "validation"))
-    model, tokenizer = load_start(task, config, source)
+    model, tokenizer = load_initial(task, config, source)
     model.eval()  # no dropout: the same function is trained that will be sampled from
     measured: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
 
@@ -233,26 +232,26 @@ def sft(env_id: str, config: SFTConfig, out: Path) -> dict[str, Any]:
                 report=lambda loss: bar.update(row, advance=1, note=f"loss {loss:.3f}"),
             )
         rng = random.Random(config.seed)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-        )
+        optimizer = adamw(model, config.learning_rate, config.weight_decay)
         stream = batches(task, tokenizer, source, config.batch_size, rng)
         row = bar.add_task("supervised", total=config.steps, note="")
-        smooth = math.nan
+        mean_loss = RunningMean()
         for step, batch in zip(range(config.steps), stream, strict=False):
             loss = sft_loss(model, batch)
-            rate = config.learning_rate * induction.cosine(step, config.steps, config.warmup_steps)
-            induction.descend(model, optimizer, loss, rate, config.max_grad_norm)
-            smooth = loss.item() if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss.item()
-            bar.update(row, advance=1, note=f"loss {smooth:.3f}")
-    measured |= {"train_loss": smooth, "heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows)}
-    save(model, tokenizer, out)
+            rate = config.learning_rate * cosine(step, config.steps, config.warmup_steps)
+            descend(model, optimizer, loss, rate, config.max_grad_norm)
+            bar.update(row, advance=1, note=f"loss {mean_loss.update(loss.item()):.3f}")
+    measured |= {
+        "train_loss": mean_loss.value,
+        "heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows),
+    }
+    save_model(model, tokenizer, out)
     record = {"environment": env_id, "config": dataclasses.asdict(config), "measured": measured}
     files.write_text(out / "sft.json", json.dumps(record, indent=2) + "\n")
     return record
 
 
-def save(model: Any, tokenizer: Any, out: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Safetensors, config and tokenizer in one folder that transformers can load."""
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)

@@ -1,43 +1,36 @@
-"""Preferences: which of several completions of a prompt are better, by simulated annotators or from a user's file."""
+"""Simulated comparisons: completions of a task's prompts, compared by simulated annotators."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
 
 from textrl_gym.core import Row
-from textrl_gym.data import preferences, prompts
+from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.functional import pad
+from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.task import Task
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.rollouts import sampler
 
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """K completions of one prompt, and which of them were preferred to which."""
-
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
-    """With their EOS, unless they were cut off."""
-    pairs: list[tuple[int, int]]
-    """(chosen, rejected), as places in completion_ids."""
-    gold: list[float] = dataclasses.field(default_factory=list)
-    """The judge's scores of the completions, where there is a judge; for measuring only."""
-    sampled: int = 0
-    """The first so many completions are the model's own samples."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def sample_texts(
-    policy: Policy, task: Task, tokenizer: Any, rows: Sequence[Row], number: int, temperature: float, seed: int
+    policy: Policy,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    number: int,
+    temperature: float,
+    seed: int,
 ) -> list[list[list[int]]]:
     """`number` completions of each row's prompt as token ids with their EOS; temperature 0 is greedy decoding."""
     prompt_BP, prompt_mask_BP = pad([task.encode(row, tokenizer, task.max_prompt_tokens) for row in rows], "left")
@@ -58,34 +51,64 @@ def sample_texts(
     return [ids[start : start + number] for start in range(0, len(ids), number)]
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of a completion, without EOS."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))  # a list only of a batch
+
+
+Candidates = Callable[[Row, random.Random, int], list[str]]
+"""A task's `candidates(row, rng, n)`: n completions of a row's prompt, from perfect to poor."""
+
+
+class ComparisonSettings(Protocol):
+    """What comparing needs of the settings (`pipeline.reward_data.RewardModelConfig`)."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def candidates(self) -> int: ...
+
+    @property
+    def annotators(self) -> Annotators: ...
+
+
 class Comparer:
     """Simulated comparisons of the task's rows: annotators judge samples of policies and the task's candidates."""
 
-    def __init__(self, task: Any, policies: Sequence[Policy], tokenizer: Any, config: Any) -> None:
+    def __init__(
+        self,
+        task: Task,
+        policies: Sequence[Policy],
+        tokenizer: PreTrainedTokenizerBase,
+        config: ComparisonSettings,
+    ) -> None:
         """Raises ValueError where the task has no judge or no candidates to compare."""
-        if task.judge is None or not hasattr(task, "candidates"):
+        candidates: Candidates | None = getattr(task, "candidates", None)
+        if task.judge is None or candidates is None:
             raise ValueError(
                 f"{type(task).__name__} has no judge with candidates(row, rng, n), so there is nothing for simulated "
                 "annotators to compare: give pairs with dataset="
             )
         self.task, self.policies, self.tokenizer, self.config = task, policies, tokenizer, config
+        self.candidates = candidates
         self.judge = load_reward(task.judge, task=task, tokenizer=tokenizer)
 
     def compare(
         self, policy: Policy, rows: Sequence[Row], seed: int, samples: int, temperature: float, candidates: int
-    ) -> list[Comparison]:
+    ) -> list[RankedCompletions]:
         """All pairs among so many samples and candidates of each row. Equal texts are compared once."""
         rng, draw = random.Random(seed), np.random.default_rng(seed)
         sampled = sample_texts(policy, self.task, self.tokenizer, rows, samples, temperature, seed)
         made = []
         for row, own in zip(rows, sampled, strict=True):
             prompt_ids = self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens)
-            texts = self.task.candidates(row, rng, candidates)
+            texts = self.candidates(row, rng, candidates)
             given = [self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id] for text in texts]
             ids = [list(key) for key in dict.fromkeys(tuple(i[: self.task.max_new_tokens]) for i in own + given)]
             distinct = len({tuple(i) for i in own})
             made.append((row, prompt_ids, ids, distinct))
-        texts_of = [[self.tokenizer.decode(i, skip_special_tokens=True) for i in ids] for _, _, ids, _ in made]
+        texts_of = [[decode(self.tokenizer, i) for i in ids] for _, _, ids, _ in made]
         gold = iter(self._gold([row for row, *_ in made], texts_of))
         found = []
         for (_, prompt_ids, ids, distinct), texts in zip(made, texts_of, strict=True):
@@ -94,7 +117,7 @@ class Comparer:
             first, second = np.array(list(itertools.combinations(range(len(ids)), 2)), dtype=int).reshape(-1, 2).T
             wins = self.config.annotators.prefer(score[first], score[second], words[first], words[second], draw)
             pairs = [(int(a), int(b)) if w else (int(b), int(a)) for a, b, w in zip(first, second, wins, strict=True)]
-            found.append(Comparison(prompt_ids, ids, pairs, score.tolist(), distinct))
+            found.append(RankedCompletions(prompt_ids, ids, pairs, score.tolist(), distinct))
         return found
 
     def _gold(self, rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> list[float]:
@@ -103,7 +126,7 @@ class Comparer:
         columns = {name: [row[name] for row in spread] for name in rows[0] if name != "prompt"}
         return self.judge([row["prompt"] for row in spread], flat, **columns).tolist()
 
-    def stream(self, split: str, count: int, seed: int, chunk: int = 64) -> Iterator[Comparison]:
+    def stream(self, split: str, count: int, seed: int, chunk: int = 64) -> Iterator[RankedCompletions]:
         """Comparisons of `count` rows of a split; policies take turns, at temperatures between 0.5 and 1.2."""
         source = self.task.rows(split)
         rng = random.Random(seed)
@@ -114,54 +137,3 @@ class Comparer:
             temperature = rng.uniform(0.5, 1.2)
             made = (self.config.samples, temperature, self.config.candidates)
             yield from self.compare(policy, rows, seed + start + 1, *made)
-
-
-def _encode(row: Row, task: Task, tokenizer: Any, budget: int) -> list[int]:
-    """Ids of a prompt from a user's data, which need not be of the task's form."""
-    if row["dialogue"] or not row["prompt"].endswith(task.keep_suffix):
-        ids = prompts.encode_prompt(row["prompt"], tokenizer, sys.maxsize)
-        first = ids[: int(len(ids) > budget and ids[0] == tokenizer.bos_token_id)]
-        return first + ids[len(first) :][-(budget - len(first)) :]
-    return task.encode(row, tokenizer, budget)
-
-
-def read_preferences(
-    dataset: str,
-    split: str,
-    task: Task,
-    tokenizer: Any,
-    max_prompt_tokens: int | None = None,
-    max_new_tokens: int | None = None,
-    *,
-    most: int | None = None,
-    seed: int = 0,
-    whole: bool = False,
-) -> list[Comparison]:
-    """A user's preferences, in any schema of `textrl_gym.data.preferences`, as token ids within the task's budgets.
-
-    A prompt that is too long is cut as the task cuts it; a dialogue, or what does not end as the task's prompts do,
-    loses its beginning. A completion that the budget cuts has no EOS; two that are equal within it are no pair.
-
-    Args:
-        most: so many rows at most, drawn with `seed`.
-        whole: take the whole of what has no held-out split.
-
-    Raises:
-        ValueError: see `textrl_gym.data.preferences.load`; or no pair is left within the budget.
-    """
-    prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
-    found = []
-    rows = preferences.load(dataset, split, tokenizer, whole=whole).rows
-    if most is not None and most < len(rows):
-        rows = random.Random(seed).sample(rows, most)
-    for row in rows:
-        ids = [
-            tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for t in row["completions"]
-        ]
-        ids = [some[:budget] for some in ids]
-        pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
-        if pairs:
-            found.append(Comparison(_encode(row, task, tokenizer, prompt_budget), ids, pairs))
-    if not found:
-        raise ValueError(f"dataset {dataset!r}: within max_new_tokens={budget} no two completions of a prompt differ")
-    return found

@@ -25,7 +25,7 @@ from textrl_gym.stats.estimates import Estimate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "report"
 SAMPLES_SHOWN = 40
-POLICY = (
+PAGE_SECURITY_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "form-action 'none'; base-uri 'none'"
 )
@@ -84,9 +84,9 @@ def page(comparison: Comparison, version: str = "") -> str:
         f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{name}</h2>{html}</section>'
         for key, (name, html) in sections.items()
     )
-    policy, live, scripts = POLICY, "", ["page.js", "credit.js"]
+    policy, live, scripts = PAGE_SECURITY_POLICY, "", ["page.js", "credit.js"]
     if version:
-        policy, live = f"{POLICY}; connect-src 'self'", f'<div id="live" data-version="{version}"></div>'
+        policy, live = f"{PAGE_SECURITY_POLICY}; connect-src 'self'", f'<div id="live" data-version="{version}"></div>'
         scripts.append("live.js")
     title = escape(f"{comparison.environment}: {numbers.listed([g.label for g in comparison.groups])}")
     data = {key: painted(chart) for key, chart in drawn.items()}

@@ -30,7 +30,7 @@ from torch import Tensor
 from textrl_gym.rewards import reward_model
 from textrl_gym.rewards.reward_model import RewardModel
 
-FILE = "ensemble.json"
+ENSEMBLE_FILE = "ensemble.json"
 COEFFICIENT = 0.5
 Combination = Literal["mean", "worst", "uncertainty"]
 
@@ -75,19 +75,20 @@ def make(argument: str | None, *, task: Any, device: str | torch.device, tokeniz
     Raises:
         ValueError: no folder of an ensemble, an unknown combination, or a member that is no reward model.
     """
-    how, coefficient, folder = parse(argument)
+    how, coefficient, folder = parse_argument(argument)
     settings = read(folder)
     if tokenizer is None and task is not None:
         tokenizer = task.load_tokenizer()
     members = [
-        reward_model.load(str(folder / name), device=device, env_tokenizer=tokenizer) for name in settings["members"]
+        reward_model.load_reward_model(str(folder / name), device=device, env_tokenizer=tokenizer)
+        for name in settings["members"]
     ]
     return Ensemble(
         members, how or settings["combine"], settings["coefficient"] if coefficient is None else coefficient
     )
 
 
-def parse(argument: str | None) -> tuple[str | None, float | None, Path]:
+def parse_argument(argument: str | None) -> tuple[str | None, float | None, Path]:
     """COMBINATION:FOLDER, uncertainty:COEFFICIENT:FOLDER or FOLDER alone; None for what is not said."""
     if not argument:
         raise ValueError("reward 'ensemble' needs a folder: ensemble:FOLDER, or ensemble:worst:FOLDER")
@@ -114,9 +115,9 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or it does not hold the three keys.
     """
-    file = folder / FILE
+    file = folder / ENSEMBLE_FILE
     if not file.is_file():
-        raise ValueError(f"{str(folder)!r} is no ensemble of reward models: it holds no {FILE}")
+        raise ValueError(f"{str(folder)!r} is no ensemble of reward models: it holds no {ENSEMBLE_FILE}")
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or set(found) != {"members", "combine", "coefficient"} or not found["members"]:
         wanted = '{"members": [folder, ...], "combine": name, "coefficient": number}'

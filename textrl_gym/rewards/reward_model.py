@@ -25,7 +25,7 @@ from textrl_gym.functional import pad
 from textrl_gym.models import loading
 from textrl_gym.policy.backbone import Trunk
 
-FILE = "reward_model.json"
+NORMALISATION_FILE = "reward_model.json"
 MAX_BATCH_TOKENS = 16384
 """Places in one micro-batch, padding included."""
 
@@ -158,7 +158,7 @@ class RewardModel:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         text = json.dumps({"bias": self.bias, "scale": self.scale}, indent=2)
-        (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+        (Path(folder) / NORMALISATION_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def micro_batches(sequences: list[list[int]], order: list[int], limit: int = MAX_BATCH_TOKENS) -> list[list[int]]:
@@ -209,14 +209,14 @@ def make(
         tokenizer = task.load_tokenizer()
 
     def load_it() -> RewardModel:
-        return load(source, device=device, env_tokenizer=tokenizer, dtype=dtype)
+        return load_reward_model(source, device=device, env_tokenizer=tokenizer, dtype=dtype)
 
-    if argument is None and (Path(source) / FILE).is_file():
+    if argument is None and (Path(source) / NORMALISATION_FILE).is_file():
         return Bundled(load_it)
     return load_it()
 
 
-def load(
+def load_reward_model(
     source: str, *, device: str | torch.device, env_tokenizer: Any, dtype: torch.dtype = torch.float32
 ) -> RewardModel:
     """The reward model of a folder or Hub id, with the normalisation that the folder holds.
@@ -226,7 +226,7 @@ def load(
     """
     own = loading.load_tokenizer(source)
     model = loading.load_classifier(source, device=device, dtype=dtype)
-    normalisation = read_normalisation(Path(source).expanduser() / FILE)
+    normalisation = read_normalisation(Path(source).expanduser() / NORMALISATION_FILE)
     return RewardModel(model, own, **normalisation, env_tokenizer=env_tokenizer)
 
 

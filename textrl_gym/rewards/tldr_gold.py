@@ -41,12 +41,13 @@ FORM_POWER = 4
 FRAGMENT_COST = 0.3
 FREE_WORDS, MAX_WORDS = 32, 64
 
-START, CUT = "<start>", "<cut>"  # before a sentence; after one that does not end
+SENTENCE_START, CUT = "<start>", "<cut>"  # before a sentence; after one that does not end
 WORD = re.compile(r"\{\w+\}|\$\d+|\w+(?:[-']\w+)*|[^\w\s]")
 ENDS = frozenset(".?")
 CAPITAL_SLOTS = ("when", "where")  # slots whose values change their first letter at the head of a sentence
 
-Token = tuple[str, Any]  # a word, or a slot "{kind}", with the slot's value
+Value = str | tuple[str, str]  # of a slot; an event's is (act, thing)
+Token = tuple[str, Value | None]  # a word with None, or a slot "{kind}" with its value
 Ngram = tuple[str, ...]
 
 
@@ -82,7 +83,7 @@ def _headed(words: list[str]) -> list[str]:
     return [first if first.startswith("{") else capitalised(first), *words[1:]]
 
 
-def _ngrams(words: Sequence[str]) -> Iterator[Ngram]:
+def _bigrams_and_trigrams(words: Sequence[str]) -> Iterator[Ngram]:
     """Bigrams and trigrams."""
     yield from pairwise(words)
     yield from zip(words, words[1:], words[2:], strict=False)
@@ -112,15 +113,15 @@ def language() -> frozenset[Ngram]:
         for words in versions:
             end = "?" if kind == "question" else "."
             for version in (words, _headed(words)):
-                grams.update(_ngrams(version))
-                grams.update(_ngrams([*version[-2:], end]))
-            grams.update(_ngrams([START, *_headed(words)[:2]]))
+                grams.update(_bigrams_and_trigrams(version))
+                grams.update(_bigrams_and_trigrams([*version[-2:], end]))
+            grams.update(_bigrams_and_trigrams([SENTENCE_START, *_headed(words)[:2]]))
             if kind != "question":
                 tails.update((tuple(words[-2:]), tuple(_headed(words)[-2:])))  # they differ in a two-word clause
     for kind, joints in bank()["summary"]["joints"].items():
         heads = {tuple(words[:2]) for words in clauses()[kind]}
         for tail, joint, head in product(tails, joints, heads):
-            grams.update(_ngrams([*tail, *_words(joint), *head]))
+            grams.update(_bigrams_and_trigrams([*tail, *_words(joint), *head]))
     return frozenset(grams)
 
 
@@ -147,7 +148,7 @@ def _lengths(pieces: Callable[[], dict[Ngram, bool]]) -> tuple[int, ...]:
 
 
 def parses(words: Sequence[str]) -> bool:
-    """Whether START, words ..., end is a sentence of the grammar: a clause, then joints with clauses."""
+    """Whether SENTENCE_START, words ..., end is a sentence of the grammar: a clause, then joints with clauses."""
     last = len(words) - 1
     open_at = [(1, _openings)]  # where a piece may start, and of which kind
     while open_at:
@@ -227,13 +228,13 @@ def abstract(text: str) -> list[Token]:
 
 
 def sentences(tokens: list[Token]) -> Iterator[list[Token]]:
-    """Sentences with START before and, where no full stop or question mark ends them, CUT after."""
-    sentence: list[Token] = [(START, None)]
+    """Sentences with SENTENCE_START before and, where no full stop or question mark ends them, CUT after."""
+    sentence: list[Token] = [(SENTENCE_START, None)]
     for token in tokens:
         sentence.append(token)
         if token[0] in ENDS:
             yield sentence
-            sentence = [(START, None)]
+            sentence = [(SENTENCE_START, None)]
     if len(sentence) > 1:
         yield [*sentence, (CUT, None)]
 
@@ -250,7 +251,7 @@ class _Ledger:
         self.right = 0.0
         self.wrong = 0.0
 
-    def state(self, slot: str, value: Any, valid: bool, before: Ngram) -> None:
+    def state(self, slot: str, value: Value, valid: bool, before: Ngram) -> None:
         """Book one value; `valid`: the grammar allows a value of this kind here."""
         kind = slot[1:-1].lower()
         if kind == "pron":
@@ -289,7 +290,7 @@ def score_parts(facts: dict[str, dict[str, Any]], completion: str) -> dict[str, 
         broken += 0 if parses(words) else len(words)
         for at, (word, value) in enumerate(sentence):
             if value is not None:
-                # The bigrams on both sides and the trigram centred on the value (START and an end are always there).
+                # The bigrams on both sides and the trigram centred on the value (there is always a start and an end).
                 valid = bigrams[at - 1] and bigrams[at] and trigrams[at - 1]
                 ledger.state(word, value, valid, tuple(words[max(at - 2, 0) : at]))
     stated = ledger.right + ledger.wrong
@@ -303,7 +304,7 @@ def score_parts(facts: dict[str, dict[str, Any]], completion: str) -> dict[str, 
     return parts | {"gold": gold}
 
 
-def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+def reward(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
     """Gold scores in [0, 1], one a row (TRL's reward signature).
 
     Raises:

@@ -11,11 +11,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
-from textrl_gym.worlds.tldr_grammar import Slots, bank, compose, fill, pronoun_of
+from textrl_gym.worlds.tldr_grammar import Slots, bank, compose, fill_slots, pronoun_of
 
-Row = dict[str, Any]  # prompt, completion: str; facts: {kind: {"value": str, ...}}; distractors: {kind: [str, ...]}
+Post = dict[str, Any]  # prompt, completion: str; facts: {kind: {"value": str, ...}}; distractors: {kind: [str, ...]}
+
+T = TypeVar("T")
 
 KINDS = ("who", "event", "when", "where", "amount", "feeling", "ask")
 SIZES = {"train": 1_000_000, "validation": 10_000, "test": 10_000}
@@ -46,7 +48,7 @@ def _people(groups: dict[str, list[str]], rng: random.Random) -> tuple[str, str]
     return relation, rng.choice(names[pronoun or rng.choice(("she", "he"))])
 
 
-def _other(pool: list[Any], taken: Any, rng: random.Random) -> Any:
+def _other(pool: list[T], taken: T | None, rng: random.Random) -> T:
     return rng.choice([item for item in pool if item != taken])
 
 
@@ -129,7 +131,7 @@ def _tell(slots: Slots, rng: random.Random) -> str:
         for template in templates:
             near = last == "main" and (rng.random() < 0.75 or "{name}" in template)
             person = slots["she"] if near or "my {rel}" in template else slots["name"]
-            sentence = fill(template, slots | {"s": person})
+            sentence = fill_slots(template, slots | {"s": person})
             if about == "ask" and last == "other" and re.search(r" (her|him)\b", slots["ask"]):
                 lowered = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
                 sentence = f"When it comes to {slots['name']}, {lowered}"
@@ -163,11 +165,11 @@ class TLDRCorpus:
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Post]:
         return (self[index] for index in range(self._size))
 
-    def __getitem__(self, index: int) -> Row:
-        """Row `index`; IndexError outside 0 <= index < len(self)."""
+    def __getitem__(self, index: int) -> Post:
+        """Post `index`; IndexError outside 0 <= index < len(self)."""
         if not 0 <= index < self._size:
             raise IndexError(f"index {index} is outside 0 <= index < {self._size}")
         rng = random.Random(f"{self.split}/{self.seed}/{int(index)}")
@@ -177,7 +179,7 @@ class TLDRCorpus:
         other = _draw_distractors(facts, sub, rng)
         slots = slots_of(facts) | other
         slots["a_rel"] = ("an " if slots["rel"][0] in "aeiou" else "a ") + slots["rel"]
-        title = fill(rng.choice(bank()["post"]["titles"]), slots)
+        title = fill_slots(rng.choice(bank()["post"]["titles"]), slots)
         summary = compose(slots_of(facts), rng)
         distractors = {kind: [other[f"d{kind}"]] for kind in KINDS if kind != "who"}
         distractors["who"] = [f"{other[f'{letter}rel']} {other[f'{letter}name']}" for letter in "de"]
@@ -203,7 +205,7 @@ def _drop(slots: Slots, kind: str) -> None:
 
 
 def mediocre_summary(
-    row: Row,
+    row: Post,
     rng: random.Random,
     *,
     swap: float = 0.2,
@@ -232,32 +234,32 @@ def mediocre_summary(
     return " " + compose(slots, rng)
 
 
-def _values(row: Row) -> list[str]:
+def _values(row: Post) -> list[str]:
     return [row["facts"][kind]["value"] for kind in KINDS]
 
 
-def _swapped(row: Row, rng: random.Random) -> str:
+def _swapped(row: Post, rng: random.Random) -> str:
     slots = slots_of(row["facts"])
     for kind in rng.sample(KINDS, rng.randint(2, 4)):
         _swap(slots, kind, rng.choice(row["distractors"][kind]))
     return compose(slots, rng)
 
 
-def _dropped(row: Row, rng: random.Random) -> str:
+def _dropped(row: Post, rng: random.Random) -> str:
     slots = slots_of(row["facts"])
     for kind in rng.sample(KINDS, rng.randint(2, 4)):
         _drop(slots, kind)
     return compose(slots, rng)
 
 
-def _invented(row: Row, rng: random.Random) -> str:
+def _invented(row: Post, rng: random.Random) -> str:
     slots, other = slots_of(row["facts"]), slots_of(_stranger(rng)["facts"])
     for kind in rng.sample(KINDS, rng.randint(2, 4)):
         slots |= {slot: other[slot] for slot in (("rel", "name", "she") if kind == "who" else (kind,))}
     return compose(slots, rng)
 
 
-def _hollow(row: Row, rng: random.Random) -> str:
+def _hollow(row: Post, rng: random.Random) -> str:
     """The template words of a summary with some of the values left out ("I am. It cost me.")."""
     gone = rng.sample(KINDS, rng.randint(3, 5))
     slots = slots_of(row["facts"])
@@ -265,42 +267,42 @@ def _hollow(row: Row, rng: random.Random) -> str:
     return re.sub(r"\s+([,.?])|\s+(?=\s)", r"\1", compose(slots, rng)).strip()
 
 
-def _stranger(rng: random.Random) -> Row:
+def _stranger(rng: random.Random) -> Post:
     return TLDRCorpus("train", seed=rng.getrandbits(32))[0]
 
 
-def _shuffled(row: Row, rng: random.Random) -> str:
+def _shuffled(row: Post, rng: random.Random) -> str:
     words = row["completion"].split()
     rng.shuffle(words)
     return " ".join(words)
 
 
-def _truncated(row: Row, rng: random.Random) -> str:
+def _truncated(row: Post, rng: random.Random) -> str:
     words = row["completion"].split()
     return " ".join(words[: rng.randint(len(words) // 3, len(words) - 2)]).rstrip(".,?")
 
 
-def _post_sentences(row: Row) -> list[str]:
+def _post_sentences(row: Post) -> list[str]:
     body = row["prompt"].split("\n\nPOST: ")[1].removesuffix("\n\nTL;DR:")
     return re.findall(r"[^.?]+[.?]", body)
 
 
-def _copied(row: Row, rng: random.Random) -> str:
+def _copied(row: Post, rng: random.Random) -> str:
     told = _post_sentences(row)
     at = rng.randrange(len(told))
     return "".join(told[at : at + rng.choice((1, 2, 3))]).strip()
 
 
-def _padded(row: Row, rng: random.Random) -> str:
+def _padded(row: Post, rng: random.Random) -> str:
     return row["completion"].strip() + "".join(" " + s.strip() for s in rng.sample(_post_sentences(row), 3))
 
 
-def _repeated(row: Row, rng: random.Random) -> str:
+def _repeated(row: Post, rng: random.Random) -> str:
     first = re.split(r"(?<=[.?]) ", row["completion"].strip())[0]
     return " ".join([first] * rng.randint(2, 4))
 
 
-CORRUPTIONS: dict[str, Callable[[Row, random.Random], str]] = {
+CORRUPTIONS: dict[str, Callable[[Post, random.Random], str]] = {
     "swapped": _swapped,  # values of distractors
     "dropped": _dropped,  # facts left out
     "invented": _invented,  # values from another post
@@ -315,7 +317,7 @@ CORRUPTIONS: dict[str, Callable[[Row, random.Random], str]] = {
 }
 
 
-def corrupted_summaries(row: Row, rng: random.Random, n: int) -> list[str]:
+def corrupted_summaries(row: Post, rng: random.Random, n: int) -> list[str]:
     """`n` flawed summaries, each beginning with a space, of as many kinds of CORRUPTIONS as `n` allows."""
     kinds: list[str] = []
     while len(kinds) < n:

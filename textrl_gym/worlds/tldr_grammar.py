@@ -34,7 +34,7 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def fill(template: str, slots: Slots) -> str:
+def fill_slots(template: str, slots: Slots) -> str:
     """Put the values into a template; {Slot} takes the value of slot, capitalised."""
     return re.sub(
         r"\{(\w+)\}",
@@ -55,8 +55,8 @@ def expand_groups(template: str, has: Callable[[str], bool]) -> str:
 def _person(slots: Slots, rng: random.Random) -> str:
     summary = bank()["summary"]
     if "rel" in slots and "name" in slots:
-        return fill(rng.choice(summary["who"]), slots)
-    return fill(summary["who_part"]["rel" not in slots if "rel" in slots or "name" in slots else 2], slots)
+        return fill_slots(rng.choice(summary["who"]), slots)
+    return fill_slots(summary["who_part"]["rel" not in slots if "rel" in slots or "name" in slots else 2], slots)
 
 
 def _core(slots: Slots, rng: random.Random) -> tuple[str, set[str]]:
@@ -67,7 +67,7 @@ def _core(slots: Slots, rng: random.Random) -> tuple[str, set[str]]:
     if "event" in slots:
         usable = [t for t in summary["core"] if set(re.findall(r"\{(\w+)\}", re.sub(r"\[.*\]", "", t))) <= have]
     template = expand_groups(rng.choice(usable), have.__contains__)
-    return fill(template, slots | {"who": _person(slots, rng)}), set(re.findall(r"\{(\w+)\}", template))
+    return fill_slots(template, slots | {"who": _person(slots, rng)}), set(re.findall(r"\{(\w+)\}", template))
 
 
 def _clauses(slots: Slots, rng: random.Random) -> list[tuple[str, str]]:
@@ -77,19 +77,21 @@ def _clauses(slots: Slots, rng: random.Random) -> list[tuple[str, str]]:
     early: list[tuple[str, str]] = []
     late: list[tuple[str, str]] = []
     if "amount" in slots:
-        late.append(("amount", fill(rng.choice(summary["amount"][slots["role"]]), slots)))
+        late.append(("amount", fill_slots(rng.choice(summary["amount"][slots["role"]]), slots)))
     if "feeling" in slots and "feeling" not in used:
-        late.append(("feeling", fill(rng.choice(summary["feeling"]), slots)))
+        late.append(("feeling", fill_slots(rng.choice(summary["feeling"]), slots)))
     rng.shuffle(late)
     if "ask" in slots:
         kind = rng.choice(("question", "wonder"))
-        late.insert(rng.choice((0, len(late), len(late), len(late))), (kind, fill(rng.choice(summary[kind]), slots)))
+        late.insert(
+            rng.choice((0, len(late), len(late), len(late))), (kind, fill_slots(rng.choice(summary[kind]), slots))
+        )
     # A clause may come before the person is named only where no pronoun or "it" would point ahead.
     if late and rng.random() < 0.35 and not re.search(r"\b(she|he|her|him|it|that|now)\b", late[-1][1]):
         early.append(late.pop())
     here = {s for s in ("when", "where") if s in slots} - used
     if here:
-        late.insert(0, ("left", fill(expand_groups(rng.choice(summary["left"]), here.__contains__), slots)))
+        late.insert(0, ("left", fill_slots(expand_groups(rng.choice(summary["left"]), here.__contains__), slots)))
     return [*early, ("core", core), *late]
 
 

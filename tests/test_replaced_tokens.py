@@ -1,4 +1,4 @@
-"""Reading: which tokens of falsified texts are labelled false, and the loss by hand."""
+"""Replaced-token detection: which tokens of corrupted texts are labelled as replaced, and the loss by hand."""
 
 import math
 import random
@@ -23,18 +23,18 @@ from textrl_gym.rewards.tldr_gold import score_parts
         ([1, 2, 3], [], []),
     ],
 )
-def test_true_tokens_by_hand(original: list[int], false: list[int], expected: list[bool]) -> None:
-    assert replaced_tokens.true_tokens(original, false) == expected
+def test_original_tokens_by_hand(original: list[int], false: list[int], expected: list[bool]) -> None:
+    assert replaced_tokens.original_tokens(original, false) == expected
 
 
-def test_slips_change_one_to_three_tokens_and_leave_the_rest() -> None:
+def test_replacements_change_one_to_three_tokens_and_leave_the_rest() -> None:
     rng, ids, prompt = random.Random(0), list(range(100, 120)), [7, 8]
     changed = []
     for _ in range(200):
-        slipped = replaced_tokens.slip(ids, prompt, 2048, rng)
-        assert len(ids) <= len(slipped) <= len(ids) + 3
-        changed.append(replaced_tokens.true_tokens(ids, slipped).count(False))
-    # A slip may put back the very token, or spoil an earlier slip, so 0 of three may show; more never do.
+        changed_ids = replaced_tokens.replace_tokens(ids, prompt, 2048, rng)
+        assert len(ids) <= len(changed_ids) <= len(ids) + 3
+        changed.append(replaced_tokens.original_tokens(ids, changed_ids).count(False))
+    # A replacement may put back the very token, or fall on an earlier one, so 0 of three may show; more never do.
     assert max(changed) == 3
     assert sum(changed) > 200
 
@@ -45,12 +45,12 @@ def task() -> TLDRSummarize:
 
 
 def test_the_labels_are_those_of_the_facts(task: TLDRSummarize) -> None:
-    """Falsified summaries are worse than their originals by the judge, unless the draw left them as they were."""
+    """Corrupted summaries are worse than their originals by the judge, unless the draw left them as they were."""
     rng, source = random.Random(0), task.rows("train")
     same = worse = 0
     for i in range(60):
         row = dict(source[i])
-        for true, false in task.falsified(row, rng, 4):
+        for true, false in task.corrupted(row, rng, 4):
             before, after = score_parts(row["facts"], true)["gold"], score_parts(row["facts"], false)["gold"]
             same += true == false
             worse += after < before
@@ -59,30 +59,30 @@ def test_the_labels_are_those_of_the_facts(task: TLDRSummarize) -> None:
     assert same < 0.25 * 240
 
 
-def test_falsify_keeps_texts_that_are_mostly_true_within_the_budget(task: TLDRSummarize) -> None:
+def test_corrupt_keeps_texts_that_are_mostly_true_within_the_budget(task: TLDRSummarize) -> None:
     tokenizer, rng = task.load_tokenizer(), random.Random(0)
     false = total = 0
     for i in range(20):
-        read = replaced_tokens.falsify(task, tokenizer, task.rows("train")[i], rng)
-        for ids, true in zip(read.text_ids, read.true, strict=True):
+        read = replaced_tokens.corrupt(task, tokenizer, task.rows("train")[i], rng)
+        for ids, true in zip(read.text_ids, read.original, strict=True):
             assert 0 < len(ids) == len(true) <= task.max_new_tokens
             assert sum(true) > 0.5 * len(true)
             false, total = false + true.count(False), total + len(true)
     assert 0.05 < false / total < 0.4
 
 
-def test_reading_loss_by_hand() -> None:
-    model = reward_model.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
+def test_replaced_token_loss_by_hand() -> None:
+    model: Any = reward_model.new_reward_model(loading.load_model(f"{ASSETS}/policy"), seed=0)
     batch = [
-        replaced_tokens.Reading([5, 6, 7], [[8, 9], [10]], [[True, False], [True]]),
-        replaced_tokens.Reading([3], [[4, 5, 6]], [[False, True, True]]),
+        replaced_tokens.CorruptedTexts([5, 6, 7], [[8, 9], [10]], [[True, False], [True]]),
+        replaced_tokens.CorruptedTexts([3], [[4, 5, 6]], [[False, True, True]]),
     ]
     losses: list[float] = []
     for one in batch:
-        for ids, true in zip(one.text_ids, one.true, strict=True):
+        for ids, true in zip(one.text_ids, one.original, strict=True):
             hidden: Any = model.base_model(input_ids=torch.tensor([one.prompt_ids + ids]))[0][0]
             scores = model.score(hidden)[len(one.prompt_ids) :, 0].tolist()
             # -log sigmoid(s) for a true token, -log(1 - sigmoid(s)) = -log sigmoid(-s) for a false one
             losses += [math.log1p(math.exp(-s if t else s)) for s, t in zip(scores, true, strict=True)]
-    found = replaced_tokens.reading_loss(model, batch).item()
+    found = replaced_tokens.replaced_token_loss(model, batch).item()
     assert found == pytest.approx(sum(losses) / len(losses), abs=1e-5)

@@ -1,0 +1,78 @@
+"""The commands of what precedes RL: `sft`, `reward-model` and `preferences`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from textrl_gym.cli.options import Part, flag, flat, parse_flags, positional
+from textrl_gym.cli.terminal import print_rows, print_tables, records_table
+from textrl_gym.registry import find_env
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def sft_command(args: Sequence[str]) -> int:
+    """Fine-tune a language model on a task's prompts and completions."""
+    from textrl_gym.pipeline import sft
+
+    _run("sft", sft_command.__doc__, sft.SFTConfig, sft.sft, args)
+    return 0
+
+
+def reward_model_command(args: Sequence[str]) -> int:
+    """Train a reward model, or an ensemble of several, on preferences between completions."""
+    from textrl_gym.pipeline import reward_data, reward_ensemble
+
+    about, config = reward_model_command.__doc__, reward_data.RewardModelConfig
+    record = _run("reward-model", about, config, reward_ensemble.train_rewards, args)
+    print_tables(*_reward_tables(record))
+    return 0
+
+
+def preferences_command(args: Sequence[str]) -> int:
+    """Sample pairs of completions, label them, and write them as jsonl."""
+    from textrl_gym.pipeline import sample_preferences
+
+    about, config = preferences_command.__doc__, sample_preferences.PreferenceConfig
+    _run("preferences", about, config, sample_preferences.make_preferences, args)
+    return 0
+
+
+def _run(
+    command: str,
+    about: str | None,
+    config: type[Any],
+    work: Callable[[str, Any, Path], dict[str, Any]],
+    args: Sequence[str],
+) -> dict[str, Any]:
+    """Read the flags ENV, --out and those of the config, do the work, and print what was measured.
+
+    Returns:
+        The record of the work.
+    """
+    parts: list[Part] = [
+        ("env", positional("ENV", str, "an environment id, or module:ID")),
+        ("out", flag(Path, "the file or folder to write")),
+        ("config", flat(config)),
+    ]
+    parsed = parse_flags(command, about, parts, args)
+    record = work(find_env(parsed.env), parsed.config, parsed.out)
+    measured = {name: value for name, value in record["measured"].items() if isinstance(value, int | float)}
+    print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in measured.items()})
+    return record
+
+
+def _reward_tables(record: Mapping[str, Any]) -> list[Table]:
+    """The record of reward-model training as tables."""
+    tables = [records_table("Accuracy on held-out pairs", record["accuracy"])]
+    if "calibration" in record:  # an ensemble's record has none
+        error = record["calibration"]["ece"]
+        tables.append(
+            records_table(f"Calibration: expected calibration error {error:.3f}", record["calibration"]["bins"])
+        )
+    if record.get("curve"):
+        tables.append(records_table("Accuracy by the number of training pairs", record["curve"]))
+    return tables

@@ -1,0 +1,93 @@
+"""Ranked completions: several completions of one prompt as token ids, and which of them were preferred to which."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from typing import TYPE_CHECKING, Protocol
+
+from textrl_gym.data import preferences, prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from textrl_gym.core import Row
+
+
+class PromptEncoder(Protocol):
+    """What encoding needs of a task (`textrl_gym.mdp.task.Task` is one): its token budgets and how it cuts a prompt."""
+
+    max_prompt_tokens: int
+    max_new_tokens: int
+    keep_suffix: str
+
+    def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> list[int]:
+        """Token ids of a row's prompt, at most max_prompt_tokens."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RankedCompletions:
+    """K completions of one prompt, and which of them were preferred to which."""
+
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    """With their EOS, unless they were cut off."""
+    pairs: list[tuple[int, int]]
+    """(chosen, rejected), as places in completion_ids."""
+    gold: list[float] = dataclasses.field(default_factory=list)
+    """The judge's scores of the completions, where there is a judge; for measuring only."""
+    sampled: int = 0
+    """The first so many completions are the model's own samples."""
+
+
+def _encode_prompt(row: Row, task: PromptEncoder, tokenizer: PreTrainedTokenizerBase, budget: int) -> list[int]:
+    """Ids of a prompt from a user's data, which need not be of the task's form."""
+    if row["dialogue"] or not row["prompt"].endswith(task.keep_suffix):
+        ids = prompts.encode_prompt(row["prompt"], tokenizer, sys.maxsize)
+        first = ids[: int(len(ids) > budget and ids[0] == tokenizer.bos_token_id)]
+        return first + ids[len(first) :][-(budget - len(first)) :]
+    return task.encode(row, tokenizer, budget)
+
+
+def read_preferences(
+    dataset: str,
+    split: str,
+    task: PromptEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    *,
+    most: int | None = None,
+    seed: int = 0,
+    whole: bool = False,
+) -> list[RankedCompletions]:
+    """A user's preferences, in any schema of `textrl_gym.data.preferences`, as token ids within the task's budgets.
+
+    A prompt that is too long is cut as the task cuts it; a dialogue, or what does not end as the task's prompts do,
+    loses its beginning. A completion that the budget cuts has no EOS; two that are equal within it are no pair.
+
+    Args:
+        most: so many rows at most, drawn with `seed`.
+        whole: take the whole of what has no held-out split.
+
+    Raises:
+        ValueError: see `textrl_gym.data.preferences.load_preferences`; or no pair is left within the budget.
+    """
+    prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
+    found = []
+    rows = preferences.load_preferences(dataset, split, tokenizer, whole=whole).rows
+    if most is not None and most < len(rows):
+        rows = random.Random(seed).sample(rows, most)
+    for row in rows:
+        ids = [
+            tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for t in row["completions"]
+        ]
+        ids = [some[:budget] for some in ids]
+        pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
+        if pairs:
+            found.append(RankedCompletions(_encode_prompt(row, task, tokenizer, prompt_budget), ids, pairs))
+    if not found:
+        raise ValueError(f"dataset {dataset!r}: within max_new_tokens={budget} no two completions of a prompt differ")
+    return found

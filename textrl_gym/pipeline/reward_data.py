@@ -1,0 +1,203 @@
+"""Data of reward-model training: the settings, and the comparisons that are read or sampled before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from textrl_gym.core import Row
+from textrl_gym.data.ranked import RankedCompletions, read_preferences
+from textrl_gym.judges.annotators import Annotators
+from textrl_gym.mdp.task import Task
+from textrl_gym.pipeline.simulated_comparisons import Comparer
+from textrl_gym.policy.policy import Policy
+from textrl_gym.registry import load_env_task
+from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """Settings of reward-model training. One epoch: every prompt is seen once."""
+
+    model: str | None = None
+    """The causal LM whose body and tokenizer are taken (Hub id, folder); None: the task's own."""
+    policy: str | None = None
+    """The causal LM whose samples are compared, of the same tokenizer; None: the task's own. Where `model` is another,
+    its samples take turns: they are nearer to what an optimised policy writes."""
+    dataset: tuple[str, ...] = ()
+    """Preferences to learn, one or several: Hub ids, local files or folders, each in a schema of
+    `data.preferences`; none: simulated annotators compare samples of the model and the task's `candidates`."""
+    eval_dataset: tuple[str, ...] = ()
+    """Preferences to measure the accuracy on besides; a single file as a whole."""
+    curve: tuple[int, ...] = ()
+    """Also train on only so many pairs each, and measure the accuracy on the same held-out pairs."""
+    replaced_token_steps: int = 900
+    """Updates of replaced-token detection before the comparisons (see pipeline.replaced_tokens), where simulated
+    annotators compare and the task can corrupt its texts (`corrupted`)."""
+    replaced_token_batch_size: int = 12
+    """Prompts of such an update, four corrupted texts each."""
+    prompts: int = 5000
+    """Prompts to compare completions of; of each dataset, at most so many rows."""
+    samples: int = 2
+    """Completions that the model samples for each prompt, at a temperature between 0.5 and 1.2."""
+    candidates: int = 7
+    """Completions that the task makes for each prompt, from perfect to poor."""
+    batch_size: int = 8
+    """Prompts of an update."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth."""
+    warmup_steps: int = 50
+    """Updates until the peak learning rate."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to at most this global norm."""
+    eval_prompts: int = 256
+    """Held-out prompts for the normalisation and the accuracy; of each dataset, at most so many rows."""
+    annotators: Annotators = dataclasses.field(default_factory=Annotators)
+    """Who compares, where no dataset is given."""
+    seed: int = 0
+    """Seeds the head, replaced-token detection and, where data_seed is None, the comparisons."""
+    data_seed: int | None = None
+    """Seeds the comparisons: prompts, samples, candidates and annotators; `seed` then shuffles them. None: as seed."""
+    ensemble: int = 0
+    """Train so many reward models on the same comparisons, with the seeds seed, seed + 1, ...; 0: a single one."""
+    combine: Combination = "mean"
+    """How the scores of an ensemble become one; see `textrl_gym.rewards.ensemble`."""
+    coefficient: float = COEFFICIENT
+    """Of the variance of the members' scores, where combine is uncertainty."""
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "eval_dataset"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        for name in ("prompts", "eval_prompts", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.curve, default=1) < 1:
+            raise ValueError(f"curve must hold numbers of pairs of at least 1, got {self.curve}")
+        if self.ensemble < 0:
+            raise ValueError(f"ensemble must be >= 0, got {self.ensemble}")
+        if self.ensemble and self.curve:
+            raise ValueError("curve is of a single reward model: leave ensemble out")
+        check_combination(self.combine, self.coefficient)
+
+
+@dataclasses.dataclass
+class RewardData:
+    """What reward models are trained on and measured on."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    train: Iterable[RankedCompletions]
+    total: int
+    """How many comparisons `train` has."""
+    heldout: dict[str, list[RankedCompletions]]
+    """By data set; those of the data that was trained on."""
+    measured_only: dict[str, list[RankedCompletions]] = dataclasses.field(default_factory=dict)
+    """By data set; held out in whole."""
+    samples: list[RankedCompletions] = dataclasses.field(default_factory=list)
+    """Samples of the policy at temperature 1 on held-out prompts; none where the pairs are a user's."""
+    references: list[RankedCompletions] = dataclasses.field(default_factory=list)
+    """The reference texts of these prompts."""
+
+    @property
+    def compared(self) -> dict[str, list[RankedCompletions]]:
+        """All that accuracy is measured on, by data set."""
+        return self.heldout | self.measured_only
+
+
+def gather(env_id: str, config: RewardModelConfig) -> RewardData:
+    """Everything that is read or sampled before training; the same for every `seed` where `data_seed` is given.
+
+    Raises:
+        ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
+    """
+    drawn = dataclasses.replace(config, seed=config.seed if config.data_seed is None else config.data_seed)
+    task = load_env_task(env_id)
+    tokenizer = task.load_tokenizer(config.model)
+    budget: dict[str, Any] = {"most": config.eval_prompts, "seed": drawn.seed, "whole": True}
+    more = {
+        name: read_preferences(name, "validation", task, tokenizer, **budget)
+        for name in config.eval_dataset
+        if name not in config.dataset
+    }
+    made = from_datasets if config.dataset else simulated
+    return dataclasses.replace(made(task, tokenizer, drawn), measured_only=more)
+
+
+def simulated(task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> RewardData:
+    """Comparisons by simulated annotators, sampled while they are learnt (before, where a curve needs them again)."""
+    names = dict.fromkeys([config.policy, config.model])
+    comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
+    check_curve(config, config.prompts * math.comb(config.samples + config.candidates, 2))
+    stream: Iterable[RankedCompletions] = comparer.stream("train", config.prompts, config.seed + 1)
+    if config.curve:
+        stream = list(stream)
+    heldout = list(comparer.stream("validation", config.eval_prompts, config.seed))
+    source = task.rows("validation")
+    rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
+    samples = comparer.compare(comparer.policies[0], rows, config.seed, samples=4, temperature=1.0, candidates=0)
+    return RewardData(
+        task,
+        tokenizer,
+        stream,
+        config.prompts,
+        {"simulated annotators": heldout},
+        samples=samples,
+        references=references(task, tokenizer, rows),
+    )
+
+
+def from_datasets(task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> RewardData:
+    """The user's preferences, of all data sets in one random order."""
+    train: list[RankedCompletions] = []
+    heldout = {}
+    for name in config.dataset:
+        train += read_preferences(name, "train", task, tokenizer, most=config.prompts, seed=config.seed)
+        heldout[name] = read_preferences(
+            name, "validation", task, tokenizer, most=config.eval_prompts, seed=config.seed
+        )
+    random.Random(config.seed).shuffle(train)
+    check_curve(config, sum(len(c.pairs) for c in train))
+    return RewardData(task, tokenizer, train, len(train), heldout)
+
+
+def in_order(train: Iterable[RankedCompletions], config: RewardModelConfig) -> Iterable[RankedCompletions]:
+    """As they come; shuffled by the seed where it is not that of the data."""
+    if config.data_seed in (None, config.seed):
+        return train
+    shuffled = list(train)
+    random.Random(config.seed).shuffle(shuffled)
+    return shuffled
+
+
+def first_pairs(comparisons: Sequence[RankedCompletions], number: int) -> list[RankedCompletions]:
+    """The first so many pairs."""
+    taken: list[RankedCompletions] = []
+    for c in comparisons:
+        kept = c.pairs[:number]
+        if kept:
+            taken.append(dataclasses.replace(c, pairs=kept))
+        number -= len(kept)
+    return taken
+
+
+def check_curve(config: RewardModelConfig, pairs: int) -> None:
+    """Raise ValueError where the curve asks for more pairs than there are."""
+    if max(config.curve, default=0) > pairs:
+        raise ValueError(f"curve asks for {max(config.curve)} pairs; there are {pairs} to train on")
+
+
+def references(task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[RankedCompletions]:
+    """The rows' reference texts, as comparisons of one completion each."""
+    found = []
+    for row in rows:
+        ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
+        found.append(RankedCompletions(prompt_ids, [ids[: task.max_new_tokens]], []))
+    return found
