@@ -13,7 +13,8 @@ Departures from the paper, each a setting:
     * kl_loss="k2" (default) has, on-policy, the expected gradient of KL(pi || pi_ref) at the sampled states; the
       paper's "k3" estimates its value without bias, but has the expected gradient of KL(pi_ref || pi). Both leave out
       what a token does to later states (relative error of k2: 0.08 at 0.009 nats a sequence, 1.04 at 0.8 nats);
-      kl_loss="sequence" and kl_in="reward" have the gradient of the sequence KL (see docs/kl.md).
+      kl_loss="sequence" and kl_in="reward" have the gradient of the sequence KL. Neither gave better policies over five
+      seeds (see docs/kl.md).
     * scale_by_std=False leaves the division out (Dr. GRPO, Liu et al. 2025).
 No value network is built. The std is the unbiased one, as in TRL and verl.
 """
