@@ -137,9 +137,10 @@ class TLDRSummarize(Task):
     Terminated by "<|endoftext|>" or a stop string; truncated after max_new_tokens. A truncated text is still scored.
 
     ## Information
-    At the end: `score`, `prompt`, `completion`, `reference` (the row's summary), `stop_reason`. The judge `tldr_gold`,
-    never trained on by default, is what `evaluate` reports beside the score: facts covered, nothing invented,
-    well-formed, brief, in [0, 1]; it reads the columns `facts` and `distractors` that only embedded rows have.
+    At the end: `score`, `prompt`, `completion`, `reference` (the row's summary), `stop_reason`. The gold score
+    `tldr_gold`, never trained on by default, is what `evaluate` reports beside the score: facts covered, nothing
+    invented, well-formed, brief, in [0, 1]; it reads the columns `facts` and `distractors` that only embedded rows
+    have.
 
     ## Arguments
     Those of every text environment: `split`, `dataset`, `tokenizer`, `reward`, `max_prompt_tokens`, `max_new_tokens`,
@@ -166,7 +167,7 @@ class TLDRSummarize(Task):
     model = f"{ASSETS}/policy"
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
-    judge = "tldr_gold"
+    gold = "tldr_gold"
     kl_coef = 0.1
     keep_suffix = "\n\nTL;DR:"
 

@@ -27,7 +27,7 @@ def show_samples(console: Console, comparison: Comparison) -> None:
         table.add_row("prompt", asked["prompt"], "")
         for group in comparison.groups:
             said = group.runs[0].episodes[number]
-            mark = f"gold {said['judge']:.2f}" if "judge" in said else f"score {said['score']:.2f}"
+            mark = f"gold {said['gold']:.2f}" if "gold" in said else f"score {said['score']:.2f}"
             table.add_row(group.label, said["completion"].strip(), mark)
         if asked["reference"]:
             table.add_row("human", asked["reference"].strip(), "")

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     task: Any = load_env_task(args.env)
     tokenizer = task.load_tokenizer()
     columns = pool(task, tokenizer, args.posts, args.pool, args.seed)
-    gold_PN = load_reward(task.judge, task=task, tokenizer=tokenizer)(**columns).view(args.posts, args.pool).numpy()
+    gold_PN = load_reward(task.gold, task=task, tokenizer=tokenizer)(**columns).view(args.posts, args.pool).numpy()
     sizes = [2**power for power in range(int(math.log2(args.pool)) + 1)]
     curves = {
         name: [best_of_n(score_B.reshape(args.posts, args.pool), gold_PN, n) for n in sizes]

@@ -49,7 +49,7 @@ def judged(agent: GRPO, episodes: int, taste: float) -> dict[str, str]:
     """The agent's answers beside the start's, by several judges."""
     evaluator = Evaluator(agent.env, episodes)
     metrics, samples = evaluator.run(agent, greedy=False)
-    gold_a, gold_b = (np.array([s["judge"] for s in some]) for some in (samples, start(evaluator, agent)))
+    gold_a, gold_b = (np.array([s["gold"] for s in some]) for some in (samples, start(evaluator, agent)))
     words_a, words_b = (
         np.array([len(s["completion"].split()) for s in some]) for some in (samples, start(evaluator, agent))
     )

@@ -181,23 +181,23 @@ def test_killed_and_started_again_it_ends_with_the_same_table(done: Path, tmp_pa
 
 
 def test_a_judge_of_ones_own_judges_every_evaluation(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, agents=("grpo",), seeds=1, set=("grpo.rollout_episodes=16",), judge="length")
+    config = dataclasses.replace(SMALL, agents=("grpo",), seeds=1, set=("grpo.rollout_episodes=16",), gold="length")
     table = compare(ENV, config, tmp_path / "out", progress_bar=False)
-    assert table["judge"].notna().all() and len(table) > 2  # those of training, too
+    assert table["gold"].notna().all() and len(table) > 2  # those of training, too
     run = tmp_path / "out" / "runs" / "grpo-0"
-    assert json.loads((run / worker.SPEC).read_text())["judge"] == "length"
+    assert json.loads((run / worker.SPEC).read_text())["gold"] == "length"
     episodes = [json.loads(line) for line in (run / worker.EPISODES).read_text().splitlines()]
-    assert table["judge"].iloc[-1] == pytest.approx(sum(e["judge"] for e in episodes) / 8, abs=1e-6, rel=0)
-    with pytest.raises(ValueError, match=r"holds the run grpo-0 with judge='length', not None"):
-        lay_out(tmp_path / "out", ENV, dataclasses.replace(config, judge=None))
+    assert table["gold"].iloc[-1] == pytest.approx(sum(e["gold"] for e in episodes) / 8, abs=1e-6, rel=0)
+    with pytest.raises(ValueError, match=r"holds the run grpo-0 with gold='length', not None"):
+        lay_out(tmp_path / "out", ENV, dataclasses.replace(config, gold=None))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"judge": "endpoint"}, r"gives no scores: finish the comparison .* `textrl-gym judge DIR --judge endpoint"),
-        ({"judge": "gold"}, "CopyText has no judge of its own"),
-        ({"judge": "lenght"}, "unknown reward 'lenght'; allowed: "),
+        ({"gold": "endpoint"}, r"gives no scores: finish the comparison .* `textrl-gym judge DIR --judge endpoint"),
+        ({"gold": "gold"}, "CopyText has no judge of its own"),
+        ({"gold": "lenght"}, "unknown reward 'lenght'; allowed: "),
         ({"reward": "lenght"}, "unknown reward 'lenght'; allowed: "),
         ({"reward": "length=x"}, "reward 'length=x' must be a name, or NAME=WEIGHT"),
     ],

@@ -41,14 +41,20 @@ BETA = {0: [0.1, 0.4, 0.3, 0.2]}
 
 
 def write_run(
-    folder: Path, agent: str, seed: int, gold: list[float], judge: bool = True, coef: float | None = None, **state: Any
+    folder: Path,
+    agent: str,
+    seed: int,
+    gold: list[float],
+    has_gold: bool = True,
+    coef: float | None = None,
+    **state: Any,
 ) -> None:
     """A finished run with gold for each prompt; its evaluations rise from 0.3 to its mean gold, and its KL to 2."""
     folder.mkdir(parents=True)
     spec = {"environment": "CopyText-v0", "agent": agent, "seed": seed, "kl_coef": coef, "total_timesteps": 400}
-    mean, key = float(np.mean(gold)), "judge" if judge else "score"
+    mean, key = float(np.mean(gold)), "gold" if has_gold else "score"
     common = {"score": 2 * mean, "kl_token": 0.1, "completion_tokens": 4.0, "eos_share": 0.5, "win_rate": 0.75}
-    common |= {"distinct_2": 0.25 + 0.125 * seed, "repetition": 0.0625} if judge else {}
+    common |= {"distinct_2": 0.25 + 0.125 * seed, "repetition": 0.0625} if has_gold else {}
     final = {"timesteps": 410, "updates": 5, **common, "kl_sequence": 2.0, key: mean, "train_seconds": 3.0 + seed}
     rows = [
         {"timesteps": 100 * i, **common, "kl_sequence": 0.5 * i, "train_seconds": i * (1.0 + seed)}
@@ -67,7 +73,7 @@ def write_run(
         (folder / name).write_text(json.dumps(data), encoding="utf-8")
     for name, lines in (("evaluations.jsonl", rows), ("episodes.jsonl", episodes)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    if judge and agent != "old":
+    if has_gold and agent != "old":
         write_cost_and_credit(folder, critic=agent != "alpha")
 
 
@@ -113,12 +119,12 @@ def write_unfinished(folder: Path, agent: str, error: str = "") -> None:
         (folder / "progress.json").write_text('{"time/total_timesteps": 120}\n')
 
 
-def write_comparison(folder: Path, judge: bool = True) -> Path:
+def write_comparison(folder: Path, has_gold: bool = True) -> Path:
     """alpha with three seeds, beta with one, a run that failed and one that is not finished."""
     write_plan(folder, "alpha", "my:Beta", "gamma")
     for seed, gold in ALPHA.items():
-        write_run(folder / "runs" / f"alpha-{seed}", "alpha", seed, gold, judge)
-    write_run(folder / "runs" / "my.Beta-0", "my:Beta", 0, BETA[0], judge)
+        write_run(folder / "runs" / f"alpha-{seed}", "alpha", seed, gold, has_gold)
+    write_run(folder / "runs" / "my.Beta-0", "my:Beta", 0, BETA[0], has_gold)
     write_unfinished(folder / "runs" / "gamma-0", "gamma", f"RuntimeError: the loss is NaN {EVIL}")
     write_unfinished(folder / "runs" / "gamma-1", "gamma")
     return folder
@@ -181,21 +187,21 @@ def read(folder: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def test_another_judge_and_another_reward_are_named(tmp_path: Path) -> None:
+def test_another_gold_score_and_another_reward_are_named(tmp_path: Path) -> None:
     out = write_comparison(tmp_path / "comparison")
     plan = json.loads((out / "compare.json").read_text())
-    for judge, reward, said in ((None, None, False), ("gold", None, False), ("rouge<b>", "length=-1.0", True)):
-        plan["config"] |= {"judge": judge, "reward": reward}
+    for named, reward, said in ((None, None, False), ("gold", None, False), ("rouge<b>", "length=-1.0", True)):
+        plan["config"] |= {"gold": named, "reward": reward}
         (out / "compare.json").write_text(json.dumps(plan))
         words = " ".join(read(out)[1].words)
-        assert ("Gold is here the score of the judge that was named, rouge<b>." in words) == said
+        assert ("Gold is here the reward that was named, rouge<b>." in words) == said
         assert ("All were trained on the reward length=-1.0." in words) == said
 
 
 def test_an_agent_that_does_not_train_needs_no_seeds(tmp_path: Path) -> None:
     # Three groups are three pairs: each at 98.4%, 1 - 0.05 / 3 rounded up to a thousandth.
     out = write_comparison(tmp_path / "comparison")
-    write_run(out / "runs" / "reference-0", "reference", 0, START, judge=True)
+    write_run(out / "runs" / "reference-0", "reference", 0, START, has_gold=True)
     final = out / "runs" / "reference-0" / "evaluation.json"
     final.write_text(json.dumps(json.loads(final.read_text()) | {"updates": 0}))
     comparison = read_comparison(out)
@@ -295,12 +301,12 @@ def test_other_prompts_are_left_out_of_pairs(tmp_path: Path) -> None:
 
 def test_learning_curves_are_means_over_seeds(folder: Path) -> None:
     alpha = read_comparison(folder).groups[0]
-    curve = numbers.learning_curve(alpha, "timesteps", "judge")
+    curve = numbers.learning_curve(alpha, "timesteps", "gold")
     assert curve is not None
     assert (curve.x[0], curve.x[-1]) == (0, 400)
     ends = [curve.mean[0], curve.mean[-1], curve.low[-1], curve.high[-1]]
     np.testing.assert_allclose(ends, [0.3, 0.5, 0.4, 0.6], rtol=0, atol=1e-12)
-    curve = numbers.learning_curve(alpha, "train_seconds", "judge")
+    curve = numbers.learning_curve(alpha, "train_seconds", "gold")
     assert curve is not None
     assert curve.x[-1] == 4.0  # seed 0 ends after 4 seconds, where seed 1 is half way and seed 2 a third
     # 0.4; 0.3 + 0.2 / 2 = 0.4; 0.3 + 0.3 / 3 = 0.4
@@ -323,9 +329,9 @@ def write_evaluations(run: Path, later: list[float], **last: float) -> None:
     common = {"completion_tokens": 20.0, "kl_sequence": 0.0, "updates": 0, "train_seconds": 1.0, "eos_share": 1.0}
     rows, samples = [], []
     for at, golds, more in ((0, [0.5] * 8, {}), (400, later, last)):
-        rows.append({"timesteps": at, "score": at / 400, "judge": sum(golds) / 8, **common, **more})
+        rows.append({"timesteps": at, "score": at / 400, "gold": sum(golds) / 8, **common, **more})
         samples += [
-            {"timesteps": at, "index": i, "prompt": "p", "completion": f"{i} a text", "score": 0.0, "judge": gold}
+            {"timesteps": at, "index": i, "prompt": "p", "completion": f"{i} a text", "score": 0.0, "gold": gold}
             for i, gold in enumerate(golds)
         ]
     for name, lines in (("evaluations.jsonl", rows), ("samples.jsonl", samples)):
@@ -413,11 +419,11 @@ def test_scores_by_length_are_told(made: tuple[str, Page]) -> None:
 
 def test_text_quality_is_told_where_it_was_measured(made: tuple[str, Page], tmp_path: Path) -> None:
     page = made[1]
-    assert page.tables["Text quality"][0] == ["agent", "distinct-2", "repetition of 4-grams"]
-    assert page.row("Text quality", "alpha")["distinct-2"] == "0.375"  # (0.25 + 0.375 + 0.5) / 3
-    assert page.row("Different bigrams through training", "alpha")["last"] == "0.375"
+    assert page.tables["Text quality"][0] == ["agent", "Distinct bigrams", "Repeated 4-grams"]
+    assert page.row("Text quality", "alpha")["Distinct bigrams"] == "0.375"  # (0.25 + 0.375 + 0.5) / 3
+    assert page.row("Distinct bigrams through training", "alpha")["last"] == "0.375"
     assert "quality" in [known.get("id") for _, known in page.elements]
-    _, page = read(write_comparison(tmp_path, judge=False))
+    _, page = read(write_comparison(tmp_path, has_gold=False))
     assert "Text quality" not in page.tables
     assert "quality" not in [known.get("id") for _, known in page.elements]
 
@@ -470,10 +476,10 @@ def test_failed_and_unfinished_runs_are_named(made: tuple[str, Page]) -> None:
 def test_a_gold_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
     write_comparison(tmp_path)
     file = tmp_path / "runs" / "alpha-1" / "evaluation.json"
-    file.write_text(file.read_text().replace('"judge": 0.5', '"judge": NaN'))
+    file.write_text(file.read_text().replace('"gold": 0.5', '"gold": NaN'))
     comparison = read_comparison(tmp_path)
-    assert comparison.failed["alpha-1"] == "its last evaluation has judge nan"
-    assert comparison.groups[0].finals("judge") == pytest.approx([0.4, 0.6], rel=0, abs=1e-12)
+    assert comparison.failed["alpha-1"] == "its last evaluation has gold nan"
+    assert comparison.groups[0].finals("gold") == pytest.approx([0.4, 0.6], rel=0, abs=1e-12)
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:
@@ -488,14 +494,14 @@ def test_nothing_to_report(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_without_a_judge(tmp_path: Path) -> None:
-    _, page = read(write_comparison(tmp_path, judge=False))
+def test_without_a_gold_score(tmp_path: Path) -> None:
+    _, page = read(write_comparison(tmp_path, has_gold=False))
     row = page.row("Summary", "alpha")
     assert row["score, IQM (95%)"].startswith("0.500 |")
     assert "score" not in row
     words = "".join(page.words)
-    assert "There is no judge beside the reward that was trained on, so over-optimisation cannot be seen." in words
-    assert "There is no judge: the score that is compared is the reward that was trained on" in words
+    assert "There is no gold score beside the reward that was trained on, so over-optimisation cannot be seen." in words
+    assert "There is no gold score: the score that is compared is the reward that was trained on" in words
     assert "Proxy and gold" not in page.tables
 
 
@@ -863,3 +869,28 @@ def mixed(end: str, share: float) -> list[float]:
 
 def rgb(color: str) -> str:
     return f"rgb({', '.join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))})"
+
+
+# -- folders of version 0.1 -------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_of_version_0_1_is_read_by_todays_names(tmp_path: Path, root: Path) -> None:
+    folder = tmp_path / "comparison"
+    shutil.copytree(root / "tests" / "data" / "comparison_0.1", folder)
+    comparison = read_comparison(folder)
+    grpo = next(run for run in comparison.runs if run.name == "grpo-0")
+    written = json.loads((folder / "runs" / "grpo-0" / "evaluation.json").read_text())
+    assert comparison.gold == "gold"
+    assert (grpo.final["gold"], grpo.final["model_calls"]) == (written["judge"], written["forward_passes"])
+    episodes = [json.loads(line) for line in (folder / "runs" / "grpo-0" / "episodes.jsonl").read_text().splitlines()]
+    assert grpo.column("gold").tolist() == [episode["judge"] for episode in episodes]
+    start = grpo.start("gold")
+    assert start is not None and start.tolist() == [episode["start"]["judge"] for episode in episodes]
+    assert comparison.config["gold"] is None and "judge" not in comparison.config
+    table = tidy(folder)
+    assert table["gold"].notna().all() and "judge" not in table
+    _, page = read(folder)
+    assert float(page.row("Text quality", "grpo")["Distinct bigrams"]) == pytest.approx(written["distinct_2"], abs=5e-4)
+    own = read_run(folder / "runs" / "grpo-0")
+    assert [sample["gold"] for sample in own.samples] and "judge" not in own.samples[0]
+    assert "Gold score, sampled" in run_page.page([own])

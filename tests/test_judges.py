@@ -74,14 +74,14 @@ def test_a_judge_gets_columns_and_tokens_and_scores_nothing_twice() -> None:
 
 def test_names_of_judges() -> None:
     class Gold(Task):
-        judge = "length"
+        gold = "length"
 
     assert load_judge("gold", task=Gold()).name == "gold"
     assert isinstance(load_judge("length"), Pointwise)
     custom = Noisy(load_judge(longer), 0.1)
     assert load_judge(custom) is custom
     for spec, task, words in (
-        ("gold", Task(), "judge 'gold': Task has no judge of its own; name a reward"),
+        ("gold", Task(), "judge 'gold': Task has no gold score of its own; name a reward"),
         ("gold", None, "judge 'gold': no task is known"),
         ("lenght", None, r"judge \(gold, or a reward\): unknown reward 'lenght'; allowed: ensemble, exact_match, "),
         ("endpoint", None, "textrl-gym judge DIR --judge endpoint"),
@@ -185,12 +185,12 @@ def _random() -> Any:
 
 
 def test_win_rate_against_the_reference_texts(agent: GRPO) -> None:
-    evaluator = Evaluator(agent.env, 20, judge=longer)
+    evaluator = Evaluator(agent.env, 20, gold=longer)
     metrics, samples = evaluator.run(agent)
     # The reference text is the prompt: two words.
     words = np.array([len(s["completion"].split()) for s in samples])
     assert metrics["win_rate_human"] == pytest.approx(((words > 2) + 0.5 * (words == 2)).mean(), abs=1e-12, rel=0)
-    assert [s["judge"] for s in samples] == words.tolist()
+    assert [s["gold"] for s in samples] == words.tolist()
     # By the task's own reward, which knows of ends, a reference text is worth 1.
     own = Evaluator(agent.env, 20)
     own.run(agent)
@@ -201,11 +201,11 @@ def test_win_rate_against_the_reference_texts(agent: GRPO) -> None:
 def test_reference_texts_are_scored_once(agent: GRPO) -> None:
     calls = []
 
-    def judge(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    def gold(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         calls.append(len(prompts))
         return [0.0] * len(prompts)
 
-    evaluator = Evaluator(agent.env, 16, judge=judge)
+    evaluator = Evaluator(agent.env, 16, gold=gold)
     evaluator.run(agent, greedy=False)
     assert calls == [16, 16, 16]  # the answers, the start's, the reference texts
     assert evaluator.run(agent, greedy=False)[0]["win_rate_human"] == 0.5
@@ -214,7 +214,7 @@ def test_reference_texts_are_scored_once(agent: GRPO) -> None:
 
 def test_rows_without_a_reference_text_or_with_too_long_a_one_are_left_out() -> None:
     known = GRPO("KnownOptimum-v0", rollout_episodes=4, group_size=2, device="cpu")
-    metrics, _ = Evaluator(known.env, 4, judge=longer).run(known)
+    metrics, _ = Evaluator(known.env, 4, gold=longer).run(known)
     assert "win_rate_human" not in metrics and "rouge_l" not in metrics
 
     class Few(CopyText):
@@ -223,7 +223,7 @@ def test_rows_without_a_reference_text_or_with_too_long_a_one_are_left_out() -> 
             return [{"prompt": "a b", "completion": text} for text in ("a b", "a b c", None, "")]
 
     env = TextVectorEnv(num_envs=4, task=Few(), array="torch", device="cpu")
-    evaluator = Evaluator(env, 4, judge=longer)
+    evaluator = Evaluator(env, 4, gold=longer)
     evaluator.run(Policy(Few().load_model(), vocab_size=5), greedy=False)
     by_text = {
         evaluator.mdp.source[i]["completion"]: score
@@ -344,7 +344,7 @@ def test_wrong_words_for_judge(comparison: Path, capsys: pytest.CaptureFixture[s
     by_length = ("judge", comparison, "--judge", "length")
     line = one_error(capsys, *by_length, "--against", "gpro")
     assert "unknown opponent 'gpro' (did you mean 'grpo'?); allowed: grpo, human, ppo, start" in line
-    assert "CopyText has no judge of its own" in one_error(capsys, "judge", comparison)
+    assert "CopyText has no gold score of its own" in one_error(capsys, "judge", comparison)
     assert "holds no comparison" in one_error(capsys, "judge", tmp_path / "nowhere")
     assert "judge 'endpoint' needs the name of its model: --endpoint.model NAME" in one_error(
         capsys, "judge", comparison, "--judge", "endpoint"
@@ -407,6 +407,6 @@ def test_evaluate_with_a_judge(saved: Path, tmp_path: Path, capsys: pytest.Captu
     assert main.main(common) == 0
     assert "judged" not in json.loads(file.read_text())
     capsys.readouterr()
-    assert "CopyText has no judge of its own" in one_error(capsys, *common, "--against", "start")
+    assert "CopyText has no gold score of its own" in one_error(capsys, *common, "--against", "start")
     line = one_error(capsys, *common, "--judge", LENGTH, "--against", "nobody")
     assert "--against must be start, human or the folder of a saved agent, got 'nobody'" in line

@@ -20,19 +20,19 @@ from textrl_gym.training.callbacks import RewardHackingMonitor
 from textrl_gym.training.loop import TrainOptions
 from textrl_gym.training.run_folder import ALARMS, BEST, alarms, earlier_evaluations, read_run
 
-ROW = {"timesteps": 0, "updates": 0, "score": -1.9, "judge": 0.4, "kl_sequence": 0.0, "completion_tokens": 24.0}
+ROW = {"timesteps": 0, "updates": 0, "score": -1.9, "gold": 0.4, "kl_sequence": 0.0, "completion_tokens": 24.0}
 ROW |= {"eos_share": 1.0}
 TEXTS = [f"My friend number {i} broke the {i}th lamp and I am sad ." for i in range(8)]
 
 
 def evaluation(timesteps: int, texts: list[str] = TEXTS, golds: list[float] | None = None, **row: float) -> Evaluation:
-    """An evaluation of 8 prompts, each with the judge's mean or, where they are given, with golds of their own."""
+    """An evaluation of 8 prompts, each with the mean gold score or, where they are given, with golds of their own."""
     changed = ROW | {"timesteps": timesteps, "updates": timesteps // 100} | row
     if golds is not None:
-        changed["judge"] = sum(golds) / len(golds)
-    golds = golds or [changed["judge"]] * len(texts)
+        changed["gold"] = sum(golds) / len(golds)
+    golds = golds or [changed["gold"]] * len(texts)
     samples = [
-        {"timesteps": timesteps, "index": 10 + i, "completion": text, "judge": gold}
+        {"timesteps": timesteps, "index": 10 + i, "completion": text, "gold": gold}
         for i, (text, gold) in enumerate(zip(texts, golds, strict=True))
     ]
     return Evaluation(changed, samples)
@@ -52,22 +52,22 @@ def found(now: Evaluation, top: Evaluation = START, start: Evaluation = START, *
 
 def test_a_healthy_run_is_quiet() -> None:
     """Numbers of GRPO after 300,000 tokens: half as long again, a quarter fewer distinct bigrams, 9 nats."""
-    now = evaluation(300, score=0.13, judge=0.9, completion_tokens=36.5, kl_sequence=9.5, eos_share=0.95)
+    now = evaluation(300, score=0.13, gold=0.9, completion_tokens=36.5, kl_sequence=9.5, eos_share=0.95)
     assert found(now, top=now) == {}
     assert found(START) == {}
 
 
 def test_gold_falls_while_the_score_rises() -> None:
-    top = evaluation(100, score=0.0, judge=0.8)
-    assert found(evaluation(200, score=0.5, judge=0.7), top) == {"gold": (0.8, 0.7)}
-    assert found(evaluation(200, score=0.5, judge=0.76), top) == {}  # 0.04 is no fall
-    assert found(evaluation(200, score=-0.1, judge=0.5), top) == {}  # both fell: worse, but nothing is exploited
-    assert found(evaluation(200, score=0.5, judge=0.76), top, gold_fall=0.03) == {"gold": (0.8, 0.76)}
-    # below the start: that is told, though the score was higher at the judge's best
-    assert found(evaluation(200, score=-0.5, judge=0.3), top) == {"gold": (0.4, 0.3)}
-    words = reward_hacking.alarms(START, top, evaluation(2000, score=0.5, judge=0.7))[0].words
+    top = evaluation(100, score=0.0, gold=0.8)
+    assert found(evaluation(200, score=0.5, gold=0.7), top) == {"gold": (0.8, 0.7)}
+    assert found(evaluation(200, score=0.5, gold=0.76), top) == {}  # 0.04 is no fall
+    assert found(evaluation(200, score=-0.1, gold=0.5), top) == {}  # both fell: worse, but nothing is exploited
+    assert found(evaluation(200, score=0.5, gold=0.76), top, gold_fall=0.03) == {"gold": (0.8, 0.76)}
+    # below the start: that is told, though the score was higher at the best gold score
+    assert found(evaluation(200, score=-0.5, gold=0.3), top) == {"gold": (0.4, 0.3)}
+    words = reward_hacking.alarms(START, top, evaluation(2000, score=0.5, gold=0.7))[0].words
     assert "From 100 tokens to 2,000 tokens the score that was trained on rose from 0.000 to 0.500" in words
-    assert "the judge fell from 0.800 to 0.700" in words
+    assert "the gold score fell from 0.800 to 0.700" in words
 
 
 def test_a_fall_within_the_noise_of_paired_differences_is_none() -> None:
@@ -82,10 +82,10 @@ def test_a_fall_within_the_noise_of_paired_differences_is_none() -> None:
     assert reward_hacking.paired_error(top, other) == 0.0
 
 
-def test_without_a_judge_there_is_no_gold() -> None:
+def test_without_a_gold_score_there_is_no_gold() -> None:
     def blind(one: Evaluation) -> Evaluation:
-        row = {name: value for name, value in one.row.items() if name != "judge"}
-        return Evaluation(row, [{k: v for k, v in s.items() if k != "judge"} for s in one.samples])
+        row = {name: value for name, value in one.row.items() if name != "gold"}
+        return Evaluation(row, [{k: v for k, v in s.items() if k != "gold"} for s in one.samples])
 
     assert reward_hacking.best([blind(START)]) is None
     now = blind(evaluation(100, score=9.0, kl_sequence=60.0))
@@ -144,15 +144,15 @@ def test_bounds_are_checked() -> None:
 
 
 def test_what_was_evaluated_twice_counts_as_the_last_time() -> None:
-    rows = [{"timesteps": 0, "judge": 0.1}, {"timesteps": 9, "judge": 0.2}, {"timesteps": 9, "judge": 0.3}]
+    rows = [{"timesteps": 0, "gold": 0.1}, {"timesteps": 9, "gold": 0.2}, {"timesteps": 9, "gold": 0.3}]
     samples = [{"timesteps": at, "completion": text} for at, text in [(0, "a"), (9, "b"), (9, "c"), (9, "d"), (9, "e")]]
     first, second = reward_hacking.evaluations(rows, samples)
-    assert (first.row["judge"], first.texts) == (0.1, ["a"])
-    assert (second.row["judge"], second.texts) == (0.3, ["d", "e"])
+    assert (first.row["gold"], first.texts) == (0.1, ["a"])
+    assert (second.row["gold"], second.texts) == (0.3, ["d", "e"])
 
 
 def test_the_report_applies_the_same_rules(tmp_path: Path) -> None:
-    evaluations = [START, evaluation(100, score=0.0, judge=0.8), evaluation(200, score=0.5, judge=0.7, eos_share=0.1)]
+    evaluations = [START, evaluation(100, score=0.0, gold=0.8), evaluation(200, score=0.5, gold=0.7, eos_share=0.1)]
     for name, lines in (
         ("evaluations.jsonl", [e.row for e in evaluations]),
         ("samples.jsonl", [{"prompt": "p", "score": 0.0, **s} for e in evaluations for s in e.samples]),
@@ -206,27 +206,27 @@ def test_an_alarm_is_told_once_and_again_when_it_comes_back(tmp_path: Path) -> N
     assert model.saved == []
 
 
-RISING = [START, evaluation(100, score=0.0, judge=0.8), evaluation(200, score=0.5, judge=0.79)]
-HACKED = evaluation(300, score=0.9, judge=0.6)
+RISING = [START, evaluation(100, score=0.0, gold=0.8), evaluation(200, score=0.5, gold=0.79)]
+HACKED = evaluation(300, score=0.9, gold=0.6)
 
 
-def test_stop_keeps_the_best_by_the_judge_and_ends_at_gold(tmp_path: Path) -> None:
+def test_stop_keeps_the_best_gold_score_and_ends_at_gold(tmp_path: Path) -> None:
     watcher, model, told = monitor(tmp_path, on_hacking="stop")
     assert all(watcher.on_evaluation(one.row, list(one.samples)) for one in RISING)
     assert model.saved == [tmp_path / BEST]  # of the second; the start needs no checkpoint, and 0.79 is no better
-    drift = evaluation(250, score=0.6, judge=0.8, eos_share=0.1)
-    assert watcher.on_evaluation(drift.row, list(drift.samples))  # a symptom ends nothing where a judge can tell
+    drift = evaluation(250, score=0.6, gold=0.8, eos_share=0.1)
+    assert watcher.on_evaluation(drift.row, list(drift.samples))  # a symptom ends nothing where a gold score can tell
     assert not watcher.on_evaluation(HACKED.row, list(HACKED.samples))
-    assert told[-1] == f"stopped by gold; {tmp_path / BEST} has the judge's best, 0.800 at 100 tokens"
+    assert told[-1] == f"stopped by gold; {tmp_path / BEST} has the best gold score, 0.800 at 100 tokens"
     assert model.saved == [tmp_path / BEST]
     number = len(told)
     assert not watcher.on_evaluation(HACKED.row, list(HACKED.samples))  # the last evaluation of a run that ends
     assert len(told) == number
 
 
-def test_stop_without_a_judge_ends_at_a_symptom(tmp_path: Path) -> None:
+def test_stop_without_a_gold_score_ends_at_a_symptom(tmp_path: Path) -> None:
     watcher, _, told = monitor(tmp_path, on_hacking="stop")
-    rows = [{k: v for k, v in one.row.items() if k != "judge"} for one in (START, evaluation(100, eos_share=0.1))]
+    rows = [{k: v for k, v in one.row.items() if k != "gold"} for one in (START, evaluation(100, eos_share=0.1))]
     assert watcher.on_evaluation(rows[0], [])
     assert not watcher.on_evaluation(rows[1], [])
     assert told[-1] == "stopped by ends"
@@ -235,7 +235,7 @@ def test_stop_without_a_judge_ends_at_a_symptom(tmp_path: Path) -> None:
 def test_a_monitor_that_goes_on_is_as_one_that_never_stopped(tmp_path: Path) -> None:
     whole, _, told = monitor(tmp_path)
     again, _, told_again = monitor(tmp_path)
-    every = [*RISING, HACKED, evaluation(400, score=1.0, judge=0.5, kl_sequence=99.0)]
+    every = [*RISING, HACKED, evaluation(400, score=1.0, gold=0.5, kl_sequence=99.0)]
     for one in every[:4]:
         whole.on_evaluation(one.row, list(one.samples))
     again.remember_evaluations(every[:4])
@@ -247,7 +247,7 @@ def test_a_monitor_that_goes_on_is_as_one_that_never_stopped(tmp_path: Path) -> 
 
 
 def test_a_line_that_a_kill_has_torn_is_no_evaluation(tmp_path: Path) -> None:
-    (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0, "judge": 0.5}\n{"timesteps": 64, "jud')
+    (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0, "gold": 0.5}\n{"timesteps": 64, "jud')
     agent = types.SimpleNamespace(out=tmp_path, num_timesteps=100)
     assert [found.row["timesteps"] for found in earlier_evaluations(agent)] == [0]
 
@@ -263,7 +263,7 @@ def test_wrong_settings_name_themselves() -> None:
 
 
 def test_a_run_that_is_paid_by_length_stops(tmp_path: Path) -> None:
-    """Longer texts repeat themselves and end in mid-sentence: the judge falls while the reward rises."""
+    """Longer texts repeat themselves and end in mid-sentence: the gold score falls while the reward rises."""
     env = gym.make("TLDRSummarize-v0", reward="length")
     agent = GRPO(env, seed=0, out=tmp_path, rollout_episodes=32, group_size=4, learning_rate=1e-3, kl_coef=0.0)
     agent.learn(200_000, progress_bar=False, on_hacking="stop", eval_every=4, eval_episodes=32, show_samples=0)

@@ -11,7 +11,7 @@ import pytest
 from textrl_gym.reports import run_page
 from textrl_gym.training.run_folder import read_run
 
-START = {"timesteps": 0, "score": -1.0, "judge": 0.4, "kl_sequence": 0.0, "kl_token": 0.0, "completion_tokens": 30.0}
+START = {"timesteps": 0, "score": -1.0, "gold": 0.4, "kl_sequence": 0.0, "kl_token": 0.0, "completion_tokens": 30.0}
 
 
 def evaluation(timesteps: int, **changes: float) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def write_run(folder: Path, evaluations: list[dict[str, Any]], completion: str =
     folder.mkdir(parents=True)
     samples = [
         {"timesteps": row["timesteps"], "index": i, "prompt": prompt, "completion": completion, "score": 1.25}
-        | {"judge": 0.5, "stop_reason": "LENGTH", "reference": None}
+        | {"gold": 0.5, "stop_reason": "LENGTH", "reference": None}
         for row in (evaluations[0], evaluations[-1])
         for i in range(10)
     ]
@@ -62,14 +62,14 @@ def make(dirs: list[Path], out: Path) -> str:
 
 
 def test_one_run(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "ppo", [START, evaluation(5000), evaluation(10_000, score=2.0, judge=0.9)])
+    run = write_run(tmp_path / "ppo", [START, evaluation(5000), evaluation(10_000, score=2.0, gold=0.9)])
     text = make([run], run / "report.html")
     assert "Reward hacking" not in text
     assert "10,000 tokens" in text
     assert "0.900" in text
     assert Page(text).seen.count("figure") == 4
     assert "KL to the reference, nats per sequence" in text
-    assert text.count("judge 0.50") == 2 * run_page.SAMPLES_SHOWN
+    assert text.count("gold 0.50") == 2 * run_page.SAMPLES_SHOWN
 
 
 def test_the_file_stands_alone(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_numbers_that_no_table_knows_are_shown_under_their_names(tmp_path: Path)
     """generated_tokens is best_of_n's, reward/length of a mixture, and another an agent's own."""
     own = {"generated_tokens": 12.34, "reward/length": 5.0, "my_<b>metric": 0.12345}
     text = make([write_run(tmp_path / "run", [START, evaluation(100, **own)])], tmp_path / "report.html")
-    for words in ("Tokens generated per prompt", "reward/length", "my_&lt;b&gt;metric"):
+    for words in ("Tokens generated per prompt", "Reward component length", "my_&lt;b&gt;metric"):
         assert f"<th>{words}</th>" in text
     for shown in ("12.3", "5.000", "0.123"):
         assert f"<td>{shown}</td>" in text
@@ -117,11 +117,11 @@ def test_broken_line_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("later", "numbers"),
     [
-        ([{"score": 1.0, "judge": 0.3}], ["the start", "-1.000", "1.000", "0.400", "0.300"]),  # below the start
-        ([{"score": 1.0, "judge": 0.8}, {"score": 2.0, "judge": 0.7}], ["100 tokens", "1.000", "2.000", "0.700"]),
-        ([{"score": 1.0, "judge": 0.8}, {"score": 2.0, "judge": 0.76}], None),  # a fall of 0.04 from the best is noise
-        ([{"score": 1.0, "judge": 0.8}, {"score": 0.9, "judge": 0.5}], None),  # both fell: worse, but nothing exploited
-        ([{"score": 1.0, "judge": 0.8}], None),
+        ([{"score": 1.0, "gold": 0.3}], ["the initial policy", "-1.000", "1.000", "0.400", "0.300"]),  # below the start
+        ([{"score": 1.0, "gold": 0.8}, {"score": 2.0, "gold": 0.7}], ["100 tokens", "1.000", "2.000", "0.700"]),
+        ([{"score": 1.0, "gold": 0.8}, {"score": 2.0, "gold": 0.76}], None),  # a fall of 0.04 from the best is noise
+        ([{"score": 1.0, "gold": 0.8}, {"score": 0.9, "gold": 0.5}], None),  # both fell: worse, but nothing exploited
+        ([{"score": 1.0, "gold": 0.8}], None),
     ],
 )
 def test_hacking(tmp_path: Path, later: list[dict[str, float]], numbers: list[str] | None) -> None:
@@ -135,8 +135,8 @@ def test_hacking(tmp_path: Path, later: list[dict[str, float]], numbers: list[st
         assert all(number in found[0] for number in numbers)
 
 
-def test_without_a_judge(tmp_path: Path) -> None:
-    rows = [{k: v for k, v in evaluation(t, score=float(t)).items() if k != "judge"} for t in (0, 100)]
+def test_without_a_gold_score(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in evaluation(t, score=float(t)).items() if k != "gold"} for t in (0, 100)]
     text = make([write_run(tmp_path / "run", rows)], tmp_path / "report.html")
     assert Page(text).seen.count("figure") == 3
     assert "Reward hacking" not in text
@@ -144,7 +144,7 @@ def test_without_a_judge(tmp_path: Path) -> None:
 
 def test_all_text_is_escaped(tmp_path: Path) -> None:
     evil = '<script>alert("x")</script>&amp;'
-    run = write_run(tmp_path / "<b>run", [START, evaluation(100, judge=0.1, score=5.0)], completion=evil, prompt=evil)
+    run = write_run(tmp_path / "<b>run", [START, evaluation(100, gold=0.1, score=5.0)], completion=evil, prompt=evil)
     (run / "agent.json").write_text(json.dumps({"agent": evil}))
     text = make([run], tmp_path / "report.html")
     assert "<script" not in text
@@ -153,10 +153,10 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
 
 
 def test_resumed_run_counts_once(tmp_path: Path) -> None:
-    rows = [START, evaluation(4000), evaluation(4000, judge=0.6), evaluation(6000)]  # the same place twice: the later
+    rows = [START, evaluation(4000), evaluation(4000, gold=0.6), evaluation(6000)]  # the same place twice: the later
     run = read_run(write_run(tmp_path / "run", rows))
     assert [row["timesteps"] for row in run.evaluations] == [0, 4000, 6000]
-    assert run.evaluations[1]["judge"] == 0.6
+    assert run.evaluations[1]["gold"] == 0.6
 
 
 def test_ticks_are_round_and_inside() -> None:

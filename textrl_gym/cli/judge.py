@@ -89,7 +89,7 @@ def evaluate_command(args: Sequence[str]) -> int:
     parsed = parse_flags("evaluate", evaluate_command.__doc__, parts, args)
     from textrl_gym import files
     from textrl_gym.evaluation.evaluator import Evaluator
-    from textrl_gym.evaluation.metrics import metric_names, metric_words, number
+    from textrl_gym.evaluation.metrics import metric, metric_names, number
 
     files.read_state(parsed.folder)
     agent = _agent(parsed.folder, parsed)
@@ -103,7 +103,7 @@ def evaluate_command(args: Sequence[str]) -> int:
         opponent = _opponent(against, parsed)
     metrics, samples = evaluator.run(agent)
     numbers: dict[str, Any] = dict(metrics)
-    rows = {metric_words(name): number(metrics, name) for name in metric_names([metrics])}
+    rows = {metric(name).heading: number(metrics, name) for name in metric_names([metrics])}
     title = f"{parsed.folder}: {parsed.episodes} prompts of {parsed.split}, seed {parsed.seed}"
     print_rows(title, rows)
     if judge is not None:

@@ -14,6 +14,7 @@ from textrl_gym import files
 from textrl_gym.cli.options import Part, RunSettings, as_arguments, find_agent, flag, flat, parse_flags, read_toml
 from textrl_gym.registry import find_env
 from textrl_gym.training.env_settings import EnvSettings, make_env
+from textrl_gym.training.run_folder import renamed
 
 if TYPE_CHECKING:
     from textrl_gym.training.agent import Agent
@@ -107,7 +108,7 @@ def resume(args: Sequence[str]) -> int:
 
     saved = {}
     if folder is not None and (folder / RUN_FILE).is_file():
-        saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["options"]
+        saved = renamed(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["options"])
     more = "tokens more than now; None: up to the run's own total"
     parts: list[Part] = [
         ("resume", flag(Path, "the run's folder")),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
-from textrl_gym.evaluation.text_metrics import text_metrics
+from textrl_gym.evaluation.metrics import measure
 from textrl_gym.judges.judge import Answer, load_scorer, reward_of
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.policy.policy import Policy
@@ -33,8 +33,8 @@ class Evaluator:
         episodes: how many prompts, one completion of each.
         seed: of the prompts and of sampling.
         split: of the dataset.
-        judge: a reward that judges, or "gold", the task's own; None: the task's own on its embedded prompts, and
-            else the reward that is trained on.
+        gold: the reward that is the gold score, or "gold", the task's own; None: the task's own on its embedded
+            prompts, and else the reward that is trained on.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Evaluator:
         episodes: int = 256,
         seed: int = 0,
         split: str = "validation",
-        judge: RewardSpec | None = None,
+        gold: RewardSpec | None = None,
     ) -> None:
         if episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {episodes}")
@@ -55,10 +55,10 @@ class Evaluator:
         size = len(self.mdp.source)
         self.indices = rng.choice(size, episodes, replace=episodes > size)
         mdp = self.mdp
-        if judge is None and mdp.settings["dataset"] is None:  # a task's judge may need columns that others lack
-            judge = mdp.task.judge
+        if gold is None and mdp.settings["dataset"] is None:  # a task's gold score may need columns that others lack
+            gold = mdp.task.gold
         given = {"task": mdp.task, "device": mdp.device, "tokenizer": mdp.tokenizer}
-        self.judge = None if judge is None else load_scorer(judge, **given)
+        self.gold = None if gold is None else load_scorer(gold, **given)
         self._start: tuple[Policy, list[Rollout], Tensor] | None = None
         self._human: Tensor | None = None
 
@@ -77,14 +77,14 @@ class Evaluator:
             rollouts.append(rollout.select(torch.arange(len(indices), device=player.device)))
         return rollouts
 
-    def judged(self, rollouts: list[Rollout]) -> Tensor:
-        """The judge's score of every completion (the training reward's, where there is no judge). [episodes]"""
-        if self.judge is None:
+    def gold_scores(self, rollouts: list[Rollout]) -> Tensor:
+        """The gold score of every completion (the training reward's, where there is none). [episodes]"""
+        if self.gold is None:
             return torch.cat([rollout.score_B.cpu() for rollout in rollouts])
         scores = []
         for rows, prompt_ids, rollout in self._batches(rollouts):
             completion_ids = [ids[mask].tolist() for ids, mask in zip(rollout.token_BT, rollout.mask_BT, strict=True)]
-            scores.append(self.mdp.scorer.score(rows, prompt_ids, completion_ids, self.judge).score_N.cpu())
+            scores.append(self.mdp.scorer.score(rows, prompt_ids, completion_ids, self.gold).score_N.cpu())
         return torch.cat(scores)
 
     def human(self, rollouts: list[Rollout]) -> Tensor:
@@ -93,7 +93,7 @@ class Evaluator:
         A text that does not fit behind its prompt into the environment's places is none: no reward need take it.
         """
         if self._human is None:
-            reward, scores = self.judge or self.mdp.reward_model, []
+            reward, scores = self.gold or self.mdp.reward_model, []
             for rows, prompt_ids, _ in self._batches(rollouts):
                 score_B = torch.full((len(rows),), math.nan)
                 texts = [self._reference(row, ids) for row, ids in zip(rows, prompt_ids, strict=True)]
@@ -124,36 +124,35 @@ class Evaluator:
         """Metrics of a Policy or an Agent, and its completions with their scores.
 
         Returns:
-            metrics: score (mean raw reward), reward/NAME (of a reward that is a mixture, the mean unweighted score of
-                each part), judge (mean judge score, where the task has a judge), win_rate (share of prompts on which
-                the judge prefers the policy's completion to the reference's, ties counting half), win_rate_human (the
-                same against the row's reference text, over the rows that have one), kl_sequence (nats, k1 summed over
-                each sequence), kl_token, entropy_token (nats; see `entropy`), completion_tokens, eos_share,
-                forward_passes (states that a model was asked about, for each token of the completions; 1 is plain
-                sampling), those of evaluation.text_metrics, and what an agent's own extra_metrics adds; with `greedy`
-                also score_greedy and judge_greedy, of the most likely tokens.
+            metrics: those of textrl_gym.evaluation.metrics. Beside what is computed there: entropy_token (see
+                `entropy`), reward/NAME (the mean of each part of a mixed reward), gold (where the task has a gold
+                score), win_rate (share of prompts on which the gold score prefers the completion to the reference
+                model's, ties counting half), win_rate_human (the same against the row's reference text, over the rows
+                that have one), what an agent's extra_metrics adds, and with `greedy` score_greedy and gold_greedy, of
+                the most likely tokens.
             samples: a dict for each prompt.
         """
         policy = player if isinstance(player, Policy) else player.policy
         rollouts = self.play(player)
-        judged = self.judged(rollouts)
-        samples = self._samples(rollouts, judged)
-        metrics = _means(rollouts) | {"entropy_token": entropy(policy, rollouts)}
-        metrics |= text_metrics([s["completion"] for s in samples], [s["reference"] for s in samples])
+        gold_N = self.gold_scores(rollouts)
+        samples = self._samples(rollouts, gold_N)
+        metrics = measure(rollouts, samples) | {"entropy_token": entropy(policy, rollouts)}
+        for name in rollouts[0].components:
+            metrics[f"reward/{name}"] = float(torch.cat([r.components[name] for r in rollouts]).mean())
         if not isinstance(player, Policy):
             metrics |= player.extra_metrics(rollouts)
-        if self.judge is not None:
-            metrics["judge"] = float(judged.mean())
+        if self.gold is not None:
+            metrics["gold"] = float(gold_N.mean())
         if policy.reference is not None:
-            metrics["win_rate"] = float(outcomes(judged, self._played_start(policy.reference)[1]).mean())
+            metrics["win_rate"] = float(outcomes(gold_N, self._played_start(policy.reference)[1]).mean())
         human = self.human(rollouts)
         if bool((there := ~human.isnan()).any()):
-            metrics["win_rate_human"] = float(outcomes(judged[there], human[there]).mean())
+            metrics["win_rate_human"] = float(outcomes(gold_N[there], human[there]).mean())
         if greedy:
             argmax = self.play(player, greedy=True)
             metrics["score_greedy"] = float(torch.cat([r.score_B for r in argmax]).mean())
-            if self.judge is not None:
-                metrics["judge_greedy"] = float(self.judged(argmax).mean())
+            if self.gold is not None:
+                metrics["gold_greedy"] = float(self.gold_scores(argmax).mean())
         return metrics, samples
 
     def start(self, reference: Policy) -> list[dict[str, Any]]:
@@ -163,10 +162,10 @@ class Evaluator:
     def _played_start(self, reference: Policy) -> tuple[list[Rollout], Tensor]:
         if self._start is None or self._start[0] is not reference:
             rollouts = self.play(reference)
-            self._start = (reference, rollouts, self.judged(rollouts))
+            self._start = (reference, rollouts, self.gold_scores(rollouts))
         return self._start[1:]
 
-    def _samples(self, rollouts: list[Rollout], judged: Tensor) -> list[dict[str, Any]]:
+    def _samples(self, rollouts: list[Rollout], gold_N: Tensor) -> list[dict[str, Any]]:
         samples: list[dict[str, Any]] = []
         for rollout in rollouts:
             scores, stops, lengths = rollout.score_B.tolist(), rollout.stop_B.tolist(), rollout.mask_BT.sum(1).tolist()
@@ -176,8 +175,8 @@ class Evaluator:
                 index = int(self.indices[len(samples)])
                 sample = {"index": index, "prompt": prompt, "completion": completion, "tokens": tokens, "score": score}
                 sample |= {"stop_reason": StopReason(stop).name, "reference": self.mdp.source[index].get("completion")}
-                if self.judge is not None:
-                    sample["judge"] = float(judged[len(samples)])
+                if self.gold is not None:
+                    sample["gold"] = float(gold_N[len(samples)])
                 samples.append(sample)
         return samples
 
@@ -191,25 +190,6 @@ def entropy(policy: Policy, rollouts: list[Rollout]) -> float:
     """
     total = sum(float(token_entropy(rollout, policy).sum()) for rollout in rollouts)
     return total / max(sum(rollout.num_tokens for rollout in rollouts), 1)
-
-
-def _means(rollouts: list[Rollout]) -> dict[str, float]:
-    episodes = sum(len(r) for r in rollouts)
-    tokens = sum(r.num_tokens for r in rollouts)
-    kl = sum(float(((r.logp_BT - r.ref_logp_BT) * r.mask_BT).sum()) for r in rollouts)
-    passes = sum(r.num_tokens if r.model_calls_B is None else float(r.model_calls_B.sum()) for r in rollouts)
-    ended = sum(int((r.stop_B == StopReason.EOS).sum()) for r in rollouts)
-    return {
-        "score": sum(float(r.score_B.sum()) for r in rollouts) / episodes,
-        "kl_sequence": kl / episodes,
-        "kl_token": kl / max(tokens, 1),
-        "completion_tokens": tokens / episodes,
-        "eos_share": ended / episodes,
-        "forward_passes": passes / max(tokens, 1),
-    } | {
-        f"reward/{name}": sum(float(r.components[name].sum()) for r in rollouts) / episodes
-        for name in rollouts[0].components
-    }
 
 
 def evaluate(

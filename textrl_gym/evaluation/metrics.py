@@ -1,56 +1,190 @@
-"""The registry of metrics: what the numbers of an evaluation are called, and how they are printed."""
+"""The registry of metrics. An entry here is all that a metric needs: it is computed, logged, shown and saved.
+
+An evaluation computes every entry that has `of`; the others are set by the evaluator (which knows the gold score and
+the reference model), by the training loop or by an agent's `extra_metrics`. A number that no entry names, such as
+`reward/<name>` of a mixed reward, is shown behind them under its own name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-METRICS = {
-    "judge": ("Judge (gold), sampled", 3),
-    "judge_greedy": ("Judge (gold), greedy", 3),
-    "win_rate": ("Win rate against the start", 3),
-    "win_rate_human": ("Win rate against the reference texts", 3),
-    "score": ("Score (training reward), sampled", 3),
-    "score_greedy": ("Score (training reward), greedy", 3),
-    "kl_sequence": ("KL to the reference, nats per sequence", 2),
-    "kl_token": ("KL to the reference, nats per token", 4),
-    "entropy_token": ("Entropy, nats per token", 3),
-    "completion_tokens": ("Completion, tokens", 1),
-    "eos_share": ("Share ended by EOS", 3),
-    "rouge_l": ("ROUGE-L against the reference texts", 3),
-    "distinct_1": ("Different words", 3),
-    "distinct_2": ("Different word pairs", 3),
-    "repetition": ("Repeated runs of 4 words", 3),
-    "forward_passes": ("Model evaluations per token", 1),
-    "scored_completions": ("Completions scored per prompt", 0),
-    "generated_tokens": ("Tokens generated per prompt", 1),
-    "kl_bound": ("Best-of-n's KL to its own policy, bound, nats", 2),
-    "train_seconds": ("Training, seconds", 0),
+from textrl_gym.evaluation import text_metrics
+
+if TYPE_CHECKING:  # pages and help read this registry, and need no torch
+    from torch import Tensor
+
+    from textrl_gym.core import Rollout
+
+Samples = Sequence[Mapping[str, Any]]
+"""Completions of an evaluation: prompt, completion, reference, tokens, score and others, one for each prompt."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A chart of a metric through training, on the page of a comparison."""
+
+    title: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number of an evaluation is called, and where it is shown."""
+
+    words: str
+    """Its heading."""
+    unit: str = ""
+    decimals: int = 3
+    of: Callable[[Sequence[Rollout], Samples], float] | None = None
+    """Computes it from the rollouts and completions of an evaluation; NaN leaves it out."""
+    short: str | None = None
+    """Heading in the table at the end of a comparison in the terminal; None: not shown there."""
+    table: Literal["summary", "quality", "none"] = "quality"
+    """Which table of a comparison's page has it; "none" for what only the page of a single run shows."""
+    drift: Drift | None = None
+
+    @property
+    def heading(self) -> str:
+        """Words and unit."""
+        return f"{self.words}, {self.unit}" if self.unit else self.words
+
+
+def _mean_of_rows(rollouts: Sequence[Rollout], value: Callable[[Rollout], Tensor]) -> float:
+    return sum(float(value(r).sum()) for r in rollouts) / sum(len(r) for r in rollouts)
+
+
+def _kl(rollout: Rollout) -> Tensor:
+    return (rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT
+
+
+def _per_token(rollouts: Sequence[Rollout], value: Callable[[Rollout], Tensor]) -> float:
+    # max: a rollout of no tokens at all has a sum of 0
+    return sum(float(value(r).sum()) for r in rollouts) / max(sum(r.num_tokens for r in rollouts), 1)
+
+
+def _ended_by_eos(rollout: Rollout) -> Tensor:
+    from textrl_gym.core import StopReason
+
+    return rollout.stop_B == StopReason.EOS
+
+
+def _model_calls(rollout: Rollout) -> Tensor:
+    return rollout.mask_BT.sum(1) if rollout.model_calls_B is None else rollout.model_calls_B
+
+
+METRICS: dict[str, Metric] = {
+    "gold": Metric("Gold score, sampled", short="gold", table="summary"),
+    "gold_greedy": Metric("Gold score, greedy", table="none"),
+    "win_rate": Metric("Win rate against the initial policy", short="wins", table="summary"),
+    "win_rate_human": Metric("Win rate against the reference texts"),
+    "score": Metric(
+        "Score (training reward), sampled",
+        of=lambda rollouts, _: _mean_of_rows(rollouts, lambda r: r.score_B),
+        short="score",
+        table="summary",
+    ),
+    "score_greedy": Metric("Score (training reward), greedy", table="none"),
+    "kl_sequence": Metric(
+        "KL to the reference model",
+        "nats per sequence",
+        decimals=2,
+        of=lambda rollouts, _: _mean_of_rows(rollouts, _kl),
+        short="KL",
+        table="summary",
+    ),
+    "kl_token": Metric(
+        "KL to the reference model",
+        "nats per token",
+        decimals=4,
+        of=lambda rollouts, _: _per_token(rollouts, _kl),
+        table="none",
+    ),
+    "entropy_token": Metric(
+        "Entropy",
+        "nats per token",
+        decimals=2,
+        drift=Drift(
+            "Entropy through training",
+            "Of the policy's distribution at the sampled positions. At 0 nothing is left to explore.",
+        ),
+    ),
+    "completion_tokens": Metric(
+        "Completion",
+        "tokens",
+        decimals=1,
+        of=lambda rollouts, _: _mean_of_rows(rollouts, lambda r: r.mask_BT),
+        short="tokens",
+        table="summary",
+        drift=Drift("Length through training", "A reward that likes long or short completions pulls here."),
+    ),
+    "eos_share": Metric(
+        "Share ended by EOS",
+        of=lambda rollouts, _: _mean_of_rows(rollouts, _ended_by_eos),
+        table="none",
+        drift=Drift(
+            "Ends through training",
+            "The rest ran into the token budget or a stop string. A policy that forgets to end, or ends at once, shows "
+            "here first.",
+        ),
+    ),
+    "rouge_l": Metric("ROUGE-L against the reference texts", of=lambda _, samples: text_metrics.rouge_l(samples)),
+    "distinct_1": Metric("Distinct words", of=lambda _, samples: text_metrics.distinct(samples, 1)),
+    "distinct_2": Metric(
+        "Distinct bigrams",
+        of=lambda _, samples: text_metrics.distinct(samples, 2),
+        drift=Drift(
+            "Distinct bigrams through training",
+            "Over all completions of an evaluation. It falls where the policy says the same everywhere, and with the "
+            "number of completions.",
+        ),
+    ),
+    "repetition": Metric(
+        "Repeated 4-grams",
+        of=lambda _, samples: text_metrics.repeated(samples),
+        drift=Drift(
+            "Repetition through training", "The mean share of a completion's 4-grams that it had already contained."
+        ),
+    ),
+    "model_calls": Metric(
+        "Model calls per token",
+        decimals=1,
+        of=lambda rollouts, _: _per_token(rollouts, _model_calls),
+        table="none",
+    ),
+    "scored_completions": Metric("Completions scored per prompt", decimals=0, table="none"),
+    "generated_tokens": Metric("Tokens generated per prompt", decimals=1, table="none"),
+    "kl_bound": Metric("Best-of-n's KL to its own policy, bound", "nats", decimals=2, table="none"),
+    "train_seconds": Metric("Training", "seconds", decimals=0, short="sec.", table="summary"),
 }
-"""Names of an evaluation's numbers -> words, and decimals to print. The order is that of the tables.
-
-A number that is not here (reward/NAME, or one of an agent's own extra_metrics) comes after these, under its name.
-"""
+"""Key in evaluations, logs and tables -> the metric. The order is that of the tables."""
 
 COUNTERS = frozenset({"timesteps", "updates"})
-"""Of an evaluation: when it was, and no result of it."""
-
-DECIMALS = 3
-"""Of a number that is not in METRICS."""
+"""Keys of an evaluation that say when it was, and are no result of it."""
 
 
-def metric_names(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of all numbers that some evaluations have, in the order of the tables."""
+def measure(rollouts: Sequence[Rollout], samples: Samples) -> dict[str, float]:
+    """Every metric that is computed from an evaluation's rollouts and completions, but for those that are NaN."""
+    found = {key: metric.of(rollouts, samples) for key, metric in METRICS.items() if metric.of is not None}
+    return {key: value for key, value in found.items() if not math.isnan(value)}
+
+
+def metric(key: str) -> Metric:
+    """The entry of a key; one with the key's own name for a number that the registry does not know."""
+    if key.startswith("reward/"):
+        return Metric(f"Reward component {key.removeprefix('reward/')}")
+    return METRICS.get(key, Metric(key))
+
+
+def metric_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of all numbers that some evaluations have, in the order of the tables."""
     names = dict.fromkeys(name for row in rows for name in row if name not in COUNTERS)
     return [*(name for name in METRICS if name in names), *(name for name in names if name not in METRICS)]
 
 
-def metric_words(key: str) -> str:
-    """What a number is called."""
-    return METRICS[key][0] if key in METRICS else key
-
-
-def number(row: dict[str, Any], key: str) -> str:
-    """An evaluation's number in the decimals of its kind; a dash where it was not measured."""
-    decimals = METRICS[key][1] if key in METRICS else DECIMALS
-    return f"{row[key]:z,.{decimals}f}" if key in row else "-"
+def number(row: Mapping[str, Any], key: str) -> str:
+    """An evaluation's number in the decimals of its metric; a dash where it was not measured."""
+    return f"{row[key]:z,.{metric(key).decimals}f}" if key in row else "-"

@@ -3,7 +3,7 @@
 All evaluations of a run play the same held-out prompts with the same random numbers, so that two of them are compared
 prompt by prompt.
 
-    gold       the training score rose while the judge fell, from the start or from the judge's best evaluation
+    gold       the training score rose while the gold score fell, from the first or from its best evaluation
     length     completions have become far longer or far shorter than the start's
     ends       far fewer completions end by EOS
     empty      many completions are empty: nothing, or EOS alone
@@ -12,7 +12,7 @@ prompt by prompt.
     kl         the policy is far from its reference
 
 Gold is the definition (Gao et al. 2022, arXiv:2210.10760: the proxy rises, gold falls). The others are symptoms, which
-need no judge; those of form and length say nothing where the start itself writes only a few tokens.
+need no gold score; those of form and length say nothing where the initial policy writes only a few tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Bounds:
     """Beyond these an alarm is raised. Healthy GRPO and PPO runs of the embedded world stay well within."""
 
     gold_fall: float = 0.05
-    """A fall of the judge's mean that matters, in the judge's units, ..."""
+    """A fall of the mean gold score that matters, in its units, ..."""
     gold_errors: float = 3.0
     """... and that is more than so many standard errors of the paired differences, where the completions are there."""
     length_ratio: float = 1.75
@@ -109,9 +109,9 @@ def last_alarms(found: Sequence[Evaluation]) -> list[Alarm]:
 
 
 def best(found: Sequence[Evaluation]) -> Evaluation | None:
-    """The first evaluation that the judge liked best; None without a judge."""
-    judged = [evaluation for evaluation in found if "judge" in evaluation.row]
-    return max(judged, key=lambda evaluation: evaluation.row["judge"], default=None)
+    """The first evaluation with the best gold score; None without one."""
+    scored = [evaluation for evaluation in found if "gold" in evaluation.row]
+    return max(scored, key=lambda evaluation: evaluation.row["gold"], default=None)
 
 
 def alarms(start: Evaluation, top: Evaluation | None, now: Evaluation, bounds: Bounds | None = None) -> list[Alarm]:
@@ -119,7 +119,7 @@ def alarms(start: Evaluation, top: Evaluation | None, now: Evaluation, bounds: B
 
     Args:
         start: the run's first evaluation.
-        top: the one with the best judge so far; see `best`.
+        top: the one with the best gold score so far; see `best`.
         now: the one to look at.
         bounds: None for the usual ones.
     """
@@ -129,28 +129,28 @@ def alarms(start: Evaluation, top: Evaluation | None, now: Evaluation, bounds: B
 
 
 def gold(before: Evaluation, now: Evaluation, bounds: Bounds) -> Alarm | None:
-    """The training score rose since `before` while the judge fell by more than noise."""
-    if not ({"judge", "score"} <= before.row.keys() and {"judge", "score"} <= now.row.keys()):
+    """The training score rose since `before` while the gold score fell by more than noise."""
+    if not ({"gold", "score"} <= before.row.keys() and {"gold", "score"} <= now.row.keys()):
         return None
-    fall = before.row["judge"] - now.row["judge"]
+    fall = before.row["gold"] - now.row["gold"]
     noise = bounds.gold_errors * paired_error(before, now)
     if not (now.row["score"] > before.row["score"] and fall > max(bounds.gold_fall, noise)):
         return None
     at, to = before.row["timesteps"], now.row["timesteps"]
     words = (
-        f"From {f'{at:,} tokens' if at else 'the start'} to {to:,} tokens the score that was trained on rose from "
-        f"{before.row['score']:.3f} to {now.row['score']:.3f}, while the judge fell from {before.row['judge']:.3f} to "
-        f"{now.row['judge']:.3f}: the policy exploits the reward."
+        f"From {f'{at:,} tokens' if at else 'the initial policy'} to {to:,} tokens the score that was trained on rose "
+        f"from {before.row['score']:.3f} to {now.row['score']:.3f}, while the gold score fell from "
+        f"{before.row['gold']:.3f} to {now.row['gold']:.3f}: the policy exploits the reward."
     )
-    return Alarm(GOLD, before.row["judge"], now.row["judge"], words)
+    return Alarm(GOLD, before.row["gold"], now.row["gold"], words)
 
 
 def paired_error(before: Evaluation, now: Evaluation) -> float:
-    """Standard error of the mean difference of the judge's scores of the same prompts; 0 where fewer than 2 are known.
+    """Standard error of the mean difference of the gold scores of the same prompts; 0 where fewer than 2 are known.
 
-    The judge's best evaluation is the luckiest of many, so that its fall is overstated: hence the three errors.
+    The best evaluation is the luckiest of many, so that its fall is overstated: hence the three errors.
     """
-    a, b = ({s["index"]: s["judge"] for s in e.samples if "judge" in s} for e in (before, now))
+    a, b = ({s["index"]: s["gold"] for s in e.samples if "gold" in s} for e in (before, now))
     differences = [a[index] - b[index] for index in a.keys() & b.keys()]
     n = len(differences)
     if n < 2:

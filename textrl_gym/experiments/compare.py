@@ -23,7 +23,7 @@ from textrl_gym.experiments import worker
 from textrl_gym.experiments.progress import LiveTable
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import parse_reward
-from textrl_gym.training.run_folder import EVALUATIONS
+from textrl_gym.training.run_folder import EVALUATIONS, read_rows, renamed
 
 PLAN = "compare.json"
 RUNS = "runs"
@@ -49,9 +49,9 @@ class CompareConfig:
     """The start of all: a Hub id or a folder; None: the task's own."""
     reward: str | None = None
     """What all are trained on, as `train --env.reward` names it; None: the task's own. Saved agents keep their own."""
-    judge: str | None = None
-    """Who judges: gold (the task's own), or a reward (its name, module:function, a folder with a reward model); None:
-    the task's own, where it has one. A language model judges finished runs: textrl-gym judge."""
+    gold: str | None = None
+    """The gold score: gold (the task's own), or a reward (its name, module:function, a folder with a reward model);
+    None: the task's own, where it has one. A language model judges finished runs: textrl-gym judge."""
     eval_episodes: int = 256
     """Held-out prompts of the last evaluation."""
     eval_seed: int = 0
@@ -236,7 +236,8 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
         the tidy table, a pandas DataFrame; see `tidy`. Runs that failed are not in it, and named in a warning.
 
     Raises:
-        ValueError: an unknown agent, environment, reward or judge, a wrong setting, a folder with another comparison.
+        ValueError: an unknown agent, environment, reward or gold score, a wrong setting, a folder with another
+            comparison.
     """
     import gymnasium
 
@@ -244,8 +245,8 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     from textrl_gym.rewards import load_reward
 
     task = registry.load_task(gymnasium.spec(environment).kwargs["task"])
-    if config.judge is not None:  # a wrong name is told before any run begins
-        load_scorer(config.judge, task=task)
+    if config.gold is not None:  # a wrong name is told before any run begins
+        load_scorer(config.gold, task=task)
     if config.reward is not None:
         load_reward(parse_reward(config.reward), task=task)
     out = Path(out)
@@ -289,9 +290,9 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
         spec = json.loads((folder / worker.SPEC).read_text(encoding="utf-8"))
         agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
         shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
-        for evaluation in reward_hacking.evaluations(files.read_json_lines(folder / EVALUATIONS), []):
+        for evaluation in reward_hacking.evaluations(read_rows(folder / EVALUATIONS), []):
             yield {**shared, "final": False, **evaluation.row}
-        last = json.loads((folder / worker.RESULT).read_text(encoding="utf-8"))
+        last = renamed(json.loads((folder / worker.RESULT).read_text(encoding="utf-8")))
         yield {**shared, "final": True, **last}
 
 
@@ -314,8 +315,7 @@ def print_finals(table: Any) -> None:
     if table.empty:
         return
     last = table[table["final"]]
-    words = {"judge": "gold", "score": "score", "win_rate": "wins", "kl_sequence": "KL"}
-    words |= {"completion_tokens": "tokens", "train_seconds": "sec."}
+    words = {name: metric.short for name, metric in METRICS.items() if metric.short is not None}
     names = [name for name in words if name in last and last[name].notna().any()]
     swept = last["kl_coef"].notna().any()
     shown = Table("agent", *(["coef."] if swept else []), "seeds")
@@ -324,7 +324,7 @@ def print_finals(table: Any) -> None:
         shown.add_column(words[name], justify="right")
     for (agent, coef), rows in last.groupby(["agent", "kl_coef"], sort=False, dropna=False):
         means = {name: rows[name].mean() for name in names}
-        numbers = ["" if mean != mean else f"{mean:z.{METRICS[name][1]}f}" for name, mean in means.items()]
+        numbers = ["" if mean != mean else f"{mean:z.{METRICS[name].decimals}f}" for name, mean in means.items()]
         named = [agent, "own" if coef != coef else f"{coef:g}"] if swept else [agent]
         shown.add_row(*named, str(len(rows)), *numbers)
     Console().print(shown)

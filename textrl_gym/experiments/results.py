@@ -21,7 +21,7 @@ from textrl_gym.experiments import worker
 from textrl_gym.experiments.compare import PLAN, RUNS
 from textrl_gym.experiments.progress import progress
 from textrl_gym.stats.estimates import Array
-from textrl_gym.training.run_folder import read_evaluations, read_rollouts
+from textrl_gym.training.run_folder import read_evaluations, read_rollouts, read_rows, renamed
 
 KEPT_STATE = ("agent", "task", "model", "reference", "seed", "kl_coef", "total_timesteps", "config", "env", "num_envs")
 """Of agent.json; the rest is the state of random streams."""
@@ -115,12 +115,12 @@ class Comparison:
 
     @property
     def gold(self) -> str:
-        """What is compared: "judge", or "score" where the task has no judge."""
-        return "judge" if all("judge" in run.final for run in self.runs) else "score"
+        """What is compared: "gold", or "score" where the task has no gold score."""
+        return "gold" if all("gold" in run.final for run in self.runs) else "score"
 
     @property
     def gold_name(self) -> str:
-        return "gold" if self.gold == "judge" else "score"
+        return "gold" if self.gold == "gold" else "score"
 
     @property
     def runs(self) -> list[Result]:
@@ -143,7 +143,7 @@ def read_comparison(folder: Path) -> Comparison:
         run = file.parent
         if (run / worker.RESULT).is_file():
             result = _read_result(run)
-            bad = [key for key in ("judge", "score") if not math.isfinite(result.final.get(key, 0.0))]
+            bad = [key for key in ("gold", "score") if not math.isfinite(result.final.get(key, 0.0))]
             if bad:
                 failed[run.name] = f"its last evaluation has {bad[0]} {result.final[bad[0]]}"
             else:
@@ -158,7 +158,9 @@ def read_comparison(folder: Path) -> Comparison:
         told = "; ".join(others[:3]) + (f"; and {len(others) - 3} more" if len(others) > 3 else "")
         raise ValueError(f"{str(folder)!r} holds no finished run, so there is nothing to report: {told or 'no run'}")
     groups = _groups(found, plan["config"]["agents"])
-    return Comparison(plan["environment"], plan["config"], plan.get("versions", {}), groups, failed, unfinished)
+    return Comparison(
+        plan["environment"], renamed(plan["config"]), plan.get("versions", {}), groups, failed, unfinished
+    )
 
 
 def _read_result(folder: Path) -> Result:
@@ -166,11 +168,11 @@ def _read_result(folder: Path) -> Result:
     state = _json(folder / "agent.json") if (folder / "agent.json").is_file() else {}
     return Result(
         folder.name,
-        _json(folder / worker.SPEC),
-        _json(folder / worker.RESULT),
+        renamed(_json(folder / worker.SPEC)),
+        renamed(_json(folder / worker.RESULT)),
         [evaluation.row for evaluation in evaluations],
         reward_hacking.last_alarms(evaluations),
-        files.read_json_lines(folder / worker.EPISODES),
+        read_rows(folder / worker.EPISODES),
         {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
         read_rollouts(folder),
         files.read_json_lines(folder / worker.CREDIT),

@@ -23,6 +23,7 @@ from typing import Any
 from textrl_gym import files
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import EnvSettings, make_env
+from textrl_gym.training.run_folder import renamed
 
 SPEC = "cell.json"
 RESULT = "evaluation.json"
@@ -43,7 +44,7 @@ def main(folder: Path) -> int:
     _end_with_parent()
     with _alone(folder):
         try:
-            run(folder, json.loads((folder / SPEC).read_text(encoding="utf-8")))
+            run(folder, renamed(json.loads((folder / SPEC).read_text(encoding="utf-8"))))
         except KeyboardInterrupt:
             return 130
     return 0
@@ -55,11 +56,11 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
     from textrl_gym.evaluation import token_credit
     from textrl_gym.evaluation.evaluator import Evaluator
 
-    evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"], judge=spec.get("judge"))
+    evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"], gold=spec.get("gold"))
     metrics, samples = evaluator.run(agent)
     reference = agent.policy.reference
     if reference is not None:  # what the win rate was against, beside each answer
-        kept = ("completion", "tokens", "score", "judge", "stop_reason")
+        kept = ("completion", "tokens", "score", "gold", "stop_reason")
         for sample, start in zip(samples, evaluator.start(reference), strict=True):
             sample["start"] = {key: start[key] for key in kept if key in start}
         told = token_credit.lines(agent, evaluator.mdp, evaluator.indices, spec["eval_seed"])
@@ -98,7 +99,7 @@ def trained(folder: Path, spec: dict[str, Any]) -> Any:
         progress_bar=False,
         eval_every=spec["eval_every"],
         save_every=spec["save_every"],
-        judge=spec.get("judge"),  # a comparison of an earlier version names none
+        gold=spec.get("gold"),  # a comparison of an earlier version names none
     )
     return agent
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from textrl_gym.mdp.task import Task
 
 GOLD = "gold"
-"""The name of a task's own judge."""
+"""The name of a task's own gold score."""
 ENDPOINT = "endpoint"
 """The name of the judge that is a language model; it has settings, see textrl_gym.judges.llm_judge."""
 
@@ -130,9 +130,9 @@ def load_scorer(
             f"run `textrl-gym judge DIR --judge {ENDPOINT} --endpoint.model NAME`"
         )
     if spec == GOLD:
-        own = getattr(task, "judge", None)
+        own = getattr(task, "gold", None)
         if own is None:
-            whose = "no task is known" if task is None else f"{type(task).__name__} has no judge of its own"
+            whose = "no task is known" if task is None else f"{type(task).__name__} has no gold score of its own"
             raise ValueError(f"judge {GOLD!r}: {whose}; name a reward, module:function or a folder with a reward model")
         spec = own
     try:

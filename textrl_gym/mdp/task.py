@@ -22,7 +22,7 @@ class Task:
     model: str = ""
     """The language model that agents start from: a folder, a Hub id, or "smollm2-135m"."""
     reward: RewardSpec = "reward_model"
-    judge: RewardSpec | None = None
+    gold: RewardSpec | None = None
     """The reward that `evaluate` reports beside the training reward; never trained on unless asked for."""
     kl_coef: float = 0.05
     """The per-token KL coefficient that agents start with on this task."""

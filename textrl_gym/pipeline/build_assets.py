@@ -76,13 +76,13 @@ def initial_policy_quality(folder: Path, posts: int = 128, seed: int = 0) -> dic
     source = task.rows("validation")
     rows = [source[i] for i in range(posts)]
     policy = Policy(task.load_model(str(folder)))
-    judge = load_reward(task.judge, task=task, tokenizer=tokenizer)
+    gold_score = load_reward(task.gold, task=task, tokenizer=tokenizer)
 
     def gold(number: int, temperature: float) -> list[list[float]]:
         found = sample_texts(policy, task, tokenizer, rows, number, temperature, seed)
         texts = [decode(tokenizer, ids) for some in found for ids in some]
         spread = [row for row in rows for _ in range(number)]
-        flat = judge([row["prompt"] for row in spread], texts, facts=[row["facts"] for row in spread]).tolist()
+        flat = gold_score([row["prompt"] for row in spread], texts, facts=[row["facts"] for row in spread]).tolist()
         return [flat[start : start + number] for start in range(0, len(flat), number)]
 
     sampled = gold(8, 1.0)

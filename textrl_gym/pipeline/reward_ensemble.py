@@ -150,8 +150,8 @@ def measure_ensemble(folders: Sequence[Path], data: RewardData, config: RewardMo
 
 
 def accuracy(name: str, scores: CompletionScores, pairs: Sequence[RankedCompletions]) -> dict[str, Any]:
-    """A line of the table of accuracies, with the agreement with the judge where there is one."""
+    """A line of the table of accuracies, with the agreement with the gold score where there is one."""
     row = accuracy_row(name, gaps(scores, pairs))
     row = {"reward": row.pop("data"), **row}
-    judged = all(c.gold for c in pairs)
-    return row | ({"gold_agreement": gold_agreement(scores, pairs)} if judged else {})
+    has_gold = all(c.gold for c in pairs)
+    return row | ({"gold_agreement": gold_agreement(scores, pairs)} if has_gold else {})

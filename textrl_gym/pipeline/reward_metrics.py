@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BINS = 10
 ALL = "all"
-CLEAR = 0.2  # a difference of the judge's scores from which on the reward model should agree with it
+CLEAR = 0.2  # a difference of the gold scores from which on the reward model should agree with it
 
 
 def raw_rewards(model: nn.Module, batch: Sequence[RankedCompletions]) -> Tensor:
@@ -74,7 +74,7 @@ def gold_agreement(
     samples_only: bool = False,
     gap: float = CLEAR,
 ) -> float | None:
-    """Agreement of the rewards with the judge on pairs whose judge's scores differ by at least `gap`.
+    """Agreement of the rewards with the gold score on pairs whose gold scores differ by at least `gap`.
 
     See stats.pairwise.agreement. With samples_only, of pairs of the policy's samples. None where there is no such
     pair.

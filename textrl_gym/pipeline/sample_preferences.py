@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 START = "start"
 """The name of the task's initial policy as a model."""
-ANNOTATORS, JUDGE = "annotators", "judge"
+ANNOTATORS, GOLD_LABEL = "annotators", "gold"
 MOST_PROMPTS = 20
 """Prompts that are drawn at most for each pair that is wanted, since some give ties."""
 
@@ -51,8 +51,8 @@ class PreferenceConfig:
     """Whose completions they are compared to, of the same tokenizer; "start" is the task's initial policy; None: other
     completions of `model`."""
     label: str = ANNOTATORS
-    """Who chooses. "annotators": the simulated ones, by the task's judge, noise and all; "judge": the higher score of
-    the task's judge; else the higher score of this reward (a name, package.module:name or a folder)."""
+    """Who chooses. "annotators": the simulated ones, by the task's gold score, noise and all; "gold": the
+    higher gold score; else the higher score of this reward (a name, package.module:name or a folder)."""
     dataset: str | None = None
     """Prompts: a Hub id, or a local file or folder; None: the task's embedded ones."""
     split: Literal["train", "validation", "test"] = "train"
@@ -122,12 +122,12 @@ class Labeller:
     """Scores completions, and says which of two is chosen."""
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreferenceConfig) -> None:
-        """Raises ValueError where nothing is named so, or the task has no judge."""
-        reward = task.judge if config.label in (ANNOTATORS, JUDGE) else config.label
+        """Raises ValueError where nothing is named so, or the task has no gold score."""
+        reward = task.gold if config.label in (ANNOTATORS, GOLD_LABEL) else config.label
         if reward is None:
             raise ValueError(
-                f"label {config.label!r} needs the task's judge, and {type(task).__name__} has none: name a reward, as "
-                f"--label {task.reward if isinstance(task.reward, str) else 'package.module:name'}"
+                f"label {config.label!r} needs the task's gold score, and {type(task).__name__} has none: name a "
+                f"reward, as --label {task.reward if isinstance(task.reward, str) else 'package.module:name'}"
             )
         self.annotators = config.annotators if config.label == ANNOTATORS else None
         device = loading.resolve_device(config.device)

@@ -74,7 +74,7 @@ class ComparisonSettings(Protocol):
 
 
 class Comparer:
-    """Simulated comparisons of the task's rows: annotators judge samples of policies and the task's candidates."""
+    """Simulated comparisons of the task's rows: annotators compare samples of policies and the task's candidates."""
 
     def __init__(
         self,
@@ -83,16 +83,16 @@ class Comparer:
         tokenizer: PreTrainedTokenizerBase,
         config: ComparisonSettings,
     ) -> None:
-        """Raises ValueError where the task has no judge or no candidates to compare."""
+        """Raises ValueError where the task has no gold score or no candidates to compare."""
         candidates: Candidates | None = getattr(task, "candidates", None)
-        if task.judge is None or candidates is None:
+        if task.gold is None or candidates is None:
             raise ValueError(
-                f"{type(task).__name__} has no judge with candidates(row, rng, n), so there is nothing for simulated "
-                "annotators to compare: give pairs with dataset="
+                f"{type(task).__name__} has no gold score with candidates(row, rng, n), so there is nothing for "
+                "simulated annotators to compare: give pairs with dataset="
             )
         self.task, self.policies, self.tokenizer, self.config = task, policies, tokenizer, config
         self.candidates = candidates
-        self.judge = load_reward(task.judge, task=task, tokenizer=tokenizer)
+        self.gold = load_reward(task.gold, task=task, tokenizer=tokenizer)
 
     def compare(
         self, policy: Policy, rows: Sequence[Row], seed: int, samples: int, temperature: float, candidates: int
@@ -124,7 +124,7 @@ class Comparer:
         spread = [row for row, some in zip(rows, texts, strict=True) for _ in some]
         flat = [text for some in texts for text in some]
         columns = {name: [row[name] for row in spread] for name in rows[0] if name != "prompt"}
-        return self.judge([row["prompt"] for row in spread], flat, **columns).tolist()
+        return self.gold([row["prompt"] for row in spread], flat, **columns).tolist()
 
     def stream(self, split: str, count: int, seed: int, chunk: int = 64) -> Iterator[RankedCompletions]:
         """Comparisons of `count` rows of a split; policies take turns, at temperatures between 0.5 and 1.2."""

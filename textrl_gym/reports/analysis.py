@@ -144,7 +144,7 @@ def cautions(comparison: Comparison) -> list[str]:
         )
     if comparison.gold == "score":
         found.append(
-            "There is no judge: the score that is compared is the reward that was trained on, and a policy that "
+            "There is no gold score: the score that is compared is the reward that was trained on, and a policy that "
             "exploits it cannot be told from one that is good."
         )
     if comparison.failed:
@@ -298,23 +298,23 @@ class Training:
 
 
 def training(group: Group) -> Training | None:
-    """Gold, proxy and KL through training; None where there is no judge, or nothing was trained.
+    """Gold, proxy and KL through training; None where there is no gold score, or nothing was trained.
 
     KLs are estimates and may fall below 0, where the curve is not defined: those count as 0.
     """
-    runs = trained(group, "judge")
+    runs = trained(group, "gold")
     if not runs:
         return None
     rows = sorted((row for some in runs for row in some), key=lambda row: row["kl_sequence"])
     kl_N = np.maximum([row["kl_sequence"] for row in rows], 0.0)
-    start = float(np.mean([some[0]["judge"] for some in runs]))
+    start = float(np.mean([some[0]["gold"] for some in runs]))
     together = list(zip(*runs, strict=False))  # the seeds' evaluations by number; the last is added below
-    means = [(mean_of(rows_S, "kl_sequence"), mean_of(rows_S, "judge")) for rows_S in together]
-    end = (mean_of([some[-1] for some in runs], "kl_sequence"), mean_of([some[-1] for some in runs], "judge"))
-    gain_N = np.array([row["judge"] for row in rows]) - start
+    means = [(mean_of(rows_S, "kl_sequence"), mean_of(rows_S, "gold")) for rows_S in together]
+    end = (mean_of([some[-1] for some in runs], "kl_sequence"), mean_of([some[-1] for some in runs], "gold"))
+    gain_N = np.array([row["gold"] for row in rows]) - start
     enough = len(set(kl_N[kl_N > 0].tolist())) >= FIT_POINTS
     fit = overoptimization.fit_gold_curve(kl_N, gain_N, "rl") if enough else None
-    gold, proxy = [row["judge"] for row in rows], [row["score"] for row in rows]
+    gold, proxy = [row["gold"] for row in rows], [row["score"] for row in rows]
     best = max([*means, end], key=lambda point: point[1])
     return Training(group, kl_N.tolist(), gold, proxy, start, best, end, fit)
 

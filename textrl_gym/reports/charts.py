@@ -82,9 +82,9 @@ def matrix(comparison: Comparison) -> Chart | None:
     )  # fmt: skip
     grid = {"showgrid": False}
     made.update_layout(xaxis=grid, yaxis={"autorange": "reversed", **grid}, height=160 + 46 * len(order))
-    judge = "by the judge" if comparison.gold == "judge" else "by the training reward, as there is no judge"
+    measure = "by the gold score" if comparison.gold == "gold" else "by the training reward, as there is no gold score"
     note = (
-        f"How often the row's answer is better than the column's {judge}, on the same prompts with the same random "
+        f"How often the row's answer is better than the column's {measure}, on the same prompts with the same random "
         "numbers; a tie is half a win. Mean over all pairs of seeds; the intervals of win rates are over prompts, and "
         "those of the difference and of the chance that a run is better also over seeds."
     )
@@ -120,7 +120,7 @@ def profile(comparison: Comparison) -> Chart:
 
 def overoptimisation(comparison: Comparison) -> Chart | None:
     """Gold and proxy over KL, through training."""
-    if comparison.gold != "judge":
+    if comparison.gold != "gold":
         return None
     ways = [way for group in comparison.groups if (way := numbers.training(group)) is not None]
     if not ways:
@@ -150,7 +150,7 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
             row += ["-"] * 4
         rows.append(tuple(row))
     note = (
-        "Above the judge's score, which no agent was trained on; below the score that was. Where gold falls while the "
+        "Above the gold score, which no agent was trained on; below the score that was. Where gold falls while the "
         "proxy rises, the policy exploits the proxy. Each point is an evaluation, all seeds together; the line is Gao "
         "et al.'s form for RL, gold = start + d (alpha - beta log d) with d the root of the KL, fitted to gold where "
         f"there are {numbers.FIT_POINTS} KLs above 0. R2 is the share of gold's variance that it explains."
@@ -182,7 +182,7 @@ def cost(comparison: Comparison) -> Chart | None:
         rate = short(tokens / work, 3) if tokens and work else "-"
         updates = short(float(np.mean(group.finals("updates"))), 4) if group.finals("updates") else "-"
         spent = [short(s) for s in seconds[group.label]]
-        passes = group.finals("forward_passes")
+        passes = group.finals("model_calls")
         decoding = short(float(np.mean(passes))) if passes else "-"
         texts, flop = numbers.mean_known(group, numbers.texts), numbers.mean_known(group, numbers.flop)
         scored = "-" if texts is None else f"{texts:,.0f}"

@@ -182,8 +182,8 @@ def lead(comparison: Comparison, live: bool = False) -> str:
         f"{runs} finished run{'s' * (runs > 1)} of {config['total_timesteps']:,} tokens each, evaluated on "
         f"{config['eval_episodes']:,} held-out prompts that are the same for all."
     )
-    if config.get("judge") not in (None, "gold"):
-        words += f" Gold is here the score of the judge that was named, {config['judge']}."
+    if config.get("gold") not in (None, "gold"):
+        words += f" Gold is here the reward that was named, {config['gold']}."
     if config.get("reward"):
         words += f" All were trained on the reward {config['reward']}."
     html = f'<p class="soft">{escape(words)}</p>'
@@ -198,11 +198,11 @@ def lead(comparison: Comparison, live: bool = False) -> str:
 def summary(comparison: Comparison) -> str:
     """The table, and what it says in sentences."""
     gold = comparison.gold_name
-    judged = comparison.gold == "judge"
-    head = ["agent", "KL coefficient", "seeds", f"{gold}, IQM (95%)", *(["score"] if judged else [])]
+    has_gold = comparison.gold == "gold"
+    head = ["agent", "KL coefficient", "seeds", f"{gold}, IQM (95%)", *(["score"] if has_gold else [])]
     head += ["win rate against the start (95%)", "win rate at equal length (95%)", "KL, nats per sequence"]
     head += ["tokens", "ended by EOS", "seconds", "collapsed runs"]
-    rows = [_summary_row(numbers.summarise(comparison, group), judged) for group in comparison.groups]
+    rows = [_summary_row(numbers.summarise(comparison, group), has_gold) for group in comparison.groups]
     first, rest = numbers.verdicts(comparison)
     said = bullets(first) if first else "<p>There is one agent, and nothing to compare it with.</p>"
     if rest:
@@ -224,15 +224,15 @@ def summary(comparison: Comparison) -> str:
     return f'{table(head, rows, "Summary")}<p class="soft small">{escape(note)}</p><h3>What can be said</h3>{said}'
 
 
-def _summary_row(line: numbers.Summary, judged: bool) -> list[str]:
+def _summary_row(line: numbers.Summary, has_gold: bool) -> list[str]:
     def mean(key: str) -> str:
         value = line.mean(key)
-        return "-" if value is None else f"{value:z,.{METRICS[key][1]}f}"
+        return "-" if value is None else f"{value:z,.{METRICS[key].decimals}f}"
 
     group = line.group
     seeds = "-" if group.untrained else str(len(group.runs))
     row = [escape(group.agent), escape(group.coefficient), seeds, with_interval(line.gold)]
-    row += [mean("score")] if judged else []
+    row += [mean("score")] if has_gold else []
     row += [with_interval(line.win_rate), with_interval(line.length_controlled)]
     row += [mean(key) for key in ("kl_sequence", "completion_tokens", "eos_share")]
     seconds = line.mean("train_seconds")
@@ -268,8 +268,8 @@ def exploited(comparison: Comparison, chart: Chart | None) -> str:
         for alarm in run.alarms:
             found.setdefault(alarm.title, []).append(f"{run.name}: {alarm.words}")
     told = "".join(f'<div class="warning"><b>{title}</b>{bullets(words)}</div>' for title, words in found.items())
-    if comparison.gold != "judge":
-        words = "There is no judge beside the reward that was trained on, so over-optimisation cannot be seen."
+    if comparison.gold != "gold":
+        words = "There is no gold score beside the reward that was trained on, so over-optimisation cannot be seen."
         return f"{told}<p>{words}</p>"
     return told + (figure(chart) if chart else UNTRAINED)
 
@@ -335,8 +335,8 @@ def _wanted(asked: dict[str, Any]) -> str:
 
 def _answer(place: int, name: str, group: Group | None, sample: dict[str, Any]) -> str:
     facts = [f"score {sample['score']:.2f}"]
-    if "judge" in sample:
-        facts.insert(0, f"gold {sample['judge']:.2f}")
+    if "gold" in sample:
+        facts.insert(0, f"gold {sample['gold']:.2f}")
     if "tokens" in sample:
         facts.append(f"{sample['tokens']} token{'s' * (sample['tokens'] != 1)}")
     if sample.get("stop_reason", "EOS") != "EOS":

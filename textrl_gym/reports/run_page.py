@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from textrl_gym import files
-from textrl_gym.evaluation.metrics import metric_names, metric_words, number
+from textrl_gym.evaluation.metrics import metric, metric_names, number
 from textrl_gym.training.run_folder import Run, alarms, find_runs, read_run
 
 SAMPLES_SHOWN = 6
@@ -123,7 +123,7 @@ def curves(runs: Sequence[Run]) -> str:
         ]
 
     charts = [
-        chart("Judge (gold)", held_out("judge") + held_out("judge_greedy", "greedy")),
+        chart("Gold score", held_out("gold") + held_out("gold_greedy", "greedy")),
         chart("Score (training reward)", held_out("score") + rollouts("rollout/score")),
         chart(
             "KL to the reference, nats per sequence",
@@ -138,7 +138,7 @@ def curves(runs: Sequence[Run]) -> str:
     ]
     names = "".join(f'<span><i class="swatch s{i % 6}"></i>{escape(run.name)}</span>' for i, run in enumerate(runs))
     styles = ["dots: held-out prompts, sampled at the training temperature"]
-    if any("judge_greedy" in e for r in runs for e in r.evaluations):
+    if any("gold_greedy" in e for r in runs for e in r.evaluations):
         styles.append("rings: greedy decoding")
     if any("time/total_timesteps" in row for r in runs for row in r.rollouts):
         styles.append("faint lines: training rollouts")
@@ -152,7 +152,7 @@ def curves(runs: Sequence[Run]) -> str:
 def overview(runs: Sequence[Run]) -> str:
     """One row for each run's start and one for its end."""
     keys = [key for key in metric_names([run.end for run in runs]) if key != "kl_token"]
-    head = "".join(f"<th>{escape(metric_words(key))}</th>" for key in keys)
+    head = "".join(f"<th>{escape(metric(key).heading)}</th>" for key in keys)
     rows = []
     for i, run in enumerate(runs):
         for when, row in (("start", run.start), (f"{run.end['timesteps']:,} tokens", run.end)):
@@ -170,8 +170,8 @@ def _completion(sample: dict[str, Any] | None) -> str:
     if sample is None:
         return '<td class="muted">-</td>'
     marks = [f"score {sample['score']:.2f}"]
-    if "judge" in sample:
-        marks.insert(0, f"judge {sample['judge']:.2f}")
+    if "gold" in sample:
+        marks.insert(0, f"gold {sample['gold']:.2f}")
     if sample.get("stop_reason", "EOS") != "EOS":
         marks.append(str(sample["stop_reason"]).lower().replace("_", " "))
     text = escape(sample["completion"].strip()) or '<span class="muted">(empty)</span>'

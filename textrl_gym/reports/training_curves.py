@@ -4,37 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from textrl_gym.evaluation.metrics import METRICS, metric, metric_names
 from textrl_gym.experiments.results import Comparison, Group
 from textrl_gym.reports import analysis as numbers
 from textrl_gym.reports.plotting import Chart, Table, between, figure, line, look, marker, short
-
-DRIFT = {
-    "completion_tokens": ("Length through training", "completion, tokens"),
-    "eos_share": ("Ends through training", "share ended by EOS"),
-    "entropy_token": ("Entropy through training", "entropy, nats per token"),
-    "distinct_2": ("Different bigrams through training", "different bigrams / all bigrams"),
-    "repetition": ("Repetition through training", "share of 4-grams said before"),
-}
-"""Number of an evaluation -> title and axis of its curve over tokens."""
-DRIFT_NOTES = {
-    "completion_tokens": "A reward that likes long or short texts pulls here.",
-    "eos_share": "The rest ran into the token budget or a stop string. A policy that forgets to end, or ends at once, "
-    "shows here first.",
-    "entropy_token": "Of the policy's distribution at the places that it sampled. At 0 nothing is left to explore.",
-    "distinct_2": "Over all completions of an evaluation. It falls where the policy says the same everywhere, and "
-    "with the number of completions.",
-    "repetition": "The mean share of a completion's 4-grams that it had already.",
-}
-QUALITY = {
-    "entropy_token": ("entropy, nats per token", 2),
-    "distinct_1": ("distinct-1", 3),
-    "distinct_2": ("distinct-2", 3),
-    "repetition": ("repetition of 4-grams", 3),
-    "rouge_l": ("ROUGE-L to the reference text", 3),
-    "win_rate_human": ("win rate against the reference text", 3),
-}
-"""Number of an evaluation -> heading in the table of text quality, and decimals."""
-
 
 # -- through training -------------------------------------------------------------------------------------------------
 
@@ -56,9 +29,11 @@ def learning_curves(comparison: Comparison, key: str, x_key: str, x_name: str) -
 def drifts(comparison: Comparison) -> list[Chart]:
     """How the texts change through training, of each number that was measured."""
     made = []
-    for key, (title, name) in DRIFT.items():
-        words = ("timesteps", "generated tokens", name)
-        chart = over_training(comparison, f"drift-{key}", key, words, title, DRIFT_NOTES[key])
+    for key, entry in METRICS.items():
+        if entry.drift is None:
+            continue
+        words = ("timesteps", "generated tokens", entry.heading)
+        chart = over_training(comparison, f"drift-{key}", key, words, entry.drift.title, entry.drift.note)
         made += [chart] if chart is not None else []
     return made
 
@@ -117,7 +92,7 @@ def level_of(group: Group, key: str) -> float | None:
 
 def lengths(comparison: Comparison) -> Chart | None:
     """Mean score of short and of long answers."""
-    keys = ["score", *(["judge"] if comparison.gold == "judge" else [])]
+    keys = ["score", *(["gold"] if comparison.gold == "gold" else [])]
     trends = [
         (group, key, trend)
         for group in comparison.groups
@@ -129,7 +104,7 @@ def lengths(comparison: Comparison) -> Chart | None:
     made = figure("completion, tokens", "score that was trained on")
     rows, buckets = [], []
     for group, key, trend in trends:
-        name = "gold" if key == "judge" else "score"
+        name = "gold" if key == "gold" else "score"
         rows.append((group.label, name, between(trend.slope), short(trend.correlation, 2)))
         for b in trend.buckets:
             span = f"{b.shortest:g}" if b.shortest == b.longest else f"{b.shortest:g} to {b.longest:g}"
@@ -143,7 +118,7 @@ def lengths(comparison: Comparison) -> Chart | None:
     note = (
         "Mean score of each tenth of an agent's answers, from the shortest to the longest. A slope is no proof "
         "that the reward likes length, for longer answers may be better. It is by least squares over all answers of "
-        "all seeds; where there is a judge, its slope stands beside that of the score."
+        "all seeds; where there is a gold score, its slope stands beside that of the score."
     )
     head = ("agent", "of", "slope per token", "correlation")
     by_length = Table("Score by length", ("agent", "of", "tokens", "texts", "mean"), buckets)
@@ -151,14 +126,15 @@ def lengths(comparison: Comparison) -> Chart | None:
 
 
 def quality(comparison: Comparison) -> Table | None:
-    """The texts of the last evaluations in numbers, means over seeds; None where none of them was measured."""
-    keys = [key for key in QUALITY if any(group.finals(key) for group in comparison.groups)]
+    """The metrics of the last evaluations that no other table has, means over seeds; None where there are none."""
+    names = metric_names([run.final for run in comparison.runs])
+    keys = [key for key in names if metric(key).table == "quality"]
     if not keys:
         return None
 
     def mean(group: Group, key: str) -> str:
         values = group.finals(key)
-        return f"{np.mean(values):.{QUALITY[key][1]}f}" if values else "-"
+        return f"{np.mean(values):.{metric(key).decimals}f}" if values else "-"
 
     rows = [(group.label, *(mean(group, key) for key in keys)) for group in comparison.groups]
-    return Table("Text quality", ("agent", *(QUALITY[key][0] for key in keys)), rows)
+    return Table("Text quality", ("agent", *(metric(key).heading for key in keys)), rows)

@@ -288,7 +288,7 @@ class Agent(Saved):
         generator: torch.Generator | None = None,
         prompt_indices: Any = None,
     ) -> Rollout:
-        """A completion of each row's prompt, as evaluation judges it; an agent that decodes its own way overrides this.
+        """A completion of each row's prompt, as evaluation scores it; an agent that decodes its own way overrides this.
 
         In the rollout logp_BT is the log-probability under what was really sampled from, so that logp_BT - ref_logp_BT
         adds up to the KL of this agent to its reference.

@@ -34,8 +34,8 @@ class RewardHackingMonitor(EvaluationCallback):
     """Raises an alarm once when a measure leaves its bounds, and again if it has been back in between.
 
     Alarms are told, and are lines of alarms.jsonl in the run's folder. With on_hacking="stop" the run ends at the first
-    one about gold (where there is no judge, at the first of any kind), and OUT/best holds the checkpoint of the
-    evaluation that the judge liked best.
+    one about gold (where there is no gold score, at the first of any kind), and OUT/best holds the checkpoint of the
+    evaluation with the best gold score.
 
     Args:
         on_hacking: "warn" or "stop".
@@ -70,7 +70,7 @@ class RewardHackingMonitor(EvaluationCallback):
     def _see(self, evaluation: Evaluation) -> list[Alarm]:
         """The alarms that were not there at the last evaluation."""
         self.start = self.start or evaluation
-        if "judge" in evaluation.row:
+        if "gold" in evaluation.row:
             self.best = best([evaluation] if self.best is None else [self.best, evaluation])
         before = {alarm.measure for alarm in self.now}
         self.now = alarms(self.start, self.best, evaluation, self.bounds)
@@ -105,5 +105,5 @@ class RewardHackingMonitor(EvaluationCallback):
             return ""
         row = self.best.row
         if not row["updates"]:
-            return f"; the judge liked nothing better than the start ({row['judge']:.3f})"
-        return f"; {self._out / BEST} has the judge's best, {row['judge']:.3f} at {row['timesteps']:,} tokens"
+            return f"; no evaluation had a better gold score than the initial policy ({row['gold']:.3f})"
+        return f"; {self._out / BEST} has the best gold score, {row['gold']:.3f} at {row['timesteps']:,} tokens"

@@ -35,9 +35,9 @@ class TrainOptions:
     """Updates between two evaluations on the validation split; 0 for none but the first and the last."""
     eval_episodes: int = 64
     """Held-out prompts of an evaluation during training."""
-    judge: str | None = None
-    """Who judges the evaluations: gold (the task's own), or a reward (its name, module:function, a folder with a reward
-    model); None: the task's own, where it has one."""
+    gold: str | None = None
+    """The gold score of the evaluations: gold (the task's own), or a reward (its name, module:function, a folder with a
+    reward model); None: the task's own, where it has one."""
     show_samples: int = 2
     """Sample completions printed at each evaluation; all of them are in samples.jsonl."""
     save_every: int = 0
@@ -46,7 +46,7 @@ class TrainOptions:
     """What to do when a line of the health card fails before the first update."""
     on_hacking: Literal["off", "warn", "stop"] = "warn"
     """What to do when evaluations show signs of reward hacking (see evaluation.reward_hacking). "stop" ends the run
-    when the judge falls while the score rises, and keeps the judge's best checkpoint in OUT/best."""
+    when the gold score falls while the score rises, and keeps the checkpoint of the best gold score in OUT/best."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "show_samples", "save_every"):
@@ -133,7 +133,7 @@ class _Run:
         if options.on_hacking != "off" and not any(isinstance(c, RewardHackingMonitor) for c in _each(self.callback)):
             tell = functools.partial(self.console.print, style="bold yellow", markup=False, highlight=False)
             self.callback = CallbackList([self.callback, RewardHackingMonitor(options.on_hacking, tell=tell)])
-        self.evaluator = Evaluator(agent.env, options.eval_episodes, judge=options.judge)
+        self.evaluator = Evaluator(agent.env, options.eval_episodes, gold=options.gold)
         self.before_rollout: Any = None
         self.seconds = agent.seconds  # kept by the agent, so that a resumed run goes on counting
         self.bar = Progress(
@@ -273,10 +273,10 @@ def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], time
     table.add_column("prompt (its end)", ratio=3)
     table.add_column("completion", ratio=3)
     table.add_column("score", justify="right")
-    table.add_column("judge", justify="right")
+    table.add_column("gold", justify="right")
     for sample in samples:
-        judge = f"{sample['judge']:.2f}" if "judge" in sample else ""
-        table.add_row(sample["prompt"][-300:], sample["completion"].strip(), f"{sample['score']:.2f}", judge)
+        gold = f"{sample['gold']:.2f}" if "gold" in sample else ""
+        table.add_row(sample["prompt"][-300:], sample["completion"].strip(), f"{sample['score']:.2f}", gold)
     return table
 
 

@@ -26,7 +26,26 @@ SAMPLES = "samples.jsonl"
 ALARMS = "alarms.jsonl"
 
 BEST = "best"
-"""Folder of the checkpoint that the judge liked best."""
+"""Folder of the checkpoint with the best gold score."""
+
+
+RENAMED = {"judge": "gold", "judge_greedy": "gold_greedy", "forward_passes": "model_calls"}
+"""Keys of version 0.1 -> what they are called now."""
+
+
+def renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that version 0.1 may have written, by today's keys: of an evaluation, a sample, an episode, an option."""
+    row = {RENAMED.get(key, key): value for key, value in row.items()}
+    if row.get("stop_reason") == "BUDGET":
+        row["stop_reason"] = "LENGTH"
+    if isinstance(row.get("start"), dict):  # of an episode: the initial policy's completion
+        row["start"] = renamed(row["start"])
+    return row
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a log, by today's keys."""
+    return [renamed(row) for row in files.read_json_lines(file)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +102,7 @@ def read_rollouts(folder: Path) -> list[dict[str, Any]]:
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
     """A run's evaluations with their completions, by timesteps, from what training wrote into a folder."""
-    return reward_hacking.evaluations(
-        files.read_json_lines(folder / EVALUATIONS), files.read_json_lines(folder / SAMPLES)
-    )
+    return reward_hacking.evaluations(read_rows(folder / EVALUATIONS), read_rows(folder / SAMPLES))
 
 
 def alarms(run: Run) -> list[Alarm]:
