@@ -170,22 +170,20 @@ class DPO(Agent):
 
     # -- save and load ------------------------------------------------------------------------------------------------
 
-    def _fill(self, folder: Path) -> None:
-        super()._fill(folder)
+    def save_extra(self, folder: Path) -> None:
         if self.config.pairs is None and self.pairs:
             texts = [ids for pair in self.pairs for ids in pair]
             flat = torch.tensor([token for ids in texts for token in ids], dtype=torch.int32)
             save_file({"tokens": flat, "lengths": torch.tensor([len(ids) for ids in texts])}, folder / FILE)
 
-    def _restore(self, folder: Path, state: dict[str, Any], streams: bool) -> None:
-        super()._restore(folder, state, streams)
+    def load_extra(self, folder: Path) -> None:
         if self.config.pairs is None and (folder / FILE).is_file():
             saved = load_file(folder / FILE)
             texts = [ids.tolist() for ids in saved["tokens"].split(saved["lengths"].tolist())]
             self.pairs = [(texts[at], texts[at + 1], texts[at + 2]) for at in range(0, len(texts), 3)]
 
-    def memory(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         return {"draws": self.draws}
 
-    def remember(self, memory: dict[str, Any]) -> None:
-        self.draws = memory["draws"]
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.draws = state["draws"]

@@ -71,12 +71,10 @@ class NLPO(PPO):
             self.policy.refresh()
         return metrics
 
-    def _fill(self, folder: Path) -> None:
-        super()._fill(folder)
+    def save_extra(self, folder: Path) -> None:
         with loading.no_bars():
             lora.save(self.policy.mask.model, folder / MASK_FOLDER, base=False)
 
-    def _restore(self, folder: Path, state: dict[str, Any], streams: bool) -> None:
-        super()._restore(folder, state, streams)
+    def load_extra(self, folder: Path) -> None:
         saved = folder / MASK_FOLDER
         lora.restore_(self.policy.mask.model, saved, lambda: loading.load_model(str(saved)))

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from textrl_gym.core import Rollout
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
+from textrl_gym.training.minibatch import Minibatch, sum_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,39 +84,30 @@ class PPOConfig(AgentConfig):
 
 
 def ppo_loss(
-    logp_BT: Tensor,
-    old_logp_BT: Tensor,
-    value_BT: Tensor,
-    old_value_BT: Tensor,
-    advantage_BT: Tensor,
-    return_BT: Tensor,
-    entropy_BT: Tensor | None,
-    mask_BT: Tensor,
-    config: PPOConfig,
-    tokens: int,
+    logp_BT: Tensor, value_BT: Tensor, entropy_BT: Tensor | None, part: Minibatch, config: PPOConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss at the head of this file over a micro-batch, every mean divided by the minibatch's `tokens`."""
-    assert logp_BT.shape == old_logp_BT.shape == value_BT.shape == advantage_BT.shape == mask_BT.shape
+    """The loss at the head of this file, with part.advantage_BT and part.return_BT."""
+    assert logp_BT.shape == value_BT.shape == part.mask_BT.shape, (logp_BT.shape, value_BT.shape, part.mask_BT.shape)
     policy_BT, ratio_BT, clipped_BT = functional.clipped_surrogate(
-        logp_BT, old_logp_BT, advantage_BT, config.clip_range, config.clip_range
+        logp_BT, part.logp_BT, part.advantage_BT, config.clip_range, config.clip_range
     )
-    error_BT = (value_BT - return_BT) ** 2
+    error_BT = (value_BT - part.return_BT) ** 2
     if config.clip_range_value is not None:
-        near_BT = old_value_BT + (value_BT - old_value_BT).clamp(-config.clip_range_value, config.clip_range_value)
-        error_BT = torch.maximum(error_BT, (near_BT - return_BT) ** 2)
-    policy_loss = functional.aggregate(policy_BT, mask_BT, "token", 0, tokens)
-    value_loss = 0.5 * functional.aggregate(error_BT, mask_BT, "token", 0, tokens)
+        move_BT = (value_BT - part.value_BT).clamp(-config.clip_range_value, config.clip_range_value)
+        error_BT = torch.maximum(error_BT, (part.value_BT + move_BT - part.return_BT) ** 2)
+    policy_loss = part.mean(policy_BT)
+    value_loss = 0.5 * part.mean(error_BT)
     loss = policy_loss + config.vf_coef * value_loss
-    log_ratio_BT = (logp_BT - old_logp_BT).detach()
+    log_ratio_BT = (logp_BT - part.logp_BT).detach()
     metrics = {
         "policy_loss": policy_loss.detach(),
         "value_loss": value_loss.detach(),
-        "clip_fraction": (clipped_BT * mask_BT).sum() / tokens,
-        "ratio": (ratio_BT.detach() * mask_BT).sum() / tokens,
-        "approx_kl_token": ((ratio_BT.detach() - 1 - log_ratio_BT) * mask_BT).sum() / tokens,  # k3, Schulman 2020
+        "clip_fraction": part.mean(clipped_BT),
+        "ratio": part.mean(ratio_BT.detach()),
+        "approx_kl_token": part.mean(ratio_BT.detach() - 1 - log_ratio_BT),  # k3, Schulman 2020
     }
     if entropy_BT is not None:
-        bonus = functional.aggregate(entropy_BT, mask_BT, "token", 0, tokens)
+        bonus = part.mean(entropy_BT)
         loss = loss - config.entropy_coef * bonus
         metrics["entropy"] = bonus.detach()
     return loss, metrics | {"loss": loss.detach()}
@@ -152,36 +143,24 @@ class PPO(Agent):
         config = self.config
         # 1. Token rewards to advantages and returns.
         advantage_BT, return_BT = self.estimates(rollout)
+        batch = rollout.with_(advantage_BT=advantage_BT, return_BT=return_BT)
 
         # 2. Clipped steps on minibatches, until the policy has moved far enough.
-        def loss(
-            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            now = self.policy.response(part, entropy=bool(config.entropy_coef))
-            return ppo_loss(
-                now.logp_BT,
-                part.logp_BT,
-                now.value_BT,
-                part.value_BT,
-                pick(advantage_BT),
-                pick(return_BT),
-                now.entropy_BT,
-                part.mask_BT,
-                config,
-                tokens,
-            )
-
-        steps = []
-        for rows in self.shuffled(rollout):
-            steps.append(self.minimise(rollout, rows, loss))
+        steps: list[dict[str, float]] = []
+        for minibatch in self.minibatches(batch):
+            parts = []
+            for part in minibatch.micro_batches():
+                now = self.policy.response(part, entropy=bool(config.entropy_coef))
+                loss, metrics = ppo_loss(now.logp_BT, now.value_BT, now.entropy_BT, part, config)
+                loss.backward()
+                parts.append(metrics)
+            steps.append(sum_of(parts) | {"grad_norm": self.step()})
             if config.target_kl is not None and steps[-1]["approx_kl_token"] > config.target_kl:
                 break
 
         # 3. What to log.
-        metrics = functional.mean_of(steps)
-        metrics["optimizer_steps"] = len(steps)
-        metrics["explained_variance"] = _explained_variance(rollout.value_BT, return_BT, rollout.mask_BT)
-        return metrics
+        explained = _explained_variance(rollout.value_BT, return_BT, rollout.mask_BT)
+        return functional.mean_of(steps) | {"optimizer_steps": len(steps), "explained_variance": explained}
 
 
 def _explained_variance(value_BT: Tensor, return_BT: Tensor, mask_BT: Tensor) -> float:

@@ -137,3 +137,18 @@ def returns_to_go(reward_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def last_places(mask_BT: Tensor) -> Tensor:
     """Index of the last True of each row, which must have one. [B] int64."""
     return mask_BT.sum(1).long() - 1
+
+
+def rows_of_groups(group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of each group in their order, groups by rising number, filled up with row 0 to the largest group.
+
+    A matrix instead of sums by scatter, whose order, and so whose last digit, is not the same in each run on a GPU.
+
+    Returns:
+        row_GN (int64) and mask_GN (bool): which of them are rows of the group.
+    """
+    assert group_B.ndim == 1, group_B.shape
+    _, number_B, size_G = group_B.unique(return_inverse=True, return_counts=True)
+    mask_GN = torch.arange(int(size_G.max()), device=group_B.device) < size_G[:, None]
+    order_B = number_B.argsort(stable=True)
+    return torch.zeros_like(mask_GN, dtype=torch.long).masked_scatter(mask_GN, order_B), mask_GN

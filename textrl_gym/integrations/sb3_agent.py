@@ -139,8 +139,8 @@ class SB3Agent(Agent):
                 f"minibatches={self.config.minibatches} must divide the {self.batch_steps} tokens of a rollout"
             )
 
-    def restore_streams(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
-        super().restore_streams(numbers, generator, env)
+    def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
+        super().load_rng_state(numbers, generator, env)
         self._algorithm = None  # the texts that its rows are in go on from streams of another time
 
     def learn(self, total_timesteps: int, *args: Any, **options: Any) -> Self:

@@ -212,7 +212,7 @@ class CriticAgent(Agent, abc.ABC):
         return saved.policy
 
     def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
-        saved = Path(self.config.ppo) / "value_model"  # its weights are read by _restore
+        saved = Path(self.config.ppo) / "value_model"  # its weights are read by load()
         return mdp.task.load_model(str(saved)).to(self.device) if saved.is_dir() else None
 
     @classmethod
