@@ -18,9 +18,10 @@ and where pi is its own reference it is the bound.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import functional
@@ -36,16 +37,10 @@ from textrl_gym.training.config import AgentConfig
 class BestOfNConfig(AgentConfig):
     """Settings of best-of-n."""
 
-    n: int = 16
+    n: Annotated[int, Ge(1)] = 16
     """Completions generated and scored for each prompt."""
-    rows_at_once: int = 1_024
+    rows_at_once: Annotated[int, Ge(1)] = 1_024
     """Completions generated side by side: memory, not result. All of one prompt always are."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("n", "rows_at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def best_of_n_logprobs(logp_Y: Tensor, score_Y: Tensor, n: int) -> Tensor:

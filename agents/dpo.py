@@ -26,10 +26,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from safetensors.torch import load_file, save_file
 
 from textrl_gym.core import Rollout, StopReason
@@ -52,7 +53,7 @@ class DPOConfig(PairConfig):
     """Adam's step size. On the embedded task 5e-4 went further from the reference for no more gold."""
     pairs: str | None = None
     """Preferences to learn: a local file or folder, or a Hub id; None: pairs sampled from the reference."""
-    num_pairs: int = 2000
+    num_pairs: Annotated[int, Ge(1)] = 2000
     """At most so many pairs are sampled."""
 
     def __post_init__(self) -> None:
@@ -61,8 +62,6 @@ class DPOConfig(PairConfig):
             raise ValueError(
                 f"rollout_episodes counts both rows of each pair: it must be even, got {self.rollout_episodes}"
             )
-        if self.num_pairs < 1:
-            raise ValueError(f"num_pairs must be at least 1, got {self.num_pairs}")
 
 
 class DPO(Agent):

@@ -21,9 +21,10 @@ No value network is built. The std is the unbiased one, as in TRL and verl.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import functional, kl
@@ -37,7 +38,7 @@ from textrl_gym.training.minibatch import Minibatch, sum_of
 class GroupConfig(AgentConfig):
     """Settings of GRPO and all its relatives."""
 
-    group_size: int = 8
+    group_size: Annotated[int, Ge(2)] = 8
     """G, completions of each prompt, at least 2."""
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
@@ -50,18 +51,6 @@ class GroupConfig(AgentConfig):
     kl_loss: kl.LossEstimator = "k2"
     """Estimator of the KL in the loss. On-policy "k2" has the expected gradient of the KL at the sampled states, and
     "sequence" that of the sequence KL; "k3" is the paper's; "k1" has none, and is there to be studied."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group_size < 2:
-            raise ValueError(
-                f"completions of a prompt are compared: group_size must be at least 2, got {self.group_size}"
-            )
-        if self.aggregation not in ("token", "sequence"):
-            raise ValueError(f"aggregation must be 'token' or 'sequence', got {self.aggregation!r}")
-        if self.kl_in not in ("loss", "reward"):
-            raise ValueError(f"kl_in must be 'loss' or 'reward', got {self.kl_in!r}")
-        kl.check_loss_estimator(self.kl_loss)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le
 
 from textrl_gym.agents.ppo import PPO, PPOConfig
 from textrl_gym.core import Rollout
@@ -41,17 +43,10 @@ MASK_FOLDER = "mask_model"
 class NLPOConfig(PPOConfig):
     """Settings of NLPO."""
 
-    top_p: float = 0.9
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.9
     """Probability of the mask policy's most likely tokens that actions are taken from; 1 allows all tokens."""
-    refresh_every: int = 20
+    refresh_every: Annotated[int, Ge(1)] = 20
     """Updates after which the mask policy becomes the policy."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.refresh_every < 1:
-            raise ValueError(f"refresh_every must be at least 1, got {self.refresh_every}")
 
 
 class NLPO(PPO):

@@ -25,9 +25,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from textrl_gym import functional
@@ -50,14 +51,14 @@ class PPOConfig(AgentConfig):
     """Passes over each rollout."""
     minibatches: int = 2
     """Optimizer steps in each pass."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Ge(0), Le(1)] = 1.0
     """Discount of a token step."""
-    gae_lambda: float = 1.0
+    gae_lambda: Annotated[float, Ge(0), Le(1)] = 1.0
     """Bias against variance in the advantage. 1 is return minus value; with one score at the end and a critic that
     starts at 0, a smaller one hides the score from early tokens (0.95^30 = 0.2)."""
-    clip_range: float = 0.2
+    clip_range: Annotated[float, Gt(0)] = 0.2
     """The policy's ratio is clipped to 1 +- this."""
-    clip_range_value: float | None = 0.2
+    clip_range_value: Annotated[float | None, Gt(0)] = 0.2
     """The value's move from the rollout's value is clipped to +- this; None: not clipped."""
     vf_coef: float = 0.1
     """Weight of the value loss. The critic shares the policy's trunk: 0.5 threw the policy 22 nats away at first."""
@@ -67,20 +68,10 @@ class PPOConfig(AgentConfig):
     """Scale advantages to mean 0 and variance 1 under the mask, over the whole rollout."""
     whiten_rewards: bool = False
     """Scale token rewards to variance 1 under the mask, keeping their mean."""
-    target_kl: float | None = None
+    target_kl: Annotated[float | None, Gt(0)] = None
     """Stop a rollout's remaining minibatches once the policy is this many nats per token (k3) from the sampling one."""
     separate_value_model: bool = False
     """Give the critic its own copy of the model instead of a head on the policy's."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("clip_range", "clip_range_value", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
 
 
 def ppo_loss(

@@ -16,8 +16,10 @@ sometimes ranks over the whole batch; here always within a prompt. Of equal best
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import functional
@@ -31,13 +33,8 @@ from textrl_gym.training.minibatch import Minibatch, sum_of
 class RAFTConfig(AgentConfig):
     """Settings of RAFT."""
 
-    group_size: int = 8
+    group_size: Annotated[int, Ge(2)] = 8
     """G, completions of each prompt, at least 2."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group_size < 2:
-            raise ValueError(f"RAFT takes the best of a group: group_size must be at least 2, got {self.group_size}")
 
 
 def best_of_groups(return_B: Tensor, group_B: Tensor) -> Tensor:

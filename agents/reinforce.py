@@ -15,8 +15,9 @@ Departures from the paper, each a setting:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from textrl_gym import functional
@@ -34,15 +35,11 @@ class ReinforceConfig(AgentConfig):
     """Completions of each prompt. REINFORCE needs no groups; they share the cost of their prompt."""
     baseline: Literal["none", "batch", "running"] = "running"
     """What is taken off every return: nothing, the batch's mean, or an exponential mean of the batches before."""
-    baseline_decay: float = 0.9
+    baseline_decay: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Weight of the past in the running baseline."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.baseline not in ("none", "batch", "running"):
-            raise ValueError(f"baseline must be 'none', 'batch' or 'running', got {self.baseline!r}")
-        if not 0 <= self.baseline_decay < 1:
-            raise ValueError(f"baseline_decay must lie in [0, 1), got {self.baseline_decay}")
         if self.epochs * self.minibatches != 1:
             raise ValueError(f"REINFORCE takes one step a rollout, got {self.epochs} epochs x {self.minibatches}")
 

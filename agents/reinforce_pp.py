@@ -12,7 +12,9 @@ Departures: the paper's REINFORCE++-baseline (group mean first) is left to GRPO.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
+from annotated_types import Gt
 from torch import Tensor
 
 from textrl_gym import functional
@@ -30,13 +32,8 @@ class ReinforcePPConfig(AgentConfig):
     """Completions of each prompt. REINFORCE++ needs no groups; they share the cost of their prompt."""
     minibatches: int = 2
     """Optimizer steps in each pass."""
-    clip_range: float = 0.2
+    clip_range: Annotated[float, Gt(0)] = 0.2
     """The ratio is clipped to 1 +- this."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.clip_range <= 0:
-            raise ValueError(f"clip_range must be > 0, got {self.clip_range}")
 
 
 def reinforce_pp_loss(logp_BT: Tensor, part: Minibatch, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,8 +15,10 @@ step, at which the ratio is 1.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import functional
@@ -30,15 +32,11 @@ from textrl_gym.training.minibatch import Minibatch, sum_of
 class RLOOConfig(AgentConfig):
     """Settings of RLOO."""
 
-    group_size: int = 8
+    group_size: Annotated[int, Ge(2)] = 8
     """G, completions of each prompt, at least 2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group_size < 2:
-            raise ValueError(
-                f"RLOO compares completions of a prompt: group_size must be at least 2, got {self.group_size}"
-            )
         if self.epochs * self.minibatches != 1:
             raise ValueError(f"RLOO takes one step a rollout, got {self.epochs} epochs x {self.minibatches}")
 

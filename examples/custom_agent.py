@@ -1,8 +1,9 @@
 """Your own agent: settings, an advantage and a loss as pure functions, and `update`. The base class does the rest."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from textrl_gym import functional
@@ -13,13 +14,8 @@ from textrl_gym.training.minibatch import Minibatch, sum_of
 
 @dataclasses.dataclass(frozen=True)
 class ReinforceConfig(AgentConfig):
-    decay: float = 0.9
-    """Weight of the past in the baseline, at least 0 and below 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
+    decay: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Weight of the past in the baseline."""
 
 
 def advantages(reward_BT: Tensor, mask_BT: Tensor, baseline: float) -> Tensor:
@@ -40,8 +36,7 @@ class Reinforce(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Advantages; score and KL penalty are in the rewards.
-        advantage_BT = advantages(rollout.reward_BT, rollout.mask_BT, self.baseline)
-        batch = rollout.with_(advantage_BT=advantage_BT)
+        batch = rollout.with_(advantage_BT=advantages(rollout.reward_BT, rollout.mask_BT, self.baseline))
 
         # 2. A step for each minibatch, in micro-batches that fit in memory.
         steps = []

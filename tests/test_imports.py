@@ -8,7 +8,7 @@ import pytest
 
 # The floors of the house, lowest first: root modules and wings. An import goes to its own wing or to a lower floor.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"core", "functional", "kl", "files", "lazy", "stats"}),
+    frozenset({"bounds", "core", "functional", "kl", "files", "lazy", "stats"}),
     frozenset({"registry", "data", "models", "worlds"}),
     frozenset({"policy"}),
     frozenset({"rewards"}),

@@ -217,7 +217,7 @@ def test_bad_settings_name_themselves(tmp_path: Path) -> None:
     for cls, settings, words in (
         (DPO, {"loss": "ppo"}, "loss must be one of sigmoid, ipo, hinge, got 'ppo'"),
         (DPO, {"labels": "x"}, "labels must be one of best, bradley_terry, got 'x'"),
-        (DPO, {"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        (DPO, {"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\), got 0.5"),
         (DPO, {"label_smoothing": 0.1, "loss": "ipo"}, "label_smoothing=0.1 is for loss='sigmoid', not 'ipo'"),
         (DPO, {"kl_coef": 0.0}, "kl_coef is beta"),
         (DPO, {"rollout_episodes": 5}, "must be even, got 5"),

@@ -294,7 +294,7 @@ def test_rollouts_below_each_other_are_rollouts(rollout: Rollout) -> None:
 
 def test_bad_settings_name_themselves() -> None:
     for cls, bad, message in (
-        (Reinforce, {"baseline": "mean"}, "baseline must be 'none', 'batch' or 'running', got 'mean'"),
+        (Reinforce, {"baseline": "mean"}, "baseline must be one of none, batch, running, got 'mean'"),
         (Reinforce, {"epochs": 2}, "REINFORCE takes one step a rollout, got 2 epochs x 1"),
         (RLOO, {"group_size": 1}, "group_size must be at least 2, got 1"),
         (DAPO, {"most_draws": 0}, "most_draws must be at least 1, got 0"),

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from textrl_gym.bounds import Bounds, bounds_of
 from textrl_gym.registry import unknown
 from textrl_gym.training.env_settings import parse_reward
 
@@ -134,7 +135,24 @@ def parse(command: str, about: str | None, fields: Sequence[tuple[Any, ...]], ar
 
 def flat(cls: type[Any]) -> Any:
     """A dataclass whose fields are flags without a prefix."""
-    return Annotated[cls, tyro.conf.OmitArgPrefixes]
+    return Annotated[with_bounds(cls), tyro.conf.OmitArgPrefixes]
+
+
+def with_bounds(cls: type[Any]) -> type[Any]:
+    """The dataclass with the bounds of its fields in the help of their flags: "(default: 0.2, > 0)"."""
+    hints, bounds = get_type_hints(cls, include_extras=True), bounds_of(cls)
+    fields = [
+        (field.name, _hinted(hints[field.name], bounds[field.name]), dataclasses.field(default=field.default))
+        for field in dataclasses.fields(cls)
+        if field.name in bounds and not bounds[field.name].choices  # tyro prints choices itself
+    ]
+    namespace = {"__doc__": cls.__doc__, "__module__": cls.__module__}  # tyro finds the help by them
+    frozen = cls.__dataclass_params__.frozen
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), namespace=namespace, frozen=frozen)
+
+
+def _hinted(kind: Any, bounds: Bounds) -> Any:
+    return Annotated[kind, tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}, {bounds})")]
 
 
 def flag(kind: Any, about: str) -> Any:

@@ -12,9 +12,10 @@ import abc
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import files, functional, registry
@@ -37,7 +38,7 @@ class CriticConfig(AgentConfig):
     ppo: str = ""
     """The folder of a saved PPO, or of another agent with a critic. Policy, reference and temperature are its own, and
     so is the KL coefficient where kl_coef is None."""
-    top_k: int = 10
+    top_k: Annotated[int, Ge(1)] = 10
     """Candidates: so many of the policy's most likely tokens are looked at."""
     end_value: Literal["critic", "score"] = "critic"
     """What a finished text is worth in the search: the critic's value of the text before its last token, since a critic
@@ -47,10 +48,6 @@ class CriticConfig(AgentConfig):
         super().__post_init__()
         if not self.ppo:
             raise ValueError("ppo must name the folder of a saved agent with a critic, got ''")
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.end_value not in ("critic", "score"):
-            raise ValueError(f"end_value must be 'critic' or 'score', got {self.end_value!r}")
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ Shape legend: B rows, T response places, N pairs.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from textrl_gym.core import Rollout
@@ -42,7 +43,7 @@ class PairConfig(AgentConfig):
 
     loss: Loss = "sigmoid"
     """"sigmoid": DPO's; "ipo": a squared distance to 1 / (2 beta); "hinge": nothing beyond a margin of 1 / beta."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """The share of labels that is taken to be wrong, for the sigmoid loss."""
     labels: Labels = "best"
     """How the reward makes pairs. "best": the best and the worst completion of a prompt; "bradley_terry": neighbours,
@@ -50,11 +51,6 @@ class PairConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("loss", get_args(Loss)), ("labels", get_args(Labels))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"label_smoothing={self.label_smoothing} is for loss='sigmoid', not {self.loss!r}")
         if self.kl_coef == 0:
