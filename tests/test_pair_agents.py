@@ -106,6 +106,9 @@ def test_labels_by_hand() -> None:
     return_B, group_B = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0]), torch.tensor([0, 0, 0, 1, 1, 1])
     assert label_pairs(return_B, group_B, "best", None).tolist() == [[1, 0]]  # group 1 has no spread
     assert label_pairs(torch.ones(2), torch.zeros(2), "best", None).shape == (0, 2)
+    # groups of 4 and 1 whose rows stand apart: neighbours within a group make pairs, a row alone makes none
+    return_B, group_B = torch.tensor([60.0, 0, 0, 60, 0]), torch.tensor([1, 2, 1, 1, 1])
+    assert label_pairs(return_B, group_B, "bradley_terry", torch.Generator()).tolist() == [[0, 2], [3, 4]]
     # 4,000 pairs of returns 1 and 0: sigmoid(1) = 0.731, standard error 0.007; a third row without a partner is left
     return_B, group_B = torch.tensor([1.0, 0.0, 9.0]).repeat(4000), torch.arange(4000).repeat_interleave(3)
     row_N2 = label_pairs(return_B, group_B, "bradley_terry", torch.Generator().manual_seed(0))

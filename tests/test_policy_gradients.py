@@ -199,6 +199,13 @@ def test_dr_grpo_is_rloo_scaled(rollout: Rollout) -> None:
     torch.testing.assert_close(ours * dr.env.max_new_tokens, 0.75 * theirs, atol=1e-6, rtol=0)
 
 
+def test_dr_grpo_divides_its_loss_by_the_budget_and_its_metrics_by_the_tokens(rollout: Rollout) -> None:
+    # At the first step every ratio is 1, and so is their mean over the tokens, however short the completions are.
+    agent = DrGRPO("CopyText-v0", **COMMON)
+    assert rollout.num_tokens < len(rollout) * agent.env.max_new_tokens
+    assert agent.update(rollout)["ratio"] == pytest.approx(1, abs=1e-5)
+
+
 def test_on_policy_the_clipped_ones_are_grpo(rollout: Rollout) -> None:
     # At ratio 1 nothing is clipped; CISPO's weight is 1.
     one_step = COMMON | {"minibatches": 1}
