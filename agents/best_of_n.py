@@ -18,7 +18,7 @@ and where pi is its own reference it is the bound.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from annotated_types import Ge
@@ -29,7 +29,7 @@ from textrl_gym.core import Rollout, Row
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.rollouts.collect import complete, rollout_of, vector_env
 from textrl_gym.stats.overoptimization import best_of_n_kl_bound
-from textrl_gym.training.agent import Agent
+from textrl_gym.training.agent import Agent, EnvLike, Indices
 from textrl_gym.training.config import AgentConfig
 
 
@@ -85,11 +85,11 @@ class BestOfN(Agent):
 
     def play(
         self,
-        env: Any,
+        env: EnvLike,
         *,
         greedy: bool = False,
         generator: torch.Generator | None = None,
-        prompt_indices: Any = None,
+        prompt_indices: Indices = None,
     ) -> Rollout:
         if greedy:
             return super().play(env, greedy=True, prompt_indices=prompt_indices)

@@ -37,7 +37,7 @@ from textrl_gym.core import Rollout, StopReason
 from textrl_gym.models.packing import pad
 from textrl_gym.pipeline import simulated_comparisons
 from textrl_gym.rollouts.collect import collect, token_logprobs
-from textrl_gym.training.agent import Agent
+from textrl_gym.training.agent import Agent, EnvLike, ModelLike
 from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 
 Pair = tuple[list[int], list[int], list[int]]
@@ -71,7 +71,7 @@ class DPO(Agent):
     config: DPOConfig
     kl_where = "loss"
 
-    def __init__(self, env: Any, model: Any = None, reference: Any = None, **settings: Any) -> None:
+    def __init__(self, env: EnvLike, model: ModelLike = None, reference: ModelLike = None, **settings: Any) -> None:
         super().__init__(env, model, reference, **settings)
         check_beta(self)
         self.pairs: list[Pair] = []

@@ -28,6 +28,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge, Gt, Le
 
 from textrl_gym.agents.ppo import PPO, PPOConfig
@@ -57,7 +58,7 @@ class NLPO(PPO):
     policy: MaskedPolicy
     starts_at_reference = False
 
-    def _new_policy(self, model: Any, **settings: Any) -> Policy:
+    def _new_policy(self, model: torch.nn.Module, **settings: Any) -> Policy:
         return MaskedPolicy(model, top_p=self.config.top_p, **settings)
 
     def update(self, rollout: Rollout) -> dict[str, float]:

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from textrl_gym.core import Rollout
-from textrl_gym.training.agent import Agent
+from textrl_gym.training.agent import Agent, EnvLike, ModelLike
 from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 
 
@@ -42,7 +42,7 @@ class OnlineDPO(Agent):
     needs_groups = True
     kl_where = "loss"
 
-    def __init__(self, env: Any, model: Any = None, reference: Any = None, **settings: Any) -> None:
+    def __init__(self, env: EnvLike, model: ModelLike = None, reference: ModelLike = None, **settings: Any) -> None:
         super().__init__(env, model, reference, **settings)
         check_beta(self)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -111,7 +111,7 @@ class PPO(Agent):
     config: PPOConfig
     uses_value = True
 
-    def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
+    def _make_value_model(self, mdp: TextVectorEnv, model: torch.nn.Module) -> torch.nn.Module | None:
         return copy.deepcopy(model).to(self.device).float() if self.config.separate_value_model else None
 
     def estimates(self, rollout: Rollout) -> tuple[Tensor, Tensor]:

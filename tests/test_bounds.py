@@ -75,6 +75,8 @@ def test_help_prints_the_bounds(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "The policy's ratio is clipped to 1 +- this. (default: 0.2, > 0)" in text
     assert "Discount of a token step. (default: 1.0, in [0, 1])" in text
+    parsed = options.parse("train", None, [("agent", options.flat(PPO.Config))], ["--clip-range", "0.5"])
+    assert parsed.agent == PPO.Config(clip_range=0.5), "of the same class, or they would not be equal"
     shown = options.with_bounds(PPO.Config)
     assert isinstance(shown(clip_range=0.5), PPO.Config)
     with pytest.raises(ValueError, match="clip_range must be > 0, got -1"):

@@ -130,7 +130,10 @@ def as_arguments(table: Mapping[str, Any]) -> list[str]:
 def parse(command: str, about: str | None, fields: Sequence[tuple[Any, ...]], args: Sequence[str]) -> Any:
     """Flags to an object with the given fields (name, type[, default]), by tyro."""
     cls = dataclasses.make_dataclass("Arguments", fields, kw_only=True)
-    return tyro.cli(cls, prog=f"textrl-gym {command}", args=list(args), description=about)
+    parsed = tyro.cli(cls, prog=f"textrl-gym {command}", args=list(args), description=about)
+    for field in dataclasses.fields(parsed):
+        setattr(parsed, field.name, _without_bounds(getattr(parsed, field.name)))
+    return parsed
 
 
 def flat(cls: type[Any]) -> Any:
@@ -146,9 +149,20 @@ def with_bounds(cls: type[Any]) -> type[Any]:
         for field in dataclasses.fields(cls)
         if field.name in bounds and not bounds[field.name].choices  # tyro prints choices itself
     ]
-    namespace = {"__doc__": cls.__doc__, "__module__": cls.__module__}  # tyro finds the help by them
+    if not fields:
+        return cls
+    # tyro finds the help by the first two.
+    namespace = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__bounded__": True}
     frozen = cls.__dataclass_params__.frozen
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), namespace=namespace, frozen=frozen)
+
+
+def _without_bounds(value: Any) -> Any:
+    """What was parsed, as an instance of the class that with_bounds was given: only then does it equal another one."""
+    cls = type(value)
+    if "__bounded__" not in vars(cls):
+        return value
+    return cls.__base__(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
 
 
 def _hinted(kind: Any, bounds: Bounds) -> Any:

@@ -6,25 +6,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
-from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import collect, vector_env
 from textrl_gym.training import checkpoint, loop
 from textrl_gym.training.config import AgentConfig, Clock, make_config
 from textrl_gym.training.minibatch import Minibatch
+
+T = TypeVar("T", str, float)
+EnvLike = str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
+"""An environment id, or a text environment, wrapped or not."""
+ModelLike = str | torch.nn.Module | None
+"""A Hub id or folder, or a loaded causal LM; None: the task's own."""
+Indices = Sequence[int] | np.ndarray | None
+"""Which prompts, one for each row; None: the environment draws them."""
+Observation = Mapping[str, Tensor | np.ndarray]
+State = tuple[np.ndarray, ...] | None
+"""Of Stable-Baselines3's recurrent policies; handed through."""
 
 
 class Agent:
@@ -61,9 +74,9 @@ class Agent:
 
     def __init__(
         self,
-        env: Any,
-        model: Any = None,
-        reference: Any = None,
+        env: EnvLike,
+        model: ModelLike = None,
+        reference: ModelLike = None,
         *,
         seed: int = 0,
         device: str = "auto",
@@ -98,11 +111,11 @@ class Agent:
         """Those of the last learn(), over which the learning rate falls."""
         self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
         """Wall-clock seconds spent so far in each phase of learn()."""
-        self._logger: Any = None
+        self._logger: Logger | None = None
 
     # -- what it is made of -------------------------------------------------------------------------------------------
 
-    def _own_env(self, env: Any) -> TextVectorEnv:
+    def _own_env(self, env: EnvLike) -> TextVectorEnv:
         """A vector environment of the agent's own: made from an id, or with the given one's settings and prompts."""
         config = self.config
         batch: dict[str, Any] = {
@@ -141,7 +154,7 @@ class Agent:
                 f"{field}={size}: leave {name} out, or make the environment so"
             )
 
-    def _agreed(self, name: str, of_env: Any, default: Any) -> Any:
+    def _agreed(self, name: str, of_env: T, default: T) -> T:
         """A setting that the config and the environment both have: whichever was given; both, and equal, is fine."""
         own = getattr(self.config, name)
         if own is None:
@@ -160,7 +173,7 @@ class Agent:
             coef = mdp.task.kl_coef
         return KLPenalty(coef, mdp.kl_estimator, self.kl_where, config.kl_target, config.kl_horizon)
 
-    def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
+    def _make_policy(self, mdp: TextVectorEnv, model: ModelLike, reference: ModelLike) -> Policy:
         loaded = model if isinstance(model, torch.nn.Module) else mdp.task.load_model(model)
         loading.check_vocab(mdp.tokenizer, loaded)
         if isinstance(reference, str):
@@ -180,31 +193,31 @@ class Agent:
                 cuda_graphs=self.config.cuda_graphs,
             )
 
-    def _new_policy(self, model: Any, **settings: Any) -> Policy:
+    def _new_policy(self, model: torch.nn.Module, **settings: Any) -> Policy:
         """The policy of a loaded model; an agent with another kind of policy overrides this."""
         return Policy(model, **settings)
 
-    def _make_trained(self, model: Any) -> Any:
+    def _make_trained(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model with a LoRA, or its lower layers frozen, as the config says."""
         config = self.config
         if config.lora_rank and not lora.is_lora(model):
             return lora.add_lora(model, config.lora_rank, config.lora_alpha, self.seed)
         return lora.freeze_lower(model, config.frozen_layers) if config.frozen_layers else model
 
-    def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
+    def _make_value_model(self, mdp: TextVectorEnv, model: torch.nn.Module) -> torch.nn.Module | None:
         """A separate trunk for the critic; none unless a subclass says so."""
         return None
 
     # -- Stable-Baselines3's names ------------------------------------------------------------------------------------
 
     @property
-    def logger(self) -> Any:
+    def logger(self) -> Logger:
         """Stable-Baselines3's Logger."""
         if self._logger is None:
             raise AttributeError("the logger is made by learn(), or given by set_logger()")
         return self._logger
 
-    def set_logger(self, logger: Any) -> None:
+    def set_logger(self, logger: Logger) -> None:
         """Use this Logger of Stable-Baselines3 from now on."""
         self._logger = logger
 
@@ -212,7 +225,7 @@ class Agent:
         """The vector environment that rollouts are collected from."""
         return self.env
 
-    def set_env(self, env: Any) -> None:
+    def set_env(self, env: EnvLike) -> None:
         """Collect from another environment from now on: an id, a text environment, or a text vector environment.
 
         The agent makes one like it for itself, which goes on with its prompts; the given one is not changed.
@@ -238,7 +251,7 @@ class Agent:
     def learn(
         self,
         total_timesteps: int,
-        callback: Any = None,
+        callback: MaybeCallback = None,
         log_interval: int = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
@@ -270,8 +283,12 @@ class Agent:
         return self
 
     def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+        self,
+        observation: Observation,
+        state: State = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, State]:
         """Action of a single or batched observation; deterministic takes the most likely token."""
         single = np.ndim(observation["input_ids"]) == 1
         if single:
@@ -282,11 +299,11 @@ class Agent:
 
     def play(
         self,
-        env: Any,
+        env: EnvLike,
         *,
         greedy: bool = False,
         generator: torch.Generator | None = None,
-        prompt_indices: Any = None,
+        prompt_indices: Indices = None,
     ) -> Rollout:
         """A completion of each row's prompt, as evaluation judges it; an agent that decodes its own way overrides this.
 
@@ -362,7 +379,7 @@ class Agent:
     def load(
         cls,
         path: str | Path,
-        env: str | TextEnv | VectorEnv | None = None,
+        env: EnvLike | None = None,
         *,
         device: str = "auto",
         out: str | Path | None = None,

@@ -15,6 +15,7 @@ import functools
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import gymnasium as gym
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from textrl_gym import files, registry
 from textrl_gym.kl import KLPenalty
-from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import vector_env
@@ -119,7 +120,7 @@ def _state(agent: Saved) -> dict[str, Any]:
 def load(
     cls: type[SavedT],
     folder: str | Path,
-    env: str | TextEnv | VectorEnv | None = None,
+    env: str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | None = None,
     *,
     device: str = "auto",
     out: str | Path | None = None,
