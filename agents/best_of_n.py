@@ -18,9 +18,10 @@ and where pi is its own reference it is the bound.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import functional
@@ -28,7 +29,7 @@ from textrl_gym.core import Rollout, Row
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.rollouts.collect import complete, rollout_of
 from textrl_gym.stats.overoptimization import best_of_n_kl_bound
-from textrl_gym.training.agent import Agent
+from textrl_gym.training.agent import Agent, EnvLike, Indices
 from textrl_gym.training.config import AgentConfig
 
 
@@ -36,16 +37,10 @@ from textrl_gym.training.config import AgentConfig
 class BestOfNConfig(AgentConfig):
     """Settings of best-of-n."""
 
-    n: int = 16
+    n: Annotated[int, Ge(1)] = 16
     """Completions generated and scored for each prompt."""
-    rows_at_once: int = 1_024
+    rows_at_once: Annotated[int, Ge(1)] = 1_024
     """Completions generated side by side: memory, not result. All of one prompt always are."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("n", "rows_at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def best_of_n_logprobs(logp_Y: Tensor, score_Y: Tensor, n: int) -> Tensor:
@@ -90,11 +85,11 @@ class BestOfN(Agent):
 
     def play(
         self,
-        env: Any,
+        env: EnvLike,
         *,
         greedy: bool = False,
         generator: torch.Generator | None = None,
-        prompt_indices: Any = None,
+        prompt_indices: Indices = None,
     ) -> Rollout:
         if greedy:
             return super().play(env, greedy=True, prompt_indices=prompt_indices)

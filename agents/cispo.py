@@ -15,8 +15,8 @@ import dataclasses
 
 from torch import Tensor
 
-from textrl_gym import functional
 from textrl_gym.agents.grpo import GRPO, GroupConfig, kl_penalty
+from textrl_gym.training.minibatch import Minibatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +30,19 @@ class CISPOConfig(GroupConfig):
 
 
 def cispo_loss(
-    logp_BT: Tensor,
-    old_logp_BT: Tensor,
-    ref_logp_BT: Tensor,
-    advantage_B: Tensor,
-    mask_BT: Tensor,
-    config: CISPOConfig,
-    kl_coef: float,
-    rows: int,
-    tokens: int,
+    logp_BT: Tensor, part: Minibatch, config: CISPOConfig, kl_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equation 4 over a micro-batch, divided by the minibatch's counts."""
-    assert logp_BT.shape == old_logp_BT.shape == ref_logp_BT.shape == mask_BT.shape
-    assert advantage_B.shape == logp_BT.shape[:1]
-    ratio_BT = (logp_BT - old_logp_BT).detach().exp()
+    """Equation 4, with part.advantage_B, and GRPO's KL term."""
+    assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
+    ratio_BT = (logp_BT - part.logp_BT).detach().exp()
     weight_BT = ratio_BT.clamp(max=1 + config.clip_high)
-    loss_BT = -weight_BT * advantage_B[:, None] * logp_BT
-    penalty, kl_metrics = kl_penalty(logp_BT, ref_logp_BT, mask_BT, config, kl_coef, rows, tokens)
-    loss = functional.aggregate(loss_BT, mask_BT, config.aggregation, rows, tokens) + penalty
+    loss_BT = -weight_BT * part.advantage_B[:, None] * logp_BT
+    penalty, kl_metrics = kl_penalty(logp_BT, part, config, kl_coef)
+    loss = part.mean(loss_BT, config.aggregation) + penalty
     metrics = {
         "loss": loss.detach(),
-        "clip_fraction": ((ratio_BT > weight_BT) * mask_BT).sum() / tokens,
-        "ratio": (ratio_BT * mask_BT).sum() / tokens,
+        "clip_fraction": part.mean(ratio_BT > weight_BT),
+        "ratio": part.mean(ratio_BT),
     }
     return loss, metrics | kl_metrics
 
@@ -61,4 +52,6 @@ class CISPO(GRPO):
 
     Config = CISPOConfig
     config: CISPOConfig
-    loss_function = staticmethod(cispo_loss)
+
+    def loss(self, logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return cispo_loss(logp_BT, part, self.config, self.kl.coef_in_loss)

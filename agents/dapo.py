@@ -14,8 +14,10 @@ can be compared. Sampling again stops after `most_draws` rollouts, and what spre
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from textrl_gym.agents.grpo import GRPO, GRPOConfig, group_advantages
@@ -30,21 +32,12 @@ class DAPOConfig(GRPOConfig):
     """Optimizer steps in each pass."""
     clip_high: float = 0.28
     """The ratio is clipped to at most 1 + clip_high."""
-    most_draws: int = 4
+    most_draws: Annotated[int, Ge(1)] = 4
     """Rollouts that are drawn at most for one update."""
-    overlong_share: float = 0.2
+    overlong_share: Annotated[float, Ge(0), Le(1)] = 0.2
     """Completions that end in this last share of the token budget are penalised (a fifth in the paper); 0: none."""
-    overlong_penalty: float = 1.0
+    overlong_penalty: Annotated[float, Ge(0)] = 1.0
     """Taken off the score of a completion that uses the whole budget; nearer to the start of the zone, less."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.most_draws < 1:
-            raise ValueError(f"most_draws must be at least 1, got {self.most_draws}")
-        if not 0 <= self.overlong_share <= 1:
-            raise ValueError(f"overlong_share must lie in [0, 1], got {self.overlong_share}")
-        if self.overlong_penalty < 0:
-            raise ValueError(f"overlong_penalty must be >= 0, got {self.overlong_penalty}")
 
 
 def overlong(length_B: Tensor, budget: int, share: float, penalty: float) -> Tensor:

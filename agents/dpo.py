@@ -26,10 +26,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,7 +40,7 @@ from textrl_gym.functional import pad
 from textrl_gym.mdp.transition import stop_reasons
 from textrl_gym.rollouts.collect import collect
 from textrl_gym.rollouts.scoring import token_logprobs
-from textrl_gym.training.agent import Agent
+from textrl_gym.training.agent import Agent, EnvLike, ModelLike
 from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 
 Pair = tuple[list[int], list[int], list[int]]
@@ -55,7 +56,7 @@ class DPOConfig(PairConfig):
     """Adam's step size. On the embedded task 5e-4 went further from the reference for no more gold."""
     pairs: str | None = None
     """Preferences to learn: a local file or folder, or a Hub id; None: pairs sampled from the reference."""
-    num_pairs: int = 2000
+    num_pairs: Annotated[int, Ge(1)] = 2000
     """At most so many pairs are sampled."""
 
     def __post_init__(self) -> None:
@@ -64,8 +65,6 @@ class DPOConfig(PairConfig):
             raise ValueError(
                 f"rollout_episodes counts both rows of each pair: it must be even, got {self.rollout_episodes}"
             )
-        if self.num_pairs < 1:
-            raise ValueError(f"num_pairs must be at least 1, got {self.num_pairs}")
 
 
 class DPO(Agent):
@@ -75,7 +74,7 @@ class DPO(Agent):
     config: DPOConfig
     kl_where = "loss"
 
-    def __init__(self, env: Any, model: Any = None, reference: Any = None, **settings: Any) -> None:
+    def __init__(self, env: EnvLike, model: ModelLike = None, reference: ModelLike = None, **settings: Any) -> None:
         super().__init__(env, model, reference, **settings)
         check_beta(self)
         self.pairs: list[Pair] = []
@@ -177,22 +176,20 @@ class DPO(Agent):
 
     # -- save and load ------------------------------------------------------------------------------------------------
 
-    def _fill(self, folder: Path) -> None:
-        super()._fill(folder)
+    def save_extra(self, folder: Path) -> None:
         if self.config.pairs is None and self.pairs:
             texts = [ids for pair in self.pairs for ids in pair]
             flat = torch.tensor([token for ids in texts for token in ids], dtype=torch.int32)
             save_file({"tokens": flat, "lengths": torch.tensor([len(ids) for ids in texts])}, folder / FILE)
 
-    def _restore(self, folder: Path, state: dict[str, Any], streams: bool) -> None:
-        super()._restore(folder, state, streams)
+    def load_extra(self, folder: Path) -> None:
         if self.config.pairs is None and (folder / FILE).is_file():
             saved = load_file(folder / FILE)
             texts = [ids.tolist() for ids in saved["tokens"].split(saved["lengths"].tolist())]
             self.pairs = [(texts[at], texts[at + 1], texts[at + 2]) for at in range(0, len(texts), 3)]
 
-    def memory(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         return {"draws": self.draws}
 
-    def remember(self, memory: dict[str, Any]) -> None:
-        self.draws = memory["draws"]
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.draws = state["draws"]

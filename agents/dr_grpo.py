@@ -17,7 +17,7 @@ import dataclasses
 from torch import Tensor
 
 from textrl_gym.agents.grpo import GRPO, GRPOConfig
-from textrl_gym.core import Rollout
+from textrl_gym.training.minibatch import Minibatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,9 @@ class DrGRPO(GRPO):
     Config = DrGRPOConfig
     config: DrGRPOConfig
 
-    def loss(
-        self, logp_BT: Tensor, part: Rollout, advantage_B: Tensor, rows: int, tokens: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        # GRPO's token mean, over the places that there might have been instead of those that there were.
-        return super().loss(logp_BT, part, advantage_B, rows, rows * self.env.max_new_tokens)
+    def loss(self, logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().loss(logp_BT, part)
+        if self.config.aggregation == "token":
+            # From a mean over the tokens that there were to one over those that there might have been.
+            loss = loss * (part.tokens / (part.rows * self.env.max_new_tokens))
+        return loss, metrics | {"loss": loss.detach()}

@@ -22,23 +22,24 @@ No value network is built. The std is the unbiased one, as in TRL and verl.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import functional, kl
 from textrl_gym.core import Rollout
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
+from textrl_gym.training.minibatch import Minibatch, sum_of
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupConfig(AgentConfig):
     """Settings of GRPO and all its relatives."""
 
-    group_size: int = 8
+    group_size: Annotated[int, Ge(2)] = 8
     """G, completions of each prompt, at least 2."""
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
@@ -51,18 +52,6 @@ class GroupConfig(AgentConfig):
     kl_loss: kl.LossEstimator = "k2"
     """Estimator of the KL in the loss. On-policy "k2" has the expected gradient of the KL at the sampled states, and
     "sequence" that of the sequence KL; "k3" is the paper's; "k1" has none, and is there to be studied."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group_size < 2:
-            raise ValueError(
-                f"completions of a prompt are compared: group_size must be at least 2, got {self.group_size}"
-            )
-        if self.aggregation not in ("token", "sequence"):
-            raise ValueError(f"aggregation must be 'token' or 'sequence', got {self.aggregation!r}")
-        if self.kl_in not in ("loss", "reward"):
-            raise ValueError(f"kl_in must be 'loss' or 'reward', got {self.kl_in!r}")
-        kl.check_loss_estimator(self.kl_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,58 +71,44 @@ def group_advantages(return_B: Tensor, group_B: Tensor, scale_by_std: bool, std_
         advantage_B, and flat_B (bool): rows of groups without any spread, whose advantage is 0.
     """
     assert return_B.shape == group_B.shape and return_B.ndim == 1, (return_B.shape, group_B.shape)
+    row_GN, mask_GN = functional.rows_of_groups(group_B)
+    return_GN, size_G1 = return_B[row_GN], mask_GN.sum(1, keepdim=True)
+    advantage_GN = (return_GN - (return_GN * mask_GN).sum(1, keepdim=True) / size_G1) * mask_GN
+    if scale_by_std:  # clamped: a group of one has no spread, and its advantage is 0 below
+        variance_G1 = advantage_GN.square().sum(1, keepdim=True) / (size_G1 - 1).clamp(min=1)
+        advantage_GN = advantage_GN / (variance_G1.sqrt() + std_eps)
+    # Not std == 0: a mean of equal numbers may be off by their last digit.
+    flat_GN = (return_GN == return_GN[:, :1]).logical_or(~mask_GN).all(1, keepdim=True).expand_as(mask_GN)
     advantage_B, flat_B = torch.zeros_like(return_B), torch.zeros_like(group_B, dtype=torch.bool)
-    for group in group_B.unique():
-        rows = group_B == group
-        centred = return_B[rows] - return_B[rows].mean()
-        flat_B[rows] = return_B[rows].max() == return_B[rows].min()
-        if scale_by_std:
-            centred = centred / (return_B[rows].std() + std_eps)
-        advantage_B[rows] = torch.where(flat_B[rows], 0.0, centred)
+    advantage_B[row_GN[mask_GN]] = torch.where(flat_GN, 0.0, advantage_GN)[mask_GN]
+    flat_B[row_GN[mask_GN]] = flat_GN[mask_GN]
     return advantage_B, flat_B
 
 
 def kl_penalty(
-    logp_BT: Tensor,
-    ref_logp_BT: Tensor,
-    mask_BT: Tensor,
-    config: GroupConfig,
-    kl_coef: float,
-    rows: int,
-    tokens: int,
+    logp_BT: Tensor, part: Minibatch, config: GroupConfig, kl_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """kl_coef times the KL over a micro-batch, divided by the minibatch's counts; and the KL itself as a metric."""
-    kl_BT = kl.token_loss(config.kl_loss, logp_BT, ref_logp_BT, mask_BT)
-    metrics = {"kl_loss_token": (kl_BT.detach() * mask_BT).sum() / tokens}
+    """kl_coef times the KL to the reference, as a term of the loss; and the KL itself as a metric."""
+    kl_BT = kl.token_loss(config.kl_loss, logp_BT, part.ref_logp_BT, part.mask_BT)
+    metrics = {"kl_loss_token": part.mean(kl_BT.detach())}
     if kl_coef == 0:  # an overflow of k3 must not become 0 * inf
         return torch.zeros_like(metrics["kl_loss_token"]), metrics
-    return kl_coef * functional.aggregate(kl_BT, mask_BT, config.aggregation, rows, tokens), metrics
+    return kl_coef * part.mean(kl_BT, config.aggregation), metrics
 
 
-def grpo_loss(
-    logp_BT: Tensor,
-    old_logp_BT: Tensor,
-    ref_logp_BT: Tensor,
-    advantage_B: Tensor,
-    mask_BT: Tensor,
-    config: GRPOConfig,
-    kl_coef: float,
-    rows: int,
-    tokens: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equation 3 of the paper over a micro-batch, divided by the minibatch's counts `rows` and `tokens`."""
-    assert logp_BT.shape == old_logp_BT.shape == ref_logp_BT.shape == mask_BT.shape
-    assert advantage_B.shape == logp_BT.shape[:1]
-    advantage_BT = advantage_B[:, None].expand_as(logp_BT)
+def grpo_loss(logp_BT: Tensor, part: Minibatch, config: GRPOConfig, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Equation 3 of the paper: the clipped surrogate of part.advantage_B, and kl_coef times the KL to the reference."""
+    assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
+    advantage_BT = part.advantage_B[:, None].expand_as(logp_BT)
     loss_BT, ratio_BT, clipped_BT = functional.clipped_surrogate(
-        logp_BT, old_logp_BT, advantage_BT, config.clip_low, config.clip_high
+        logp_BT, part.logp_BT, advantage_BT, config.clip_low, config.clip_high
     )
-    penalty, kl_metrics = kl_penalty(logp_BT, ref_logp_BT, mask_BT, config, kl_coef, rows, tokens)
-    loss = functional.aggregate(loss_BT, mask_BT, config.aggregation, rows, tokens) + penalty
+    penalty, kl_metrics = kl_penalty(logp_BT, part, config, kl_coef)
+    loss = part.mean(loss_BT, config.aggregation) + penalty
     metrics = {
         "loss": loss.detach(),
-        "clip_fraction": (clipped_BT * mask_BT).sum() / tokens,
-        "ratio": (ratio_BT.detach() * mask_BT).sum() / tokens,
+        "clip_fraction": part.mean(clipped_BT),
+        "ratio": part.mean(ratio_BT.detach()),
     }
     return loss, metrics | kl_metrics
 
@@ -143,8 +118,6 @@ class GRPO(Agent):
 
     Config: ClassVar[type[GroupConfig]] = GRPOConfig
     config: Any  # a relative's may have no clips
-    loss_function: ClassVar[Callable[..., tuple[Tensor, dict[str, Tensor]]]] = staticmethod(grpo_loss)
-    """Of the arguments of grpo_loss; what a relative changes."""
     needs_groups = True
 
     @property
@@ -159,35 +132,25 @@ class GRPO(Agent):
     def advantages(self, rollout: Rollout) -> Tensor:
         return self.compared(rollout)[0][:, None] * rollout.mask_BT
 
-    def loss(
-        self, logp_BT: Tensor, part: Rollout, advantage_B: Tensor, rows: int, tokens: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch; rows and tokens are the minibatch's."""
-        return self.loss_function(
-            logp_BT,
-            part.logp_BT,
-            part.ref_logp_BT,
-            advantage_B,
-            part.mask_BT,
-            self.config,
-            self.kl.coef_in_loss,
-            rows,
-            tokens,
-        )
+    def loss(self, logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a part, and metrics; what a relative changes."""
+        return grpo_loss(logp_BT, part, self.config, self.kl.coef_in_loss)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Advantages.
         advantage_B, flat_B = self.compared(rollout)
-        advantage_BT = advantage_B[:, None].expand_as(rollout.logp_BT)
+        batch = rollout.with_(advantage_B=advantage_B)
 
         # 2. Clipped steps on minibatches.
-        def loss(
-            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.loss(self.policy.logprobs(part), part, pick(advantage_BT)[:, 0], rows, tokens)
-
-        steps = [self.minimise(rollout, rows, loss) for rows in self.shuffled(rollout)]
+        steps = []
+        for minibatch in self.minibatches(batch):
+            parts = []
+            for part in minibatch.micro_batches():
+                loss, metrics = self.loss(self.policy.logprobs(part), part)
+                loss.backward()
+                parts.append(metrics)
+            steps.append(sum_of(parts) | {"grad_norm": self.step()})
 
         # 3. What to log.
-        told = {"groups_without_spread": float(flat_B.float().mean()), "advantage_std": float(advantage_B.std())}
-        return functional.mean_of(steps) | told
+        groups = {"groups_without_spread": float(flat_B.float().mean()), "advantage_std": float(advantage_B.std())}
+        return functional.mean_of(steps) | groups

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.agents.grpo import GRPO, GRPOConfig, kl_penalty
+from textrl_gym.training.minibatch import Minibatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +43,19 @@ def sequence_log_ratio(logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor) ->
     return ((logp_BT - old_logp_BT) * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
 
 
-def gspo_loss(
-    logp_BT: Tensor,
-    old_logp_BT: Tensor,
-    ref_logp_BT: Tensor,
-    advantage_B: Tensor,
-    mask_BT: Tensor,
-    config: GSPOConfig,
-    kl_coef: float,
-    rows: int,
-    tokens: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equation 5 over a micro-batch, divided by the minibatch's counts."""
-    log_ratio_B = sequence_log_ratio(logp_BT, old_logp_BT, mask_BT)
+def gspo_loss(logp_BT: Tensor, part: Minibatch, config: GSPOConfig, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Equation 5, with part.advantage_B, and GRPO's KL term."""
+    assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
+    log_ratio_B = sequence_log_ratio(logp_BT, part.logp_BT, part.mask_BT)
     loss_B, ratio_B, clipped_B = functional.clipped_surrogate(
-        log_ratio_B, torch.zeros_like(log_ratio_B), advantage_B, config.clip_low, config.clip_high
+        log_ratio_B, torch.zeros_like(log_ratio_B), part.advantage_B, config.clip_low, config.clip_high
     )
-    penalty, kl_metrics = kl_penalty(logp_BT, ref_logp_BT, mask_BT, config, kl_coef, rows, tokens)
-    loss = loss_B.sum() / rows + penalty
+    penalty, kl_metrics = kl_penalty(logp_BT, part, config, kl_coef)
+    loss = part.mean(loss_B) + penalty
     metrics = {
         "loss": loss.detach(),
-        "clip_fraction": clipped_B.float().sum() / rows,
-        "ratio": ratio_B.detach().sum() / rows,
+        "clip_fraction": part.mean(clipped_B.float()),
+        "ratio": part.mean(ratio_B.detach()),
     }
     return loss, metrics | kl_metrics
 
@@ -73,4 +65,6 @@ class GSPO(GRPO):
 
     Config = GSPOConfig
     config: GSPOConfig
-    loss_function = staticmethod(gspo_loss)
+
+    def loss(self, logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return gspo_loss(logp_BT, part, self.config, self.kl.coef_in_loss)

@@ -27,8 +27,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from textrl_gym.core import StopReason
@@ -39,22 +41,13 @@ from textrl_gym.training.guided_decoding import CriticAgent, CriticConfig, Endin
 class MCTSConfig(CriticConfig):
     """Settings of tree search."""
 
-    simulations: int = 20
+    simulations: Annotated[int, Ge(1)] = 20
     """Nodes grown, one at a time, for each token of the text."""
-    c_puct: float = 8.0
+    c_puct: Annotated[float, Ge(0)] = 8.0
     """Weight of the policy against the critic in the search, in units of the score; 8 is the authors'. With a poor
     critic a small one does harm: see docs/decoding.md."""
-    visit_temperature: float = 1.0
+    visit_temperature: Annotated[float, Gt(0)] = 1.0
     """Divides the log of the visit counts that the token is sampled by; greedy decoding takes the most visited."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.simulations < 1:
-            raise ValueError(f"simulations must be at least 1, got {self.simulations}")
-        if self.c_puct < 0:
-            raise ValueError(f"c_puct must be >= 0, got {self.c_puct}")
-        if not self.visit_temperature > 0:
-            raise ValueError(f"visit_temperature must be > 0, got {self.visit_temperature}")
 
 
 @dataclasses.dataclass(frozen=True)

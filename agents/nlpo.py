@@ -26,7 +26,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt, Le
 
 from textrl_gym.agents.ppo import PPO, PPOConfig
 from textrl_gym.core import Rollout
@@ -41,17 +44,10 @@ MASK_FOLDER = "mask_model"
 class NLPOConfig(PPOConfig):
     """Settings of NLPO."""
 
-    top_p: float = 0.9
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.9
     """Probability of the mask policy's most likely tokens that actions are taken from; 1 allows all tokens."""
-    refresh_every: int = 20
+    refresh_every: Annotated[int, Ge(1)] = 20
     """Updates after which the mask policy becomes the policy."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.refresh_every < 1:
-            raise ValueError(f"refresh_every must be at least 1, got {self.refresh_every}")
 
 
 class NLPO(PPO):
@@ -62,7 +58,7 @@ class NLPO(PPO):
     policy: MaskedPolicy
     starts_at_reference = False
 
-    def _new_policy(self, model: Any, **settings: Any) -> Policy:
+    def _new_policy(self, model: torch.nn.Module, **settings: Any) -> Policy:
         return MaskedPolicy(model, top_p=self.config.top_p, **settings)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
@@ -71,12 +67,10 @@ class NLPO(PPO):
             self.policy.refresh()
         return metrics
 
-    def _fill(self, folder: Path) -> None:
-        super()._fill(folder)
+    def save_extra(self, folder: Path) -> None:
         with loading.no_bars():
             lora.save(self.policy.mask.model, folder / MASK_FOLDER, base=False)
 
-    def _restore(self, folder: Path, state: dict[str, Any], streams: bool) -> None:
-        super()._restore(folder, state, streams)
+    def load_extra(self, folder: Path) -> None:
         saved = folder / MASK_FOLDER
         lora.restore_(self.policy.mask.model, saved, lambda: loading.load_model(str(saved)))

@@ -17,10 +17,12 @@ compared, and what was sampled beside them counts as timesteps too. A group with
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from textrl_gym.core import Rollout
-from textrl_gym.training.agent import Agent
+from textrl_gym.training.agent import Agent, EnvLike, ModelLike
 from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 
 
@@ -28,13 +30,8 @@ from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_bet
 class OnlineDPOConfig(PairConfig):
     """Settings of online DPO."""
 
-    group_size: int = 8
+    group_size: Annotated[int, Ge(2)] = 8
     """G, completions of each prompt, at least 2."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group_size < 2:
-            raise ValueError(f"online DPO compares completions: group_size must be at least 2, got {self.group_size}")
 
 
 class OnlineDPO(Agent):
@@ -45,7 +42,7 @@ class OnlineDPO(Agent):
     needs_groups = True
     kl_where = "loss"
 
-    def __init__(self, env: Any, model: Any = None, reference: Any = None, **settings: Any) -> None:
+    def __init__(self, env: EnvLike, model: ModelLike = None, reference: ModelLike = None, **settings: Any) -> None:
         super().__init__(env, model, reference, **settings)
         check_beta(self)
 

@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from textrl_gym import functional
@@ -36,6 +36,7 @@ from textrl_gym.core import Rollout
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
+from textrl_gym.training.minibatch import Minibatch, sum_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +51,14 @@ class PPOConfig(AgentConfig):
     """Passes over each rollout."""
     minibatches: int = 2
     """Optimizer steps in each pass."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Ge(0), Le(1)] = 1.0
     """Discount of a token step."""
-    gae_lambda: float = 1.0
+    gae_lambda: Annotated[float, Ge(0), Le(1)] = 1.0
     """Bias against variance in the advantage. 1 is return minus value; with one score at the end and a critic that
     starts at 0, a smaller one hides the score from early tokens (0.95^30 = 0.2)."""
-    clip_range: float = 0.2
+    clip_range: Annotated[float, Gt(0)] = 0.2
     """The policy's ratio is clipped to 1 +- this."""
-    clip_range_value: float | None = 0.2
+    clip_range_value: Annotated[float | None, Gt(0)] = 0.2
     """The value's move from the rollout's value is clipped to +- this; None: not clipped."""
     vf_coef: float = 0.1
     """Weight of the value loss. The critic shares the policy's trunk: 0.5 threw the policy 22 nats away at first."""
@@ -67,56 +68,37 @@ class PPOConfig(AgentConfig):
     """Scale advantages to mean 0 and variance 1 under the mask, over the whole rollout."""
     whiten_rewards: bool = False
     """Scale token rewards to variance 1 under the mask, keeping their mean."""
-    target_kl: float | None = None
+    target_kl: Annotated[float | None, Gt(0)] = None
     """Stop a rollout's remaining minibatches once the policy is this many nats per token (k3) from the sampling one."""
     separate_value_model: bool = False
     """Give the critic its own copy of the model instead of a head on the policy's."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("clip_range", "clip_range_value", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
-
 
 def ppo_loss(
-    logp_BT: Tensor,
-    old_logp_BT: Tensor,
-    value_BT: Tensor,
-    old_value_BT: Tensor,
-    advantage_BT: Tensor,
-    return_BT: Tensor,
-    entropy_BT: Tensor | None,
-    mask_BT: Tensor,
-    config: PPOConfig,
-    tokens: int,
+    logp_BT: Tensor, value_BT: Tensor, entropy_BT: Tensor | None, part: Minibatch, config: PPOConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss at the head of this file over a micro-batch, every mean divided by the minibatch's `tokens`."""
-    assert logp_BT.shape == old_logp_BT.shape == value_BT.shape == advantage_BT.shape == mask_BT.shape
+    """The loss at the head of this file, with part.advantage_BT and part.return_BT."""
+    assert logp_BT.shape == value_BT.shape == part.mask_BT.shape, (logp_BT.shape, value_BT.shape, part.mask_BT.shape)
     policy_BT, ratio_BT, clipped_BT = functional.clipped_surrogate(
-        logp_BT, old_logp_BT, advantage_BT, config.clip_range, config.clip_range
+        logp_BT, part.logp_BT, part.advantage_BT, config.clip_range, config.clip_range
     )
-    error_BT = (value_BT - return_BT) ** 2
+    error_BT = (value_BT - part.return_BT) ** 2
     if config.clip_range_value is not None:
-        near_BT = old_value_BT + (value_BT - old_value_BT).clamp(-config.clip_range_value, config.clip_range_value)
-        error_BT = torch.maximum(error_BT, (near_BT - return_BT) ** 2)
-    policy_loss = functional.aggregate(policy_BT, mask_BT, "token", 0, tokens)
-    value_loss = 0.5 * functional.aggregate(error_BT, mask_BT, "token", 0, tokens)
+        move_BT = (value_BT - part.value_BT).clamp(-config.clip_range_value, config.clip_range_value)
+        error_BT = torch.maximum(error_BT, (part.value_BT + move_BT - part.return_BT) ** 2)
+    policy_loss = part.mean(policy_BT)
+    value_loss = 0.5 * part.mean(error_BT)
     loss = policy_loss + config.vf_coef * value_loss
-    log_ratio_BT = (logp_BT - old_logp_BT).detach()
+    log_ratio_BT = (logp_BT - part.logp_BT).detach()
     metrics = {
         "policy_loss": policy_loss.detach(),
         "value_loss": value_loss.detach(),
-        "clip_fraction": (clipped_BT * mask_BT).sum() / tokens,
-        "ratio": (ratio_BT.detach() * mask_BT).sum() / tokens,
-        "approx_kl_token": ((ratio_BT.detach() - 1 - log_ratio_BT) * mask_BT).sum() / tokens,  # k3, Schulman 2020
+        "clip_fraction": part.mean(clipped_BT),
+        "ratio": part.mean(ratio_BT.detach()),
+        "approx_kl_token": part.mean(ratio_BT.detach() - 1 - log_ratio_BT),  # k3, Schulman 2020
     }
     if entropy_BT is not None:
-        bonus = functional.aggregate(entropy_BT, mask_BT, "token", 0, tokens)
+        bonus = part.mean(entropy_BT)
         loss = loss - config.entropy_coef * bonus
         metrics["entropy"] = bonus.detach()
     return loss, metrics | {"loss": loss.detach()}
@@ -129,7 +111,7 @@ class PPO(Agent):
     config: PPOConfig
     uses_value = True
 
-    def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
+    def _make_value_model(self, mdp: TextVectorEnv, model: torch.nn.Module) -> torch.nn.Module | None:
         return copy.deepcopy(model).to(self.device).float() if self.config.separate_value_model else None
 
     def estimates(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -152,36 +134,24 @@ class PPO(Agent):
         config = self.config
         # 1. Token rewards to advantages and returns.
         advantage_BT, return_BT = self.estimates(rollout)
+        batch = rollout.with_(advantage_BT=advantage_BT, return_BT=return_BT)
 
         # 2. Clipped steps on minibatches, until the policy has moved far enough.
-        def loss(
-            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            now = self.policy.response(part, entropy=bool(config.entropy_coef))
-            return ppo_loss(
-                now.logp_BT,
-                part.logp_BT,
-                now.value_BT,
-                part.value_BT,
-                pick(advantage_BT),
-                pick(return_BT),
-                now.entropy_BT,
-                part.mask_BT,
-                config,
-                tokens,
-            )
-
-        steps = []
-        for rows in self.shuffled(rollout):
-            steps.append(self.minimise(rollout, rows, loss))
+        steps: list[dict[str, float]] = []
+        for minibatch in self.minibatches(batch):
+            parts = []
+            for part in minibatch.micro_batches():
+                now = self.policy.response(part, entropy=bool(config.entropy_coef))
+                loss, metrics = ppo_loss(now.logp_BT, now.value_BT, now.entropy_BT, part, config)
+                loss.backward()
+                parts.append(metrics)
+            steps.append(sum_of(parts) | {"grad_norm": self.step()})
             if config.target_kl is not None and steps[-1]["approx_kl_token"] > config.target_kl:
                 break
 
         # 3. What to log.
-        metrics = functional.mean_of(steps)
-        metrics["optimizer_steps"] = len(steps)
-        metrics["explained_variance"] = _explained_variance(rollout.value_BT, return_BT, rollout.mask_BT)
-        return metrics
+        explained = _explained_variance(rollout.value_BT, return_BT, rollout.mask_BT)
+        return functional.mean_of(steps) | {"optimizer_steps": len(steps), "explained_variance": explained}
 
 
 def _explained_variance(value_BT: Tensor, return_BT: Tensor, mask_BT: Tensor) -> float:

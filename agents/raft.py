@@ -16,41 +16,39 @@ sometimes ranks over the whole batch; here always within a prompt. Of equal best
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
+from textrl_gym.training.minibatch import Minibatch, sum_of
 
 
 @dataclasses.dataclass(frozen=True)
 class RAFTConfig(AgentConfig):
     """Settings of RAFT."""
 
-    group_size: int = 8
+    group_size: Annotated[int, Ge(2)] = 8
     """G, completions of each prompt, at least 2."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group_size < 2:
-            raise ValueError(f"RAFT takes the best of a group: group_size must be at least 2, got {self.group_size}")
 
 
 def best_of_groups(return_B: Tensor, group_B: Tensor) -> Tensor:
     """The row with the highest return of each group, the first of equals. int64 [groups]."""
     assert return_B.shape == group_B.shape and return_B.ndim == 1, (return_B.shape, group_B.shape)
-    every = [(group_B == group).nonzero().squeeze(1) for group in group_B.unique()]
-    return torch.stack([rows[return_B[rows].argmax()] for rows in every])
+    row_GN, mask_GN = functional.rows_of_groups(group_B)
+    best_G1 = return_B[row_GN].masked_fill(~mask_GN, -torch.inf).argmax(1, keepdim=True)
+    return row_GN.gather(1, best_G1).squeeze(1)
 
 
-def raft_loss(logp_BT: Tensor, mask_BT: Tensor, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """- sum of log pi over a micro-batch's tokens, divided by the minibatch's `tokens`."""
-    assert logp_BT.shape == mask_BT.shape, (logp_BT.shape, mask_BT.shape)
-    loss = -(logp_BT * mask_BT).sum() / tokens
+def raft_loss(logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """- mean over tokens of log pi."""
+    assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
+    loss = -part.mean(logp_BT)
     return loss, {"loss": loss.detach()}
 
 
@@ -67,10 +65,12 @@ class RAFT(Agent):
         best = rollout.select(best_of_groups(return_B, rollout.group_B))
 
         # 2. Supervised steps on them.
-        def loss(
-            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            return raft_loss(self.policy.logprobs(part), part.mask_BT, tokens)
-
-        steps = [self.minimise(best, rows, loss) for rows in self.shuffled(best)]
+        steps = []
+        for minibatch in self.minibatches(best):
+            parts = []
+            for part in minibatch.micro_batches():
+                loss, metrics = raft_loss(self.policy.logprobs(part), part)
+                loss.backward()
+                parts.append(metrics)
+            steps.append(sum_of(parts) | {"grad_norm": self.step()})
         return functional.mean_of(steps) | {"best_return": float(best.reward_BT.sum(1).mean())}

@@ -8,15 +8,14 @@ model, to whom such texts are very unlikely.
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 import torch
 from torch import Tensor
 
 from textrl_gym.core import Rollout
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
-from textrl_gym.training.agent import Agent
+from textrl_gym.training.agent import Agent, EnvLike, Indices, ModelLike, Observation, State
 
 
 class UniformPolicy(Policy):
@@ -31,21 +30,25 @@ class Random(Agent):
 
     trains = False
 
-    def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
+    def _make_policy(self, mdp: TextVectorEnv, model: ModelLike, reference: ModelLike) -> Policy:
         start = super()._make_policy(mdp, model, reference)
         return UniformPolicy(start.model, start.reference, vocab_size=start.vocab_size)
 
     def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+        self,
+        observation: Observation,
+        state: State = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, State]:
         return super().predict(observation, state, episode_start)
 
     def play(
         self,
-        env: Any,
+        env: EnvLike,
         *,
         greedy: bool = False,
         generator: torch.Generator | None = None,
-        prompt_indices: Any = None,
+        prompt_indices: Indices = None,
     ) -> Rollout:
         return super().play(env, generator=generator, prompt_indices=prompt_indices)

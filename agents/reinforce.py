@@ -15,16 +15,16 @@ Departures from the paper, each a setting:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
+from textrl_gym.training.minibatch import Minibatch, sum_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,25 +35,19 @@ class ReinforceConfig(AgentConfig):
     """Completions of each prompt. REINFORCE needs no groups; they share the cost of their prompt."""
     baseline: Literal["none", "batch", "running"] = "running"
     """What is taken off every return: nothing, the batch's mean, or an exponential mean of the batches before."""
-    baseline_decay: float = 0.9
+    baseline_decay: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Weight of the past in the running baseline."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.baseline not in ("none", "batch", "running"):
-            raise ValueError(f"baseline must be 'none', 'batch' or 'running', got {self.baseline!r}")
-        if not 0 <= self.baseline_decay < 1:
-            raise ValueError(f"baseline_decay must lie in [0, 1), got {self.baseline_decay}")
         if self.epochs * self.minibatches != 1:
             raise ValueError(f"REINFORCE takes one step a rollout, got {self.epochs} epochs x {self.minibatches}")
 
 
-def reinforce_loss(
-    logp_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, tokens: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """- sum of A_t log pi_t over a micro-batch, divided by the batch's `tokens`."""
-    assert logp_BT.shape == advantage_BT.shape == mask_BT.shape
-    loss = functional.aggregate(-advantage_BT * logp_BT, mask_BT, "token", 0, tokens)
+def reinforce_loss(logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """- mean over tokens of A_t log pi_t, A being part.advantage_BT."""
+    assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
+    loss = part.mean(-part.advantage_BT * logp_BT)
     return loss, {"loss": loss.detach()}
 
 
@@ -83,16 +77,18 @@ class Reinforce(Agent):
         self.running = past * (self.running or 0.0) + (1 - past) * mean
 
         # 2. One step.
-        def loss(
-            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            return reinforce_loss(self.policy.logprobs(part), pick(advantage_BT), part.mask_BT, tokens)
+        steps = []
+        for minibatch in self.minibatches(rollout.with_(advantage_BT=advantage_BT)):
+            parts = []
+            for part in minibatch.micro_batches():
+                loss, metrics = reinforce_loss(self.policy.logprobs(part), part)
+                loss.backward()
+                parts.append(metrics)
+            steps.append(sum_of(parts) | {"grad_norm": self.step()})
+        return functional.mean_of(steps) | {"baseline": baseline}
 
-        rows = torch.arange(len(rollout), device=self.device)
-        return self.minimise(rollout, rows, loss) | {"baseline": baseline}
-
-    def memory(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         return {"running": self.running}
 
-    def remember(self, memory: dict[str, Any]) -> None:
-        self.running = memory["running"]
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.running = state["running"]

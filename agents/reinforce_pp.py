@@ -12,14 +12,16 @@ Departures: the paper's REINFORCE++-baseline (group mean first) is left to GRPO.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Annotated
 
+from annotated_types import Gt
 from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
+from textrl_gym.training.minibatch import Minibatch, sum_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +32,21 @@ class ReinforcePPConfig(AgentConfig):
     """Completions of each prompt. REINFORCE++ needs no groups; they share the cost of their prompt."""
     minibatches: int = 2
     """Optimizer steps in each pass."""
-    clip_range: float = 0.2
+    clip_range: Annotated[float, Gt(0)] = 0.2
     """The ratio is clipped to 1 +- this."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.clip_range <= 0:
-            raise ValueError(f"clip_range must be > 0, got {self.clip_range}")
 
-
-def reinforce_pp_loss(
-    logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, clip_range: float, tokens: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate over a micro-batch, divided by the minibatch's `tokens`."""
-    assert logp_BT.shape == old_logp_BT.shape == advantage_BT.shape == mask_BT.shape
+def reinforce_pp_loss(logp_BT: Tensor, part: Minibatch, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate of part.advantage_BT."""
+    assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
     loss_BT, ratio_BT, clipped_BT = functional.clipped_surrogate(
-        logp_BT, old_logp_BT, advantage_BT, clip_range, clip_range
+        logp_BT, part.logp_BT, part.advantage_BT, clip_range, clip_range
     )
-    loss = functional.aggregate(loss_BT, mask_BT, "token", 0, tokens)
+    loss = part.mean(loss_BT)
     metrics = {
         "loss": loss.detach(),
-        "clip_fraction": (clipped_BT * mask_BT).sum() / tokens,
-        "ratio": (ratio_BT.detach() * mask_BT).sum() / tokens,
+        "clip_fraction": part.mean(clipped_BT),
+        "ratio": part.mean(ratio_BT.detach()),
     }
     return loss, metrics
 
@@ -67,19 +62,15 @@ class ReinforcePP(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Returns-to-go with the KL in them, on one scale for the batch.
-        advantage_BT = self.advantages(rollout)
+        batch = rollout.with_(advantage_BT=self.advantages(rollout))
 
         # 2. Clipped steps on minibatches.
-        def loss(
-            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            return reinforce_pp_loss(
-                self.policy.logprobs(part),
-                part.logp_BT,
-                pick(advantage_BT),
-                part.mask_BT,
-                self.config.clip_range,
-                tokens,
-            )
-
-        return functional.mean_of([self.minimise(rollout, rows, loss) for rows in self.shuffled(rollout)])
+        steps = []
+        for minibatch in self.minibatches(batch):
+            parts = []
+            for part in minibatch.micro_batches():
+                loss, metrics = reinforce_pp_loss(self.policy.logprobs(part), part, self.config.clip_range)
+                loss.backward()
+                parts.append(metrics)
+            steps.append(sum_of(parts) | {"grad_norm": self.step()})
+        return functional.mean_of(steps)

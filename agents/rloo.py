@@ -15,29 +15,28 @@ step, at which the ratio is 1.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
+from textrl_gym.training.minibatch import Minibatch, sum_of
 
 
 @dataclasses.dataclass(frozen=True)
 class RLOOConfig(AgentConfig):
     """Settings of RLOO."""
 
-    group_size: int = 8
+    group_size: Annotated[int, Ge(2)] = 8
     """G, completions of each prompt, at least 2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group_size < 2:
-            raise ValueError(
-                f"RLOO compares completions of a prompt: group_size must be at least 2, got {self.group_size}"
-            )
         if self.epochs * self.minibatches != 1:
             raise ValueError(f"RLOO takes one step a rollout, got {self.epochs} epochs x {self.minibatches}")
 
@@ -45,17 +44,18 @@ class RLOOConfig(AgentConfig):
 def leave_one_out(return_B: Tensor, group_B: Tensor) -> Tensor:
     """A_i = R_i less the mean of the group's others. [B]; a group of one gets 0."""
     assert return_B.shape == group_B.shape and return_B.ndim == 1, (return_B.shape, group_B.shape)
-    _, number_B = group_B.unique(return_inverse=True)
-    sum_G = torch.zeros(int(number_B.max()) + 1, dtype=return_B.dtype, device=return_B.device)
-    sum_B = sum_G.index_add(0, number_B, return_B)[number_B]
-    others_B = torch.bincount(number_B)[number_B] - 1
-    return torch.where(others_B > 0, return_B - (sum_B - return_B) / others_B.clamp(min=1), 0.0)
+    row_GN, mask_GN = functional.rows_of_groups(group_B)
+    return_GN, others_G1 = return_B[row_GN] * mask_GN, mask_GN.sum(1, keepdim=True) - 1
+    advantage_GN = return_GN - (return_GN.sum(1, keepdim=True) - return_GN) / others_G1.clamp(min=1)
+    advantage_B = torch.zeros_like(return_B)
+    advantage_B[row_GN[mask_GN]] = torch.where(others_G1 > 0, advantage_GN, 0.0)[mask_GN]
+    return advantage_B
 
 
-def rloo_loss(logp_BT: Tensor, advantage_B: Tensor, mask_BT: Tensor, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """- sum of A_i log pi(y_i | x) over a micro-batch, divided by the batch's `rows`."""
-    assert logp_BT.shape == mask_BT.shape and advantage_B.shape == logp_BT.shape[:1]
-    loss = -(advantage_B * (logp_BT * mask_BT).sum(1)).sum() / rows
+def rloo_loss(logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """- mean over completions of A_i log pi(y_i | x), A being part.advantage_B."""
+    assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
+    loss = -part.mean(part.advantage_B * (logp_BT * part.mask_BT).sum(1))
     return loss, {"loss": loss.detach()}
 
 
@@ -71,13 +71,15 @@ class RLOO(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Each completion's return, KL included, against its group's others.
-        advantage_BT = self.advantages(rollout)
+        advantage_B = leave_one_out(rollout.reward_BT.sum(1), rollout.group_B)
 
         # 2. One step.
-        def loss(
-            part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            return rloo_loss(self.policy.logprobs(part), pick(advantage_BT)[:, 0], part.mask_BT, rows)
-
-        rows = torch.arange(len(rollout), device=self.device)
-        return self.minimise(rollout, rows, loss) | {"advantage_std": float(advantage_BT[:, 0].std())}
+        steps = []
+        for minibatch in self.minibatches(rollout.with_(advantage_B=advantage_B)):
+            parts = []
+            for part in minibatch.micro_batches():
+                loss, metrics = rloo_loss(self.policy.logprobs(part), part)
+                loss.backward()
+                parts.append(metrics)
+            steps.append(sum_of(parts) | {"grad_norm": self.step()})
+        return functional.mean_of(steps) | {"advantage_std": float(advantage_B.std())}

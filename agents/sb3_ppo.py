@@ -17,8 +17,9 @@ minibatches, since a text's cost is shared by its tokens in the same minibatch.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Gt
 from stable_baselines3 import PPO
 
 from textrl_gym.integrations.sb3_agent import SB3Agent, SB3Config
@@ -32,9 +33,9 @@ class SB3PPOConfig(SB3Config):
     """Passes over each rollout."""
     minibatches: int = 2
     """Optimizer steps in each pass; divides the tokens of a rollout."""
-    clip_range: float = 0.2
+    clip_range: Annotated[float, Gt(0)] = 0.2
     """The policy's ratio is clipped to 1 +- this."""
-    clip_range_value: float | None = None
+    clip_range_value: Annotated[float | None, Gt(0)] = None
     """The value's move from the rollout's value is clipped to +- this; None: not clipped."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
@@ -42,15 +43,8 @@ class SB3PPOConfig(SB3Config):
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 within each minibatch."""
-    target_kl: float | None = None
+    target_kl: Annotated[float | None, Gt(0)] = None
     """Stop a rollout's updates at 1.5 times so many nats per token from the sampling policy."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("clip_range", "clip_range_value", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
 
 
 class SB3PPO(SB3Agent):

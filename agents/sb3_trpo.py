@@ -17,9 +17,10 @@ are told by their module, where it goes by names; fewer passes of the critic.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from textrl_gym.core import Rollout
@@ -43,22 +44,19 @@ class SB3TRPOConfig(SB3Config):
     """Adam's step size for the critic's head; the actor's step has none."""
     minibatches: int = 4
     """Optimizer steps of the critic in each of its passes; divides the tokens of a rollout."""
-    target_kl: float = 0.01
+    target_kl: Annotated[float, Gt(0)] = 0.01
     """An update moves the policy at most so many nats per token."""
-    cg_max_steps: int = 10
+    cg_max_steps: Annotated[int, Ge(1)] = 10
     """Steps of the conjugate gradients."""
-    cg_damping: float = 0.1
+    cg_damping: Annotated[float, Gt(0)] = 0.1
     """Added to the Hessian's diagonal."""
-    critic_updates: int = 2
+    critic_updates: Annotated[int, Ge(1)] = 2
     """Passes of the critic over each rollout."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the rollout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("target_kl", "cg_max_steps", "cg_damping", "critic_updates"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if self.epochs != 1:
             raise ValueError(f"TRPO takes one step a rollout, got epochs={self.epochs}")
         if self.max_grad_norm != 1.0:

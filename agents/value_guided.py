@@ -17,8 +17,10 @@ Departures:
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym.core import StopReason
@@ -29,13 +31,8 @@ from textrl_gym.training.guided_decoding import CriticAgent, CriticConfig, Endin
 class ValueGuidedConfig(CriticConfig):
     """Settings of value-guided decoding."""
 
-    weight: float = 2.0
+    weight: Annotated[float, Ge(0)] = 2.0
     """Of the critic's value against the policy's log-probability, in nats for each unit of the score."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weight < 0:
-            raise ValueError(f"weight must be >= 0, got {self.weight}")
 
 
 def guided_logprobs(logp_BK: Tensor, value_BK: Tensor, weight: float) -> Tensor:

@@ -118,5 +118,5 @@ def test_settings_are_refused() -> None:
         GRPO("KnownOptimum-v0", frozen_layers=9, **SMALL)
     with pytest.raises(ValueError, match="lora_rank=2 freezes the whole model"):
         GRPO("KnownOptimum-v0", frozen_layers=1, lora_rank=2, **SMALL)
-    with pytest.raises(ValueError, match="lora_rank must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="lora_rank must be at least 0, got -1"):
         GRPO("KnownOptimum-v0", lora_rank=-1, **SMALL)

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from minibatches import last_gradient, minibatch
 from torch import Tensor
 
 import textrl_gym
@@ -68,12 +69,14 @@ def test_grpo_loss_by_hand() -> None:
     d, advantage_B = ragged(), torch.tensor([1.0, -2.0], dtype=torch.float64)
     for aggregation, expected in (("token", -0.175), ("sequence", 0.55)):
         config = GRPOConfig(aggregation=aggregation)  # type: ignore[arg-type]
-        loss, metrics = grpo_loss(d["logp"], d["old"], d["logp"], advantage_B, d["mask"], config, 0.0, 2, 4)
+        part = minibatch(d["mask"], logp_BT=d["old"], ref_logp_BT=d["logp"], advantage_B=advantage_B)
+        loss, metrics = grpo_loss(d["logp"], part, config, 0.0)
         assert loss.item() == pytest.approx(expected, abs=1e-12)
         assert metrics["clip_fraction"].item() == 0.25
     # with beta 0.1 and k2 against a reference 1 nat below: + 0.1 * 1/2 everywhere
     config = GRPOConfig(kl_loss="k2")
-    loss, _ = grpo_loss(d["logp"], d["old"], d["logp"] - 1, advantage_B, d["mask"], config, 0.1, 2, 4)
+    part = minibatch(d["mask"], logp_BT=d["old"], ref_logp_BT=d["logp"] - 1, advantage_B=advantage_B)
+    loss, _ = grpo_loss(d["logp"], part, config, 0.1)
     assert loss.item() == pytest.approx(-0.175 + 0.05, abs=1e-12)
 
 
@@ -87,16 +90,12 @@ def test_ppo_loss_by_hand() -> None:
     return_BT = torch.tensor([[1.0, 0, 0], [1, 9, 9]], dtype=torch.float64)
     zero = torch.zeros_like(value_BT)
     config = PPOConfig(vf_coef=0.5)
-    loss, metrics = ppo_loss(
-        d["logp"], d["old"], value_BT, zero, advantage_BT, return_BT, None, d["mask"], config, tokens=4
-    )
+    part = minibatch(d["mask"], logp_BT=d["old"], value_BT=zero, advantage_BT=advantage_BT, return_BT=return_BT)
+    loss, metrics = ppo_loss(d["logp"], value_BT, None, part, config)
     assert metrics["policy_loss"].item() == pytest.approx(-0.85, abs=1e-12)
     assert metrics["value_loss"].item() == pytest.approx(1.29 / 8, abs=1e-12)
     assert loss.item() == pytest.approx(-0.85 + 0.5 * 1.29 / 8, abs=1e-12)
-    with_bonus, _ = ppo_loss(
-        d["logp"], d["old"], value_BT, zero, advantage_BT, return_BT, zero + 2.0, d["mask"],
-        dataclasses.replace(config, entropy_coef=0.1), tokens=4,
-    )  # fmt: skip
+    with_bonus, _ = ppo_loss(d["logp"], value_BT, zero + 2.0, part, dataclasses.replace(config, entropy_coef=0.1))
     assert with_bonus.item() == pytest.approx(loss.item() - 0.1 * 2.0, abs=1e-12)
 
 
@@ -106,12 +105,12 @@ def test_losses_pass_gradcheck() -> None:
     d, advantage_BT = ragged(), torch.randn(2, 3, dtype=torch.float64, generator=generator)
 
     def ppo(logp_BT: Tensor, value_BT: Tensor) -> Tensor:
-        args = (d["old"], value_BT, torch.zeros_like(value_BT), advantage_BT, advantage_BT * 2, None, d["mask"])
-        return ppo_loss(logp_BT, *args, PPOConfig(), tokens=4)[0]
+        part = minibatch(d["mask"], logp_BT=d["old"], advantage_BT=advantage_BT, return_BT=advantage_BT * 2)
+        return ppo_loss(logp_BT, value_BT, None, part, PPOConfig())[0]
 
     def grpo(logp_BT: Tensor) -> Tensor:
-        args = (d["old"], d["old"] - 0.3, advantage_BT[:, 0], d["mask"], GRPOConfig(), 0.1, 2, 4)
-        return grpo_loss(logp_BT, *args)[0]
+        part = minibatch(d["mask"], logp_BT=d["old"], ref_logp_BT=d["old"] - 0.3, advantage_B=advantage_BT[:, 0])
+        return grpo_loss(logp_BT, part, GRPOConfig(), 0.1)[0]
 
     assert torch.autograd.gradcheck(ppo, (logp, value))
     assert torch.autograd.gradcheck(grpo, (logp,))
@@ -120,15 +119,12 @@ def test_losses_pass_gradcheck() -> None:
 # -- equivalences -----------------------------------------------------------------------------------------------------
 
 
-def gradient(agent: Agent) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None])
-
-
 def test_first_minibatch_of_ppo_is_reinforce_with_the_same_advantages(tmp_path: Path) -> None:
     agent = PPO("CopyText-v0", epochs=1, minibatches=1, vf_coef=0.0, gae_lambda=0.95, max_grad_norm=1e9, out=tmp_path)
     rollout = agent.collect()
-    agent.update(rollout)
-    ours = torch.cat([p.grad.flatten() for p in agent.policy.model.parameters()])
+    with last_gradient(agent) as found:
+        agent.update(rollout)
+    ours = found[-1][: sum(p.numel() for p in agent.policy.model.parameters())]  # the critic's are after them
 
     fresh = PPO("CopyText-v0", out=tmp_path)
     advantage_BT, _ = functional.gae(rollout.reward_BT, rollout.value_BT, rollout.mask_BT, 1.0, 0.95)
@@ -151,8 +147,9 @@ def test_micro_batches_are_one_batch(cls: type[Agent], tmp_path: Path) -> None:
     gradients = []
     for places in (1_000_000, 40):
         agent = cls("CopyText-v0", seed=1, micro_batch_tokens=places, epochs=1, minibatches=1, out=tmp_path)
-        agent.update(agent.collect())
-        gradients.append(gradient(agent))
+        with last_gradient(agent) as found:
+            agent.update(agent.collect())
+        gradients.append(found[-1])
     norm = gradients[0].norm()
     assert norm > 0
     assert (gradients[0] - gradients[1]).norm() / norm < 1e-5
@@ -431,13 +428,9 @@ def test_components_of_a_mixture_are_logged(cls: Any, tmp_path: Path) -> None:
 def test_a_custom_agent_needs_only_update(tmp_path: Path) -> None:
     class Reinforce(Agent):
         def update(self, rollout: textrl_gym.Rollout) -> dict[str, float]:
-            return_BT = (rollout.reward_BT.sum(1) - rollout.reward_BT.sum(1).mean())[:, None].expand_as(rollout.logp_BT)
-
-            def loss(part: Any, pick: Any, rows: int, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-                value = -(pick(return_BT) * self.policy.logprobs(part)).sum() / rows
-                return value, {"loss": value.detach()}
-
-            return self.minimise(rollout, torch.arange(len(rollout)), loss)
+            return_B = rollout.reward_BT.sum(1)
+            (-(return_B - return_B.mean()) * self.policy.logprobs(rollout).sum(1)).mean().backward()
+            return {"grad_norm": self.step()}
 
     agent = Reinforce("CopyText-v0", learning_rate=3e-3, out=tmp_path)
     agent.learn(6_000, **QUIET)

@@ -1,4 +1,4 @@
-"""Checkpoints: killed at any moment, the folder holds the old one or the new one whole."""
+"""Checkpoints: killed at any moment, the folder holds the old one or the new one whole; and those of older versions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from textrl_gym import files
+from textrl_gym.agents import GRPO
 
 NAMES = ("model", "agent.json", "training")
 
@@ -65,3 +68,68 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, monkeypa
         assert number_of(folder) == {3}
         assert [path.name for path in folder.parent.iterdir() if path.name.endswith(".whole")] == []
     assert seen == {1, 2}
+
+
+class MyGRPO(GRPO):
+    """With state of its own, in JSON and in a file."""
+
+    number, note = 0, ""
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+    def save_extra(self, folder: Path) -> None:
+        (folder / "note.txt").write_text(f"{self.number} in a file")
+
+    def load_extra(self, folder: Path) -> None:
+        self.note = (folder / "note.txt").read_text()
+
+
+# -- versions ---------------------------------------------------------------------------------------------------------
+
+QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 8}
+
+
+def test_a_checkpoint_of_0_1_goes_on_as_it_did_in_0_1(root: Path, tmp_path: Path) -> None:
+    # tests/data/checkpoint-0.1 was written by 0.1.0: GRPO with the KL in the reward, on an environment of 8 rows that
+    # was given with kl_coef=0.5 and kl_estimator="k3". 0.1 used the task's 0.02 and k1, and its config says 64 rows.
+    # 0.1 then went on for 300 tokens: expected.safetensors.
+    saved = root / "tests" / "data" / "checkpoint-0.1"
+    agent = GRPO.load(saved, out=tmp_path)
+    assert (agent.kl.coef, agent.kl.estimator) == (0.02, "k1")
+    assert (agent.env.num_envs, agent.config.rollout_episodes, agent.config.group_size) == (8, 8, 4)
+    assert agent.num_timesteps >= 300
+    before = {name: p.detach().clone() for name, p in agent.policy.named_parameters()}
+    agent.learn(300, reset_num_timesteps=False, **QUIET)
+    expected = load_file(saved / "expected.safetensors")
+    # A step of Adam at this learning rate moves a weight by about 0.01; machines differ in the last digits.
+    for name, p in agent.policy.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], atol=1e-3, rtol=0)
+    assert max(float((expected[name] - before[name]).abs().max()) for name in before) > 0.01
+
+    agent.save(tmp_path / "again")
+    state = files.read_state(tmp_path / "again")
+    assert state["version"] == "0.2"
+    assert not state.keys() & {"memory", "streams"}
+    assert GRPO.load(tmp_path / "again").num_timesteps == agent.num_timesteps
+
+
+def test_a_checkpoint_of_another_version_is_refused(root: Path, tmp_path: Path) -> None:
+    saved = root / "tests" / "data" / "checkpoint-0.1"
+    files.write_state(tmp_path, files.read_state(saved) | {"version": "9.0"})
+    with pytest.raises(ValueError, match=r"was written by version '9\.0' of checkpoints; this .* reads 0\.1 and 0\.2"):
+        GRPO.load(tmp_path)
+
+
+def test_an_agents_own_state_and_files_are_saved(tmp_path: Path) -> None:
+    agent = MyGRPO("CopyText-v0", rollout_episodes=16, out=tmp_path)
+    agent.number = 7
+    files.write_text(tmp_path / "unrelated", "kept")
+    agent.save(tmp_path)
+    state = files.read_state(tmp_path)
+    assert state["extra_state"] == {"number": 7}
+    again = agent.load(tmp_path, agent.env)
+    assert (again.number, again.note) == (7, "7 in a file")

@@ -492,7 +492,7 @@ def test_what_is_no_critic_says_so(ppo: Path, tmp_path: Path) -> None:
         ((name, value),) = settings.items()
         with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
             MCTS(COPY, ppo=str(ppo), **settings)
-    with pytest.raises(ValueError, match="weight must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="weight must be at least 0, got -1"):
         ValueGuided(COPY, ppo=str(ppo), weight=-1.0)
     with pytest.raises(ValueError, match="end_value must be 'critic' or 'score', got 'x'"):
         MCTS(COPY, ppo=str(ppo), end_value="x")

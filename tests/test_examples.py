@@ -86,7 +86,7 @@ def test_custom_agent_reaches_the_known_optimum(example: Path) -> None:
 
 
 def test_custom_agent_outside_the_package(root: Path, tmp_path: Path) -> None:
-    """A user's file in a user's folder, by the command line, with its settings as flags and what it remembers saved."""
+    """A user's file in a user's folder, by the command line, with its settings as flags and its own state saved."""
     source = (root / "examples" / "custom_agent.py").read_text()
     assert len(source.splitlines()) < 60
     assert source in (root / "docs" / "write-your-own-agent.md").read_text()
@@ -103,7 +103,7 @@ def test_custom_agent_outside_the_package(root: Path, tmp_path: Path) -> None:
     run("train", "my_agents:Reinforce", "CopyText-v0", *small, "--out", "runs/mine")
     state = json.loads((tmp_path / "runs" / "mine" / "agent.json").read_text())
     assert (state["agent"], state["config"]["decay"]) == ("my_agents:Reinforce", 0.5)
-    assert state["memory"]["baseline"] != 0
+    assert state["extra_state"]["baseline"] != 0
     assert "KL to the reference" in run("evaluate", "runs/mine", "--episodes", "8")
 
 

@@ -209,3 +209,9 @@ def test_gradcheck() -> None:
 def test_an_empty_row_is_no_division_by_zero(how: str) -> None:
     loss = F.aggregate(torch.ones(2, 3), mask_of([0, 0], 3), how, 2, 0)  # type: ignore[arg-type]
     assert_close(loss, 0.0)
+
+
+def test_rows_of_groups_by_hand() -> None:
+    row_GN, mask_GN = F.rows_of_groups(torch.tensor([7, 3, 7, 7, 9]))
+    assert row_GN.tolist() == [[1, 0, 0], [0, 2, 3], [4, 0, 0]]
+    assert mask_GN.tolist() == [[True, False, False], [True, True, True], [True, False, False]]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from minibatches import minibatch
 from torch import Tensor
 
 from textrl_gym import kl
@@ -249,9 +250,8 @@ def test_group_agents_take_the_sequence_loss(loss: Any, config: Any) -> None:
     total, metric = torch.zeros_like(logp_BT), 0.0
     for rows in ([0], [1]):
         part_BT, advantage_B = logp_BT[rows], torch.zeros(1, dtype=torch.float64)
-        value, metrics = loss(
-            part_BT, part_BT.detach(), REF_BT[rows], advantage_B, MASK_BT[rows], config, kl_coef=0.1, rows=2, tokens=4
-        )
+        fields = {"logp_BT": part_BT.detach(), "ref_logp_BT": REF_BT[rows], "advantage_B": advantage_B}
+        value, metrics = loss(part_BT, minibatch(MASK_BT[rows], rows=2, tokens=4, **fields), config, kl_coef=0.1)
         total += torch.autograd.grad(value, logp_BT)[0]
         metric += float(metrics["kl_loss_token"])
     torch.testing.assert_close(total, 0.1 / 4 * TO_GO_BT, atol=1e-12, rtol=0)

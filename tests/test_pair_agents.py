@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from minibatches import last_gradient, minibatch
 from torch import Tensor
 
 import textrl_gym
@@ -66,7 +67,8 @@ def test_pairs_loss_by_hand() -> None:
     mask_BT = torch.tensor([[True, True], [True, False], [True, False], [True, True]])
     sign_B, group_B = torch.tensor([-1.0, 1, 1, -1]), torch.tensor([7, 7, 2, 2])
     config = PairConfig(loss="hinge")
-    loss, metrics = pairs_loss(logp_BT, torch.zeros_like(logp_BT), sign_B, group_B, mask_BT, config, 0.5, pairs=4)
+    part = minibatch(mask_BT, rows=8, score_B=sign_B, group_B=group_B)
+    loss, metrics = pairs_loss(logp_BT, part, config, 0.5)
     assert loss.item() == pytest.approx(1.5 / 4, abs=1e-12)
     told = {name: value.item() for name, value in metrics.items()}
     expected = {"accuracy": 1 / 4, "reward_margin": 0.5 * (2 - 1) / 4, "chosen_log_ratio": (3 - 1) / 4}
@@ -76,7 +78,7 @@ def test_pairs_loss_by_hand() -> None:
 def test_raft_loss_by_hand() -> None:
     logp_BT = torch.tensor([[-1.0, -2.0], [-3.0, 9.0]], dtype=torch.float64)
     mask_BT = torch.tensor([[True, True], [True, False]])
-    loss, _ = raft_loss(logp_BT, mask_BT, tokens=4)  # (1 + 2 + 3) / 4
+    loss, _ = raft_loss(logp_BT, minibatch(mask_BT, tokens=4))  # (1 + 2 + 3) / 4
     assert loss.item() == 1.5
     return_B, group_B = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0]), torch.tensor([4, 1, 4, 1, 1])
     assert best_of_groups(return_B, group_B).tolist() == [3, 2]  # group 1: rows 1, 3, 4, the first of 5, 5; group 4
@@ -87,13 +89,14 @@ def test_losses_pass_gradcheck() -> None:
     logp, ref = (torch.randn(4, 3, dtype=torch.float64, generator=generator) for _ in range(2))
     mask_BT = torch.arange(3) < torch.tensor([3, 1, 2, 3])[:, None]
     sign_B, group_B = torch.tensor([1.0, -1, 1, -1]), torch.tensor([0, 0, 1, 1])
+    part = minibatch(mask_BT, ref_logp_BT=ref, score_B=sign_B, group_B=group_B)
     for config in (PairConfig(), PairConfig(label_smoothing=0.2), PairConfig(loss="ipo"), PairConfig(loss="hinge")):
 
         def loss(logp_BT: Tensor, config: PairConfig = config) -> Tensor:
-            return pairs_loss(logp_BT, ref, sign_B, group_B, mask_BT, config, 0.3, 2)[0]
+            return pairs_loss(logp_BT, part, config, 0.3)[0]
 
         assert torch.autograd.gradcheck(loss, (logp.clone().requires_grad_(),))
-    assert torch.autograd.gradcheck(lambda x: raft_loss(x, mask_BT, 9)[0], (logp.clone().requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda x: raft_loss(x, part)[0], (logp.clone().requires_grad_(),))
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
@@ -103,6 +106,9 @@ def test_labels_by_hand() -> None:
     return_B, group_B = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0]), torch.tensor([0, 0, 0, 1, 1, 1])
     assert label_pairs(return_B, group_B, "best", None).tolist() == [[1, 0]]  # group 1 has no spread
     assert label_pairs(torch.ones(2), torch.zeros(2), "best", None).shape == (0, 2)
+    # groups of 4 and 1 whose rows stand apart: neighbours within a group make pairs, a row alone makes none
+    return_B, group_B = torch.tensor([60.0, 0, 0, 60, 0]), torch.tensor([1, 2, 1, 1, 1])
+    assert label_pairs(return_B, group_B, "bradley_terry", torch.Generator()).tolist() == [[0, 2], [3, 4]]
     # 4,000 pairs of returns 1 and 0: sigmoid(1) = 0.731, standard error 0.007; a third row without a partner is left
     return_B, group_B = torch.tensor([1.0, 0.0, 9.0]).repeat(4000), torch.arange(4000).repeat_interleave(3)
     row_N2 = label_pairs(return_B, group_B, "bradley_terry", torch.Generator().manual_seed(0))
@@ -137,9 +143,10 @@ def test_gradient_of_dpo_at_the_reference_is_the_closed_form(tmp_path: Path) -> 
     agent = DPO("CopyText-v0", rollout_episodes=16, kl_coef=0.3, max_grad_norm=1e9, out=tmp_path)
     rollout = agent.collect()
     torch.testing.assert_close(rollout.logp_BT, rollout.ref_logp_BT, atol=1e-6, rtol=0)
-    metrics = agent.update(rollout)
+    with last_gradient(agent) as found:
+        metrics = agent.update(rollout)
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    ours = gradient(agent)
+    ours = found[-1]
     fresh = DPO("CopyText-v0", out=tmp_path)
     logp_B = fresh.policy.logprobs(rollout).sum(1)
     # equation 7's gradient where sigmoid(0) = 1/2: - beta / 2 (d log pi(y_w) - d log pi(y_l)), mean over 8 pairs
@@ -154,9 +161,10 @@ def test_small_micro_batches_change_nothing_after_some_updates(cls: type[Agent],
     for places in (1_000_000, 4):  # 4 places: less than any pair needs
         agent = cls("CopyText-v0", seed=1, rollout_episodes=16, micro_batch_tokens=places, out=tmp_path)
         for _ in range(3):  # away from the reference, where every loss is the same
-            agent.update(agent.collect())
+            with last_gradient(agent) as gradients:
+                agent.update(agent.collect())
             agent.num_updates += 1
-        found.append(gradient(agent))
+        found.append(gradients[-1])
     assert (found[0] - found[1]).norm() / found[0].norm() < 1e-3
 
 
@@ -212,7 +220,7 @@ def test_bad_settings_name_themselves(tmp_path: Path) -> None:
     for cls, settings, words in (
         (DPO, {"loss": "ppo"}, "loss must be one of sigmoid, ipo, hinge, got 'ppo'"),
         (DPO, {"labels": "x"}, "labels must be one of best, bradley_terry, got 'x'"),
-        (DPO, {"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        (DPO, {"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\), got 0.5"),
         (DPO, {"label_smoothing": 0.1, "loss": "ipo"}, "label_smoothing=0.1 is for loss='sigmoid', not 'ipo'"),
         (DPO, {"kl_coef": 0.0}, "kl_coef is beta"),
         (DPO, {"rollout_episodes": 5}, "must be even, got 5"),
@@ -328,12 +336,15 @@ def test_dpo_reaches_the_optimum_of_a_fixed_set_of_pairs(tmp_path: Path) -> None
     )  # fmt: skip
     assert len(agent.pairs) == 1600
 
+    reference = agent.policy.reference
+    assert reference is not None
+
     def distance() -> float:
         """KL(pi || the optimum), nats a sequence, mean over prompts."""
         found = []
         for prompt, pairs in judged.items():
             logp_Y = known_optimum.sequence_logprobs(agent.policy, prompt)
-            ref_Y = known_optimum.sequence_logprobs(agent.policy.reference, prompt)
+            ref_Y = known_optimum.sequence_logprobs(reference, prompt)
             best_Y = (ref_Y + best_log_ratios(pairs, agent.kl.coef, len(ref_Y))).log_softmax(0)
             found.append(float((logp_Y.exp() * (logp_Y - best_Y)).sum()))
         return sum(found) / len(found)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minibatches import last_gradient, minibatch
 from torch import Tensor
 
 from textrl_gym import functional
@@ -23,6 +24,7 @@ from textrl_gym.agents.reinforce import reinforce_loss
 from textrl_gym.agents.reinforce_pp import reinforce_pp_loss
 from textrl_gym.agents.rloo import leave_one_out, rloo_loss
 from textrl_gym.core import Rollout
+from textrl_gym.training.minibatch import Minibatch
 
 MASK_BT = torch.tensor([[True, True, True], [True, False, False]])
 OLD_BT = torch.full((2, 3), -1.0, dtype=torch.float64)
@@ -48,20 +50,21 @@ def test_leave_one_out_by_hand() -> None:
 def test_reinforce_loss_by_hand() -> None:
     # - (1 * -1 + 2 * (-1 + log 2) + 3 * (-1 + log 0.5) - 4 * -1) / 4 = - (-2 - log 2) / 4
     advantage_BT = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 9.0, 9.0]], dtype=torch.float64)
-    loss, _ = reinforce_loss(LOGP_BT, advantage_BT, MASK_BT, tokens=4)
+    loss, _ = reinforce_loss(LOGP_BT, minibatch(MASK_BT, advantage_BT=advantage_BT))
     assert loss.item() == pytest.approx((2 + math.log(2)) / 4, abs=1e-12)
 
 
 def test_rloo_loss_by_hand() -> None:
     # log pi of row 0 is -3 + log 2 + log 0.5 = -3, of row 1 -1: - (1 * -3 - 2 * -1) / 2 = 0.5
-    loss, _ = rloo_loss(LOGP_BT, ADVANTAGE_B, MASK_BT, rows=2)
+    loss, _ = rloo_loss(LOGP_BT, minibatch(MASK_BT, advantage_B=ADVANTAGE_B))
     assert loss.item() == pytest.approx(0.5, abs=1e-12)
 
 
 def test_reinforce_pp_loss_by_hand() -> None:
     # advantages 1, 1, 1 | -2: -1, -1.2 (clipped), -0.5 | 2
     advantage_BT = torch.tensor([[1.0, 1.0, 1.0], [-2.0, 9.0, 9.0]], dtype=torch.float64)
-    loss, metrics = reinforce_pp_loss(LOGP_BT, OLD_BT, advantage_BT, MASK_BT, 0.2, tokens=4)
+    part = minibatch(MASK_BT, logp_BT=OLD_BT, advantage_BT=advantage_BT)
+    loss, metrics = reinforce_pp_loss(LOGP_BT, part, 0.2)
     assert loss.item() == pytest.approx(-0.7 / 4, abs=1e-12)
     assert metrics["clip_fraction"].item() == 0.25
 
@@ -69,18 +72,19 @@ def test_reinforce_pp_loss_by_hand() -> None:
 def test_gspo_loss_by_hand() -> None:
     # row 0: log s = (log 1 + log 2 + log 0.5) / 3 = 0, so s = 1; row 1: s = 1: -(1 * 1 + -2 * 1) / 2 = 0.5
     config = GSPOConfig()
-    loss, _ = gspo_loss(LOGP_BT, OLD_BT, LOGP_BT, ADVANTAGE_B, MASK_BT, config, 0.0, 2, 4)
+    loss, _ = gspo_loss(LOGP_BT, minibatch(MASK_BT, logp_BT=OLD_BT, advantage_B=ADVANTAGE_B), config, 0.0)
     assert loss.item() == pytest.approx(0.5, abs=1e-12)
     # ratios of 4 and 1 in two tokens: s = 2, clipped to 1.5 for advantage 1; row 1: s = 1
     logp_BT = OLD_BT + torch.tensor([[4.0, 1.0, 9.0], [1.0, 9.0, 9.0]], dtype=torch.float64).log()
     mask_BT = torch.tensor([[True, True, False], [True, False, False]])
     assert sequence_log_ratio(logp_BT, OLD_BT, mask_BT).exp().tolist() == pytest.approx([2.0, 1.0])
     wide = GSPOConfig(clip_low=0.5, clip_high=0.5)
-    loss, metrics = gspo_loss(logp_BT, OLD_BT, logp_BT, ADVANTAGE_B, mask_BT, wide, 0.0, 2, 3)
+    part = minibatch(mask_BT, logp_BT=OLD_BT, ref_logp_BT=logp_BT - 1, advantage_B=ADVANTAGE_B)
+    loss, metrics = gspo_loss(logp_BT, part, wide, 0.0)
     assert loss.item() == pytest.approx((-1.5 + 2) / 2, abs=1e-12)
     assert metrics["clip_fraction"].item() == 0.5
     # the KL of k2 to a reference 1 nat below, at every token 1/2: + 0.1 / 2
-    loss, _ = gspo_loss(logp_BT, OLD_BT, logp_BT - 1, ADVANTAGE_B, mask_BT, wide, 0.1, 2, 3)
+    loss, _ = gspo_loss(logp_BT, part, wide, 0.1)
     assert loss.item() == pytest.approx(0.25 + 0.05, abs=1e-12)
 
 
@@ -88,7 +92,8 @@ def test_cispo_loss_by_hand() -> None:
     # weights 1, min(2, 1.2), 0.5 | 1; log pi -1, -1 + log 2, -1 - log 2 | -1
     expected = -(1 * -1 + 1.2 * (-1 + math.log(2)) + 0.5 * (-1 - math.log(2)) - 2 * -1) / 4
     logp_BT = LOGP_BT.clone().requires_grad_()
-    loss, metrics = cispo_loss(logp_BT, OLD_BT, LOGP_BT, ADVANTAGE_B, MASK_BT, CISPOConfig(), 0.0, 2, 4)
+    part = minibatch(MASK_BT, logp_BT=OLD_BT, ref_logp_BT=LOGP_BT, advantage_B=ADVANTAGE_B)
+    loss, metrics = cispo_loss(logp_BT, part, CISPOConfig(), 0.0)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
     assert metrics["clip_fraction"].item() == 0.25
     loss.backward()
@@ -112,12 +117,15 @@ def test_losses_pass_gradcheck() -> None:
     generator = torch.Generator().manual_seed(0)
     logp_BT = (OLD_BT + 0.3 * torch.randn(2, 3, dtype=torch.float64, generator=generator)).requires_grad_()
     advantage_BT = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+    part = minibatch(
+        MASK_BT, logp_BT=OLD_BT, ref_logp_BT=OLD_BT - 0.3, advantage_BT=advantage_BT, advantage_B=ADVANTAGE_B
+    )
     wide = GSPOConfig(clip_low=0.2, clip_high=0.2)
     for loss in (
-        lambda x: reinforce_loss(x, advantage_BT, MASK_BT, 4)[0],
-        lambda x: rloo_loss(x, ADVANTAGE_B, MASK_BT, 2)[0],
-        lambda x: reinforce_pp_loss(x, OLD_BT, advantage_BT, MASK_BT, 0.2, 4)[0],
-        lambda x: gspo_loss(x, OLD_BT, OLD_BT - 0.3, ADVANTAGE_B, MASK_BT, wide, 0.1, 2, 4)[0],
+        lambda x: reinforce_loss(x, part)[0],
+        lambda x: rloo_loss(x, part)[0],
+        lambda x: reinforce_pp_loss(x, part, 0.2)[0],
+        lambda x: gspo_loss(x, part, wide, 0.1)[0],
     ):
         assert torch.autograd.gradcheck(loss, (logp_BT,))
 
@@ -147,8 +155,9 @@ def test_advantages_ignore_what_is_outside_the_mask(data: st.DataObject) -> None
 
 
 def gradient(agent: Any, rollout: Rollout) -> Tensor:
-    agent.update(rollout)
-    return torch.cat([p.grad.flatten() for p in agent.policy.model.parameters()])
+    with last_gradient(agent) as found:
+        agent.update(rollout)
+    return found[-1][: sum(p.numel() for p in agent.policy.model.parameters())]  # a critic's are after them
 
 
 COMMON: dict[str, Any] = {"rollout_episodes": 16, "group_size": 4, "max_grad_norm": 1e9, "kl_coef": 0.1, "seed": 2}
@@ -190,6 +199,13 @@ def test_dr_grpo_is_rloo_scaled(rollout: Rollout) -> None:
     torch.testing.assert_close(ours * dr.env.max_new_tokens, 0.75 * theirs, atol=1e-6, rtol=0)
 
 
+def test_dr_grpo_divides_its_loss_by_the_budget_and_its_metrics_by_the_tokens(rollout: Rollout) -> None:
+    # At the first step every ratio is 1, and so is their mean over the tokens, however short the completions are.
+    agent = DrGRPO("CopyText-v0", **COMMON)
+    assert rollout.num_tokens < len(rollout) * agent.env.max_new_tokens
+    assert agent.update(rollout)["ratio"] == pytest.approx(1, abs=1e-5)
+
+
 def test_on_policy_the_clipped_ones_are_grpo(rollout: Rollout) -> None:
     # At ratio 1 nothing is clipped; CISPO's weight is 1.
     one_step = COMMON | {"minibatches": 1}
@@ -202,7 +218,8 @@ def test_on_policy_reinforce_pp_is_reinforce_with_its_advantages(rollout: Rollou
     ours = gradient(ReinforcePP("CopyText-v0", **(COMMON | {"minibatches": 1})), rollout)
     agent = Reinforce("CopyText-v0", **COMMON)
     advantage_BT = functional.whiten(functional.returns_to_go(rollout.reward_BT, rollout.mask_BT), rollout.mask_BT)
-    loss, _ = reinforce_loss(agent.policy.logprobs(rollout), advantage_BT, rollout.mask_BT, rollout.num_tokens)
+    batch = Minibatch.of(rollout.with_(advantage_BT=advantage_BT))
+    loss, _ = reinforce_loss(agent.policy.logprobs(batch), batch)
     loss.backward()
     expected = torch.cat([p.grad.flatten() for p in agent.policy.model.parameters()])
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
@@ -226,7 +243,8 @@ def test_gspo_of_one_token_is_grpo() -> None:
         (grpo_loss, GRPOConfig(aggregation="sequence")),
         (gspo_loss, GSPOConfig(clip_low=0.2, clip_high=0.2)),
     ):
-        value, _ = loss(logp_B1, old_B1, ref_B1, advantage_B, mask_B1, config, 0.1, 6, 6)  # type: ignore[arg-type]
+        part = minibatch(mask_B1, logp_BT=old_B1, ref_logp_BT=ref_B1, advantage_B=advantage_B)
+        value, _ = loss(logp_B1, part, config, 0.1)  # type: ignore[arg-type]
         grads.append(torch.cat([value[None], *torch.autograd.grad(value, logp_B1)[0]]))
     torch.testing.assert_close(grads[0], grads[1], atol=1e-12, rtol=0)
 
@@ -283,7 +301,7 @@ def test_rollouts_below_each_other_are_rollouts(rollout: Rollout) -> None:
 
 def test_bad_settings_name_themselves() -> None:
     for cls, bad, message in (
-        (Reinforce, {"baseline": "mean"}, "baseline must be 'none', 'batch' or 'running', got 'mean'"),
+        (Reinforce, {"baseline": "mean"}, "baseline must be one of none, batch, running, got 'mean'"),
         (Reinforce, {"epochs": 2}, "REINFORCE takes one step a rollout, got 2 epochs x 1"),
         (RLOO, {"group_size": 1}, "group_size must be at least 2, got 1"),
         (DAPO, {"most_draws": 0}, "most_draws must be at least 1, got 0"),

@@ -524,7 +524,7 @@ def test_trpo_takes_sb3_contribs_gradients(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cls", "settings", "message"),
     [
-        (SB3PPO, {"n_steps": 0}, "n_steps must be None or at least 1, got 0"),
+        (SB3PPO, {"n_steps": 0}, "n_steps must be at least 1, got 0"),
         (SB3PPO, {"gamma": 1.1}, r"gamma must lie in \[0, 1\], got 1.1"),
         (SB3PPO, {"dtype": "bfloat16"}, "dtype must be float32, got 'bfloat16'"),
         (SB3PPO, {"clip_range": 0.0}, "clip_range must be > 0, got 0.0"),

@@ -99,6 +99,8 @@ class Rollout:
     each token."""
     components: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Of a reward that is a mixture: name of each part -> float32 [B], its unweighted scores; else empty."""
+    extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """What an update adds by `with_`: advantages, returns; the names end in _B or _BT."""
 
     def __len__(self) -> int:
         return self.token_BT.shape[0]
@@ -108,11 +110,26 @@ class Rollout:
         """Actions in the rollout: its timesteps."""
         return int(self.mask_BT.sum())
 
+    def with_(self, **tensors: Tensor) -> Rollout:
+        """The rollout with more tensors in `extra`, which go through select, trim and micro-batches with the others.
+
+        Raises:
+            ValueError: a name that ends in neither _B nor _BT or is taken, or a tensor of another shape.
+        """
+        shapes = {"BT": self.mask_BT.shape, "B": self.mask_BT.shape[:1]}
+        for name, tensor in tensors.items():
+            shape = shapes.get(name.rpartition("_")[2])
+            if shape is None or hasattr(Rollout, name) or name in {field.name for field in dataclasses.fields(Rollout)}:
+                raise ValueError(f"a tensor of a rollout has a free name that ends in _B or _BT, got {name!r}")
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        return dataclasses.replace(self, extra=self.extra | tensors)
+
     def select(self, rows_B: Tensor) -> Rollout:
         """The given rows (int64 or bool [B]), with columns that no chosen row uses cut off."""
         rows_B = rows_B.nonzero().squeeze(1) if rows_B.dtype == torch.bool else rows_B
         picked: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(Rollout):
             value = getattr(self, field.name)
             if isinstance(value, dict):
                 value = {name: part_B[rows_B] for name, part_B in value.items()}
@@ -135,14 +152,16 @@ class Rollout:
             if field.name.endswith("_BP"):
                 parts = [torch.nn.functional.pad(part, (prompt - part.shape[1], 0)) for part in parts]
             elif field.name.endswith("_BT"):
-                parts = [torch.nn.functional.pad(part, (0, response - part.shape[1])) for part in parts]
+                parts = [_widened(field.name, part, response) for part in parts]
             if field.name == "model_calls_B":
                 joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
                 continue
-            if field.name == "components":
+            if field.name in ("components", "extra"):
                 names = parts[0].keys()
-                assert all(part.keys() == names for part in parts), "rollouts of different rewards"
-                joined[field.name] = {name: torch.cat([part[name] for part in parts]) for name in names}
+                assert all(part.keys() == names for part in parts), f"rollouts of different {field.name}"
+                joined[field.name] = {
+                    name: torch.cat([_widened(name, part[name], response) for part in parts]) for name in names
+                }
                 continue
             is_tensor = isinstance(parts[0], Tensor)
             joined[field.name] = torch.cat(parts) if is_tensor else [text for part in parts for text in part]
@@ -153,11 +172,18 @@ class Rollout:
         first_place = self.prompt_mask_BP.shape[1] - int(self.prompt_mask_BP.sum(1).max())
         longest = int(self.mask_BT.sum(1).max())
         cut: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(Rollout):
             value = getattr(self, field.name)
-            if field.name.endswith("_BP"):
+            if field.name == "extra":
+                value = {name: x[:, :longest] if name.endswith("_BT") else x for name, x in value.items()}
+            elif field.name.endswith("_BP"):
                 value = value[:, first_place:]
             elif field.name.endswith("_BT"):
                 value = value[:, :longest]
             cut[field.name] = value
         return Rollout(**cut)
+
+
+def _widened(name: str, tensor: Tensor, places: int) -> Tensor:
+    """A tensor of a rollout with more response places of padding, where its name says that it has any."""
+    return torch.nn.functional.pad(tensor, (0, places - tensor.shape[1])) if name.endswith("_BT") else tensor

@@ -157,3 +157,18 @@ def unique_ids(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, 
     source_B = torch.tensor([first_of.setdefault(tuple(ids), len(first_of)) for ids in prompts])
     prompt_UP, mask_UP = pad(list(first_of), "left")
     return prompt_UP.to(device), mask_UP.to(device), source_B.to(device)
+
+
+def rows_of_groups(group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of each group in their order, groups by rising number, filled up with row 0 to the largest group.
+
+    A matrix instead of sums by scatter, whose order, and so whose last digit, is not the same in each run on a GPU.
+
+    Returns:
+        row_GN (int64) and mask_GN (bool): which of them are rows of the group.
+    """
+    assert group_B.ndim == 1, group_B.shape
+    _, number_B, size_G = group_B.unique(return_inverse=True, return_counts=True)
+    mask_GN = torch.arange(int(size_G.max()), device=group_B.device) < size_G[:, None]
+    order_B = number_B.argsort(stable=True)
+    return torch.zeros_like(mask_GN, dtype=torch.long).masked_scatter(mask_GN, order_B), mask_GN

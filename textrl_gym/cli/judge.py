@@ -150,6 +150,7 @@ def _judged(
     if opponent == win_rates.HUMAN:
         pairs = win_rates.against_references(samples, reader)
     elif isinstance(opponent, str):
+        assert agent.policy.reference is not None
         pairs = win_rates.against_answers(samples, evaluator.start(agent.policy.reference), reader)
     else:
         split = mdp.settings["split"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import tyro
 
+from textrl_gym.bounds import Bounds, bounds_of
 from textrl_gym.registry import unknown
 from textrl_gym.training.env_settings import parse_reward
 
@@ -137,12 +138,41 @@ def parse_flags(command: str, about: str | None, parts: Sequence[Part], args: Se
     """Read a command's flags with tyro; returns an object with the parts' names as attributes."""
     cls: type[Any] = dataclasses.make_dataclass("Arguments", parts, kw_only=True)
     parsed = tyro.cli(cls, prog=f"textrl-gym {command}", args=list(args), description=about)
-    return types.SimpleNamespace(**vars(parsed))
+    return types.SimpleNamespace(**{name: _without_bounds(value) for name, value in vars(parsed).items()})
 
 
 def flat(cls: type[Any]) -> object:
     """A dataclass whose fields are flags without a prefix."""
-    return Annotated[cls, tyro.conf.OmitArgPrefixes]
+    return Annotated[with_bounds(cls), tyro.conf.OmitArgPrefixes]
+
+
+def with_bounds(cls: type[Any]) -> type[Any]:
+    """The dataclass with the bounds of its fields in the help of their flags: "(default: 0.2, > 0)"."""
+    hints, bounds = get_type_hints(cls, include_extras=True), bounds_of(cls)
+    fields = [
+        (field.name, _hinted(hints[field.name], bounds[field.name]), dataclasses.field(default=field.default))
+        for field in dataclasses.fields(cls)
+        if field.name in bounds and not bounds[field.name].choices  # tyro prints choices itself
+    ]
+    if not fields:
+        return cls
+    # tyro finds the help by the first two.
+    namespace = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__bounded__": True}
+    frozen = cls.__dataclass_params__.frozen
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), namespace=namespace, frozen=frozen)
+
+
+def _without_bounds(value: object) -> object:
+    """What was parsed, as an instance of the class that with_bounds was given: only then does it equal another one."""
+    if "__bounded__" not in vars(type(value)):
+        return value
+    bare: Any = type(value).__base__
+    parsed: Any = value
+    return bare(**{field.name: getattr(value, field.name) for field in dataclasses.fields(parsed)})
+
+
+def _hinted(kind: Any, bounds: Bounds) -> Any:
+    return Annotated[kind, tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}, {bounds})")]
 
 
 def flag(kind: object, about: str) -> object:

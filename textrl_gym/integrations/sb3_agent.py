@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -43,20 +44,15 @@ class SB3Config(AgentConfig):
     micro_batch_tokens: int = 65_536
     """Prompt and response places in one forward and backward pass: memory, not result. Beyond it, passes are computed
     a second time."""
-    n_steps: int | None = None
+    n_steps: Annotated[int | None, Ge(1)] = None
     """Tokens of each row in a rollout; None: the environment's token budget, which is the least."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Ge(0), Le(1)] = 1.0
     """Discount of a token step."""
-    gae_lambda: float = 1.0
+    gae_lambda: Annotated[float, Ge(0), Le(1)] = 1.0
     """Bias against variance in the advantage; 1 is return minus value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_steps is not None and self.n_steps < 1:
-            raise ValueError(f"n_steps must be None or at least 1, got {self.n_steps}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.dtype != "float32":
             raise ValueError(
                 f"dtype must be float32, got {self.dtype!r}: SB3 takes its ratios to the log-probabilities that the "
@@ -139,8 +135,8 @@ class SB3Agent(Agent):
                 f"minibatches={self.config.minibatches} must divide the {self.batch_steps} tokens of a rollout"
             )
 
-    def restore_streams(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
-        super().restore_streams(numbers, generator, env)
+    def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
+        super().load_rng_state(numbers, generator, env)
         self._algorithm = None  # the texts that its rows are in go on from streams of another time
 
     def learn(self, total_timesteps: int, *args: Any, **options: Any) -> Self:

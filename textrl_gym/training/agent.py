@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym.core import Rollout
@@ -21,14 +23,24 @@ from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollouts.batching import micro_batches
 from textrl_gym.rollouts.collect import collect
-from textrl_gym.training import loop
+from textrl_gym.training import checkpoint, loop
 from textrl_gym.training.config import AgentConfig, Clock, make_config
-from textrl_gym.training.saved import Saved
+from textrl_gym.training.minibatch import Minibatch
+
+T = TypeVar("T", str, float)
+EnvLike = str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
+"""An environment id, or a text environment, wrapped or not."""
+ModelLike = str | torch.nn.Module | None
+"""A Hub id or folder, or a loaded causal LM; None: the task's own."""
+Indices = Sequence[int] | np.ndarray | None
+"""Which prompts, one for each row; None: the environment draws them."""
+Observation = Mapping[str, Tensor | np.ndarray]
+State = tuple[np.ndarray, ...] | None
+"""Of Stable-Baselines3's recurrent policies; handed through."""
 
 
-class Agent(Saved):
+class Agent:
     """A policy that learns on a text environment.
 
     Args:
@@ -62,9 +74,9 @@ class Agent(Saved):
 
     def __init__(
         self,
-        env: Any,
-        model: Any = None,
-        reference: Any = None,
+        env: EnvLike,
+        model: ModelLike = None,
+        reference: ModelLike = None,
         *,
         seed: int = 0,
         device: str = "auto",
@@ -82,7 +94,7 @@ class Agent(Saved):
         self.set_env(env)
         self.kl = self._make_kl(self.env)
         self.policy = self._make_policy(self.env, model, reference)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             [p for p in self.policy.parameters() if p.requires_grad],
             lr=self.config.learning_rate,
             eps=self.config.adam_eps,
@@ -95,14 +107,15 @@ class Agent(Saved):
         self.clock = Clock()
         self.dropped_tokens = 0
         """Tokens that the last collect() generated beside those of its rollout; learn() counts them too."""
-        self._total_timesteps = 0
+        self.total_timesteps = 0
+        """Those of the last learn(), over which the learning rate falls."""
         self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
         """Wall-clock seconds spent so far in each phase of learn()."""
-        self._logger: Any = None
+        self._logger: Logger | None = None
 
     # -- what it is made of -------------------------------------------------------------------------------------------
 
-    def _own_env(self, env: Any) -> TextVectorEnv:
+    def _own_env(self, env: EnvLike) -> TextVectorEnv:
         """A vector environment of the agent's own: made from an id, or with the given one's settings and prompts."""
         config = self.config
         batch: dict[str, Any] = {
@@ -141,7 +154,7 @@ class Agent(Saved):
                 f"{field}={size}: leave {name} out, or make the environment so"
             )
 
-    def _agreed(self, name: str, of_env: Any, default: Any) -> Any:
+    def _agreed(self, name: str, of_env: T, default: T) -> T:
         """A setting that the config and the environment both have: whichever was given; both, and equal, is fine."""
         own = getattr(self.config, name)
         if own is None:
@@ -160,7 +173,7 @@ class Agent(Saved):
             coef = mdp.task.kl_coef
         return KLPenalty(coef, mdp.kl_estimator, self.kl_where, config.kl_target, config.kl_horizon)
 
-    def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
+    def _make_policy(self, mdp: TextVectorEnv, model: ModelLike, reference: ModelLike) -> Policy:
         loaded = model if isinstance(model, torch.nn.Module) else mdp.task.load_model(model)
         loading.check_vocab(mdp.tokenizer, loaded)
         if isinstance(reference, str):
@@ -180,31 +193,31 @@ class Agent(Saved):
                 cuda_graphs=self.config.cuda_graphs,
             )
 
-    def _new_policy(self, model: Any, **settings: Any) -> Policy:
+    def _new_policy(self, model: torch.nn.Module, **settings: Any) -> Policy:
         """The policy of a loaded model; an agent with another kind of policy overrides this."""
         return Policy(model, **settings)
 
-    def _make_trained(self, model: Any) -> Any:
+    def _make_trained(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model with a LoRA, or its lower layers frozen, as the config says."""
         config = self.config
         if config.lora_rank and not lora.is_lora(model):
             return lora.add_lora(model, config.lora_rank, config.lora_alpha, self.seed)
         return lora.freeze_lower(model, config.frozen_layers) if config.frozen_layers else model
 
-    def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
+    def _make_value_model(self, mdp: TextVectorEnv, model: torch.nn.Module) -> torch.nn.Module | None:
         """A separate trunk for the critic; none unless a subclass says so."""
         return None
 
     # -- Stable-Baselines3's names ------------------------------------------------------------------------------------
 
     @property
-    def logger(self) -> Any:
+    def logger(self) -> Logger:
         """Stable-Baselines3's Logger."""
         if self._logger is None:
             raise AttributeError("the logger is made by learn(), or given by set_logger()")
         return self._logger
 
-    def set_logger(self, logger: Any) -> None:
+    def set_logger(self, logger: Logger) -> None:
         """Use this Logger of Stable-Baselines3 from now on."""
         self._logger = logger
 
@@ -212,7 +225,7 @@ class Agent(Saved):
         """The vector environment that rollouts are collected from."""
         return self.env
 
-    def set_env(self, env: Any) -> None:
+    def set_env(self, env: EnvLike) -> None:
         """Collect from another environment from now on: an id, a text environment, or a text vector environment.
 
         The agent makes one like it for itself, which goes on with its prompts; the given one is not changed.
@@ -238,7 +251,7 @@ class Agent(Saved):
     def learn(
         self,
         total_timesteps: int,
-        callback: Any = None,
+        callback: MaybeCallback = None,
         log_interval: int = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
@@ -256,9 +269,9 @@ class Agent(Saved):
         """
         if reset_num_timesteps:
             self.num_timesteps = 0
-            self._total_timesteps = total_timesteps
+            self.total_timesteps = total_timesteps
         else:
-            self._total_timesteps = self.num_timesteps + total_timesteps
+            self.total_timesteps = self.num_timesteps + total_timesteps
         loop.train(
             self,
             callback=callback,
@@ -270,8 +283,12 @@ class Agent(Saved):
         return self
 
     def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
+        self,
+        observation: Observation,
+        state: State = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, State]:
         """Action of a single or batched observation; deterministic takes the most likely token."""
         single = np.ndim(observation["input_ids"]) == 1
         if single:
@@ -282,11 +299,11 @@ class Agent(Saved):
 
     def play(
         self,
-        env: Any,
+        env: EnvLike,
         *,
         greedy: bool = False,
         generator: torch.Generator | None = None,
-        prompt_indices: Any = None,
+        prompt_indices: Indices = None,
     ) -> Rollout:
         """A completion of each row's prompt, as evaluation scores it; an agent that decodes its own way overrides this.
 
@@ -326,49 +343,24 @@ class Agent(Saved):
         """One update from one rollout; returns metrics to log. This is what a subclass writes."""
         raise TypeError(f"{type(self).__name__} must define update(rollout) -> metrics")
 
-    def shuffled(self, rollout: Rollout) -> Iterator[Tensor]:
-        """The row indices of each minibatch of each epoch; groups stay together, since they share a prompt's cost."""
+    def minibatches(self, rollout: Rollout) -> Iterator[Minibatch]:
+        """The minibatches of each epoch, shuffled; groups stay together, since they share a prompt's cost."""
+        self.optimizer.zero_grad(set_to_none=True)  # an update that was interrupted leaves some
         groups = rollout.group_B.unique()
         for _ in range(self.config.epochs):
             order = groups[torch.as_tensor(self.shuffler.permutation(len(groups)), device=self.device)]
             for chosen in order.tensor_split(min(self.config.minibatches, len(groups))):
-                yield torch.isin(rollout.group_B, chosen).nonzero().squeeze(1)
+                rows = torch.isin(rollout.group_B, chosen).nonzero().squeeze(1)
+                yield Minibatch.of(rollout.select(rows), self.config.micro_batch_tokens)
 
-    def minimise(
-        self,
-        rollout: Rollout,
-        rows: Tensor,
-        loss: Callable[[Rollout, Callable[[Tensor], Tensor], int, int], tuple[Tensor, dict[str, Tensor]]],
-        whole_groups: bool = False,
-    ) -> dict[str, float]:
-        """One optimizer step on the given rows, in micro-batches whose gradients add up to that of one batch.
-
-        Args:
-            loss: f(part, pick, rows, tokens) -> (scalar loss, metrics). `part` is a micro-batch; pick(x_BT) takes the
-                part's rows and places of a tensor made from the whole rollout; rows and tokens are the minibatch's
-                global counts, by which sums are divided. Metrics are sums divided by them too, so that they add up.
-            whole_groups: the loss compares the rows of a group, so a micro-batch holds all of them.
-        """
-        batch_tokens = int(rollout.mask_BT[rows].sum())
-        totals: dict[str, float] = {}
-        self.optimizer.zero_grad(set_to_none=True)
-        for chosen in micro_batches(rollout.select(rows), self.config.micro_batch_tokens, whole_groups):
-            part_rows = rows[chosen]
-            part = rollout.select(part_rows)
-            width = part.token_BT.shape[1]
-
-            def pick(x_BT: Tensor, part_rows: Tensor = part_rows, width: int = width) -> Tensor:
-                return x_BT[part_rows][:, :width]
-
-            value, metrics = loss(part, pick, len(rows), batch_tokens)
-            value.backward()
-            for name, metric in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(metric)
+    def step(self) -> float:
+        """Take an optimizer step on the gradients so far at the current learning rate; returns their norm unclipped."""
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
-        return totals | {"grad_norm": float(norm)}
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
 
     @property
     def learning_rate(self) -> float:
@@ -376,3 +368,61 @@ class Agent(Saved):
         if self.config.lr_schedule == "constant":
             return self.config.learning_rate
         return self.config.learning_rate * max(0.0, 1.0 - self.clock.progress)
+
+    # -- save and load ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint folder (safetensors and JSON) that `load` goes on from as if never stopped."""
+        checkpoint.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        env: EnvLike | None = None,
+        *,
+        device: str = "auto",
+        out: str | Path | None = None,
+        **settings: Any,
+    ) -> Self:
+        """The agent that `save` wrote, ready to predict or to go on learning; see textrl_gym.training.checkpoint.load.
+
+        Args:
+            env: another environment; None makes the saved one again.
+            settings: config fields to change.
+
+        Raises:
+            ValueError: the folder holds no agent, another class's, or one of a version that is not read; or the
+                environment had settings that cannot be written down, and no env was given.
+        """
+        return checkpoint.load(cls, path, env, device=device, out=out, **settings)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a subclass keeps from update to update beside the policy, as JSON can hold it; it is saved."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `extra_state` gave."""
+
+    def save_extra(self, folder: Path) -> None:
+        """Write files of a subclass's own into a checkpoint's folder."""
+
+    def load_extra(self, folder: Path) -> None:
+        """Read what `save_extra` wrote; all else is restored before."""
+
+    def rng_state(self) -> tuple[dict[str, Any], Tensor]:
+        """Where prompts, shuffling and sampling stand, and the timesteps done: JSON, and the generator's state."""
+        numbers = {
+            "num_timesteps": self.num_timesteps,
+            "shuffler": self.shuffler.bit_generator.state,
+            "env": self.env.streams(),
+        }
+        return numbers, self.generator.get_state()
+
+    def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
+        """Go back to where `rng_state` was taken (with env=False, not the environment's prompts)."""
+        self.num_timesteps = numbers["num_timesteps"]
+        self.shuffler.bit_generator.state = numbers["shuffler"]
+        self.generator.set_state(generator)
+        if env:
+            self.env.restore_streams(numbers["env"])

@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON in a folder, nothing pickled.
 
-agent.json              which agent, its config and environment, counters, random streams
+agent.json              the version that wrote it, which agent, its config and environment, counters, random streams
 model/                  the language model and tokenizer, as transformers saves them
 value_head.safetensors, value_model/      the critic, where there is one
 base/                   the model under a LoRA, only where it cannot be loaded again by name; model/ has the LoRA then
@@ -10,15 +10,217 @@ training.safetensors    the optimizer's moments and the sampler's generator
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+import gymnasium as gym
 import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from textrl_gym import files, registry
+from textrl_gym.kl import KLPenalty
+from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
+from textrl_gym.models import loading, lora
+from textrl_gym.policy.policy import Policy
+from textrl_gym.training.config import AgentConfig, Clock
+
+VERSION = "0.2"
+"""Of the format. 0.1 wrote none."""
+
+
+class Saved(Protocol):
+    """What is saved of an agent, and restored."""
+
+    env: TextVectorEnv
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    kl: KLPenalty
+    clock: Clock
+    seed: int
+    device: torch.device
+    model_spec: str | None
+    reference_spec: str | None
+    rebuilds_model: bool
+    rebuilds_reference: bool
+    num_timesteps: int
+    num_updates: int
+    total_timesteps: int
+    seconds: dict[str, float]
+
+    @property
+    def config(self) -> AgentConfig: ...
+
+    def extra_state(self) -> dict[str, Any]: ...
+    def load_extra_state(self, state: dict[str, Any]) -> None: ...
+    def save_extra(self, folder: Path) -> None: ...
+    def load_extra(self, folder: Path) -> None: ...
+    def rng_state(self) -> tuple[dict[str, Any], Tensor]: ...
+    def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None: ...
+
+
+SavedT = TypeVar("SavedT", bound=Saved)
+
+# -- save -------------------------------------------------------------------------------------------------------------
+
+
+def save(agent: Saved, folder: str | Path) -> None:
+    """Write a checkpoint folder that `load` goes on from as if training had never stopped."""
+    files.write_folder(folder, functools.partial(_fill, agent))
+
+
+def _fill(agent: Saved, folder: Path) -> None:
+    policy = agent.policy
+    with loading.no_bars():
+        lora.save(policy.model, folder / "model", base=not agent.rebuilds_model)
+        agent.env.tokenizer.save_pretrained(folder / "model")
+        if policy.value_model is not None:
+            lora.save(policy.value_model, folder / "value_model", base=False)
+        reference = policy.reference
+        if reference is not None and reference.model is not policy.model and not agent.rebuilds_reference:
+            lora.save(reference.model, folder / "reference", base=False)
+    if policy.value_head is not None:
+        save_file(policy.value_head.state_dict(), folder / "value_head.safetensors")
+    numbers, generator = agent.rng_state()
+    save_optimizer(folder / "training.safetensors", agent.optimizer, {"generator": generator})
+    agent.save_extra(folder)
+    files.write_state(folder, _state(agent) | {"rng_state": numbers})
+
+
+def _state(agent: Saved) -> dict[str, Any]:
+    mdp = agent.env
+    settings = {k: v for k, v in mdp.settings.items() if k not in ("task", "autoreset_mode", "device")}
+    task_path = next((t for t in registry.env_ids().values() if t == type(mdp.task).__module__), None)
+    return {
+        "version": VERSION,
+        "agent": registry.path_of(type(agent), "agents"),
+        "task": task_path or f"{type(mdp.task).__module__}:{type(mdp.task).__qualname__}",
+        "env": {k: v for k, v in settings.items() if files.jsonable(v)},
+        "env_not_saved": sorted(k for k, v in settings.items() if not files.jsonable(v) and k != "tokenizer"),
+        "num_envs": mdp.num_envs,
+        "config": dataclasses.asdict(agent.config),
+        "seed": agent.seed,
+        "model": agent.model_spec,
+        "reference": agent.reference_spec,
+        "total_timesteps": agent.total_timesteps,
+        "num_updates": agent.num_updates,
+        "kl_coef": agent.kl.coef,
+        "seconds": agent.seconds,
+        "extra_state": agent.extra_state(),
+    }
+
+
+# -- load -------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    cls: type[SavedT],
+    folder: str | Path,
+    env: str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | None = None,
+    *,
+    device: str = "auto",
+    out: str | Path | None = None,
+    **settings: Any,
+) -> SavedT:
+    """The agent that `save` wrote, ready to predict or to go on learning.
+
+    Args:
+        env: another environment; None makes the saved one again.
+        settings: config fields to change.
+
+    Raises:
+        ValueError: the folder holds no agent, another class's, or one of a version that is not read; or the environment
+            had settings that cannot be written down (a callable reward, say), and no env was given.
+    """
+    folder = Path(folder)
+    state = upgraded(files.read_state(folder), str(folder))
+    if registry.load_agent_class(state["agent"]) is not cls:
+        raise ValueError(f"{str(folder)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
+    if env is None and state["env_not_saved"]:
+        raise ValueError(f"{str(folder)!r} was trained with {state['env_not_saved']}, which cannot be saved: give env=")
+    config = state["config"] | settings
+    if isinstance(getattr(env, "unwrapped", None), TextVectorEnv):  # its own number of rows counts
+        config = {k: v for k, v in config.items() if k in settings or k not in ("rollout_episodes", "group_size")}
+    env_given = env is not None
+    if env is None:
+        env = TextVectorEnv(
+            state["num_envs"],
+            task=state["task"],
+            autoreset_mode=AutoresetMode.DISABLED,
+            device=str(loading.resolve_device(device)),
+            **(state["env"] | {"tokenizer": str(folder / "model"), "array": "torch"}),
+        )
+    model, reference = _models(folder, state, vector_env(env).task)
+    make: Any = cls  # a protocol has no constructor
+    agent: SavedT = make(env, model, reference, seed=state["seed"], device=device, out=out, **config)
+    agent.model_spec, agent.reference_spec = state["model"], state["reference"]
+    agent.rebuilds_reference = not (folder / "reference").is_dir()
+    agent.rebuilds_model = not (folder / lora.BASE).is_dir()
+    _restore(agent, folder, state, env_streams=not env_given)
+    return agent
+
+
+def upgraded(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The JSON part of a checkpoint of any version that is read, as this version writes it.
+
+    Raises:
+        ValueError: another version wrote it.
+    """
+    version = state.get("version", "0.1")
+    if version == VERSION:
+        return state
+    if version != "0.1":
+        raise ValueError(
+            f"{folder!r} was written by version {version!r} of checkpoints; this textrl-gym reads 0.1 and {VERSION}"
+        )
+    state = dict(state)
+    state["version"] = VERSION
+    state["extra_state"], state["rng_state"] = state.pop("memory", {}), state.pop("streams")
+    # 0.1's agent overruled the settings of a given environment, and its config did not know how many rows that had.
+    env, config = dict(state["env"]), dict(state["config"])
+    env.pop("kl_coef", None)
+    env.pop("kl_estimator", None)
+    if config.get("missing_eos_penalty") is not None:
+        env.pop("missing_eos_penalty", None)
+    config |= {"rollout_episodes": state["num_envs"], "group_size": env.get("group_size", 1)}
+    return state | {"env": env, "config": config}
+
+
+def _models(folder: Path, state: dict[str, Any], task: Any) -> tuple[Any, Any]:
+    """Model and reference, as an agent's constructor takes them."""
+    saved_model, saved_reference, saved_base = folder / "model", folder / "reference", folder / lora.BASE
+    reference = str(saved_reference) if saved_reference.is_dir() else state["reference"]
+    if lora.is_saved_lora(saved_model):  # its reference is the model that it stands on
+        base = task.load_model(str(saved_base) if saved_base.is_dir() else state["model"])
+        return lora.load(base, saved_model), reference
+    return str(saved_model), task.load_model(state["model"]) if reference is None else reference
+
+
+def _restore(agent: Saved, folder: Path, state: dict[str, Any], env_streams: bool) -> None:
+    policy = agent.policy
+    if policy.value_head is not None:
+        policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors", str(agent.device)))
+    if policy.value_model is not None:
+        saved = folder / "value_model"
+        lora.restore_(policy.value_model, saved, lambda: loading.load_model(str(saved)))
+    tensors = load_optimizer(folder / "training.safetensors", agent.optimizer)
+    agent.load_rng_state(state["rng_state"], tensors["generator"], env=env_streams)
+    agent.total_timesteps = state["total_timesteps"]
+    agent.num_updates, agent.kl.coef, agent.seconds = state["num_updates"], state["kl_coef"], state["seconds"]
+    if agent.total_timesteps > 0:
+        agent.clock = Clock(agent.num_updates + 1, agent.num_timesteps / agent.total_timesteps)
+    agent.load_extra_state(state["extra_state"])
+    agent.load_extra(folder)
+
+
+# -- the optimizer ----------------------------------------------------------------------------------------------------
+
 
 def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor]) -> None:
-    """The optimizer's state tensors by parameter number, with other tensors beside them."""
+    """Write the optimizer's state tensors by parameter number, with other tensors beside them."""
     tensors = {f"extra.{name}": tensor.contiguous() for name, tensor in extra.items()}
     for number, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():

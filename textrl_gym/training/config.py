@@ -3,55 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt
+
+from textrl_gym.bounds import check_bounds
 from textrl_gym.kl import check_estimator
 from textrl_gym.models import loading
 
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
-    """Settings that every agent has."""
+    """Settings that every agent has. Bounds in the annotations, of subclasses too, are checked when one is made."""
 
-    rollout_episodes: int = 64
+    rollout_episodes: Annotated[int, Ge(1)] = 64
     """Episodes collected before each update: rows of the vector environment."""
-    group_size: int = 1
+    group_size: Annotated[int, Ge(1)] = 1
     """Completions of each prompt."""
-    learning_rate: float = 5e-4
+    learning_rate: Annotated[float, Gt(0)] = 5e-4
     """Adam's step size. 5e-4 suits the embedded 1M-parameter model; 1e-6 to 1e-5 suits models of 100M and more."""
     lr_schedule: Literal["linear", "constant"] = "linear"
     """"linear" goes to 0 over total_timesteps."""
-    epochs: int = 1
+    epochs: Annotated[int, Ge(1)] = 1
     """Passes over each rollout."""
-    minibatches: int = 1
+    minibatches: Annotated[int, Ge(1)] = 1
     """Optimizer steps in each pass."""
-    micro_batch_tokens: int = 8_192
+    micro_batch_tokens: Annotated[int, Ge(1)] = 8_192
     """Prompt and response places in one forward and backward pass: memory, not result."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are scaled down to this norm."""
-    adam_eps: float = 1e-5
+    adam_eps: Annotated[float, Gt(0)] = 1e-5
     """Adam's epsilon (1e-5 as in OpenAI's code; PyTorch's default is 1e-8)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0)] = 1.0
     """Divides every logit, in sampling, KL and update alike."""
-    kl_coef: float | None = None
+    kl_coef: Annotated[float | None, Ge(0)] = None
     """Coefficient of the KL to the reference; None: the environment's, where it was made with one, or else the task's
     own (0.1 on TLDRSummarize-v0)."""
     kl_estimator: str | None = None
     """Estimator of the KL in the reward: k1, k2, k3 or full; None: the environment's own (k1)."""
-    kl_target: float | None = None
+    kl_target: Annotated[float | None, Gt(0)] = None
     """Nats per sequence that an adaptive controller steers the KL to; None keeps kl_coef fixed."""
-    kl_horizon: int = 10_000
+    kl_horizon: Annotated[int, Ge(1)] = 10_000
     """Episodes over which the adaptive controller moves."""
     missing_eos_penalty: float | None = None
     """Taken off the score of an episode whose budget ran out; None: the environment's own (0)."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, Ge(0)] = 0
     """Train a LoRA of this rank (needs peft); the reference is the model with it switched off. 0: none,
     or the one that the model is given with."""
-    lora_alpha: int = 32
+    lora_alpha: Annotated[int, Gt(0)] = 32
     """A LoRA's change is scaled by lora_alpha / lora_rank."""
-    frozen_layers: int = 0
+    frozen_layers: Annotated[int, Ge(0)] = 0
     """Leave the embeddings and so many lower layers as they are; policy and reference hold them once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward passes; weights stay float32."""
@@ -59,23 +62,11 @@ class AgentConfig:
     """Decode at fixed shapes, on a GPU as CUDA graphs. Tested on a CPU; it has not been run on a GPU yet."""
 
     def __post_init__(self) -> None:
-        for name in ("rollout_episodes", "group_size", "epochs", "minibatches", "micro_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lora_rank", "frozen_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        check_bounds(self)
         if self.lora_rank and self.frozen_layers:
             raise ValueError(f"lora_rank={self.lora_rank} freezes the whole model: leave frozen_layers out")
-        for name in ("learning_rate", "temperature", "max_grad_norm", "adam_eps", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if self.rollout_episodes % self.group_size:
             raise ValueError(f"rollout_episodes={self.rollout_episodes} is no multiple of group_size={self.group_size}")
-        if self.lr_schedule not in ("linear", "constant"):
-            raise ValueError(f"lr_schedule must be 'linear' or 'constant', got {self.lr_schedule!r}")
-        if self.kl_coef is not None and self.kl_coef < 0:
-            raise ValueError(f"kl_coef must be >= 0, got {self.kl_coef}")
         if self.kl_estimator is not None:
             check_estimator(self.kl_estimator)
         loading.resolve_dtype(self.dtype)

@@ -12,10 +12,11 @@ import abc
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import files, functional, registry
@@ -29,7 +30,7 @@ from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
 from textrl_gym.rollouts.collect import rollout_of
 from textrl_gym.rollouts.sampler import Completions
-from textrl_gym.training.agent import Agent
+from textrl_gym.training.agent import Agent, EnvLike, Indices, ModelLike
 from textrl_gym.training.config import AgentConfig
 
 
@@ -40,7 +41,7 @@ class CriticConfig(AgentConfig):
     ppo: str = ""
     """The folder of a saved PPO, or of another agent with a critic. Policy, reference and temperature are its own, and
     so is the KL coefficient where kl_coef is None."""
-    top_k: int = 10
+    top_k: Annotated[int, Ge(1)] = 10
     """Candidates: so many of the policy's most likely tokens are looked at."""
     end_value: Literal["critic", "score"] = "critic"
     """What a finished text is worth in the search: the critic's value of the text before its last token, since a critic
@@ -50,10 +51,6 @@ class CriticConfig(AgentConfig):
         super().__post_init__()
         if not self.ppo:
             raise ValueError("ppo must name the folder of a saved agent with a critic, got ''")
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.end_value not in ("critic", "score"):
-            raise ValueError(f"end_value must be 'critic' or 'score', got {self.end_value!r}")
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,7 @@ class CriticAgent(Agent, abc.ABC):
         saved = self._saved()["kl_coef"]
         return KLPenalty(saved if self.config.kl_coef is None and coef == 0 else coef, mdp.kl_estimator)
 
-    def _make_policy(self, mdp: TextVectorEnv, model: Any, reference: Any) -> Policy:
+    def _make_policy(self, mdp: TextVectorEnv, model: ModelLike, reference: ModelLike) -> Policy:
         if model is not None and self._saved()["agent"] == registry.path_of(type(self), "agents"):
             return super()._make_policy(mdp, model, reference)  # load(): `ppo` is this agent's own checkpoint
         if model is not None or reference is not None:
@@ -211,13 +208,19 @@ class CriticAgent(Agent, abc.ABC):
         self.rebuilds_model, self.rebuilds_reference = saved.rebuilds_model, saved.rebuilds_reference
         return saved.policy
 
-    def _make_value_model(self, mdp: TextVectorEnv, model: Any) -> Any:
-        saved = Path(self.config.ppo) / "value_model"  # its weights are read by _restore
+    def _make_value_model(self, mdp: TextVectorEnv, model: torch.nn.Module) -> torch.nn.Module | None:
+        saved = Path(self.config.ppo) / "value_model"  # its weights are read by load()
         return mdp.task.load_model(str(saved)).to(self.device) if saved.is_dir() else None
 
     @classmethod
     def load(
-        cls, path: str | Path, env: Any = None, *, device: str = "auto", out: str | Path | None = None, **settings: Any
+        cls,
+        path: str | Path,
+        env: EnvLike | None = None,
+        *,
+        device: str = "auto",
+        out: str | Path | None = None,
+        **settings: Any,
     ) -> Self:
         """The agent that `save` wrote. Its folder holds policy and critic: the first `ppo` is not needed any more."""
         return super().load(path, env, device=device, out=out, **(settings | {"ppo": str(path)}))
@@ -226,11 +229,11 @@ class CriticAgent(Agent, abc.ABC):
 
     def play(
         self,
-        env: Any,
+        env: EnvLike,
         *,
         greedy: bool = False,
         generator: torch.Generator | None = None,
-        prompt_indices: Any = None,
+        prompt_indices: Indices = None,
     ) -> Rollout:
         mdp = vector_env(env)
         rows, prompt_ids = mdp.draw(prompt_indices)

@@ -82,7 +82,7 @@ def train(
             run.loop(stop)
     except KeyboardInterrupt:
         if run.before_rollout is not None:  # collected but not learnt from: go back, so that resuming collects it again
-            agent.restore_streams(*run.before_rollout)
+            agent.load_rng_state(*run.before_rollout)
         run.console.print(f"\ninterrupted after {agent.num_updates} updates: saving a checkpoint to {agent.out}")
         agent.save(agent.out)
         raise
@@ -149,7 +149,7 @@ class _Run:
         )
 
     def loop(self, stop: threading.Event) -> None:
-        agent, total = self.agent, self.agent._total_timesteps if self.agent.trains else 0
+        agent, total = self.agent, self.agent.total_timesteps if self.agent.trains else 0
         self.callback.init_callback(agent)
         self.callback.on_training_start(locals(), globals())
         for watcher in self._watchers():
@@ -163,7 +163,7 @@ class _Run:
                     raise KeyboardInterrupt
                 agent.clock = Clock(agent.num_updates + 1, agent.num_timesteps / total)
                 # 1. Collect.
-                self.before_rollout = agent.streams()
+                self.before_rollout = agent.rng_state()
                 self.callback.on_rollout_start()
                 rollout = self._timed("collect", agent.collect)
                 if agent.num_updates == 0:

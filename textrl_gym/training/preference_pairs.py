@@ -20,16 +20,18 @@ Shape legend: B rows, T response places, N pairs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from textrl_gym.core import Rollout
-from textrl_gym.functional import last_places, mean_of
+from textrl_gym.functional import last_places, mean_of, rows_of_groups
+from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
+from textrl_gym.training.minibatch import Minibatch, sum_of
 
 Loss = Literal["sigmoid", "ipo", "hinge"]
 Labels = Literal["best", "bradley_terry"]
@@ -41,7 +43,7 @@ class PairConfig(AgentConfig):
 
     loss: Loss = "sigmoid"
     """"sigmoid": DPO's; "ipo": a squared distance to 1 / (2 beta); "hinge": nothing beyond a margin of 1 / beta."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """The share of labels that is taken to be wrong, for the sigmoid loss."""
     labels: Labels = "best"
     """How the reward makes pairs. "best": the best and the worst completion of a prompt; "bradley_terry": neighbours,
@@ -49,11 +51,6 @@ class PairConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("loss", get_args(Loss)), ("labels", get_args(Labels))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"label_smoothing={self.label_smoothing} is for loss='sigmoid', not {self.loss!r}")
         if self.kl_coef == 0:
@@ -70,19 +67,15 @@ def label_pairs(return_B: Tensor, group_B: Tensor, labels: Labels, generator: to
     4, ... of a group, each pair in an order drawn with `generator`.
     """
     assert return_B.shape == group_B.shape and return_B.ndim == 1, (return_B.shape, group_B.shape)
-    pairs: list[Tensor] = []
-    for group in group_B.unique():
-        rows = (group_B == group).nonzero().squeeze(1)
-        if labels == "best":
-            if return_B[rows].max() > return_B[rows].min():
-                pairs.append(torch.stack([rows[return_B[rows].argmax()], rows[return_B[rows].argmin()]]))
-        else:
-            pairs += [torch.stack(pair) for pair in zip(rows[::2], rows[1::2], strict=False)]
-    if not pairs:
-        return torch.empty(0, 2, dtype=torch.long, device=group_B.device)
-    row_N2 = torch.stack(pairs)
+    row_GN, mask_GN = rows_of_groups(group_B)
     if labels == "best":
-        return row_N2
+        return_GN = return_B[row_GN]
+        best_G = return_GN.masked_fill(~mask_GN, -torch.inf).argmax(1)
+        worst_G = return_GN.masked_fill(~mask_GN, torch.inf).argmin(1)
+        row_N2 = row_GN.gather(1, torch.stack([best_G, worst_G], 1))
+        return row_N2[return_B[row_N2[:, 0]] > return_B[row_N2[:, 1]]]
+    pairs = row_GN.shape[1] // 2  # of the largest group; the last row of an odd group has no partner
+    row_N2 = row_GN[:, : 2 * pairs].reshape(len(row_GN) * pairs, 2)[mask_GN[:, 1::2].flatten()]
     chance_N = torch.sigmoid(return_B[row_N2[:, 0]] - return_B[row_N2[:, 1]])
     first_N = torch.rand(len(row_N2), generator=generator, device=group_B.device) < chance_N
     return torch.where(first_N[:, None], row_N2, row_N2.flip(1))
@@ -112,38 +105,28 @@ def pair_loss(margin_N: Tensor, loss: Loss, beta: float, label_smoothing: float 
     return -(1 - label_smoothing) * right_N - label_smoothing * wrong_N
 
 
-def pairs_loss(
-    logp_BT: Tensor,
-    ref_logp_BT: Tensor,
-    sign_B: Tensor,
-    group_B: Tensor,
-    mask_BT: Tensor,
-    config: PairConfig,
-    beta: float,
-    pairs: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the pairs' losses over a micro-batch of whole groups in any order, divided by the minibatch's `pairs`.
+def pairs_loss(logp_BT: Tensor, part: Minibatch, config: PairConfig, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over pairs of pair_loss, and metrics.
 
-    Args:
-        sign_B: 1 for the chosen row of a group, -1 for the rejected.
+    A part has whole groups, its rows in any order; score_B is 1 for the chosen row of a group, -1 for the rejected.
     """
-    assert logp_BT.shape == ref_logp_BT.shape == mask_BT.shape, (logp_BT.shape, ref_logp_BT.shape, mask_BT.shape)
-    assert sign_B.shape == group_B.shape == logp_BT.shape[:1], (sign_B.shape, group_B.shape)
-    ratio_B = ((logp_BT - ref_logp_BT) * mask_BT).sum(1)
-    groups, number_B = group_B.unique(return_inverse=True)
-    margin_N = torch.zeros_like(ratio_B[: len(groups)]).index_add(0, number_B, sign_B.to(ratio_B) * ratio_B)
+    assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
+    ratio_B = ((logp_BT - part.ref_logp_BT) * part.mask_BT).sum(1)
+    row_N2, _ = rows_of_groups(part.group_B)
+    margin_N = (part.score_B * ratio_B)[row_N2].sum(1)
+    pairs, chosen_B = part.rows // 2, part.score_B > 0
     loss = pair_loss(margin_N, config.loss, beta, config.label_smoothing).sum() / pairs
-    told_N, told_B = margin_N.detach(), ratio_B.detach()
+    detached_N, detached_B = margin_N.detach(), ratio_B.detach()
     return loss, {
         "loss": loss.detach(),
-        "accuracy": (0.5 + 0.5 * told_N.sign()).sum() / pairs,
-        "reward_margin": beta * told_N.sum() / pairs,
-        "chosen_log_ratio": told_B[sign_B > 0].sum() / pairs,
-        "rejected_log_ratio": told_B[sign_B < 0].sum() / pairs,
+        "accuracy": (0.5 + 0.5 * detached_N.sign()).sum() / pairs,
+        "reward_margin": beta * detached_N.sum() / pairs,
+        "chosen_log_ratio": detached_B[chosen_B].sum() / pairs,
+        "rejected_log_ratio": detached_B[~chosen_B].sum() / pairs,
     }
 
 
-def check_beta(agent: Any) -> None:
+def check_beta(agent: Agent) -> None:
     """Raise ValueError where the task's own KL coefficient cannot be beta."""
     if not agent.kl.coef > 0:
         name = type(agent.env.task).__name__
@@ -152,22 +135,14 @@ def check_beta(agent: Any) -> None:
         )
 
 
-def learn_pairs(agent: Any, pairs: Rollout) -> dict[str, float]:
+def learn_pairs(agent: Agent, pairs: Rollout) -> dict[str, float]:
     """An agent's optimizer steps on a rollout of pairs, over its epochs and minibatches; what to log of them."""
-
-    def loss(
-        part: Rollout, pick: Callable[[Tensor], Tensor], rows: int, tokens: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        logp_BT = agent.policy.logprobs(part)
-        return pairs_loss(
-            logp_BT,
-            part.ref_logp_BT,
-            part.score_B,
-            part.group_B,
-            part.mask_BT,
-            agent.config,
-            agent.kl.coef,
-            rows // 2,
-        )
-
-    return mean_of([agent.minimise(pairs, rows, loss, whole_groups=True) for rows in agent.shuffled(pairs)])
+    steps = []
+    for minibatch in agent.minibatches(pairs):
+        parts = []
+        for part in minibatch.micro_batches(whole_groups=True):  # the rows of a pair are compared
+            loss, metrics = pairs_loss(agent.policy.logprobs(part), part, agent.config, agent.kl.coef)
+            loss.backward()
+            parts.append(metrics)
+        steps.append(sum_of(parts) | {"grad_norm": agent.step()})
+    return mean_of(steps)

@@ -1,0 +1,83 @@
+"""Bounds of settings: read from annotations, checked, and printed with the help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Any, Literal
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt
+
+from textrl_gym.agents import PPO
+from textrl_gym.bounds import bounds_of, check_bounds
+from textrl_gym.cli import options, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    number: Annotated[int, Ge(1)] = 4
+    share: Annotated[float, Gt(0), Le(1)] = 0.5
+    decay: Annotated[float, Ge(0), Lt(1)] = 0.5
+    limit: Annotated[float | None, Gt(0)] = None
+    most: Annotated[int, Le(9)] = 1
+    kind: Literal["a", "b"] = "a"
+    free: float = -1.0
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tighter(Base):
+    number: Annotated[int, Ge(2)] = 8
+    share: float = 1.0
+    """Declared again for another default: the bounds stay."""
+
+
+def test_bounds_in_words() -> None:
+    words = {name: str(bounds) for name, bounds in bounds_of(Tighter).items()}
+    assert words == {
+        "number": "at least 2",
+        "share": "in (0, 1]",
+        "decay": "in [0, 1)",
+        "limit": "> 0",
+        "most": "at most 9",
+        "kind": "one of a, b",
+    }
+    assert str(bounds_of(Base)["number"]) == "at least 1"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"number": 1}, "number must be at least 2, got 1"),
+        ({"share": 0.0}, r"share must lie in \(0, 1\], got 0.0"),
+        ({"share": math.nan}, r"share must lie in \(0, 1\], got nan"),
+        ({"decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
+        ({"limit": 0}, "limit must be > 0, got 0"),
+        ({"most": 10}, "most must be at most 9, got 10"),
+        ({"kind": "c"}, "kind must be one of a, b, got 'c'"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Tighter(**bad)
+
+
+def test_values_at_closed_bounds_and_none_are_allowed() -> None:
+    Tighter(number=2, share=1.0, decay=0.0, limit=None, most=9, free=math.nan)
+
+
+def test_help_prints_the_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.train_command(["ppo", "CopyText-v0", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "The policy's ratio is clipped to 1 +- this. (default: 0.2, > 0)" in text
+    assert "Discount of a token step. (default: 1.0, in [0, 1])" in text
+    parsed = options.parse_flags("train", None, [("agent", options.flat(PPO.Config))], ["--clip-range", "0.5"])
+    assert parsed.agent == PPO.Config(clip_range=0.5), "of the same class, or they would not be equal"
+    shown = options.with_bounds(PPO.Config)
+    assert isinstance(shown(clip_range=0.5), PPO.Config)
+    with pytest.raises(ValueError, match="clip_range must be > 0, got -1"):
+        shown(clip_range=-1.0)

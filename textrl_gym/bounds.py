@@ -1,0 +1,95 @@
+"""Allowed values of settings, written once in a config's annotations: `clip_range: Annotated[float, Gt(0)] = 0.2`.
+
+`check_bounds` refuses other values, and the command line prints the bounds with the help. Gt, Ge, Lt and Le are
+annotated_types'; a Literal allows what it lists; None is allowed where the type has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The values that a setting may have; None where nothing is said."""
+
+    lower: float | None = None
+    lower_open: bool = False
+    """Whether `lower` itself is not allowed."""
+    upper: float | None = None
+    upper_open: bool = False
+    choices: tuple[Any, ...] = ()
+
+    def allow(self, value: Any) -> bool:
+        """Whether the value is inside; NaN never is."""
+        if self.choices:
+            return value in self.choices
+        above = self.lower is None or (value > self.lower if self.lower_open else value >= self.lower)
+        return above and (self.upper is None or (value < self.upper if self.upper_open else value <= self.upper))
+
+    def __str__(self) -> str:
+        if self.choices:
+            return "one of " + ", ".join(map(str, self.choices))
+        if self.lower is None:
+            return f"{'<' if self.upper_open else 'at most'} {self.upper:g}"
+        if self.upper is None:
+            return f"{'>' if self.lower_open else 'at least'} {self.lower:g}"
+        return f"in {'[('[self.lower_open]}{self.lower:g}, {self.upper:g}{'])'[self.upper_open]}"
+
+
+def bounds_of(config: type[Any]) -> Mapping[str, Bounds]:
+    """The bounds of a dataclass's fields that have some.
+
+    A field that a subclass declares again keeps the bounds of its base, and the tightest count.
+    """
+    names = [field.name for field in dataclasses.fields(config)]
+    found: dict[str, Bounds] = {}
+    for cls in filter(dataclasses.is_dataclass, config.__mro__):
+        hints = get_type_hints(cls, include_extras=True)
+        for name in names:
+            if name in hints:
+                found[name] = _tightened(found.get(name, Bounds()), hints[name])
+    return {name: bounds for name, bounds in found.items() if bounds != Bounds()}
+
+
+def check_bounds(config: Any) -> None:
+    """Check every field of a dataclass against its bounds.
+
+    Raises:
+        ValueError: naming the field, what is allowed, and the value.
+    """
+    for name, bounds in bounds_of(type(config)).items():
+        value = getattr(config, name)
+        if value is not None and not bounds.allow(value):
+            verb = "lie" if str(bounds).startswith("in ") else "be"
+            raise ValueError(f"{name} must {verb} {bounds}, got {value!r}")
+
+
+def _tightened(bounds: Bounds, hint: Any) -> Bounds:
+    """The bounds with those of a type in them."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        kind, *constraints = get_args(hint)
+        bounds = _tightened(bounds, kind)
+        for constraint in constraints:
+            limit: Any  # the library's type is whatever can be compared
+            if isinstance(constraint, Gt | Ge):
+                limit = constraint.gt if isinstance(constraint, Gt) else constraint.ge
+                if bounds.lower is None or limit > bounds.lower:
+                    bounds = dataclasses.replace(bounds, lower=limit, lower_open=isinstance(constraint, Gt))
+            elif isinstance(constraint, Lt | Le):
+                limit = constraint.lt if isinstance(constraint, Lt) else constraint.le
+                if bounds.upper is None or limit < bounds.upper:
+                    bounds = dataclasses.replace(bounds, upper=limit, upper_open=isinstance(constraint, Lt))
+        return bounds
+    if origin is Literal:
+        return bounds if bounds.choices else dataclasses.replace(bounds, choices=get_args(hint))
+    if origin in (Union, types.UnionType):
+        options = [option for option in get_args(hint) if option is not type(None)]
+        return _tightened(bounds, options[0]) if len(options) == 1 else bounds
+    return bounds

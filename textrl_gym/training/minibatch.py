@@ -1,0 +1,70 @@
+"""Minibatches: the rows of one optimizer step, and the parts of them that fit in memory.
+
+The loss of a part is its share of the minibatch's loss: its sums are divided by counts of the whole minibatch, as
+Minibatch.mean does. So the gradients of the parts add up to that of the minibatch, whether the mean is over tokens,
+over sequences or over pairs, and `micro_batch_tokens` changes memory and nothing else. A mean over each part's own
+tokens, averaged over the parts, would weigh the tokens of small parts more; and one weight for each part could not
+serve a loss that has means over tokens and over sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from textrl_gym import functional
+from textrl_gym.core import Rollout
+from textrl_gym.rollouts.batching import micro_batches
+
+
+@dataclasses.dataclass
+class Minibatch(Rollout):
+    """Rows of a rollout with the counts that means are divided by. What `with_` added are attributes too."""
+
+    rows: int = 0
+    """Rows of the whole minibatch."""
+    tokens: int = 0
+    """Tokens of the whole minibatch's completions."""
+    micro_batch_tokens: int = 8_192
+    """Prompt and response places of a part."""
+
+    @classmethod
+    def of(cls, rollout: Rollout, micro_batch_tokens: int = 8_192) -> Minibatch:
+        """All rows of a rollout as one minibatch."""
+        counts = {"rows": len(rollout), "tokens": rollout.num_tokens, "micro_batch_tokens": micro_batch_tokens}
+        return cls(**(vars(rollout) | counts))
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Called only for names that are no attribute. Not self.extra: copying asks before there is one.
+        extra: dict[str, Tensor] = self.__dict__.get("extra", {})
+        if name not in extra:
+            raise AttributeError(f"no {name!r} in this minibatch; rollout.with_() gave it {sorted(extra)}")
+        return extra[name]
+
+    def micro_batches(self, whole_groups: bool = False) -> Iterator[Minibatch]:
+        """Parts of at most micro_batch_tokens prompt and response places, each with the counts of the whole.
+
+        Args:
+            whole_groups: never part a group, for losses that compare its rows.
+        """
+        counts = {"rows": self.rows, "tokens": self.tokens, "micro_batch_tokens": self.micro_batch_tokens}
+        for rows in micro_batches(self, self.micro_batch_tokens, whole_groups):
+            yield Minibatch(**(vars(self.select(rows)) | counts))
+
+    def mean(self, x: Tensor, over: functional.Aggregation = "token") -> Tensor:
+        """The part's share of the minibatch's mean of x_B over rows, or of x_BT over tokens. Scalar.
+
+        Args:
+            over: for x_BT: "token" weighs all tokens of the minibatch alike, "sequence" all completions.
+        """
+        if x.ndim == 1:
+            assert x.shape == self.mask_BT.shape[:1], (x.shape, self.mask_BT.shape)
+            return x.sum() / max(self.rows, 1)
+        return functional.aggregate(x, self.mask_BT, over, self.rows, self.tokens)
+
+
+def sum_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """The metrics of a minibatch from those of its parts, each of which is the part's share."""
+    return {name: sum(float(part[name]) for part in parts) for name in parts[0]}
