@@ -2,8 +2,8 @@
 
 A post tells seven facts (KINDS) about one person, in any order and wording, among sentences beside the point that
 mention another person, event, time, place, amount, feeling and plan. Its reference summary states the seven facts.
-All wordings live in assets/tldr/phrases.toml; tldr_grammar.py words the summaries, this file the posts. A row is a function
-of (split, seed, index).
+All wordings live in assets/tldr/phrases.toml; tldr_grammar.py words the summaries, this file the posts.
+A row is a function of (split, seed, index).
 """
 
 import random
