@@ -164,7 +164,7 @@ def test_training_goes_on_with_the_members_that_are_missing(
         learnt.append((out.name, list(reward_data.in_order(data.train, member))))
         return train_on(data, env_id, member, out)
 
-    monkeypatch.setattr(reward_model, "train_on", watched)
+    monkeypatch.setattr(reward_ensemble, "train_on", watched)
     out = tmp_path / "both"
     record = reward_ensemble.train_rewards(env, config, out)
     # 1. The same comparisons in another order, other weights; member 0 is what is trained without an ensemble.

@@ -97,7 +97,7 @@ def matches(value: object, hint: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is Path:
         return isinstance(value, str)
-    return type(value) is hint  # a bool is no int
+    return type(value) is hint  # not isinstance: a bool is no int here
 
 
 def describe(hint: object) -> str:

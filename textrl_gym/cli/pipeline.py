@@ -70,9 +70,7 @@ def _reward_tables(record: Mapping[str, Any]) -> list[Table]:
     tables = [records_table("Accuracy on held-out pairs", record["accuracy"])]
     if "calibration" in record:  # an ensemble's record has none
         error = record["calibration"]["ece"]
-        tables.append(
-            records_table(f"Calibration: expected calibration error {error:.3f}", record["calibration"]["bins"])
-        )
+        tables.append(records_table(f"Calibration: expected error {error:.3f}", record["calibration"]["bins"]))
     if record.get("curve"):
         tables.append(records_table("Accuracy by the number of training pairs", record["curve"]))
     return tables

@@ -248,6 +248,7 @@ def load_preferences(
     rows = [_as_mapping(row, where, number) for number, row in enumerate(raw)]
     if not rows:
         raise ValueError(f"{where} is empty: it has no rows")
+    # Of all rows, in order: a row of jsonl may lack a column that is empty in it.
     columns = list(dict.fromkeys(name for row in rows for name in row))
     schema = next((s for s in PREFERENCE_SCHEMAS if set(s.columns) <= set(columns)), None)
     if schema is None:
@@ -263,6 +264,7 @@ def load_preferences(
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}, row {number} does not fit the schema of {schema.name}: {error!r}") from error
     if not (has_held_out or whole):
+        # By prompt, not by row: pairs of one prompt on both sides would leak what was learnt into what is measured.
         places = {text: place for place, text in enumerate(dict.fromkeys(row["prompt"] for row in found))}
         first_held_out = len(places) - max(1, len(places) // 10)
         found = [row for row in found if (places[row["prompt"]] >= first_held_out) == (split == "validation")]

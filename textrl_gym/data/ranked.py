@@ -46,6 +46,7 @@ def _encode_prompt(row: Row, task: PromptEncoder, tokenizer: PreTrainedTokenizer
     """Ids of a prompt from a user's data, which need not be of the task's form."""
     if row["dialogue"] or not row["prompt"].endswith(task.keep_suffix):
         ids = prompts.encode_prompt(row["prompt"], tokenizer, sys.maxsize)
+        # A dialogue is cut at its beginning, since its last turn is answered; a BOS stays first.
         first = ids[: int(len(ids) > budget and ids[0] == tokenizer.bos_token_id)]
         return first + ids[len(first) :][-(budget - len(first)) :]
     return task.encode(row, tokenizer, budget)
@@ -75,6 +76,7 @@ def read_preferences(
     Raises:
         ValueError: see `textrl_gym.data.preferences.load_preferences`; or no pair is left within the budget.
     """
+    # Budgets count tokens: two texts that differ only behind the budget are equal for the model.
     prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
     found = []
     rows = preferences.load_preferences(dataset, split, tokenizer, whole=whole).rows

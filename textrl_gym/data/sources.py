@@ -26,6 +26,7 @@ PREFERENCE_SPLITS = {
 CONFIGS = {"openai/summarize_from_feedback": "comparisons", "tatsu-lab/alpaca_farm": "alpaca_human_preference"}
 """The configuration of data sets that have several, where the preferences are."""
 PARQUET = "refs/convert/parquet"
+"""The Hub's branch with the data of a data set's script as parquet files."""
 
 
 def check_split(split: str) -> None:

@@ -1,5 +1,6 @@
 """Judges: which of two completions of a prompt is better.
 
+In reading order:
 - `judge`: the protocol, and any reward as a judge
 - `llm_judge`: a language model behind an OpenAI-compatible endpoint
 - `annotators`: simulated annotators with noise and biases
@@ -12,11 +13,15 @@ from textrl_gym.lazy import lazy
 __getattr__ = lazy(
     __name__,
     {
-        "Judge": "judge",
-        "load_judge": "judge",
-        "Noisy": "judge",
+        "Annotators": "annotators",
+        "Answer": "judge",
         "Endpoint": "llm_judge",
         "EndpointConfig": "llm_judge",
-        "Annotators": "annotators",
+        "EndpointError": "llm_judge",
+        "Judge": "judge",
+        "Noisy": "judge",
+        "Pointwise": "judge",
+        "load_judge": "judge",
+        "load_scorer": "judge",
     },
 )

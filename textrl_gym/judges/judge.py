@@ -22,8 +22,6 @@ from textrl_gym.stats.estimates import Array, outcomes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from textrl_gym.mdp.task import Task
-
 GOLD = "gold"
 """The name of a task's own gold score."""
 ENDPOINT = "endpoint"
@@ -65,6 +63,7 @@ class Pointwise:
 
     def score(self, rows: Sequence[Row], answers: Sequence[Answer]) -> Array:
         """The reward of each answer, with the columns of its row. [N]"""
+        # repr: rows are mappings, which cannot be keys; equal rows of one source have equal reprs.
         keys = [(repr(row), answer) for row, answer in zip(rows, answers, strict=True)]
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._scores}
         if new:
@@ -108,6 +107,7 @@ class Noisy:
         return np.where([self._errs(*pair) for pair in zip(rows, a, b, strict=True)], 1 - outcome_N, outcome_N)
 
     def _errs(self, row: Row, a: Answer, b: Answer) -> bool:
+        # Sorted: a verdict is flipped or not whichever completion comes first.
         pair = sorted((a.text, b.text))
         return random.Random(repr((self.seed, row["prompt"], pair))).random() < self.noise
 
@@ -115,7 +115,7 @@ class Noisy:
 def load_scorer(
     spec: RewardSpec | RewardFunction,
     *,
-    task: Task | None = None,
+    task: object = None,
     device: str | torch.device = "cpu",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RewardFunction:
@@ -144,7 +144,7 @@ def load_scorer(
 def load_judge(
     spec: Judge | RewardSpec | RewardFunction,
     *,
-    task: Task | None = None,
+    task: object = None,
     device: str | torch.device = "cpu",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Judge:

@@ -66,7 +66,7 @@ NONE = "none"
 """Kept where the model gave no verdict."""
 
 _VERDICT = re.compile(r"[\s\"'*`.()]*(A|B|tie)[\s\"'*`.()]*", re.IGNORECASE)
-_TRY_AGAIN = frozenset({408, 409, 429})
+_TRY_AGAIN = frozenset({408, 409, 429})  # timeout, conflict, too many requests; each 5xx is tried again too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,7 @@ class Verdicts:
 
     def known(self, keys: Iterable[str]) -> dict[str, str]:
         """Verdicts of those keys that there are."""
+        # A key at a time: SQLite bounds the number of parameters of one statement.
         with self._open() as db:
             rows = [db.execute("SELECT key, verdict FROM verdicts WHERE key = ?", (key,)).fetchone() for key in keys]
         return dict(row for row in rows if row is not None)

@@ -36,6 +36,7 @@ def sample_texts(
     prompt_BP, prompt_mask_BP = pad([task.encode(row, tokenizer, task.max_prompt_tokens) for row in rows], "left")
     generator = torch.Generator().manual_seed(seed)
     uniform_BT = torch.rand(len(rows) * number, task.max_new_tokens, generator=generator).to(policy.device)
+    # The sampler reads the policy's temperature, which belongs to its training: put back below.
     trained_at, policy.temperature = policy.temperature, temperature or 1.0
     done = sampler.generate(
         policy,

@@ -1,9 +1,9 @@
-"""The embedded corpus: procedural forum posts with short summaries, in the format of trl-lib/tldr.
+"""The TL;DR world: procedural forum posts with short summaries, in the format of trl-lib/tldr.
 
 A post tells seven facts (KINDS) about one person, in any order and wording, among sentences beside the point that
 mention another person, event, time, place, amount, feeling and plan. Its reference summary states the seven facts.
-All wordings live in assets/tldr/phrases.toml; phrases.py words the summaries, this file the posts. A row is a function
-of (split, seed, index).
+All wordings live in assets/tldr/phrases.toml; tldr_grammar.py words the summaries, this file the posts.
+A row is a function of (split, seed, index).
 """
 
 import random
@@ -213,7 +213,7 @@ def mediocre_summary(
     ask: float = 0.2,
     detail: float = 0.45,
 ) -> str:
-    """A well-formed but poor summary, to train the starting language model on; begins with a space.
+    """A well-formed but poor summary, to train the initial policy on; begins with a space.
 
     What happened is always told. The flaws are systematic, so that the most likely summary of a model that has learnt
     them is poor too, and not only its samples.
