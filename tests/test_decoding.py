@@ -74,7 +74,7 @@ def test_the_reference_is_the_start(tmp_path: Path) -> None:
     agent.learn(0, **QUIET)
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert len(rows) == 1  # one evaluation, and nothing to compare it with
-    start = (rows[0]["kl_sequence"], rows[0]["win_rate"], rows[0]["forward_passes"])
+    start = (rows[0]["kl_sequence"], rows[0]["win_rate"], rows[0]["model_calls"])
     assert start == pytest.approx((0.0, 0.5, 1.0), abs=1e-6, rel=0)  # the KL is rounding: 7e-8 on some machines
     again = load_agent(tmp_path)
     assert textrl_gym.evaluate(again, episodes=8) == textrl_gym.evaluate(agent, episodes=8)
@@ -197,7 +197,7 @@ def test_best_of_n_says_what_it_costs(tmp_path: Path) -> None:
     row = json.loads((tmp_path / "evaluations.jsonl").read_text())
     assert row["kl_sequence"] == pytest.approx(best_of_n_kl_bound(4), abs=1e-4)  # the policy is its own reference
     assert (row["kl_bound"], row["scored_completions"]) == (best_of_n_kl_bound(4), 4)
-    assert row["generated_tokens"] == pytest.approx(row["forward_passes"] * row["completion_tokens"], abs=1e-3)
+    assert row["generated_tokens"] == pytest.approx(row["model_calls"] * row["completion_tokens"], abs=1e-3)
     assert row["generated_tokens"] > 3 * row["completion_tokens"] / 2
     again = load_agent(tmp_path, n=2)
     assert textrl_gym.evaluate(again, episodes=8)["scored_completions"] == 2
