@@ -494,7 +494,7 @@ def test_what_is_no_critic_says_so(ppo: Path, tmp_path: Path) -> None:
             MCTS(COPY, ppo=str(ppo), **settings)
     with pytest.raises(ValueError, match="weight must be at least 0, got -1"):
         ValueGuided(COPY, ppo=str(ppo), weight=-1.0)
-    with pytest.raises(ValueError, match="end_value must be 'critic' or 'score', got 'x'"):
+    with pytest.raises(ValueError, match="end_value must be one of critic, score, got 'x'"):
         MCTS(COPY, ppo=str(ppo), end_value="x")
 
 
@@ -524,7 +524,7 @@ def test_by_the_command_line(ppo: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert main.main(["train", name, COPY, *few, *more, "--out", str(tmp_path / name)]) == 0
         assert main.main(["evaluate", str(tmp_path / name), "--episodes", "4"]) == 0
     out = capsys.readouterr().out
-    assert "Model evaluations per token" in out and "Completions scored per prompt" in out
+    assert "Model calls per token" in out and "Completions scored per prompt" in out
     assert "Tokens generated per prompt" in out
     more = ["--ppo", str(ppo), "--simulations", "2", *few]
     assert main.main(["train", "mcts", COPY, *more, "--out", str(tmp_path / "mcts")]) == 0
