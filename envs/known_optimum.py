@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from textrl_gym.core import Row
 from textrl_gym.data import sources
@@ -25,7 +25,7 @@ from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
 
 ID = "KnownOptimum-v0"
 
@@ -59,6 +59,7 @@ def sequence_logprobs(policy: Policy, prompt: str) -> Tensor:
     Read from the distribution of the next token after each prefix, so that any kind of policy will do.
     """
     prompt_ids = tiny.symbol_tokenizer(SYMBOLS)(prompt)["input_ids"]
+    # Completions share their beginnings: the 40 have 13 different prefixes, and one pass serves them all.
     prefixes = sorted({tuple(y[:t]) for y in completions() for t in range(len(y))})
     input_XL, mask_XL = pad([[*prompt_ids, *prefix] for prefix in prefixes], "left")
     logp_XV = policy.next_logprobs(input_XL.to(policy.device), mask_XL.to(policy.device)).double()
@@ -71,6 +72,7 @@ def optimum(reference: Policy, prompt: str, kl_coef: float) -> Tensor:
     tokenizer = tiny.symbol_tokenizer(SYMBOLS)
     texts = [tokenizer.decode(y, skip_special_tokens=True) for y in completions()]
     reward_Y = torch.tensor(table([prompt] * len(texts), texts), dtype=torch.float64)
+    # log_softmax divides by Z(x), as these are all completions that there are.
     return (sequence_logprobs(reference, prompt) + reward_Y / kl_coef).log_softmax(0)
 
 
@@ -120,7 +122,7 @@ class KnownOptimum(Task):
     max_new_tokens = TOKENS
     model = "a random Llama made in code"
     reward = "textrl_gym.envs.known_optimum:table"
-    kl_coef = 0.5
+    kl_coef = 0.5  # rewards reach 2: the optimum differs from the reference, and is not yet one completion
 
     def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
         """The two prompts, in every split."""
@@ -129,9 +131,13 @@ class KnownOptimum(Task):
             raise ValueError(f"KnownOptimum-v0 has only its own prompts; dataset must be None, got {dataset!r}")
         return [{"prompt": prompt} for prompt in PROMPTS]
 
-    def load_tokenizer(self, name: str | None = None) -> Any:
+    def load_tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
         return tiny.symbol_tokenizer(SYMBOLS) if name is None else super().load_tokenizer(name)
 
-    def load_model(self, name: str | None = None, **kwargs: Any) -> PreTrainedModel:
+    def load_model(
+        self, name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
         # A larger scale than usual: the reference must differ from uniform for the test to mean something.
-        return tiny.llama(len(SYMBOLS) + 1, scale=0.2) if name is None else super().load_model(name, **kwargs)
+        if name is not None:
+            return super().load_model(name, device=device, dtype=dtype)
+        return tiny.llama(len(SYMBOLS) + 1, scale=0.2)

@@ -16,6 +16,7 @@ from textrl_gym.worlds.tldr_grammar import bank, compose
 
 ID = "TLDRSummarize-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "tldr")
+# A sentence with its end: texts that were cut off lose their last, unfinished one.
 _SENTENCE = re.compile(r"[^\s.?][^.?]*[.?]")
 MEDIOCRE = {"swap": 0.15, "generic": 0.2, "ask": 0.45, "detail": 0.65}
 """How poor the summaries are that the initial policy learns from: gold about 0.6; its own noise takes a third of it."""
@@ -33,6 +34,7 @@ class MediocreRows:
     def __getitem__(self, index: int, /) -> Row:
         """The row with four poor summaries."""
         row = self.corpus[index]
+        # Seeded by the row, so that a training run sees the same poor summaries whatever the order of its batches.
         rng = random.Random(f"mediocre/{self.corpus.split}/{self.corpus.seed}/{index}")
         return {**row, "completions": [mediocre_summary(row, rng, **MEDIOCRE) for _ in range(4)]}
 
@@ -66,6 +68,8 @@ def _damage(text: str, row: dict[str, Any], rng: random.Random) -> str:
 
 def _corrupt_slots(slots: dict[str, str], row: dict[str, Any], number: int, rng: random.Random) -> dict[str, str]:
     """The slots with `number` of their values (at most as many as there are) taken from distractors or another post."""
+    # Mostly from the post itself: a distractor is what a policy copies by mistake, and only reading the post tells it
+    # from the fact. A stranger's value is usually not in the post at all.
     slots = dict(slots)
     told = [kind for kind in KINDS if (kind in slots or (kind == "who" and "name" in slots))]
     stranger = TLDRCorpus("train", seed=rng.getrandbits(32))[0]["facts"]
@@ -168,6 +172,7 @@ class TLDRSummarize(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "tldr_gold"
+    # 0.05 let PPO and GRPO go to 9 to 12 nats for no more gold: the reward's standard deviation is 1 at the start.
     kl_coef = 0.1
     keep_suffix = "\n\nTL;DR:"
 
@@ -187,6 +192,7 @@ class TLDRSummarize(Task):
             slots = slots_of(post["facts"])
             for slot in rng.sample(("when", "where", "amount", "feeling", "ask"), rng.randint(0, 3)):
                 del slots[slot]
+            # Both are worded by one seed, so that they differ in nothing but their values.
             wording = rng.getrandbits(32)
             wrong = _corrupt_slots(slots, post, rng.choice((0, 0, 1, 1, 2, 3, 4)), rng)
             true, false = (" " + compose(some, random.Random(wording)) for some in (slots, wrong))
@@ -207,6 +213,7 @@ class TLDRSummarize(Task):
         def worded(slots: dict[str, str], wording: int) -> str:
             return " " + compose(slots, random.Random(wording))
 
+        # Two wordings for the seven makers: pairs of the same wording differ in their facts alone.
         first, second = rng.getrandbits(32), rng.getrandbits(32)
         most = dict(every)
         for slot in rng.sample(("when", "where", "amount", "feeling", "ask"), rng.randint(1, 4)):

@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from textrl_gym.mdp.task import load_env_task
 from textrl_gym.pipeline.simulated_comparisons import sample_texts
 from textrl_gym.policy.policy import Policy
-from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
 from textrl_gym.rewards.ensemble import Combination, combine, make
 from textrl_gym.stats.overoptimization import BestOfN, best_of_n

@@ -264,7 +264,7 @@ def test_dapo_reaches_the_optimum_of_its_own_objective(tmp_path: Path) -> None:
     )  # fmt: skip
     agent.learn(45_000, **QUIET)
     tokenizer = agent.env.tokenizer
-    texts = [tokenizer.decode(y, skip_special_tokens=True) for y in known_optimum.completions()]
+    texts = [str(tokenizer.decode(y, skip_special_tokens=True)) for y in known_optimum.completions()]
     off_Y = torch.tensor([{1: 0.0, 2: 0.3, 3: 0.6}[len(y)] for y in known_optimum.completions()], dtype=torch.float64)
     for prompt in known_optimum.PROMPTS:
         reward_Y = torch.tensor(known_optimum.table([prompt] * len(texts), texts), dtype=torch.float64) - off_Y
@@ -308,7 +308,7 @@ def test_optimum_is_the_best_of_all_policies() -> None:
     task = known_optimum.KnownOptimum()
     reference = textrl_gym.Policy(task.load_model())
     tokenizer = task.load_tokenizer()
-    texts = [tokenizer.decode(y, skip_special_tokens=True) for y in known_optimum.completions()]
+    texts = [str(tokenizer.decode(y, skip_special_tokens=True)) for y in known_optimum.completions()]
     for prompt in known_optimum.PROMPTS:
         ref_Y = known_optimum.sequence_logprobs(reference, prompt)
         assert ref_Y.exp().sum().item() == pytest.approx(1.0, abs=1e-5)  # the completions are all there are

@@ -12,7 +12,6 @@ import pytest
 import torch
 from minibatches import last_gradient
 
-import textrl_gym
 from textrl_gym import functional, registry
 from textrl_gym.agents import DAPO, GRPO, NLPO, PPO, RLOO, SB3PPO, Reinforce, ReinforcePP
 from textrl_gym.agents.dapo import overlong
@@ -20,6 +19,7 @@ from textrl_gym.agents.grpo import group_advantages
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import token_credit
 from textrl_gym.evaluation.evaluator import Evaluator
+from textrl_gym.mdp.task import load_task
 from textrl_gym.training.agent import Agent
 
 ENV = "CopyText-v0"
@@ -83,7 +83,7 @@ def test_pieces_of_a_broken_character_are_the_text() -> None:
 
 
 def test_pieces_of_the_embedded_tokenizer() -> None:
-    tokenizer = textrl_gym.registry.load_task("textrl_gym.envs.tldr_summarize").load_tokenizer()
+    tokenizer = load_task("textrl_gym.envs.tldr_summarize").load_tokenizer()
     text = "My cat says naïve 🙂 things, and\n\nthat's  it."
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     found = token_credit.pieces(tokenizer, ids)

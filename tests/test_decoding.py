@@ -151,7 +151,7 @@ def test_best_of_n_is_drawn_from_its_exact_distribution() -> None:
     rollout = agent.play(agent.env, generator=generator(), prompt_indices=[0] * 2_000)
     tokenizer, prompt = agent.env.tokenizer, known_optimum.PROMPTS[0]
     every = known_optimum.completions()
-    texts = [tokenizer.decode(y, skip_special_tokens=True) for y in every]
+    texts = [str(tokenizer.decode(y, skip_special_tokens=True)) for y in every]
     score_Y = torch.tensor(known_optimum.table([prompt] * len(texts), texts))
     logp_Y = known_optimum.sequence_logprobs(agent.policy, prompt)
     p_Y = best_of_n_logprobs(logp_Y, score_Y, 4).exp()
@@ -388,7 +388,7 @@ class Enumerated:
     def __init__(self, policy: Policy, reference: Policy, prompt: str, kl_coef: float) -> None:
         tokenizer = known_optimum.KnownOptimum().load_tokenizer()
         self.every = [tuple(y) for y in known_optimum.completions()]
-        texts = [tokenizer.decode(list(y), skip_special_tokens=True) for y in self.every]
+        texts = [str(tokenizer.decode(list(y), skip_special_tokens=True)) for y in self.every]
         self.logp_Y, self.ref_Y = (known_optimum.sequence_logprobs(p, prompt) for p in (policy, reference))
         score_Y = torch.tensor(known_optimum.table([prompt] * len(texts), texts), dtype=torch.float64)
         penalty_Y = kl_coef * (self.logp_Y - self.ref_Y)

@@ -37,6 +37,7 @@ MOST_FILES = 12
 
 PRIVATE: dict[tuple[str, str], str] = {
     # (module, name): why there is no public way
+    ("integrations.sb3_agent", "_setup_learn"): "what SB3's learn() does before its loop, which is ours here",
 }
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -292,7 +292,7 @@ def write_pairs(path: Path) -> dict[str, list[tuple[int, int]]]:
     By Bradley-Terry: of ten judgements round(10 sigmoid(r_i - r_j)) prefer i, and at least one prefers either.
     """
     tokenizer = known_optimum.KnownOptimum().load_tokenizer()
-    texts = [tokenizer.decode(y, skip_special_tokens=True) for y in known_optimum.completions()]
+    texts = [str(tokenizer.decode(y, skip_special_tokens=True)) for y in known_optimum.completions()]
     judged: dict[str, list[tuple[int, int]]] = {}
     for prompt in known_optimum.PROMPTS:
         scores = known_optimum.table([prompt] * len(texts), texts)

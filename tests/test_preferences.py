@@ -281,7 +281,7 @@ def test_prompts_are_cut_where_it_hurts_least(tmp_path: Path) -> None:
         {"prompt": long + "The end", "chosen": " a", "rejected": " b"},
     ]  # fmt: skip
     found = read_preferences(write(tmp_path / "a.jsonl", rows), "train", task, tokenizer, whole=True)
-    texts = [tokenizer.decode(c.prompt_ids) for c in found]
+    texts = [str(tokenizer.decode(c.prompt_ids)) for c in found]
     assert all(len(c.prompt_ids) == 176 for c in found)
     assert texts[0].startswith("SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: My cat")
     assert [text[-8:] for text in texts] == ["\n\nTL;DR:", "sistant:", " The end"]

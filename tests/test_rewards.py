@@ -26,7 +26,7 @@ from transformers import (
 
 from textrl_gym import registry
 from textrl_gym.rewards import RewardFunction, load_reward
-from textrl_gym.rewards.reward_model import Bundled, RewardModel, make, micro_batches
+from textrl_gym.rewards.reward_model import Bundled, RewardModel, make, sequence_batches
 
 PROMPTS, TEXTS = ["p", "p", "q"], ["x", "x y", "x y z"]
 
@@ -280,7 +280,7 @@ def test_a_batch_of_unequal_lengths_scores_as_one_by_one(family: str, pad: int |
 def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], limit: int) -> None:
     sequences = [[1] * n for n in lengths]
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    batches = micro_batches(sequences, order, limit)
+    batches = sequence_batches(sequences, order, limit)
     assert [row for batch in batches for row in batch] == order
     assert all(len(batch) == 1 or len(batch) * max(lengths[r] for r in batch) <= limit for batch in batches)
     joined = [len(batch) + 1 for batch in batches[:-1]]  # no batch could have taken the next row as well
@@ -291,7 +291,7 @@ def test_micro_batches_change_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
     reward = RewardModel(classifier("llama"), byte_tokenizer())
     rows = [[1 + (i * j) % 256 for j in range(1 + i * 7 % 40)] for i in range(20)]
     whole = reward.score_ids(rows)
-    monkeypatch.setattr(micro_batches, "__defaults__", (50,))
+    monkeypatch.setattr(sequence_batches, "__defaults__", (50,))
     torch.testing.assert_close(reward.score_ids(rows), whole, atol=1e-5, rtol=0)
     assert reward.score_ids([]).shape == (0,)
 

@@ -29,6 +29,7 @@ class Bounds:
         """Whether the value is inside; NaN never is."""
         if self.choices:
             return value in self.choices
+        # Comparisons that must hold, and not ones that must not: NaN fails every one.
         above = self.lower is None or (value > self.lower if self.lower_open else value >= self.lower)
         return above and (self.upper is None or (value < self.upper if self.upper_open else value <= self.upper))
 
@@ -49,6 +50,8 @@ def bounds_of(config: type[Any]) -> Mapping[str, Bounds]:
     """
     names = [field.name for field in dataclasses.fields(config)]
     found: dict[str, Bounds] = {}
+    # From the class itself to its bases; a field's bounds are looked up in every class that declares it, since
+    # get_type_hints of the subclass alone shows only the last declaration.
     for cls in filter(dataclasses.is_dataclass, config.__mro__):
         hints = get_type_hints(cls, include_extras=True)
         for name in names:
@@ -57,7 +60,7 @@ def bounds_of(config: type[Any]) -> Mapping[str, Bounds]:
     return {name: bounds for name, bounds in found.items() if bounds != Bounds()}
 
 
-def check_bounds(config: Any) -> None:
+def check_bounds(config: object) -> None:
     """Check every field of a dataclass against its bounds.
 
     Raises:
@@ -70,7 +73,7 @@ def check_bounds(config: Any) -> None:
             raise ValueError(f"{name} must {verb} {bounds}, got {value!r}")
 
 
-def _tightened(bounds: Bounds, hint: Any) -> Bounds:
+def _tightened(bounds: Bounds, hint: object) -> Bounds:
     """The bounds with those of a type in them."""
     origin = get_origin(hint)
     if origin is Annotated:
@@ -90,6 +93,7 @@ def _tightened(bounds: Bounds, hint: Any) -> Bounds:
     if origin is Literal:
         return bounds if bounds.choices else dataclasses.replace(bounds, choices=get_args(hint))
     if origin in (Union, types.UnionType):
+        # int | None: None means that nothing was said, and is let through by check_bounds before bounds are asked.
         options = [option for option in get_args(hint) if option is not type(None)]
         return _tightened(bounds, options[0]) if len(options) == 1 else bounds
     return bounds

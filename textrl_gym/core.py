@@ -127,6 +127,7 @@ class Rollout:
 
     def select(self, rows_B: Tensor) -> Rollout:
         """The given rows (int64 or bool [B]), with columns that no chosen row uses cut off."""
+        # As numbers, because lists of texts can be picked by numbers only.
         rows_B = rows_B.nonzero().squeeze(1) if rows_B.dtype == torch.bool else rows_B
         picked: dict[str, Any] = {}
         for field in dataclasses.fields(Rollout):
@@ -145,14 +146,17 @@ class Rollout:
         groups, joined = 0, dict[str, Any]()
         numbers_B = []
         for rollout in rollouts:
+            # Each part's groups get numbers of their own: two prompts of one number would share a baseline.
             numbers_B.append(rollout.group_B.unique(return_inverse=True)[1] + groups)
             groups = int(numbers_B[-1].max()) + 1
         for field in dataclasses.fields(Rollout):
             parts = [getattr(r, field.name) for r in rollouts]
             if field.name.endswith("_BP"):
+                # Prompts end where completions begin, so that padding goes to their left.
                 parts = [torch.nn.functional.pad(part, (prompt - part.shape[1], 0)) for part in parts]
             elif field.name.endswith("_BT"):
                 parts = [_widened(field.name, part, response) for part in parts]
+            # One part that does not count calls makes the sum unknown.
             if field.name == "model_calls_B":
                 joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
                 continue
@@ -169,6 +173,7 @@ class Rollout:
 
     def trim(self) -> Rollout:
         """Without the columns that are padding in every row."""
+        # One .item() for each of both: a wait for the GPU, worth it for the columns that no pass computes then.
         first_place = self.prompt_mask_BP.shape[1] - int(self.prompt_mask_BP.sum(1).max())
         longest = int(self.mask_BT.sum(1).max())
         cut: dict[str, Any] = {}

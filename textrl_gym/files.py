@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +24,7 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
 
     After an exception the older file is there as before, or none.
     """
+    # In the same folder, since a rename is atomic within one file system only; by process, since two may write at once.
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         with fresh.open("w", encoding="utf-8") as file:
@@ -64,6 +65,7 @@ def append_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
         log.seek(max(size - 1, 0))
         if log.read() not in (b"", b"\n"):  # the last line has no end
             lines = _lines(file)
+            # A line without its end may still be whole: the kill came between the text and its newline.
             if _parse(file, len(lines) - 1, lines) is None:
                 log.truncate(size - len(lines[-1]))
             else:
@@ -71,7 +73,7 @@ def append_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
         log.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def write_folder(folder: str | Path, fill: Any) -> None:
+def write_folder(folder: str | Path, fill: Callable[[Path], object]) -> None:
     """Fill a new folder by `fill(path)` and put it in place, so that a crash at any moment leaves a whole checkpoint.
 
     Until the new folder is full the old checkpoint stands; from then on the new one counts, and whoever reads it
@@ -81,9 +83,11 @@ def write_folder(folder: str | Path, fill: Any) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     finish_folder(final)
     fresh = final.with_name(f".{final.name}.{os.getpid()}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(fresh, ignore_errors=True)  # of a killed process that had the same number
     fresh.mkdir()
     fill(fresh)
+    # A name that says that it is whole: before, a kill between two moves left half of a new checkpoint on half of an
+    # old one.
     os.replace(fresh, _whole(final))
     finish_folder(final)
 
@@ -102,7 +106,7 @@ def finish_folder(folder: str | Path) -> None:
     final.mkdir(exist_ok=True)
     for item in whole.iterdir():
         target = final / item.name
-        if target.is_dir():
+        if target.is_dir():  # os.replace overwrites files, but no folder that holds something
             shutil.rmtree(target)
         os.replace(item, target)
     whole.rmdir()
@@ -126,9 +130,10 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
-def jsonable(value: Any) -> bool:
+def jsonable(value: object) -> bool:
     """Whether a setting can be written down and read back."""
     try:
+        # There and back: dumps alone also takes what comes back as something else, such as a dict with integer keys.
         return json.loads(json.dumps(value)) == (list(value) if isinstance(value, tuple) else value)
     except TypeError:
         return False

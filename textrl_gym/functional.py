@@ -48,6 +48,7 @@ def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, gamma: float, lam:
     advantage_BT = torch.zeros_like(reward_BT)
     next_advantage_B = torch.zeros_like(reward_BT[:, 0])
     next_value_B = torch.zeros_like(next_advantage_B)
+    # From the end, as A_t needs A_{t+1}; T steps on B numbers are little beside one pass of the model.
     for t in reversed(range(reward_BT.shape[1])):
         inside_B = mask_BT[:, t]
         delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
@@ -69,6 +70,7 @@ def clipped_surrogate(
     """
     assert logp_BT.shape == old_logp_BT.shape == advantage_BT.shape
     ratio_BT = (logp_BT - old_logp_BT).exp()
+    # The pessimistic one of both: without the maximum a ratio beyond the clip that makes things worse had no gradient.
     free_BT = -advantage_BT * ratio_BT
     clipped_BT = -advantage_BT * ratio_BT.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(free_BT, clipped_BT), ratio_BT, clipped_BT > free_BT
@@ -102,6 +104,7 @@ def token_logprobs(logits_BTV: Tensor, token_BT: Tensor) -> Tensor:
     By PyTorch's fused cross entropy: its backward pass is one sweep over the logits, where gather and logsumexp take
     four (12 against 46 ms, forward and backward, for 3,072 places of 2,048 tokens on two threads).
     """
+    # At least float32: bfloat16 has 8 bits, so that a log-probability of -10 would be off by up to 0.03.
     flat_NV = at_least_float32(logits_BTV).reshape(-1, logits_BTV.shape[-1])
     return -F.cross_entropy(flat_NV, token_BT.reshape(-1), reduction="none").view(token_BT.shape)
 
@@ -142,6 +145,7 @@ def last_places(mask_BT: Tensor) -> Tensor:
 def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
     """Ids [N, S] padded with 0 on the "left" or "right", and their bool mask."""
     width = max(map(len, rows))
+    # The mask is by length and never by token: 0 is a real id too, EOS in the tiny models.
     length_N1 = torch.tensor([[len(row)] for row in rows])
     place_S = torch.arange(width)
     if side == "left":
@@ -153,6 +157,7 @@ def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
 
 def unique_ids(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Each different prompt once, left-padded, its mask, and which of them each row has."""
+    # A dict keeps the order of first sight, so that U prompts stand in the order of their first rows.
     first_of: dict[tuple[int, ...], int] = {}
     source_B = torch.tensor([first_of.setdefault(tuple(ids), len(first_of)) for ids in prompts])
     prompt_UP, mask_UP = pad(list(first_of), "left")
@@ -170,5 +175,5 @@ def rows_of_groups(group_B: Tensor) -> tuple[Tensor, Tensor]:
     assert group_B.ndim == 1, group_B.shape
     _, number_B, size_G = group_B.unique(return_inverse=True, return_counts=True)
     mask_GN = torch.arange(int(size_G.max()), device=group_B.device) < size_G[:, None]
-    order_B = number_B.argsort(stable=True)
+    order_B = number_B.argsort(stable=True)  # stable: a group's rows keep their order
     return torch.zeros_like(mask_GN, dtype=torch.long).masked_scatter(mask_GN, order_B), mask_GN

@@ -44,6 +44,7 @@ def estimate(estimator: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
     For "full" both arguments carry the whole distribution in a last dimension of V log-probabilities, which is summed.
     """
     assert logp.shape == ref_logp.shape, (logp.shape, ref_logp.shape)
+    # k1 is not clamped at 0: single tokens are negative, and their sum is unbiased only with them.
     difference = logp - ref_logp
     if estimator == "k1":
         return difference
@@ -143,5 +144,6 @@ class KLPenalty:
             episodes: how many episodes the rollout had.
         """
         if self.target is not None:
+            # Clipped to 20%, as in section 2.2: one odd rollout must not throw the coefficient.
             error = min(max(sequence_kl / self.target - 1.0, -0.2), 0.2)
             self.coef *= 1.0 + error * episodes / self.horizon

@@ -20,6 +20,7 @@ def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}; public names: {', '.join(homes)}")
         value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+        # Kept in the package: __getattr__ is only asked for names that are not there.
         setattr(sys.modules[package], name, value)
         return value
 

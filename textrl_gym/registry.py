@@ -8,14 +8,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import gymnasium
 
 from textrl_gym import files
-
-if TYPE_CHECKING:
-    from textrl_gym.mdp.task import Task
 
 ENV_ENTRY = "textrl_gym.mdp.text_env:TextEnv"
 VECTOR_ENTRY = "textrl_gym.mdp.text_env:TextVectorEnv"
@@ -23,6 +20,7 @@ VECTOR_ENTRY = "textrl_gym.mdp.text_env:TextVectorEnv"
 
 def folder(kind: str) -> list[Path]:
     """The plug-in files of kind "envs", "agents" or "rewards", sorted by name."""
+    # By the package's path and not by this file's: installed in editable mode the folders are links to elsewhere.
     package = importlib.import_module(f"textrl_gym.{kind}")
     root = Path(next(iter(package.__path__)))
     return sorted(p for p in root.glob("*.py") if not p.name.startswith("_"))
@@ -37,6 +35,7 @@ def env_ids() -> dict[str, str]:
     """Environment id -> task path ("textrl_gym.envs.copy_text"), read from the line ID = "..." without importing."""
     found: dict[str, str] = {}
     for path in folder("envs"):
+        # Read and not imported: `import textrl_gym` registers every environment and must not wait for their torch.
         match = re.search(r'^ID = "([^"]+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
         if match is None:
             raise ImportError(f'{path} must hold a line ID = "Name-v0": every file in envs/ is an environment')
@@ -81,14 +80,6 @@ def load_object(path: str) -> object:
     return getattr(module, name)
 
 
-def load_task(task: Task | type[Task] | str) -> Task:
-    """A Task from an instance, a subclass, "module:Class", or a module that defines one subclass."""
-    found: object = task
-    if isinstance(task, str):
-        found = load_object(task) if ":" in task else class_in(importlib.import_module(task), "rows")
-    return cast("Task", found() if isinstance(found, type) else found)
-
-
 def load_agent_class(name: str) -> type[Any]:
     """The agent class of a file in agents/ ("ppo") or at "package.module:Class".
 
@@ -105,6 +96,7 @@ def load_agent_class(name: str) -> type[Any]:
 
 def class_in(module: ModuleType, method: str) -> type:
     """The one class that a plug-in's module defines with this method."""
+    # By __module__: a file also holds the classes that it imports, its own base class among them.
     classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
     found = [c for c in classes if hasattr(c, method)]
     if len(found) != 1:
@@ -138,19 +130,7 @@ def find_env(name: str) -> str:
     return env_id
 
 
-def load_env_task(env_id: str) -> Task:
-    """The task of a registered environment id ("TLDRSummarize-v0").
-
-    Raises:
-        ValueError: there is no such environment of text.
-    """
-    spec = gymnasium.registry.get(env_id)
-    if spec is None or "task" not in spec.kwargs:
-        raise ValueError(f"unknown environment {env_id!r}; allowed: {', '.join(sorted(env_ids()))}")
-    return load_task(spec.kwargs["task"])
-
-
-def load_agent(folder: str | Path, env: Any = None, **settings: Any) -> Any:
+def load_agent(folder: str | Path, env: object = None, **settings: Any) -> Any:
     """The agent saved in a folder, whatever its class."""
     return load_agent_class(files.read_state(folder)["agent"]).load(folder, env, **settings)
 
@@ -159,6 +139,7 @@ def unknown(kind: str, name: str, allowed: Iterable[str], more: str = "") -> Val
     """An error for a name that is none of the allowed ones, with the nearest of them."""
     names = sorted(allowed)
     lower = {n.lower(): n for n in names}
+    # Lower case on both sides: most slips are "PPO" for "ppo" and "copytext-v0" for "CopyText-v0".
     close = difflib.get_close_matches(name.lower(), lower, n=1)
     hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
     return ValueError(f"unknown {kind} {name!r}{hint}; allowed: {', '.join(names)}{more}")

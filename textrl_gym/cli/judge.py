@@ -197,10 +197,10 @@ def judge_command(args: Sequence[str]) -> int:
 
 def _reader(environment: str) -> Reader:
     """What the comparison's task knows of its prompts; nothing where it is not registered here."""
-    from textrl_gym import registry
     from textrl_gym.experiments.win_rates import Reader
+    from textrl_gym.mdp.task import load_task
 
     if environment not in text_envs():
         return Reader()
-    task = registry.load_task(text_envs()[environment])
+    task = load_task(text_envs()[environment])
     return Reader(task, task.load_tokenizer(), task.rows("validation"), task.max_prompt_tokens)

@@ -67,11 +67,11 @@ def help_text() -> str:
 def envs_command(args: Sequence[str]) -> int:
     """List every registered environment, one row each."""
     parse_flags("envs", envs_command.__doc__, [], args)
-    from textrl_gym import registry
+    from textrl_gym.mdp.task import load_task
 
     rows = []
     for env_id, path in sorted(text_envs().items()):
-        task = registry.load_task(path)
+        task = load_task(path)
         lines = (type(task).__doc__ or "").strip().splitlines() or [""]
         budgets = (str(task.max_prompt_tokens), str(task.max_new_tokens))
         reward = task.reward if isinstance(task.reward, str) else repr(task.reward)

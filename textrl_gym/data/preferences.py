@@ -110,6 +110,7 @@ def _user(text: str) -> Talk:
 
 def _ordered(prompt: str | Talk, texts: Sequence[str], score: float) -> Preference:
     """Two texts, the first chosen where score > 0, the second where it is < 0."""
+    # A missing number in a column of floats is NaN: no preference either.
     if score == 0 or math.isnan(score):
         raise Dropped(TIE)
     return _pair(prompt, *(texts if score > 0 else reversed(texts)))
@@ -124,6 +125,7 @@ def _of_two_talks(before: Talk, row: Row, plain: str | None) -> Preference:
     if chosen == rejected:
         raise Dropped(TIE)
     shared = _common(chosen, rejected)
+    # A policy writes one turn: completions that go on over several are none of its actions.
     for talk in (chosen, rejected):
         if shared == 0 or len(talk) != shared + 1 or talk[-1]["role"] != "assistant":
             raise Dropped(ASTRAY)
@@ -143,6 +145,7 @@ def _implicit(row: Row) -> Preference:
         if cut < len(ASSISTANT) or HUMAN in chosen[cut:] + rejected[cut:]:
             raise Dropped(ASTRAY)
         return dataclasses.replace(_pair(chosen[:cut], chosen[cut:], rejected[cut:]), dialogue=True)
+    # At a blank: two completions may begin with the same letters of different words.
     cut = chosen[:shared].rfind(" ")
     if cut < 1:
         raise ValueError("chosen and rejected begin with no words in common, so there is no prompt")
@@ -163,6 +166,7 @@ def _explicit(row: Row) -> Preference:
 
 def _summaries(row: Row) -> Preference:
     info, texts = row["info"], [summary["text"] for summary in row["summaries"]]
+    # Its rows come from two sources, Reddit and the news of CNN/DM, of which only the second has an article.
     if info.get("article"):
         prompt = f"TITLE: {info['title']}\n\n{info['article']}\n\nTL;DR:"
     else:
@@ -198,6 +202,7 @@ def _ultrafeedback(row: Row) -> Preference:
     rated = [(c["response"], score) for c in row["completions"] if (score := rating(c)) is not None]
     texts, scores = [text for text, _ in rated], [score for _, score in rated]
     places = range(len(texts))
+    # Every pair of different ratings, as in InstructGPT: K ratings give up to K (K - 1) / 2 of them, from one prompt.
     pairs = [(a, b) for a in places for b in places if scores[a] > scores[b] and texts[a] != texts[b]]
     if not pairs:
         raise Dropped(TIE)
@@ -259,7 +264,7 @@ def load_preferences(
     for number, row in enumerate(rows):
         try:
             found.append({**row, **_texts(schema.convert(row), tokenizer)})
-        except Dropped as why:
+        except Dropped as why:  # counted and told: a data set that loses half of its rows must not do so unseen
             dropped[str(why)] += 1
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}, row {number} does not fit the schema of {schema.name}: {error!r}") from error
@@ -299,6 +304,7 @@ def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None) ->
         else:
             dialogue = not preference.plain
             prompt = preference.plain or "".join(_written(turn) for turn in prompt) + ASSISTANT
+            # Completions begin with a blank, as Anthropic's do: with most tokenizers "Yes" and " Yes" are other tokens.
             texts = [text if text[:1].isspace() or prompt[-1:].isspace() else f" {text}" for text in texts]
     return {"prompt": prompt, "completions": texts, "pairs": preference.pairs, "dialogue": dialogue}
 

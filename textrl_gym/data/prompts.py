@@ -36,6 +36,8 @@ def encode_prompt(
     named = f"the prompt {text[:60]!r}... has {len(ids)} tokens, max_prompt_tokens is {max_prompt_tokens}"
     if not text.endswith(keep_suffix):
         raise ValueError(f"{named}, and it cannot be cut: it does not end in {keep_suffix!r}")
+    # Head, body and suffix are encoded apart only here: a prompt that fits keeps the tokens of the whole text, since a
+    # tokenizer may merge over the cuts.
     body = text[: len(text) - len(keep_suffix)]
     suffix_ids = tokenizer(keep_suffix, add_special_tokens=False)["input_ids"] if keep_suffix else []
     head_ids, body_ids = _split_head(body, tokenizer)

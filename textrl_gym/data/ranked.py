@@ -86,6 +86,7 @@ def read_preferences(
         ids = [
             tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for t in row["completions"]
         ]
+        # EOS was appended before the cut: what the budget cuts has none, as a rollout that is truncated has none.
         ids = [some[:budget] for some in ids]
         pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
         if pairs:

@@ -42,6 +42,7 @@ def read_rows(dataset: str | Path, split: str, hub: Callable[[str, str], list[An
         hub: reads a Hub id: f(name, split) -> rows; None: by `datasets.load_dataset`.
     """
     check_split(split)
+    # What is on the disk comes first: a folder named owner/name must not be looked for on the Hub.
     path = Path(dataset).expanduser()
     if path.is_file():
         return _read_file(path)
@@ -94,11 +95,12 @@ def _read_file(path: Path) -> list[Any]:
 def _read_csv(path: Path) -> list[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
         try:
+            # restkey: fields beyond the header would be dropped in silence. strict: so would a quote that never ends.
             rows = list(csv.DictReader(file, restkey="", strict=True))
         except csv.Error as error:
             raise ValueError(f"{str(path)!r} is no CSV: {error}") from error
     for number, row in enumerate(rows):
-        if "" in row:
+        if "" in row:  # the restkey above
             raise ValueError(f"{str(path)!r}, row {number} has more fields than the header: {row['']}")
     return rows
 
@@ -130,6 +132,7 @@ def read_preference_rows(dataset: str, split: str) -> tuple[list[Any], bool]:
     """A split of preference data as it is written, and whether the data set has held-out rows of its own."""
     path = Path(dataset).expanduser()
     if path.is_dir():
+        # "test" stands in for "validation" where a folder has no other held-out split.
         names = {file.name.split(".")[0].split("-")[0] for file in path.iterdir()}
         if split == "validation" and "validation" not in names and "test" in names:
             split = "test"
@@ -143,6 +146,7 @@ def read_preference_rows(dataset: str, split: str) -> tuple[list[Any], bool]:
         has_held_out.append(held_out)
         return rows
 
+    # A Hub id holds no colon, so that what comes after one is a folder of the data set.
     name, _, part = dataset.partition(":")
     return read_rows(name, split, hub), all(has_held_out)
 
@@ -160,6 +164,7 @@ def _read_hub_preferences(name: str, part: str, split: str) -> tuple[list[Any], 
             # The Hub keeps what such a script gives as parquet files on a branch of its own.
             folder = part or CONFIGS.get(name, "default")
             found = datasets.load_dataset(name, data_dir=folder, revision=PARQUET)
+        # All of them are loaded and one is taken, because which splits there are decides what is held out.
         own = [n for n in PREFERENCE_SPLITS[split] if n in found]
         names = own or [n for n in PREFERENCE_SPLITS["train"] if n in found]
         if not names:
@@ -175,6 +180,7 @@ def hub_errors(name: str, split: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
+        # The first line: the Hub's errors go on with a page of advice about tokens.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"dataset {name!r}, split {split!r}: there is no such file or folder, and the Hub gave none: {reason}. "

@@ -57,8 +57,9 @@ class Evaluator:
         mdp = self.mdp
         if gold is None and mdp.settings["dataset"] is None:  # a task's gold score may need columns that others lack
             gold = mdp.task.gold
-        given = {"task": mdp.task, "device": mdp.device, "tokenizer": mdp.tokenizer}
-        self.gold = None if gold is None else load_scorer(gold, **given)
+        self.gold = None
+        if gold is not None:
+            self.gold = load_scorer(gold, task=mdp.task, device=mdp.device, tokenizer=mdp.tokenizer)
         self._start: tuple[Policy, list[Rollout], Tensor] | None = None
         self._human: Tensor | None = None
 

@@ -21,6 +21,7 @@ from textrl_gym import files, registry
 from textrl_gym.evaluation import reward_hacking
 from textrl_gym.experiments import worker
 from textrl_gym.experiments.progress import LiveTable
+from textrl_gym.mdp.task import load_task
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import parse_reward
 from textrl_gym.training.run_folder import EVALUATIONS, read_rows, renamed
@@ -244,7 +245,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     from textrl_gym.judges.judge import load_scorer
     from textrl_gym.rewards import load_reward
 
-    task = registry.load_task(gymnasium.spec(environment).kwargs["task"])
+    task = load_task(gymnasium.spec(environment).kwargs["task"])
     if config.gold is not None:  # a wrong name is told before any run begins
         load_scorer(config.gold, task=task)
     if config.reward is not None:

@@ -21,15 +21,17 @@ from annotated_types import Ge, Le
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.integrations.sb3_env import TextVecEnv
 from textrl_gym.integrations.sb3_policy import CausalLMPolicy, PolicyLogprob
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.scoring import token_logprobs
-from textrl_gym.training.agent import Agent
+from textrl_gym.training.agent import Agent, EnvLike
 from textrl_gym.training.config import AgentConfig
 
 
@@ -71,9 +73,9 @@ class SB3Agent(Agent):
     config: Any
     uses_value = True
     resumes = False
-    _algorithm: Any = None
+    _algorithm: OnPolicyAlgorithm | None = None
 
-    def make_algorithm(self, **common: Any) -> Any:
+    def make_algorithm(self, **common: Any) -> OnPolicyAlgorithm:
         """SB3's algorithm from the arguments that all of them take."""
         raise TypeError(f"{type(self).__name__} must define make_algorithm(**common)")
 
@@ -88,13 +90,14 @@ class SB3Agent(Agent):
         return self.env.max_new_tokens if self.config.n_steps is None else self.config.n_steps
 
     @property
-    def algorithm(self) -> Any:
+    def algorithm(self) -> OnPolicyAlgorithm:
         """SB3's algorithm; it is made, and its rows begin, when it is first needed."""
         if self._algorithm is None:
             self._algorithm = self._begin()
         return self._algorithm
 
-    def _begin(self) -> Any:
+    def _begin(self) -> OnPolicyAlgorithm:
+        # SB3 sends tokens alone, so that the environment asks the policy for its log-probabilities itself.
         logprob = PolicyLogprob(whole=self.env.kl_estimator == "full")
         mdp = self.env.remake(
             self.env.num_envs,
@@ -114,15 +117,17 @@ class SB3Agent(Agent):
             policy_kwargs={"model": self.policy, "micro_batch_tokens": self.config.micro_batch_tokens},
             device=self.device,
         )
+        assert isinstance(algorithm.policy, CausalLMPolicy)
         logprob.policy = algorithm.policy
-        algorithm.policy.optimizer = self.optimizer
+        algorithm.policy.optimizer = self.optimizer  # this agent's, which its checkpoints hold
         algorithm.set_logger(Logger(None, []))  # its numbers become our metrics
         self._episodes = _Episodes()
         self._episodes.init_callback(algorithm)
+        # What SB3's learn() does before its loop: it resets the rows and makes the buffers of episodes' infos.
         algorithm._setup_learn(self.batch_steps)
         return algorithm
 
-    def set_env(self, env: Any) -> None:
+    def set_env(self, env: EnvLike) -> None:
         super().set_env(env)
         self._algorithm = None
         if self.n_steps < self.env.max_new_tokens:
@@ -147,10 +152,12 @@ class SB3Agent(Agent):
     def collect(self) -> Rollout:
         """SB3's rollout. Returned are the texts that ended in it; what SB3 trains on stays in its own buffer."""
         algorithm = self.algorithm
-        algorithm.env.mdp.kl_coef = self.kl.coef
+        envs = algorithm.env
+        assert isinstance(envs, TextVecEnv)  # SB3 wraps images and single environments only
+        envs.mdp.kl_coef = self.kl.coef  # an adaptive penalty has moved it since the last rollout
         with self._seeded():
-            algorithm.collect_rollouts(algorithm.env, self._episodes, algorithm.rollout_buffer, self.n_steps)
-        rollout = self._episodes.take(algorithm.env.mdp, self.policy)
+            algorithm.collect_rollouts(envs, self._episodes, algorithm.rollout_buffer, self.n_steps)
+        rollout = self._episodes.take(envs.mdp, self.policy)
         self.dropped_tokens = self.batch_steps - rollout.num_tokens
         return rollout
 
@@ -199,13 +206,14 @@ class _Episodes(BaseCallback):
         for steps, fact, done, info in zip(
             self.running, zip(*facts, strict=True), now["dones"], now["infos"], strict=True
         ):
+            # A text may have begun in the rollout before: its first tokens were sampled by the policy of then.
             steps.append(fact)
             if done:
                 self.ended.append(info | {"steps": list(steps)})
                 steps.clear()
         return True
 
-    def take(self, mdp: Any, policy: Policy) -> Rollout:
+    def take(self, mdp: TextVectorEnv, policy: Policy) -> Rollout:
         """The texts that ended since the last call, with the reference's log-probabilities."""
         ended, self.ended = self.ended, []
         device, places = policy.device, mdp.max_prompt_tokens
@@ -223,7 +231,7 @@ class _Episodes(BaseCallback):
             token_BT=input_BL[:, places:],
             mask_BT=mask_BL[:, places:].bool(),
             logp_BT=logp_BT,
-            ref_logp_BT=logp_BT,
+            ref_logp_BT=logp_BT,  # until the pass below, which needs a rollout
             kl_BT=torch.zeros_like(logp_BT),
             value_BT=value_BT,
             score_B=torch.tensor([info["score"] for info in ended], device=device),

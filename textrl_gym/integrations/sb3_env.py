@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from textrl_gym.mdp.text_env import vector_env
 from textrl_gym.policy.step_cache import StepCache
@@ -28,8 +30,10 @@ class TextVecEnv(VecEnv):
         ValueError: no text environment, or one that wants log-probabilities with its actions.
     """
 
-    def __init__(self, envs: Any) -> None:
+    def __init__(self, envs: object) -> None:
         mdp = vector_env(envs)
+        # SB3 wants the last observation in the infos and the first of the next episode in its place, in one step. So
+        # rows are reset here, and not by the environment.
         if mdp.metadata["autoreset_mode"] is not AutoresetMode.DISABLED:
             mdp = mdp.remake(mdp.num_envs, autoreset_mode=AutoresetMode.DISABLED)
         if not isinstance(mdp.single_action_space, Discrete):
@@ -38,14 +42,15 @@ class TextVecEnv(VecEnv):
                 "make the environment with policy_logprob=PolicyLogprob()"
             )
         self.mdp = mdp
+        # Without it each step would compute the whole text under the reference: T passes over L places.
         if mdp.reference is not None and mdp.reference.steps is None:
             mdp.reference.steps = StepCache(mdp.reference.trunk)
         super().__init__(mdp.num_envs, mdp.single_observation_space, mdp.single_action_space)
-        self._actions: Any = None
+        self._actions: np.ndarray | None = None
         self._return_B, self._length_B = np.zeros(mdp.num_envs), np.zeros(mdp.num_envs, np.int64)
         self._began = time.time()
 
-    def reset(self) -> Any:
+    def reset(self) -> dict[str, np.ndarray]:
         """Begin an episode in every row, with the seeds and options that were set for it."""
         seeds = None if all(seed is None for seed in self._seeds) else list(self._seeds)
         observation, infos = self.mdp.reset(seed=seeds, options=self._joined_options())
@@ -69,17 +74,21 @@ class TextVecEnv(VecEnv):
         """Keep the actions for step_wait."""
         self._actions = actions
 
-    def step_wait(self) -> Any:
+    def step_wait(self) -> VecEnvStepReturn:
         """Observations, rewards, dones and a dict for each row."""
+        assert self._actions is not None, "step_async comes first"
         observation, reward, terminated, truncated, infos = map(_numpy, self.mdp.step(self._actions))
         rows = _rows(infos, self.num_envs)
         done_B = terminated | truncated
+        # Here and not by SB3's VecMonitor, which would hide the environment from SB3Agent.
         self._return_B += reward
         self._length_B += 1
         for b, info in enumerate(rows):
+            # SB3 bootstraps from truncated rows by it; CausalLMPolicy answers with a V of 0 there.
             info["TimeLimit.truncated"] = bool(truncated[b])
         if done_B.any():
             for b in np.flatnonzero(done_B).tolist():
+                # A copy: the row's places in `observation` are overwritten by its next episode.
                 rows[b]["terminal_observation"] = {name: value[b].copy() for name, value in observation.items()}
                 rows[b]["episode"] = {
                     "r": float(self._return_B[b]),
@@ -101,30 +110,32 @@ class TextVecEnv(VecEnv):
         """The text of every row, where the environment was made with render_mode="ansi"."""
         return self.mdp.render()
 
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """An attribute of the environment, for each of the rows."""
         return [getattr(self.mdp, attr_name) for _ in self._get_indices(indices)]
 
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+    def set_attr(self, attr_name: str, value: object, indices: VecEnvIndices = None) -> None:
         """Set an attribute of the environment, which all rows share."""
         self._all(indices, "set_attr")
         setattr(self.mdp, attr_name, value)
 
-    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *method_args: object, indices: VecEnvIndices = None, **method_kwargs: object
+    ) -> list[Any]:
         """Call a method of the environment once; all rows share it."""
         self._all(indices, "env_method")
         return [getattr(self.mdp, method_name)(*method_args, **method_kwargs)] * self.num_envs
 
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """False for each of the rows."""
         return [False for _ in self._get_indices(indices)]
 
-    def _all(self, indices: Any, what: str) -> None:
+    def _all(self, indices: VecEnvIndices, what: str) -> None:
         if sorted(self._get_indices(indices)) != list(range(self.num_envs)):
             raise ValueError(f"{what}: the rows are one environment; indices must be None, got {indices!r}")
 
 
-def _numpy(value: Any) -> Any:
+def _numpy(value: object) -> Any:
     """Arrays of tensors, also inside dicts."""
     if isinstance(value, dict):
         return {name: _numpy(item) for name, item in value.items()}

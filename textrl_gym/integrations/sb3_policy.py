@@ -17,20 +17,22 @@ Shape legend: B states, U texts, P prompt places, T response places, L = P + T, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from textrl_gym.policy.policy import Policy
 from textrl_gym.policy.step_cache import StepCache
 
-Observation = dict[str, Tensor]
+if TYPE_CHECKING:
+    from textrl_gym.mdp.task import Task
 
 
 def longest_texts(rows: list[bytes]) -> tuple[list[int], list[int]]:
@@ -79,11 +81,11 @@ class CausalLMPolicy(ActorCriticPolicy):
 
     def __init__(
         self,
-        observation_space: Any,
-        action_space: Any,
-        lr_schedule: Any,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
         use_sde: bool = False,
-        model: Any = None,
+        model: torch.nn.Module | str | None = None,
         temperature: float | None = None,
         micro_batch_tokens: int = 65_536,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
@@ -93,7 +95,8 @@ class CausalLMPolicy(ActorCriticPolicy):
             raise ValueError("use_sde=True explores continuous actions; tokens are discrete: use_sde must be False")
         if not isinstance(action_space, spaces.Discrete):
             raise ValueError(f"actions must be Discrete tokens, got {action_space}: {_HOW_KL}")
-        if getattr(observation_space, "task", None) is None:
+        task: Task | None = getattr(observation_space, "task", None)
+        if task is None:
             raise ValueError(f"the observation space must be a text environment's own, got {observation_space}")
         if micro_batch_tokens < 1:
             raise ValueError(f"micro_batch_tokens must be at least 1, got {micro_batch_tokens}")
@@ -105,13 +108,14 @@ class CausalLMPolicy(ActorCriticPolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         self.model_spec, self.micro_batch_tokens = model, micro_batch_tokens
-        self.lm = _policy(observation_space.task, int(action_space.n), model, temperature)
+        self.lm = _policy(task, int(action_space.n), model, temperature)
         self.lm.steps = StepCache(self.lm.trunk)
-        self.prompt_places: int = observation_space.prompt_places
+        self.prompt_places: int = observation_space.prompt_places  # type: ignore[attr-defined] # as mdp.spaces sets it
         trained = [p for p in self.lm.parameters() if p.requires_grad]
+        # SB3's constructor has made one of the parameters that were there before the LM.
         self.optimizer = optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
-    def _build(self, lr_schedule: Any) -> None:
+    def _build(self, lr_schedule: Schedule) -> None:
         """Called by SB3's constructor, which would build an MLP here."""
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -135,25 +139,26 @@ class CausalLMPolicy(ActorCriticPolicy):
 
     # -- what SB3 asks for --------------------------------------------------------------------------------------------
 
-    def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions of states, their values and log-probabilities, with the cache of the states before."""
         hidden_BD = self._hidden(obs)
         distribution = self._distribution(hidden_BD)
         action_B = distribution.get_actions(deterministic=deterministic)
         return action_B, self.lm.value_of(hidden_BD)[:, None], distribution.log_prob(action_B)
 
-    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values, log-probabilities and entropies, differentiable."""
         hidden_BD = self._teacher_forced(obs)
         distribution = self._distribution(hidden_BD)
         return self.lm.value_of(hidden_BD)[:, None], distribution.log_prob(actions), distribution.entropy()
 
-    def get_distribution(self, obs: Any) -> Distribution:
+    def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """The next-token distribution."""
         return self._distribution(self._hidden(obs))
 
-    def predict_values(self, obs: Any) -> Tensor:
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
         """V of states, [B, 1]; 0 where the budget has run out."""
+        assert isinstance(obs, dict)
         over_B = obs["attention_mask"][:, -1].bool()
         if over_B.all():  # SB3 asks for each truncated row by itself
             return torch.zeros(len(over_B), 1, device=over_B.device)
@@ -164,16 +169,18 @@ class CausalLMPolicy(ActorCriticPolicy):
 
     # -- one state's last hidden state --------------------------------------------------------------------------------
 
-    def _hidden(self, obs: Observation) -> Tensor:
+    def _hidden(self, obs: PyTorchObs) -> Tensor:
         if self.training or torch.is_grad_enabled():
             return self._teacher_forced(obs)
-        assert self.lm.steps is not None
+        assert self.lm.steps is not None and isinstance(obs, dict)
         return self.lm.steps(obs["input_ids"], obs["attention_mask"])
 
-    def _teacher_forced(self, obs: Observation) -> Tensor:
+    def _teacher_forced(self, obs: PyTorchObs) -> Tensor:
         """[B, D], differentiable: the states that are beginnings of one text are read off one pass over it."""
+        assert isinstance(obs, dict)  # SB3 gives a space of Dict as one
         mask_BL = obs["attention_mask"].bool()
         written_B = mask_BL[:, self.prompt_places :].sum(1)
+        # As bytes on the host: sorting them finds every beginning in one go. int32 halves what is compared.
         host_BL, host_mask_BL = obs["input_ids"].cpu().numpy().astype(np.int32), mask_BL.cpu().numpy()
         prompt_B = host_mask_BL[:, : self.prompt_places].sum(1, dtype=np.int32)
         rows = [
@@ -187,16 +194,19 @@ class CausalLMPolicy(ActorCriticPolicy):
         for part in parts:
             chosen = torch.tensor([kept[text] for text in part], device=mask_BL.device)
             inputs = (obs["input_ids"][chosen], mask_BL[chosen])
+            # Several parts are more than the budget of memory: each is computed again in the backward pass.
             if len(parts) > 1 and torch.is_grad_enabled():
                 hidden_UTD = checkpoint(self._texts, *inputs, use_reentrant=False)
             else:
                 hidden_UTD = self._texts(*inputs)
             number_of = torch.full((len(kept),), -1, device=mask_BL.device)
             number_of[torch.tensor(part, device=mask_BL.device)] = torch.arange(len(part), device=mask_BL.device)
+            # Which states this part's texts answer, and from which text and place each is read.
             state_R = (number_of[text_B] >= 0).nonzero().squeeze(1)
             found_RD = hidden_UTD[number_of[text_B[state_R]], written_B[state_R]]
             if hidden_BD is None:
                 hidden_BD = found_RD.new_zeros(len(rows), found_RD.shape[1])
+            # Not in place: autograd needs each part's result as it was.
             hidden_BD = hidden_BD.index_copy(0, state_R, found_RD)
         assert hidden_BD is not None
         return hidden_BD
@@ -214,6 +224,7 @@ class CausalLMPolicy(ActorCriticPolicy):
 
     def _texts(self, input_UL: Tensor, mask_UL: Tensor) -> Tensor:
         """The hidden states below the token after the prompt and after each written one, [U, T + 1, D]."""
+        # Columns that are padding in every text are cut off before the pass.
         first = self.prompt_places - int(mask_UL[:, : self.prompt_places].sum(1).max())
         last = self.prompt_places + int(mask_UL[:, self.prompt_places :].sum(1).max())
         prompt, written = slice(first, self.prompt_places), slice(self.prompt_places, last)
@@ -228,6 +239,7 @@ class CausalLMPolicy(ActorCriticPolicy):
             torch.as_tensor(observation[name], device=self.lm.device) for name in ("input_ids", "attention_mask")
         )
         assert self.lm.steps is not None
+        # SB3 has just asked for this observation to choose its actions: its hidden states are still there.
         hidden_BD = self.lm.steps.find(input_BL, mask_BL)
         if hidden_BD is None:
             hidden_BD = self._teacher_forced({"input_ids": input_BL, "attention_mask": mask_BL})
@@ -237,7 +249,7 @@ class CausalLMPolicy(ActorCriticPolicy):
 _HOW_KL = "with a KL penalty make the environment with policy_logprob=PolicyLogprob()"
 
 
-def _policy(task: Any, vocab_size: int, model: Any, temperature: float | None) -> Policy:
+def _policy(task: Task, vocab_size: int, model: torch.nn.Module | str | None, temperature: float | None) -> Policy:
     if isinstance(model, Policy):
         if not model.shares_trunk or model.vocab_size != vocab_size:
             raise ValueError(f"a Policy needs a value head on its trunk and vocab_size={vocab_size}")
@@ -248,6 +260,7 @@ def _policy(task: Any, vocab_size: int, model: Any, temperature: float | None) -
     rows = loaded.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:
         raise ValueError(f"the environment has {vocab_size} tokens but the model's vocabulary has {rows} rows")
+    # float32 whatever it was loaded in: SB3 takes ratios to the sampler's log-probabilities.
     return Policy(
         loaded.float(), value_head=True, temperature=1.0 if temperature is None else temperature, vocab_size=vocab_size
     )
@@ -261,13 +274,15 @@ class PolicyLogprob:
         whole: give the whole distribution, as kl_estimator="full" asks for.
     """
 
-    def __init__(self, policy: Any = None, whole: bool = False) -> None:
+    def __init__(self, policy: BasePolicy | None = None, whole: bool = False) -> None:
         self.policy, self.whole = policy, whole
 
-    def __call__(self, observation: Mapping[str, Any], action: Any) -> Tensor:
+    def __call__(self, observation: Mapping[str, Any], action: Tensor | np.ndarray | int) -> Tensor:
         """log pi(action | observation), of one row or of a batch."""
         if self.policy is None:
             raise ValueError("PolicyLogprob has no policy yet: after model = PPO(...), set it to model.policy")
+        if not isinstance(self.policy, CausalLMPolicy):
+            raise ValueError(f"PolicyLogprob needs a CausalLMPolicy, got a {type(self.policy).__name__}")
         single = np.ndim(observation["input_ids"]) == 1
         if single:
             observation = {name: value[None] for name, value in observation.items()}

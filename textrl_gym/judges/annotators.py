@@ -27,6 +27,8 @@ class Annotators:
 
     beta: float = 6.0
     """Logits per unit of gold: the larger, the sharper the eye. At least 0."""
+    # 0.12 and not 0.1: with the bundled reward model agreement with held-out choices was 0.753, above the 65 to 75% of
+    # people that the world is meant to have; with 0.12 it is 0.743.
     noise: float = 0.12
     """Share of labels that are a coin flip. 0 to 1."""
     length_preference: float = 0.02

@@ -73,12 +73,14 @@ class Pointwise:
 
     def prefer(self, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Array:
         """See Judge."""
+        # Both sides in one call: a reward model batches by length, and one call fills its batches better than two.
         score_2N = self.score([*rows, *rows], [*a, *b])
         return outcomes(score_2N[: len(rows)], score_2N[len(rows) :])
 
 
 def reward_of(reward: RewardFunction, rows: Sequence[Row], answers: Sequence[Answer]) -> torch.Tensor:
     """A reward of given texts, with every column of their rows, and their tokens where all are known. [N]"""
+    # A row's own `completion_ids` would not be those of the answer that is scored.
     names = {name for row in rows for name in row} - {"prompt", "completion_ids"}
     columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
     if all(answer.ids is not None for answer in answers):
@@ -103,7 +105,7 @@ class Noisy:
 
     def prefer(self, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Array:
         """See Judge."""
-        outcome_N = self.judge.prefer(rows, a, b)
+        outcome_N = self.judge.prefer(rows, a, b)  # a tie of 0.5 turned round is 0.5 again
         return np.where([self._errs(*pair) for pair in zip(rows, a, b, strict=True)], 1 - outcome_N, outcome_N)
 
     def _errs(self, row: Row, a: Answer, b: Answer) -> bool:
@@ -129,6 +131,7 @@ def load_scorer(
             f"judge {ENDPOINT!r} compares two answers and gives no scores: finish the comparison without it, and then "
             f"run `textrl-gym judge DIR --judge {ENDPOINT} --endpoint.model NAME`"
         )
+    # The task's own name for it ("tldr_gold") would do too, but is another for each task.
     if spec == GOLD:
         own = getattr(task, "gold", None)
         if own is None:

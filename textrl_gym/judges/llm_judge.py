@@ -130,6 +130,7 @@ class Verdicts:
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection for one transaction: nothing is shared between threads."""
         try:
+            # `db` a second time is the transaction. 60 s: other processes' writes are waited for, not failed on.
             with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as db, db:
                 yield db
         except sqlite3.Error as error:
@@ -171,8 +172,11 @@ class Endpoint:
             EndpointError: the endpoint fails for good. The verdicts that were given until then are kept.
         """
         triples = [(str(row["prompt"]), one.text, other.text) for row, one, other in zip(rows, a, b, strict=True)]
+        # Both orders: models prefer a place (Zheng et al. 2023, arXiv:2306.05685), and two orders that disagree
+        # show it as a tie.
         orders = [((prompt, one, other), (prompt, other, one)) for prompt, one, other in triples if one != other]
         self._ask_all({self._key(*asked): asked for both in orders for asked in both})
+        # Read back from the file, which holds the verdicts of earlier calls beside those just given.
         verdict = self.verdicts.known(self._key(*asked) for both in orders for asked in both)
 
         def outcome(prompt: str, one: str, other: str) -> float:
@@ -183,6 +187,7 @@ class Endpoint:
         return np.array([outcome(*triple) for triple in triples])
 
     def _key(self, *asked: str) -> str:
+        # JSON keeps the parts apart: ("ab", "c") and ("a", "bc") have different keys.
         return hashlib.sha256(json.dumps([self.config.model, self.template, *asked]).encode()).hexdigest()
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ class Endpoint:
                 for future in as_completed(futures):
                     future.result()
                     bar.advance(task)
-            except BaseException as error:
+            except BaseException as error:  # Ctrl-C too: threads that wait for a retry would keep the process alive
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 if isinstance(error, EndpointError):
@@ -232,6 +237,7 @@ class Endpoint:
                 if verdict != NONE:
                     break
         except EndpointError:
+            # Here and not where the future is read: another worker took one more question in between.
             stop.set()
             raise
         self.verdicts.add(key, verdict, reply)
@@ -260,6 +266,7 @@ class Endpoint:
         """
         import httpx2
 
+        # Temperature 0: a verdict is kept for good, so that it should be the one that would come again.
         headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
         body = {"model": self.config.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
         if self.config.max_answer_tokens:
@@ -271,6 +278,7 @@ class Endpoint:
         except httpx2.RequestError as error:
             return None, self._told(_describe(error)), 0.0
         if response.status_code != 200:
+            # The key is taken out before the text is cut: of a key cut in two the rest would stay.
             reason = f"status {response.status_code}: {' '.join(self._told(response.text).split())[:300]}"
             if response.status_code in _TRY_AGAIN or response.status_code >= 500:
                 return None, reason, retry_after(response.headers.get("retry-after", ""))
@@ -320,11 +328,12 @@ def retry_after(header: str) -> float:
     """The seconds of a Retry-After, which is a number or a date; 0 where it is neither."""
     try:
         seconds = float(header)
-    except ValueError:
+    except ValueError:  # RFC 9110 allows a date in its place
         try:
             seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
         except ValueError:
             return 0.0
+    # A date may have passed, and float() takes "inf" and "nan".
     return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
 
 
@@ -345,6 +354,7 @@ def _describe(error: Exception) -> str:
 
 def _read_key(variable: str) -> str | None:
     key = os.environ.get(variable, "").strip()
+    # A client that refuses a header says so with the header in it, escaped: _told would not find the key there.
     if not (key.isascii() and key.isprintable()) or set(key) & set(" \"'\\"):
         raise ValueError(f"the environment variable {variable} holds no key: a key is printable ASCII without blanks")
     return key or None

@@ -5,33 +5,41 @@ Shape legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from textrl_gym import kl
-from textrl_gym.mdp.transition import Array, State
+from textrl_gym.mdp.spaces import MDPSettings
+from textrl_gym.mdp.transition import BatchArray, State
 
+Actions = Mapping[str, Any] | Tensor | np.ndarray | Sequence[int]
+"""B tokens, or {"token": B tokens, "logprob": log pi of them} where the KL penalty asks for it."""
+
+# torch's dtypes know no "kind" as numpy's do.
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def to_tensor(values: Any, device: torch.device) -> Tensor:
+def to_tensor(values: ArrayLike | Tensor, device: torch.device) -> Tensor:
     """The values on the device; arrays, which may be read-only, are copied."""
     if isinstance(values, Tensor):
         return values.to(device)
+    # torch.tensor and not from_numpy, which would share memory with an array that the caller goes on writing to.
     return torch.tensor(np.asarray(values), device=device)
 
 
-def parse(env: Any, actions: Any) -> tuple[Array, Tensor | None]:
+def parse_actions(env: MDPSettings, actions: Actions) -> tuple[BatchArray, Tensor | None]:
     """Tokens [B], integers (numpy where the environment's state is), and the log-probabilities that came with them.
 
     Raises:
         ValueError: naming what is missing, of a wrong shape or out of range.
     """
     logprob = None
+    token: ArrayLike | Tensor
     if isinstance(actions, Mapping):
         if "token" not in actions or (env.wants_logprob and "logprob" not in actions):
             raise ValueError(f"an action needs the keys 'token' and 'logprob', got {sorted(actions)}")
@@ -40,27 +48,34 @@ def parse(env: Any, actions: Any) -> tuple[Array, Tensor | None]:
             shape = (env.num_envs, env.vocab_size) if env.kl_estimator == "full" else (env.num_envs,)
             if tuple(logprob.shape) != shape or not bool(torch.isfinite(logprob).all()):
                 raise ValueError(f"logprob must be finite numbers of shape {shape}, got {actions['logprob']!r}")
-        actions = actions["token"]
+        token = actions["token"]
     elif env.wants_logprob:
         raise ValueError(
             f"kl_coef={env.kl_coef} needs the policy's log-probability: send actions as "
             "{'token': a, 'logprob': log pi(a|s)}, or make the environment with policy_logprob=fn"
         )
-    if env.device.type == "cpu":
-        action_B: Any = actions.numpy() if isinstance(actions, Tensor) else np.asarray(actions)
+    else:
+        token = actions
+    if env.device.type == "cpu":  # the state is numpy's there
+        action_B: Any = token.numpy() if isinstance(token, Tensor) else np.asarray(token)
         integers = action_B.dtype.kind in "iu"
     else:
-        action_B = to_tensor(actions, env.device)
+        action_B = to_tensor(token, env.device)
         integers = action_B.dtype in _INTEGERS
     if action_B.shape != (env.num_envs,) or not integers:
-        raise ValueError(f"actions must be {env.num_envs} integers, got {actions!r}")
+        raise ValueError(f"actions must be {env.num_envs} integers, got {token!r}")
     if action_B.min() < 0 or action_B.max() >= env.vocab_size:
         raise ValueError(f"actions must lie in [0, {env.vocab_size}), got {action_B.tolist()}")
     return action_B, logprob
 
 
 def penalty(
-    env: Any, observe: Callable[[], Any], state: State, actions: Any, action_B: Array, logprob: Tensor | None
+    env: MDPSettings,
+    observe: Callable[[], dict[str, Any]],
+    state: State,
+    actions: Actions,
+    action_B: BatchArray,
+    logprob: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The KL estimate of each row's action and the reference's log-probability of it, both [B] on the device.
 
@@ -72,10 +87,13 @@ def penalty(
     Raises:
         ValueError: env.policy_logprob returns a wrong shape or numbers that are not finite.
     """
+    assert env.reference is not None, "with a penalty an environment has a reference"
     ref_logp_BV = env.reference.next_logprobs(*(to_tensor(x, env.device) for x in (state.token_BL, state.mask_BL)))
     ref_logp_B = ref_logp_BV.gather(1, to_tensor(action_B, env.device).long()[:, None]).squeeze(1)
     ref = ref_logp_BV if env.kl_estimator == "full" else ref_logp_B
     if logprob is None:
+        assert env.policy_logprob is not None
+        # The tokens as they were given: a user's function may hold them in a type of its own.
         token = actions["token"] if isinstance(actions, Mapping) else actions
         logprob = torch.as_tensor(env.policy_logprob(observe(), token), device=env.device).float()
         if logprob.shape != ref.shape or not bool(torch.isfinite(logprob).all()):
@@ -83,4 +101,5 @@ def penalty(
                 f"policy_logprob must return finite numbers of shape {tuple(ref.shape)}, got {logprob} of shape "
                 f"{tuple(logprob.shape)}"
             )
+    # Detached: a reward is a number, and a graph kept here would keep every forward pass of the episode.
     return kl.estimate(env.kl_estimator, logprob.detach(), ref), ref_logp_B

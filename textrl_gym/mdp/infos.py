@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from textrl_gym.core import Row, StopReason
 from textrl_gym.mdp.prompt_streams import Prompt
+from textrl_gym.mdp.transition import BatchArray
+
+Infos = dict[str, Any]
 
 
 def reset_infos(prompts: Sequence[Prompt], chosen_B: np.ndarray) -> dict[str, Any]:
@@ -38,22 +40,22 @@ def final_info(
 
 
 def with_finals(
-    env: VectorEnv[Any, Any, Any],
-    infos: dict[str, Any],
+    infos: Infos,
     ended_B: np.ndarray,
     finals: list[dict[str, Any]],
     final_obs: dict[str, Any] | None,
-) -> dict[str, Any]:
+    add_info: Callable[[Infos, Infos, int], Infos],
+) -> Infos:
     """The step's infos with those of the rows that ended.
 
     Args:
-        env: whose rows they are.
         infos: of the step, each an array [B] with its mask.
         ended_B: bool.
         finals: one for each True of ended_B, in order.
         final_obs: None where the next episode begins later. In SAME_STEP mode the last observations, whose rows go to
             "final_obs"; the finals and the step's own infos of those rows go to "final_info" then, because their places
             in `infos` are those of the new episode.
+        add_info: VectorEnv's, which puts one row's infos into those of all rows.
     """
     ended = np.flatnonzero(ended_B)
     if final_obs is None:
@@ -62,7 +64,7 @@ def with_finals(
             is_number = isinstance(values[0], float)  # as Gymnasium does: others are kept as objects
             infos[name] = np.zeros(len(ended_B), float) if is_number else np.full(len(ended_B), None, object)
             infos[name][ended] = values
-            infos[f"_{name}"] = ended_B.copy()
+            infos[f"_{name}"] = ended_B.copy()  # a copy: the environment goes on using its own
             if None in values:
                 infos[f"_{name}"][ended] = [name in final for final in finals]
         return infos
@@ -75,11 +77,11 @@ def with_finals(
     for b, final in zip(ended.tolist(), finals, strict=True):
         step_info = {name: float(infos[name][b]) for name in names}
         last = {"final_obs": {k: v[b] for k, v in final_obs.items()}, "final_info": step_info | final}
-        ongoing = env._add_info(ongoing, last, b)
+        ongoing = add_info(ongoing, last, b)
     return ongoing
 
 
-def _keep(value_B: Any, kept_B: np.ndarray) -> Any:
+def _keep(value_B: BatchArray, kept_B: np.ndarray) -> BatchArray:
     """The values where kept_B is True, 0 elsewhere."""
     if isinstance(value_B, Tensor):
         return torch.where(torch.as_tensor(kept_B, device=value_B.device), value_B, 0.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium.utils import seeding
+from numpy.typing import ArrayLike
 
 from textrl_gym.core import PromptSource, Row
 
@@ -64,6 +65,7 @@ class PromptStreams:
         if len(seeds) != self.num_envs:
             raise ValueError(f"a list of seeds needs num_envs={self.num_envs} entries, got {len(seeds)}: {seeds}")
         if not self.rngs:
+            # Rows of a group get generators of their own with one seed, not one generator: each draws at its own pace.
             for _ in range(self.num_envs // self.group_size):
                 _, entropy = seeding.np_random(None)
                 self.rngs += [seeding.np_random(entropy)[0] for _ in range(self.group_size)]
@@ -78,11 +80,11 @@ class PromptStreams:
 
     def restore(self, states: Sequence[Any]) -> None:
         """Go on from where states() was taken."""
-        self.seed(0)
+        self.seed(0)  # the generators must be there; their seed does not matter, as each state is overwritten
         for rng, state in zip(self.rngs, states, strict=True):
             rng.bit_generator.state = state
 
-    def draw(self, rows: Sequence[int], indices: Any = None) -> list[Prompt]:
+    def draw(self, rows: Sequence[int], indices: ArrayLike | None = None) -> list[Prompt]:
         """The next prompt of each of the given rows.
 
         Args:
@@ -95,6 +97,7 @@ class PromptStreams:
         if not self.rngs:
             self.seed(None)
         if indices is None:
+            # One draw for one episode whatever came before, so that a row's prompts do not depend on its neighbours.
             wanted = [int(self.rngs[b].integers(len(self.source))) for b in rows]
         else:
             fixed_B = np.asarray(indices)
@@ -115,6 +118,7 @@ class PromptStreams:
         if self.group_size == 1 or not self.rngs:
             return
         for first in range(0, self.num_envs, self.group_size):
+            # A group of which only some rows begin anew keeps its places: its other rows are in the middle of episodes.
             if chosen_B[first : first + self.group_size].all():
                 state = self.rngs[first].bit_generator.state
                 for b in range(first + 1, first + self.group_size):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from textrl_gym.core import StopReason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RENDER_MODES = ["ansi", "human"]
 
@@ -16,7 +19,7 @@ KL_COLOURS = ((2.0, "bold red"), (1.0, "red"), (0.3, "yellow"), (-0.3, "green"),
 class Renderer:
     """Shows the prompt, the tokens (coloured by KL) and the score of one row."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         # Here, not above: 0.2 s that an environment without a render mode need not wait for.
         from rich.console import Console
         from rich.text import Text
@@ -27,7 +30,7 @@ class Renderer:
         self._shown = ""
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def text(self, prompt: Sequence[int], completion: Sequence[int], stop: StopReason) -> str:
         """Prompt and completion as the policy sees them, with the reason of the end if there was one."""

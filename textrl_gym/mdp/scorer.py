@@ -76,11 +76,14 @@ class Scorer:
             reward: another one than the environment's, such as the gold score.
         """
         texts = [self.text(ids) for ids in completion_ids]
+        # Columns that some rows lack are None there: a reward gets whole columns, as with TRL. Sorted, so that what a
+        # reward is called with does not depend on the order of a set.
         names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "completion_ids"}
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
         columns |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
         reward = reward or self.reward
         components = reward.components([row["prompt"] for row in rows], texts, **columns)
         score = reward.total(components).to(self.device)
+        # A single part is the score itself; logging it again would only double a curve.
         mixed = components if len(components) > 1 else {}
         return Scores(score, texts, {name: part.to(self.device) for name, part in mixed.items()})

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import importlib
+from typing import TYPE_CHECKING, ClassVar, cast
 
+import gymnasium
+import torch
+from torch import nn
+
+from textrl_gym import registry
 from textrl_gym.core import PromptSource, RewardSpec, Row
 from textrl_gym.data import prompts
 from textrl_gym.models import loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Task:
@@ -34,18 +43,41 @@ class Task:
         """The prompts of a split: embedded where dataset is None, else a Hub id or a local file or folder."""
         raise ValueError(f"{type(self).__name__} defines no rows(split, dataset)")
 
-    def load_tokenizer(self, name: str | None = None) -> Any:
+    def load_tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer `name` (Hub id, folder), or the task's own."""
-        return loading.load_tokenizer(name or self.model)
+        return loading.load_tokenizer(name or self.model)  # a model's folder holds its tokenizer too
 
-    def load_model(self, name: str | None = None, **kwargs: Any) -> Any:
+    def load_model(
+        self, name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
         """The causal LM `name` of transformers (Hub id, folder), or the task's own, in eval mode."""
-        return loading.load_model(name or self.model, **kwargs)
+        return loading.load_model(name or self.model, device=device, dtype=dtype)
 
-    def encode(self, row: Row, tokenizer: Any, max_prompt_tokens: int) -> list[int]:
+    def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> list[int]:
         """Token ids of a row's prompt, at most max_prompt_tokens; a longer prompt is cut at the end of its body.
 
         Raises:
             ValueError: the prompt is too long and its kept suffix leaves no room for any of the body.
         """
         return prompts.encode_prompt(row["prompt"], tokenizer, max_prompt_tokens, self.keep_suffix)
+
+
+def load_task(task: Task | type[Task] | str) -> Task:
+    """A Task from an instance, a subclass, "module:Class", or a module that defines one subclass."""
+    found: object = task
+    if isinstance(task, str):
+        # A file of envs/ holds one class with rows(); a user's module may hold several, so that one is named.
+        found = registry.load_object(task) if ":" in task else registry.class_in(importlib.import_module(task), "rows")
+    return cast("Task", found() if isinstance(found, type) else found)
+
+
+def load_env_task(env_id: str) -> Task:
+    """The task of a registered environment id ("TLDRSummarize-v0").
+
+    Raises:
+        ValueError: there is no such environment of text.
+    """
+    spec = gymnasium.registry.get(env_id)
+    if spec is None or "task" not in spec.kwargs:
+        raise ValueError(f"unknown environment {env_id!r}; allowed: {', '.join(sorted(registry.env_ids()))}")
+    return load_task(spec.kwargs["task"])

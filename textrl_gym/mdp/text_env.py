@@ -16,6 +16,9 @@ from textrl_gym.mdp.vector_env import (
     TextVectorEnv as TextVectorEnv,  # "textrl_gym.mdp.text_env:TextVectorEnv" is its registered name
 )
 
+Action = int | np.integer | np.ndarray | Tensor | Mapping[str, Any]
+"""A token, or {"token": a, "logprob": log pi of it} where the KL penalty asks for it."""
+
 
 class TextEnv(gym.Env[Any, Any]):
     """One token MDP: TextVectorEnv with one row, without the batch dimension. Takes the same keyword arguments.
@@ -48,11 +51,14 @@ class TextEnv(gym.Env[Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode. options={"prompt_indices": [i]} fixes the prompt."""
         super().reset(seed=seed)
+        # Gymnasium's own generator draws the prompts, so that seed() and np_random mean what they mean everywhere.
         self.vector.streams_of_prompts.rngs = [self.np_random]
         observation, infos = self.vector.reset(options=options)
         return _first(observation), _first_info(infos)
 
-    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: int | np.integer | np.ndarray | Tensor | Mapping[str, Any]
+    ) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Append one token; action is an int, or {"token": a, "logprob": log pi} where the KL penalty asks for it."""
         if isinstance(action, Mapping):
             batched: Any = {k: v[None] if isinstance(v, Tensor) else np.asarray(v)[None] for k, v in action.items()}
@@ -73,7 +79,7 @@ class TextEnv(gym.Env[Any, Any]):
         return frames[0] if frames else None
 
 
-def vector_env(env: Any, **settings: Any) -> TextVectorEnv:
+def vector_env(env: object, **settings: Any) -> TextVectorEnv:
     """The TextVectorEnv under any wrappers; a TextEnv's own one-row one; of an id, one made with the settings.
 
     Raises:
@@ -81,7 +87,7 @@ def vector_env(env: Any, **settings: Any) -> TextVectorEnv:
     """
     if isinstance(env, str):
         env = gym.make_vec(env, **settings)
-    bare = getattr(env, "unwrapped", None)
+    bare = getattr(env, "unwrapped", None)  # by getattr: what is no environment at all gets the error below
     if isinstance(bare, TextEnv):
         return bare.vector
     if not isinstance(bare, TextVectorEnv):
@@ -95,7 +101,7 @@ class _Rowwise:
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
         self.function = function
 
-    def __call__(self, observation: dict[str, Any], action: Any) -> Tensor:
+    def __call__(self, observation: dict[str, Any], action: Tensor | np.ndarray) -> Tensor:
         rows = [
             torch.as_tensor(self.function({k: v[b] for k, v in observation.items()}, action[b]))
             for b in range(len(action))

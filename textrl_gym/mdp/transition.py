@@ -18,25 +18,27 @@ from torch import Tensor
 
 from textrl_gym.core import StopReason
 
-Array = Any
+# Not the union of the two: a function gets arrays of one kind, and neither library's operators take the other's.
+BatchArray = Any
 """numpy.ndarray or torch.Tensor."""
 
-RUNNING, EOS, STOP_STRING, LENGTH = (reason.value for reason in StopReason)
+# Plain ints, of which both libraries make int64 arrays.
+RUNNING, BY_EOS, BY_STOP_STRING, BY_LENGTH = (reason.value for reason in StopReason)
 
 
 @dataclass
 class State:
     """s_t of B rows: prompt and prefix, how many tokens were generated, and why a row ended."""
 
-    token_BL: Array
+    token_BL: BatchArray
     """int64, 0 where mask_BL is 0."""
-    mask_BL: Array
+    mask_BL: BatchArray
     """int8."""
-    count_B: Array
+    count_B: BatchArray
     """int64."""
-    stop_B: Array
+    stop_B: BatchArray
     """int64, StopReason."""
-    row_B: Array
+    row_B: BatchArray
     """int64: 0, 1, ..., B - 1."""
 
     def to(self, device: torch.device) -> State:
@@ -56,15 +58,18 @@ def initial_state(prompts: Sequence[Sequence[int]], max_prompt: int, max_new: in
     return State(token_BL, mask_BL, count_B, count_B.copy(), np.arange(len(prompts)))
 
 
-def restart_(state: State, rows_R: Array, fresh: State) -> None:
+def restart_(state: State, rows_R: BatchArray, fresh: State) -> None:
     """Put R new episodes into the given rows, in place."""
+    # row_B stays: it says where a row stands, not what is in it.
     state.token_BL[rows_R] = fresh.token_BL
     state.mask_BL[rows_R] = fresh.mask_BL
     state.count_B[rows_R] = fresh.count_B
     state.stop_B[rows_R] = fresh.stop_B
 
 
-def stop_reasons(last_B: Array, length_B: Array, hit_B: Array | None, max_new: int, eos_id: int) -> Array:
+def stop_reasons(
+    last_B: BatchArray, length_B: BatchArray, hit_B: BatchArray | None, max_new: int, eos_id: int
+) -> BatchArray:
     """Why each completion ends, as StopReason: EOS before stop string before length. int64 [B].
 
     This is the one rule; stepping, the sampler, guided decoding and given pairs all ask it.
@@ -77,13 +82,15 @@ def stop_reasons(last_B: Array, length_B: Array, hit_B: Array | None, max_new: i
         eos_id: the token that ends a completion.
     """
     xp: Any = torch if isinstance(last_B, Tensor) else np
-    stop_B = xp.where(length_B >= max_new, LENGTH, RUNNING)
+    # From the weakest reason to the strongest: a row that ends in EOS with its last token has ended by itself, and must
+    # not be charged the penalty of a text that was cut off.
+    stop_B = xp.where(length_B >= max_new, BY_LENGTH, RUNNING)
     if hit_B is not None:
-        stop_B = xp.where(hit_B, STOP_STRING, stop_B)
-    return xp.where(last_B == eos_id, EOS, stop_B)
+        stop_B = xp.where(hit_B, BY_STOP_STRING, stop_B)
+    return xp.where(last_B == eos_id, BY_EOS, stop_B)
 
 
-def append_(state: State, action_B: Array, max_new: int) -> None:
+def append_(state: State, action_B: BatchArray, max_new: int) -> None:
     """Append the action at position P + t of every running row, in place; `end_` follows.
 
     In place because L may be in the thousands and a step changes one position of it. Rows that have ended stay as they
@@ -94,20 +101,24 @@ def append_(state: State, action_B: Array, max_new: int) -> None:
     # A row that has ended may point one past the last place; what it writes to the first is what stands there.
     place_B = xp.where(running_B, state.count_B + (state.mask_BL.shape[1] - max_new), 0)
     at = (state.row_B, place_B)
+    # Indexed once with all rows, not with a mask: a boolean index would ask the GPU how many rows are running.
     state.token_BL[at] = xp.where(running_B, action_B, state.token_BL[at])
     state.mask_BL[at] |= running_B
     state.count_B += running_B
 
 
-def end_(state: State, action_B: Array, hit_B: Array | None, max_new: int, eos_id: int) -> None:
+def end_(state: State, action_B: BatchArray, hit_B: BatchArray | None, max_new: int, eos_id: int) -> None:
     """Set why the rows that were running end with their action, if they do; arguments as of `stop_reasons`."""
     xp: Any = torch if isinstance(state.token_BL, Tensor) else np
     stop_B = stop_reasons(action_B, state.count_B, hit_B, max_new, eos_id)
     state.stop_B = xp.where(state.stop_B == RUNNING, stop_B, state.stop_B)
 
 
-def shape_reward(score_B: Array, stop_B: Array, kl_B: Array, kl_coef: float, missing_eos_penalty: float) -> Array:
+def shape_reward(
+    score_B: BatchArray, stop_B: BatchArray, kl_B: BatchArray, kl_coef: float, missing_eos_penalty: float
+) -> BatchArray:
     """r_t = [episode ends at t] (score - penalty where the budget ran out) - kl_coef KL_t. float32 [B], or [B, T]."""
     xp: Any = torch if isinstance(score_B, Tensor) else np
-    terminal_B = score_B - missing_eos_penalty * (stop_B == LENGTH)
+    # The penalty goes to the score and not to the KL term: algorithms that compare scores in a group see it too.
+    terminal_B = score_B - missing_eos_penalty * (stop_B == BY_LENGTH)
     return xp.where(stop_B != RUNNING, terminal_B, xp.zeros_like(score_B)) - kl_coef * kl_B

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from textrl_gym import registry
 from textrl_gym.core import RewardSpec, Row, StopReason
-from textrl_gym.mdp.actions import parse, penalty, to_tensor
+from textrl_gym.mdp.actions import Actions, parse_actions, penalty, to_tensor
 from textrl_gym.mdp.infos import final_info, reset_infos, with_finals
 from textrl_gym.mdp.prompt_streams import Prompt, PromptStreams
 from textrl_gym.mdp.render import RENDER_MODES, Renderer
 from textrl_gym.mdp.scorer import Scorer
 from textrl_gym.mdp.spaces import check_settings, spaces
+from textrl_gym.mdp.task import Task, load_task
 from textrl_gym.mdp.transition import (
-    LENGTH,
+    BY_LENGTH,
     RUNNING,
-    Array,
+    BatchArray,
     State,
     append_,
     end_,
@@ -39,6 +40,9 @@ from textrl_gym.mdp.transition import (
 from textrl_gym.models import loading
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import RewardFunction, load_reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TextVectorEnv(VectorEnv[Any, Any, Any]):
@@ -76,10 +80,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self,
         num_envs: int = 1,
         *,
-        task: Any,
+        task: Task | type[Task] | str,
         split: str = "train",
         dataset: str | None = None,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         reward: RewardSpec | RewardFunction | None = None,
         max_prompt_tokens: int | None = None,
         max_new_tokens: int | None = None,
@@ -87,7 +91,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         group_size: int = 1,
         kl_coef: float = 0.0,
         kl_estimator: str = "k1",
-        reference: Any = None,
+        reference: torch.nn.Module | str | Path | None = None,
         policy_logprob: Callable[[Any, Any], Any] | None = None,
         missing_eos_penalty: float = 0.0,
         device: str = "cpu",
@@ -95,9 +99,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
+        # First of all, while locals() holds nothing but the arguments.
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "num_envs", "__class__")}
         """The keyword arguments as they were given, from which `remake` makes more of the same."""
-        self.task = registry.load_task(task)
+        self.task = load_task(task)
         self.num_envs, self.group_size = num_envs, group_size
         self.max_prompt_tokens = self.task.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens
         self.max_new_tokens = self.task.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -108,10 +113,14 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
         self.device = loading.resolve_device(device)
         self._on_host = self.device.type == "cpu"
-        named = tokenizer is None or isinstance(tokenizer, str | Path)
-        self.tokenizer = self.task.load_tokenizer(tokenizer) if named else loading.load_tokenizer(tokenizer)
+        if tokenizer is None or isinstance(tokenizer, str | Path):
+            # By the task: one that makes its tokenizer in code has no folder that it could be loaded from.
+            self.tokenizer = self.task.load_tokenizer(None if tokenizer is None else str(tokenizer))
+        else:
+            self.tokenizer = loading.load_tokenizer(tokenizer)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer {tokenizer or self.task.model!r} has no EOS token: no episode could end")
+        # len() counts added tokens too, which the attribute vocab_size of a tokenizer leaves out.
         self.eos_id, self.vocab_size = int(self.tokenizer.eos_token_id), len(self.tokenizer)
         self.source = self.task.rows(split, dataset)
         if len(self.source) == 0:
@@ -120,6 +129,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         spec = self.task.reward if reward is None else reward
         self.reward_model = load_reward(spec, task=self.task, device=self.device, tokenizer=self.tokenizer)
         self.scorer = Scorer(self.tokenizer, self.reward_model, self.stop, self.device)
+        # Who names another model's tokenizer starts from that model; the task's own could not score its ids.
         self._reference_spec = tokenizer if reference is None and isinstance(tokenizer, str) else reference
         self._reference: Policy | None = None
         self._prompts: list[Prompt] = []
@@ -139,6 +149,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
     def keywords(self, **changes: Any) -> dict[str, Any]:
         """The keyword arguments of an environment like this one but for `changes`, with what is loaded already."""
         loaded: dict[str, Any] = {"task": self.task, "tokenizer": self.tokenizer}
+        # A reference and a reward model belong to a vocabulary and stand on a device: with another one they load anew.
         if "task" not in changes and "tokenizer" not in changes:
             loaded["reference"] = self._reference_spec
             if loading.resolve_device(changes.get("device", self.device)) == self.device:
@@ -159,9 +170,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         if self._reference is None and (self.settings["reference"] is not None or self.kl_coef > 0):
             spec = self._reference_spec
             if not isinstance(spec, Policy):
-                model = spec if isinstance(spec, torch.nn.Module) else self.task.load_model(spec)
-                loading.check_vocab(self.tokenizer, model)
-                spec = Policy(model.to(self.device).requires_grad_(False), vocab_size=self.vocab_size)
+                if not isinstance(spec, torch.nn.Module):
+                    spec = self.task.load_model(None if spec is None else str(spec))
+                loading.check_vocab(self.tokenizer, spec)
+                spec = Policy(spec.to(self.device).requires_grad_(False), vocab_size=self.vocab_size)
             self._reference = spec
         return self._reference
 
@@ -205,17 +217,18 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         """Go on drawing prompts from where `streams()` was taken."""
         self.streams_of_prompts.restore(streams)
 
-    def draw(self, indices: Any = None) -> tuple[list[Row], list[list[int]]]:
+    def draw(self, indices: ArrayLike | None = None) -> tuple[list[Row], list[list[int]]]:
         """The next prompt of every row, as reset() would draw it; the episodes being stepped stay as they are.
 
         Returns:
             B rows and their prompts' token ids.
         """
+        # As reset() does: rows of a group that had drifted apart get one prompt again.
         self.streams_of_prompts.rejoin(np.ones(self.num_envs, bool))
         prompts = self.streams_of_prompts.draw(range(self.num_envs), indices)
         return [p.row for p in prompts], [p.ids for p in prompts]
 
-    def _begin(self, chosen_B: np.ndarray, indices: Any = None) -> None:
+    def _begin(self, chosen_B: np.ndarray, indices: ArrayLike | None = None) -> None:
         """New episodes in the chosen rows."""
         rows = np.flatnonzero(chosen_B)
         prompts = self.streams_of_prompts.draw(rows.tolist(), indices)
@@ -228,13 +241,13 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             restart_(self._state, rows if self._on_host else torch.as_tensor(rows, device=self.device), fresh)
             for b, prompt in zip(rows, prompts, strict=True):
                 self._prompts[b] = prompt
-        self._over_B = self._over_B & ~chosen_B
+        self._over_B = self._over_B & ~chosen_B  # not in place: the array may be what the last step returned
         if self._renderer is not None and self.render_mode == "human" and chosen_B[0]:
             self._renderer.begin(prompts[0].ids)
 
     # -- step ---------------------------------------------------------------------------------------------------------
 
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+    def step(self, actions: Actions) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Append one token to every row. See Gymnasium's VectorEnv.step for the returned values.
 
         Raises:
@@ -250,19 +263,19 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
                 "reset(options={'reset_mask': ...}) before the next step"
             )
         # 1. What the KL penalty needs is a matter of the state before the action.
-        action_B, logprob = parse(self, actions)
+        action_B, logprob = parse_actions(self, actions)
         kl_B, infos = self._penalty(actions, action_B, logprob, active_B)
         # 2. The transition.
         append_(self._state, action_B, self.max_new_tokens)
         end_(self._state, action_B, self._stop_hits(active_B), self.max_new_tokens, self.eos_id)
         stop_B = self._host(self._state.stop_B)
         ended_B = active_B & (stop_B != RUNNING)
-        truncated_B = active_B & (stop_B == LENGTH)
+        truncated_B = active_B & (stop_B == BY_LENGTH)
         terminated_B = ended_B & ~truncated_B
         if self.max_new_tokens == 1:  # Gymnasium's checker refuses truncation at the first step
             terminated_B, truncated_B = ended_B, np.zeros_like(truncated_B)
         self._over_B = ended_B
-        # 3. Rows that ended now are scored together.
+        # 3. Rows that ended now are scored together, as one batch of a reward model.
         reward_B, finals = self._end(ended_B, kl_B)
         if self._renderer is not None and self.render_mode == "human" and active_B[0]:
             self._renderer.token(int(action_B[0]), 0.0 if kl_B is None else float(kl_B[0]))
@@ -271,7 +284,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         # 4. Infos of ended rows, and the next episodes.
         if finals:
             same_step = self._mode is AutoresetMode.SAME_STEP
-            infos = with_finals(self, infos, ended_B, finals, self._observation() if same_step else None)
+            infos = with_finals(infos, ended_B, finals, self._observation() if same_step else None, self._add_info)
         starting_B = ~active_B if self._mode is AutoresetMode.NEXT_STEP else ended_B
         if self._mode is not AutoresetMode.DISABLED and starting_B.any():
             self._begin(starting_B)
@@ -280,8 +293,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         return self._observation(), reward, self._flags(terminated_B), self._flags(truncated_B), infos
 
     def _penalty(
-        self, actions: Any, action_B: Array, logprob: Tensor | None, active_B: np.ndarray
-    ) -> tuple[Array | None, dict[str, Any]]:
+        self, actions: Actions, action_B: BatchArray, logprob: Tensor | None, active_B: np.ndarray
+    ) -> tuple[BatchArray | None, dict[str, Any]]:
         """Per-token KL estimate [B] (0 in rows that have ended) and the infos that tell it; None with no penalty."""
         if self.kl_coef == 0:
             return None, {}
@@ -289,6 +302,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             return self._zeros(), {}
         assert self._state is not None
         kl_B, ref_logp_B = penalty(self, self._observation, self._state, actions, action_B, logprob)
+        # A row that has ended is sent an action too, which in mode NEXT_STEP only begins its next episode.
         running_B = torch.as_tensor(active_B, device=self.device)
         infos: dict[str, Any] = {}
         for name, value_B in {"kl": kl_B, "ref_logprob": ref_logp_B}.items():
@@ -299,10 +313,11 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
 
     # -- the end of an episode ----------------------------------------------------------------------------------------
 
-    def _stop_hits(self, active_B: np.ndarray) -> Array | None:
+    def _stop_hits(self, active_B: np.ndarray) -> BatchArray | None:
         """Whether each active row completes a stop string with its last token; None without stop strings. bool [B]."""
         if not self.stop:
             return None
+        # Only rows that run: decoding costs more than all else in a step.
         rows = np.flatnonzero(active_B)
         hit_B = np.zeros(self.num_envs, bool)
         hit_B[rows] = self.scorer.completes_stop(self._completion_ids(rows))
@@ -314,7 +329,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         tokens = self._state.token_BL[chosen, self.max_prompt_tokens :].tolist()
         return [ids[:count] for ids, count in zip(tokens, self._state.count_B[chosen].tolist(), strict=True)]
 
-    def _end(self, ended_B: np.ndarray, kl_B: Array | None) -> tuple[Array, list[dict[str, Any]]]:
+    def _end(self, ended_B: np.ndarray, kl_B: BatchArray | None) -> tuple[BatchArray, list[dict[str, Any]]]:
         """The step's rewards, and the final info of each row that ended."""
         assert self._state is not None
         score_B = self._zeros()
@@ -339,19 +354,19 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
 
     # -- what is returned ---------------------------------------------------------------------------------------------
 
-    def _zeros(self) -> Array:
+    def _zeros(self) -> BatchArray:
         """float32 [B]."""
         return np.zeros(self.num_envs, np.float32) if self._on_host else torch.zeros(self.num_envs, device=self.device)
 
-    def _host(self, array: Array) -> np.ndarray:
+    def _host(self, array: BatchArray) -> np.ndarray:
         return array if self._on_host else array.cpu().numpy()
 
-    def _array(self, array: Array, dtype: Any) -> Any:
+    def _array(self, array: BatchArray, dtype: type[np.generic]) -> BatchArray:
         if self.array == "torch":
             return to_tensor(array, self.device)
         return (array.cpu().numpy() if isinstance(array, Tensor) else array).astype(dtype)
 
-    def _flags(self, flag_B: np.ndarray) -> Any:
+    def _flags(self, flag_B: np.ndarray) -> BatchArray:
         return torch.tensor(flag_B, device=self.device) if self.array == "torch" else flag_B.copy()
 
     def _observation(self) -> dict[str, Any]:

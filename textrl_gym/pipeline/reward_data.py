@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from textrl_gym.core import Row
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
-from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.pipeline.simulated_comparisons import Comparer
 from textrl_gym.policy.policy import Policy
-from textrl_gym.registry import load_env_task
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
 
 if TYPE_CHECKING:

@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from textrl_gym import files
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
-from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.models import loading, lora
 from textrl_gym.pipeline.optim import progress_bar
 from textrl_gym.pipeline.simulated_comparisons import decode, sample_texts
 from textrl_gym.policy.policy import Policy
-from textrl_gym.registry import load_env_task
 from textrl_gym.rewards import load_reward
 
 if TYPE_CHECKING:

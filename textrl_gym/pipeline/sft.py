@@ -13,7 +13,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from textrl_gym import files
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.models.packing import Packed, pack
 from textrl_gym.models.tokenizer import train_tokenizer
 from textrl_gym.pipeline import induction
 from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend, progress_bar
-from textrl_gym.registry import load_env_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -191,7 +190,7 @@ def load_initial(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that training starts from."""
     if config.model is not None:
-        return task.load_model(config.model), task.load_tokenizer(config.model)
+        return cast("PreTrainedModel", task.load_model(config.model)), task.load_tokenizer(config.model)
     picked = random.Random(config.seed).choices(range(len(source)), k=min(4000, len(source)))
     texts = (source[i]["prompt"] + source[i]["completion"] for i in picked)
     tokenizer = train_tokenizer(texts, config.vocab_size)

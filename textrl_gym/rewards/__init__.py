@@ -14,13 +14,16 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from textrl_gym import registry
 from textrl_gym.core import RewardSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class RewardFunction:
@@ -37,6 +40,7 @@ class RewardFunction:
 
     def total(self, components: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of what `components` returned, float32 [B]."""
+        # In the order of the parts and not of the mapping: a sum of floats depends on its order.
         total_B = torch.zeros_like(next(iter(components.values())))
         for name, (weight, _) in self.parts.items():
             total_B += weight * components[name]
@@ -65,7 +69,11 @@ class RewardFunction:
 
 
 def load_reward(
-    spec: RewardSpec | RewardFunction, *, task: Any = None, device: str | torch.device = "cpu", tokenizer: Any = None
+    spec: RewardSpec | RewardFunction,
+    *,
+    task: object = None,
+    device: str | torch.device = "cpu",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RewardFunction:
     """The reward that spec names.
 
@@ -88,6 +96,7 @@ def load_reward(
         if not spec:
             raise ValueError("a mixture of rewards must name at least one, as {'rouge': 1.0, 'length': -0.1}")
         for name, weight in spec.items():
+            # A bool is an int in Python, and {"rouge": True} is a slip rather than a weight of 1.
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ValueError(f"the weight of reward {name!r} must be a finite number, not {weight!r}")
         parts = {str(name): (float(weight), _load_named(str(name), given)) for name, weight in spec.items()}
@@ -107,6 +116,7 @@ def _load_named(spec: str, given: dict[str, Any]) -> Callable[..., Any]:
         if colon:
             raise ValueError(f"reward {name!r} takes no argument, given {argument!r}")
         return module.reward
+    # Before module:name: a folder's name may hold a colon too.
     if Path(spec).expanduser().is_dir():
         kind = "ensemble" if (Path(spec).expanduser() / "ensemble.json").is_file() else "reward_model"
         return _load_named(f"{kind}:{spec}", given)
@@ -149,7 +159,7 @@ def _call(function: Callable[..., Any], batch: dict[str, list[Any]]) -> Any:
 def _checked(name: str, function: Callable[..., Any], batch: dict[str, list[Any]]) -> Tensor:
     """The function's scores as float32 [B] on the CPU, each a finite number."""
     try:
-        values = _call(function, batch)
+        values = _call(function, batch)  # may be anything: a user's function is checked below, not believed
     except Exception as error:
         raise RuntimeError(_name_row(name, function, batch, error)) from error
     completions = batch["completions"]
@@ -169,11 +179,12 @@ def _checked(name: str, function: Callable[..., Any], batch: dict[str, list[Any]
     return score_B
 
 
-def _where(name: str, row: int, value: Any, completion: str) -> str:
+def _where(name: str, row: int, value: object, completion: str) -> str:
     return f"reward {name!r} gave {value!r} for row {row}, completion {completion[:60]!r}"
 
 
 def _number(name: str, row: int, value: Any, completion: str) -> float:
+    # float() would take "1.5": a text is more likely an answer that nobody has parsed than a score.
     if value is None or isinstance(value, str | bytes):
         raise ValueError(f"{_where(name, row, value, completion)}: every row needs a number")
     try:
@@ -184,6 +195,8 @@ def _number(name: str, row: int, value: Any, completion: str) -> float:
 
 def _name_row(name: str, function: Callable[..., Any], batch: dict[str, list[Any]], error: Exception) -> str:
     """Words for an exception of a batch, with the first row that raises alone."""
+    # A reward may ask a model or a server; after a failure the rows' second call is worth its cost, because "row 37"
+    # is what the user needs to know.
     completions = batch["completions"]
     for row in range(len(completions)):
         try:

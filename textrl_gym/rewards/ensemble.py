@@ -22,16 +22,19 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from textrl_gym.rewards import reward_model
-from textrl_gym.rewards.reward_model import RewardModel
+from textrl_gym.rewards.reward_model import RewardModel, TokenizerOwner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ENSEMBLE_FILE = "ensemble.json"
-COEFFICIENT = 0.5
+COEFFICIENT = 0.5  # of Coste et al. for best-of-n; they take 0.1 for PPO
 Combination = Literal["mean", "worst", "uncertainty"]
 
 
@@ -50,6 +53,7 @@ def combine(score_MB: Tensor, how: str, coefficient: float = COEFFICIENT) -> Ten
     if how == "worst":
         return score_MB.amin(0)
     mean_B = score_MB.mean(0)
+    # The biased variance, 1/M, as in their equation 5.
     return mean_B - coefficient * score_MB.var(0, unbiased=False) if how == "uncertainty" else mean_B
 
 
@@ -63,13 +67,19 @@ class Ensemble:
         check_combination(how, coefficient)
         self.members, self.how, self.coefficient = list(members), how, coefficient
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Tensor:
+    def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Tensor:
         """Combined scores, float32 [B] on the CPU."""
         score_MB = torch.stack([member(prompts, completions, **columns) for member in self.members])
         return combine(score_MB, self.how, self.coefficient)
 
 
-def make(argument: str | None, *, task: Any, device: str | torch.device, tokenizer: Any) -> Ensemble:
+def make(
+    argument: str | None,
+    *,
+    task: TokenizerOwner | None,
+    device: str | torch.device,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Ensemble:
     """The ensemble of a folder.
 
     Raises:
@@ -79,6 +89,8 @@ def make(argument: str | None, *, task: Any, device: str | torch.device, tokeniz
     settings = read(folder)
     if tokenizer is None and task is not None:
         tokenizer = task.load_tokenizer()
+    # Each member has its own normalisation, so that scores of equal scale are combined: an unnormalised member of
+    # large scale would decide alone.
     members = [
         reward_model.load_reward_model(str(folder / name), device=device, env_tokenizer=tokenizer)
         for name in settings["members"]
@@ -92,6 +104,7 @@ def parse_argument(argument: str | None) -> tuple[str | None, float | None, Path
     """COMBINATION:FOLDER, uncertainty:COEFFICIENT:FOLDER or FOLDER alone; None for what is not said."""
     if not argument:
         raise ValueError("reward 'ensemble' needs a folder: ensemble:FOLDER, or ensemble:worst:FOLDER")
+    # At each colon the whole rest is tried as a folder first, so that a folder's name may hold colons.
     how, colon, folder = argument.partition(":")
     if not colon or Path(argument).expanduser().is_dir():
         return None, None, Path(argument).expanduser()

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,20 @@ from textrl_gym.functional import pad
 from textrl_gym.models import loading
 from textrl_gym.policy.backbone import Trunk
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 NORMALISATION_FILE = "reward_model.json"
 MAX_BATCH_TOKENS = 16384
 """Places in one micro-batch, padding included."""
+
+
+class TokenizerOwner(Protocol):
+    """What a reward needs of a task (`textrl_gym.mdp.task.Task` is one) where no tokenizer is given."""
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The task's own tokenizer."""
+        ...
 
 
 class RewardModel:
@@ -36,12 +47,12 @@ class RewardModel:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         bias: float = 0.0,
         scale: float = 1.0,
         appends_eos: bool = False,
-        env_tokenizer: Any = None,
+        env_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Wrap a loaded classifier.
 
@@ -95,8 +106,9 @@ class RewardModel:
         A text that came without ids, or with ids of an unknown tokenizer, is taken as finished.
         """
         ids = self.tokenizer(text)["input_ids"]
-        cut_off = bool(completion_ids) and self.env_tokenizer is not None
-        cut_off = cut_off and completion_ids[-1] != self.env_tokenizer.eos_token_id
+        cut_off = False
+        if completion_ids and self.env_tokenizer is not None:
+            cut_off = completion_ids[-1] != self.env_tokenizer.eos_token_id
         if self.appends_eos and not cut_off and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids
@@ -118,11 +130,11 @@ class RewardModel:
         rows_of = range(len(sequences))
         if prompt_lengths is None or min(prompt_lengths, default=0) == 0 or not self.decodes:
             order = sorted(rows_of, key=lambda row: len(sequences[row]))
-            batches = [self._raw([sequences[row] for row in rows]) for rows in micro_batches(sequences, order)]
+            batches = [self._raw([sequences[row] for row in rows]) for rows in sequence_batches(sequences, order)]
         else:
             parts = [(ids[:n], ids[n:]) for ids, n in zip(sequences, prompt_lengths, strict=True)]
             order = sorted(rows_of, key=lambda row: (len(parts[row][0]), parts[row][0]))  # a prompt's rows together
-            batches = [self._raw_parts([parts[row] for row in rows]) for rows in micro_batches(sequences, order)]
+            batches = [self._raw_parts([parts[row] for row in rows]) for rows in sequence_batches(sequences, order)]
         sorted_N = torch.cat(batches).cpu() if batches else torch.zeros(0)
         raw_N = torch.empty_like(sorted_N)
         raw_N[torch.tensor(order, dtype=torch.int64)] = sorted_N
@@ -161,7 +173,7 @@ class RewardModel:
         (Path(folder) / NORMALISATION_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def micro_batches(sequences: list[list[int]], order: list[int], limit: int = MAX_BATCH_TOKENS) -> list[list[int]]:
+def sequence_batches(sequences: list[list[int]], order: list[int], limit: int = MAX_BATCH_TOKENS) -> list[list[int]]:
     """Rows, in the given order by rising length, in batches of at most `limit` places (or of one row)."""
     batches: list[list[int]] = []
     for row in order:
@@ -186,13 +198,18 @@ class Bundled:
             self._model = self._load()
         return self._model
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Tensor:
+    def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Tensor:
         """Normalised scores, float32 [B] on the CPU."""
         return self.loaded(prompts, completions, **columns)
 
 
 def make(
-    argument: str | None, *, task: Any, device: str | torch.device, tokenizer: Any, dtype: torch.dtype = torch.float32
+    argument: str | None,
+    *,
+    task: TokenizerOwner | None,
+    device: str | torch.device,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype = torch.float32,
 ) -> RewardModel | Bundled:
     """The reward model of a folder or Hub id; without an argument the task's own, which is loaded when first needed.
 
@@ -217,7 +234,11 @@ def make(
 
 
 def load_reward_model(
-    source: str, *, device: str | torch.device, env_tokenizer: Any, dtype: torch.dtype = torch.float32
+    source: str,
+    *,
+    device: str | torch.device,
+    env_tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype = torch.float32,
 ) -> RewardModel:
     """The reward model of a folder or Hub id, with the normalisation that the folder holds.
 
@@ -234,6 +255,8 @@ def read_normalisation(path: Path) -> dict[str, Any]:
     """The keywords of RewardModel that a reward_model.json stands for; none where there is no such file."""
     if not path.is_file():
         return {}
+    # Exactly these keys: a bias under another name would silently be 0, and the KL coefficient is tuned to scores of
+    # standard deviation 1.
     found = json.loads(path.read_text(encoding="utf-8"))
     if set(found) != {"bias", "scale"} or not all(
         isinstance(v, int | float) and math.isfinite(v) for v in found.values()

@@ -37,9 +37,10 @@ WEIGHTS = {
     "feeling": 0.08,
 }
 PRONOUN_WEIGHT = 0.05  # what a wrong "she" or "he" costs; a right one earns nothing
+# One bad n-gram of 50 costs 8% of the score: a policy must not find a wrong word cheaper than a left-out fact.
 FORM_POWER = 4
 FRAGMENT_COST = 0.3
-FREE_WORDS, MAX_WORDS = 32, 64
+FREE_WORDS, MAX_WORDS = 32, 64  # a reference has 30 words at most but for one in 2,000 (tldr_grammar.MAX_SUMMARY_WORDS)
 
 SENTENCE_START, CUT = "<start>", "<cut>"  # before a sentence; after one that does not end
 WORD = re.compile(r"\{\w+\}|\$\d+|\w+(?:[-']\w+)*|[^\w\s]")
@@ -211,11 +212,13 @@ def lexicon() -> dict[str, list[tuple[tuple[str, ...], Token]]]:
 
 def abstract(text: str) -> list[Token]:
     """The text as words and typed slots: "Anna broke my lamp." -> {name} {event} "."."""
+    # Braces would let a text write slots itself ("{name}") and pass for grammatical without a value.
     words = WORD.findall(text.replace("{", " ").replace("}", " "))
     index = lexicon()
     tokens: list[Token] = []
     at = 0
     while at < len(words):
+        # The longest value first: of two that begin alike the shorter one would leave words over that are no value.
         for phrase, token in index.get(words[at], ()):
             if tuple(words[at : at + len(phrase)]) == phrase:
                 tokens.append(token)
@@ -260,6 +263,7 @@ class _Ledger:
             self._book("act", value[0] in self.facts["event"]["act"], valid)
             self._book("thing", value[1] == self.true["thing"], valid)
         elif kind == "amount":
+            # The right number in a wrong role is half of the fact.
             part = 1.0 if self.facts["amount"]["role"] in roles().get(before, frozenset()) else 0.5
             self._book("amount", value == self.true["amount"], valid, part)
         else:
@@ -287,6 +291,7 @@ def score_parts(facts: dict[str, dict[str, Any]], completion: str) -> dict[str, 
         total += len(bigrams) + len(trigrams)
         bad += bigrams.count(False) + trigrams.count(False)
         size += len(words)
+        # A share of words and not of sentences: else one long broken sentence would cost as little as a short one.
         broken += 0 if parses(words) else len(words)
         for at, (word, value) in enumerate(sentence):
             if value is not None:

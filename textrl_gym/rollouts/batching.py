@@ -31,6 +31,8 @@ def micro_batches(rollout: Rollout, max_tokens: int, whole_groups: bool = False)
     longest: dict[int, int] = {}
     for group, prompt, response in zip(groups, prompt_B, response_B, strict=True):
         longest[group] = max(longest.get(group, 0), prompt + response)
+    # The longest row of a group counts for all of it: that keeps a group's rows together in the order. The group's
+    # number then keeps two groups of one length apart.
     order = sorted(range(len(groups)), key=lambda b: (longest[groups[b]], groups[b], response_B[b]))
     units = [[b] for b in order]
     if whole_groups:
@@ -39,6 +41,7 @@ def micro_batches(rollout: Rollout, max_tokens: int, whole_groups: bool = False)
     for unit in units:
         rows = [*batches[-1], *unit] if batches else unit
         prompts = len({groups[b] for b in rows})
+        # Padding counts: in a rectangle every prompt is as wide as the widest, and so is every completion.
         places = prompts * max(prompt_B[b] for b in rows) + len(rows) * max(response_B[b] for b in rows)
         if batches and places <= max_tokens:
             batches[-1] = rows

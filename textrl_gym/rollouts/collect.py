@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from textrl_gym import functional
@@ -22,14 +22,14 @@ from textrl_gym.rollouts.scoring import token_rewards, with_passes
 
 
 def collect(
-    env: Any,
+    env: object,
     policy: Policy,
     *,
     kl_coef: float | None = None,
     greedy: bool = False,
     uniform_BT: Tensor | None = None,
     generator: torch.Generator | None = None,
-    prompt_indices: Any = None,
+    prompt_indices: ArrayLike | None = None,
 ) -> Rollout:
     """Play one complete episode in each row of an environment.
 
@@ -57,6 +57,7 @@ def collect(
     # 1. Prompts, and a completion of each.
     rows, prompt_ids = mdp.draw(indices=prompt_indices)
     if uniform_BT is None and not greedy:
+        # All numbers at once, before any token: how many a row uses then changes nothing for the others.
         shape = (len(rows), mdp.max_new_tokens)
         uniform_BT = torch.rand(shape, generator=generator, device=policy.device)
     out = complete(mdp, policy, prompt_ids, None if greedy else uniform_BT)

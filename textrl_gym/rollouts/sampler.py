@@ -56,13 +56,8 @@ def generate(
     Returns:
         Completions with T = max_new_tokens.
     """
-    device = policy.device
-    rows = len(source_B)
-    shape = (rows, max_new_tokens)
-    token_BT = torch.zeros(shape, dtype=torch.long, device=device)
-    logp_BT, value_BT = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-    stop_B = torch.full((rows,), StopReason.RUNNING.value, device=device)
-    length_B = torch.full((rows,), max_new_tokens, device=device)
+    device, rows = policy.device, len(source_B)
+    written = _Written.empty(rows, max_new_tokens, device)
 
     # 1. Prefill each unique prompt once.
     decoder = policy.decoder(prompt_UP, prompt_mask_UP.bool(), source_B, max_new_tokens)
@@ -72,33 +67,73 @@ def generate(
         # 2. Choose a token for every row still in the batch (row_b); rows that ended since the last poll are ignored.
         logp_bV = policy.logits(hidden_bD).log_softmax(-1)
         token_b = logp_bV.argmax(-1) if uniform_BT is None else functional.inverse_cdf(logp_bV, uniform_BT[row_b, t])
-        alive_b = stop_B[row_b] == StopReason.RUNNING
-        token_BT[row_b, t] = torch.where(alive_b, token_b, 0)
-        if policy.shares_trunk:
-            value_BT[row_b, t] = policy.value_of(hidden_bD)
-        logp_BT[row_b, t] = torch.where(alive_b, logp_bV.gather(1, token_b[:, None]).squeeze(1).float(), 0.0)
+        alive_b = written.stop_B[row_b] == StopReason.RUNNING
+        value_b = policy.value_of(hidden_bD) if policy.shares_trunk else None
+        written.append_(row_b, t, alive_b, token_b, logp_bV.gather(1, token_b[:, None]).squeeze(1), value_b)
 
         # 3. Who ended with this token?
-        hit_b = None if stopped is None else torch.tensor(stopped(token_BT[row_b, : t + 1].tolist()), device=device)
+        so_far = written.token_BT[row_b, : t + 1]
+        hit_b = None if stopped is None else torch.tensor(stopped(so_far.tolist()), device=device)
         length_b = torch.full_like(token_b, t + 1)
-        reason_b = stop_reasons(token_b, length_b, hit_b, max_new_tokens, eos_id)
-        stop_B[row_b] = torch.where(alive_b, reason_b, stop_B[row_b])
-        ended_b = alive_b & (reason_b != StopReason.RUNNING)
-        length_B[row_b] = torch.where(ended_b, length_b, length_B[row_b])
+        written.end_(row_b, alive_b, length_b, stop_reasons(token_b, length_b, hit_b, max_new_tokens, eos_id))
         if t == max_new_tokens - 1:
-            break
+            break  # nobody would read another step's hidden states
 
         # 4. Finished rows leave the batch.
         if device.type == "cpu" or t % POLL_EVERY == POLL_EVERY - 1:
-            keep_k = (stop_B[row_b] == StopReason.RUNNING).nonzero().squeeze(1)
+            keep_k = (written.stop_B[row_b] == StopReason.RUNNING).nonzero().squeeze(1)
             if len(keep_k) == 0:
                 break
+            # Moving the caches of those that stay costs as much as some steps of those that left: a decoder says from
+            # which share of leavers on it pays.
             if len(keep_k) < len(row_b) and len(keep_k) <= (1 - decoder.leavers) * len(row_b):
                 decoder.keep(keep_k)
                 row_b, token_b = row_b[keep_k], token_b[keep_k]
 
         # 5. One more place for each row.
         hidden_bD = decoder.step(token_b)
+    return written.completions()
 
-    mask_BT = torch.arange(max_new_tokens, device=device) < length_B[:, None]
-    return Completions(token_BT * mask_BT, mask_BT, logp_BT * mask_BT, value_BT * mask_BT, stop_B)
+
+@dataclass
+class _Written:
+    """What B rows have been given so far. Methods take b of the rows, those still in the batch, by their numbers."""
+
+    token_BT: Tensor
+    logp_BT: Tensor
+    value_BT: Tensor
+    stop_B: Tensor
+    length_B: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, places: int, device: torch.device) -> _Written:
+        shape = (rows, places)
+        return cls(
+            token_BT=torch.zeros(shape, dtype=torch.long, device=device),
+            logp_BT=torch.zeros(shape, device=device),
+            value_BT=torch.zeros(shape, device=device),
+            stop_B=torch.full((rows,), StopReason.RUNNING.value, device=device),
+            length_B=torch.full((rows,), places, device=device),
+        )
+
+    def append_(
+        self, row_b: Tensor, t: int, alive_b: Tensor, token_b: Tensor, logp_b: Tensor, value_b: Tensor | None
+    ) -> None:
+        """Token t of the rows that run. By torch.where and not by picking them: a GPU need not wait for a count."""
+        self.token_BT[row_b, t] = torch.where(alive_b, token_b, 0)
+        self.logp_BT[row_b, t] = torch.where(alive_b, logp_b.float(), 0.0)
+        if value_b is not None:
+            self.value_BT[row_b, t] = value_b  # of ended rows too, which the mask takes out at the end
+
+    def end_(self, row_b: Tensor, alive_b: Tensor, length_b: Tensor, reason_b: Tensor) -> None:
+        """Why, and after how many tokens, the rows that ran have ended; RUNNING where they have not."""
+        self.stop_B[row_b] = torch.where(alive_b, reason_b, self.stop_B[row_b])
+        ended_b = alive_b & (reason_b != StopReason.RUNNING)
+        self.length_B[row_b] = torch.where(ended_b, length_b, self.length_B[row_b])
+
+    def completions(self) -> Completions:
+        """The completions, with 0 behind the end of each."""
+        mask_BT = torch.arange(self.token_BT.shape[1], device=self.length_B.device) < self.length_B[:, None]
+        return Completions(
+            self.token_BT * mask_BT, mask_BT, self.logp_BT * mask_BT, self.value_BT * mask_BT, self.stop_B
+        )

@@ -53,12 +53,14 @@ def with_passes(
     rollout: Rollout, policy: Policy, reference: Policy | None, estimator: str, exact: bool, guided: bool
 ) -> Rollout:
     """The rollout with reference log-probabilities, KL and values; and, where not `exact`, the policy's recomputed."""
+    # A guided completion is of another distribution than the policy's, whose exact KL would say nothing of it.
     full = estimator == "full" and reference is not None and not guided
     logp_BT, value_BT = rollout.logp_BT.clone(), rollout.value_BT.clone()
     ref_logp_BT, kl_BT = rollout.logp_BT.clone(), rollout.kl_BT.clone()
     for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
         part = rollout.select(rows)
         width = part.token_BT.shape[1]
+        # One pass of the body serves log-probabilities, values and the exact KL.
         own_BTD = policy.hidden(part) if full or not exact else None
         if not exact:
             own = policy.response(part, hidden_BTD=own_BTD)
@@ -82,6 +84,7 @@ def with_passes(
 
 def _full_kl(policy: Policy, own_BTD: Tensor, reference: Policy, ref_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """The exact KL of every action's distribution, [B, T], with the logits of a few places at a time."""
+    # Two distributions for each place: with 50,000 tokens those of a whole micro-batch would be gigabytes.
     size = max(1, CHUNK_NUMBERS // policy.vocab_size)
     chunks = zip(*(hidden_BTD[mask_BT].split(size) for hidden_BTD in (own_BTD, ref_BTD)), strict=True)
     found = [
@@ -94,6 +97,7 @@ def _full_kl(policy: Policy, own_BTD: Tensor, reference: Policy, ref_BTD: Tensor
 def token_rewards(rollout: Rollout, kl_coef: float, missing_eos_penalty: float) -> Tensor:
     """shape_reward of every step: the score on the last action. [B, T]."""
     last_B1 = functional.last_places(rollout.mask_BT)[:, None]
+    # One scatter, and not a loop over rows: the reason of the end stands at the last action, RUNNING everywhere else.
     running_BT = torch.full(rollout.kl_BT.shape, StopReason.RUNNING.value, device=rollout.kl_BT.device)
     stop_BT = running_BT.scatter(1, last_B1, rollout.stop_B[:, None])
     score_BT = rollout.score_B[:, None].expand_as(rollout.kl_BT)

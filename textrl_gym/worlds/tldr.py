@@ -72,6 +72,7 @@ def _draw_facts(split: str, sub: dict[str, Any], rng: random.Random) -> dict[str
 
 
 def _code(facts: dict[str, dict[str, Any]]) -> int:
+    # Not hash(), which is salted in each process.
     return zlib.crc32("|".join(facts[kind]["value"] for kind in KINDS if kind != "amount").encode())
 
 
@@ -172,6 +173,8 @@ class TLDRCorpus:
         """Post `index`; IndexError outside 0 <= index < len(self)."""
         if not 0 <= index < self._size:
             raise IndexError(f"index {index} is outside 0 <= index < {self._size}")
+        # A generator for each row, seeded by a text, which random hashes by SHA-512 and not by the salted hash(): any
+        # row can be had without those before it, and is the same in every process.
         rng = random.Random(f"{self.split}/{self.seed}/{int(index)}")
         topic = rng.choice(list(bank()["subreddits"]))
         sub = bank()["subreddits"][topic]

@@ -14,7 +14,7 @@ from typing import Any
 
 Slots = dict[str, str]  # slot name in a template -> text
 
-MAX_SUMMARY_WORDS = 30
+MAX_SUMMARY_WORDS = 30  # two below where the gold score begins to charge for length (tldr_gold.FREE_WORDS)
 
 
 @cache
@@ -80,7 +80,7 @@ def _clauses(slots: Slots, rng: random.Random) -> list[tuple[str, str]]:
         late.append(("amount", fill_slots(rng.choice(summary["amount"][slots["role"]]), slots)))
     if "feeling" in slots and "feeling" not in used:
         late.append(("feeling", fill_slots(rng.choice(summary["feeling"]), slots)))
-    rng.shuffle(late)
+    rng.shuffle(late)  # any order is as good for the gold score, so that no fixed template can be learnt by heart
     if "ask" in slots:
         kind = rng.choice(("question", "wonder"))
         late.insert(
@@ -101,6 +101,8 @@ def compose(slots: Slots, rng: random.Random) -> str:
     Any subset of slots can be stated: without "rel" and "name" the person is "someone", and so on. "role" must come
     with "amount", and "she" ("she" or "he") always.
     """
+    # No joint twice in a sentence, which the gold score's n-grams would not see; and none after a question, which its
+    # grammar does not continue.
     joints = bank()["summary"]["joints"]
     shortest = ""
     for _ in range(60):  # a wordy draw is drawn again; one in 2,000 posts has no shorter one
