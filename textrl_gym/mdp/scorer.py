@@ -1,9 +1,12 @@
-"""Scoring of completions: their texts, stop strings, and the reward's terminal score. Both drivers score by this."""
+"""Scores finished completions: from token ids to the text that the reward sees, and the terminal score.
+
+Shape legend: N completions.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,52 +17,88 @@ from textrl_gym.rewards import RewardFunction
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARGIN = 16  # characters: what the first token of a tail may decode to otherwise than in the whole text
+REPLACEMENT = "\ufffd"
+"""What bytes that are no UTF-8 decode to."""
+SLACK_TOKENS = 4
+"""Decoded before the tokens that can hold a stop string: three for a character of four bytes that the tail begins
+inside of, and one whose leading space the tokenizer strips at the beginning of a text."""
+LOCAL_DECODERS = frozenset(
+    ("BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip", "WordPiece")
+)
+"""Decoders of the tokenizers library by which a token changes no more of the text than its own and its neighbours'."""
 
 
-@dataclass(frozen=True)
 class Scorer:
-    """What turns token ids into a text and a text into a score."""
+    """Decodes completions, finds stop strings in them, and scores them.
 
-    tokenizer: PreTrainedTokenizerBase
-    reward: RewardFunction
-    stop: tuple[str, ...]
-    """Strings that end an episode."""
-    device: torch.device
-    """Where scores go."""
+    Args:
+        tokenizer: of transformers.
+        stop: strings that end an episode; the text that the reward sees ends before the first of them.
+        reward: what scores.
+        device: where the scores go.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], reward: RewardFunction, device: torch.device
+    ) -> None:
+        self.tokenizer, self.stop, self.reward, self.device = tokenizer, tuple(stop), reward, device
+        # A stop string is completed by the newest token, and each token before it that has text holds a byte or more.
+        self._tail_tokens = max((len(s.encode()) for s in self.stop), default=0) + SLACK_TOKENS
+        self._whole = any(REPLACEMENT in s for s in self.stop) or not decodes_locally(tokenizer)
+        self._has_text: dict[int, bool] = {}
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
-        # transformers' stub says str | list[str]; of one list of ids it is a str
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one list; a list of lists would give a list
+        return text
 
     def stopped(self, completions: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether the text of each completion contains a stop string."""
-        return [any(s in text for s in self.stop) for text in map(self.decode, completions)]
+        """Whether the text of each completion contains a stop string, wherever it is."""
+        return [self._found_in(self.decode(ids)) for ids in completions]
 
     def completes_stop(self, completions: Sequence[Sequence[int]]) -> list[bool]:
-        """The same where no shorter beginning of a completion contains one, as while tokens are appended one by one.
+        """Whether the last token of each list of generated ids completes a stop string.
 
-        A stop string then ends with the last token's text, so that a tail of the completion decides. Its length is
-        bounded by that of the stop strings and not by the completion's.
+        The tokens before the last one have completed none: the episode would be over. So no more is decoded than the
+        last tokens that can hold a stop string, however long the completion is. The whole is decoded with tokenizers
+        of which that is not known to be enough (see `decodes_locally`).
         """
-        return [self._completes_stop(ids) for ids in completions]
+        return [self._completes(ids) for ids in completions]
 
-    def _completes_stop(self, ids: Sequence[int]) -> bool:
-        wanted = max(map(len, self.stop), default=0) + MARGIN
-        size = wanted
-        while True:
-            text = self.decode(ids[-size:])
-            # Tokens without a character of their own (special ones, parts of a character) make a tail too short.
-            if size >= len(ids) or len(text) >= wanted:
-                return any(s in text for s in self.stop)
-            size *= 2
+    def _completes(self, ids: Sequence[int]) -> bool:
+        if not self.stop:
+            return False
+        if not self._whole and not self._found_in(self._tail(ids)):
+            return False
+        return self._found_in(self.decode(ids))
+
+    def _found_in(self, text: str) -> bool:
+        return any(s in text for s in self.stop)
+
+    def _tail(self, ids: Sequence[int]) -> str:
+        """The text of as many last tokens as can hold a stop string that the last of them completes."""
+        start, wanted = len(ids), self._tail_tokens
+        while start > 0 and wanted > 0:
+            start -= 1
+            wanted -= self._holds_text(ids[start])
+        text = self.decode(ids[start:])
+        # A tail that begins inside a character: byte-fallback tokenizers then decode no byte of the run of bytes.
+        while text.startswith(REPLACEMENT) and start > 0:
+            start = max(0, 2 * start - len(ids))
+            text = self.decode(ids[start:])
+        return text
+
+    def _holds_text(self, token: int) -> bool:
+        """Whether the token alone has text; special tokens have none, nor has a lone space that is stripped."""
+        if token not in self._has_text:
+            self._has_text[token] = bool(self.decode([token]))
+        return self._has_text[token]
 
     def text(self, ids: Sequence[int]) -> str:
         """The text that the reward sees: it ends before EOS and before the first stop string."""
         text = self.decode(ids)
-        cuts = [text.index(s) for s in self.stop if s in text]
-        return text[: min(cuts)] if cuts else text
+        return text[: min((text.index(s) for s in self.stop if s in text), default=len(text))]
 
     def score(
         self,
@@ -68,22 +107,37 @@ class Scorer:
         completion_ids: list[list[int]],
         reward: RewardFunction | None = None,
     ) -> Scores:
-        """Raw scores of N finished completions, on the device, and their texts.
+        """Raw scores of finished completions, on the device, and their texts.
+
+        Both drivers score by this, and evaluation, with the gold reward. The ids are given to the reward as generated.
 
         Args:
-            rows: the task's rows of their prompts, whose columns the reward gets.
-            prompt_ids, completion_ids: as the model saw and wrote them.
-            reward: another one than the environment's, such as the gold score.
+            rows: of the task; each column is given to the reward as a list.
+            reward: scores instead of the environment's own.
         """
         texts = [self.text(ids) for ids in completion_ids]
-        # Columns that some rows lack are None there: a reward gets whole columns, as with TRL. Sorted, so that what a
-        # reward is called with does not depend on the order of a set.
         names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "completion_ids"}
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
         columns |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
         reward = reward or self.reward
         components = reward.components([row["prompt"] for row in rows], texts, **columns)
         score = reward.total(components).to(self.device)
-        # A single part is the score itself; logging it again would only double a curve.
         mixed = components if len(components) > 1 else {}
         return Scores(score, texts, {name: part.to(self.device) for name, part in mixed.items()})
+
+
+def decodes_locally(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the text of a list of ids is known to end as the text of its last ids does.
+
+    Known of the tokenizers library's byte-level, sentencepiece-like, word-piece and whitespace decoders. Not of a
+    tokenizer written in Python, whose decode() may be anything, nor of a decoder that is not in LOCAL_DECODERS.
+    """
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        return False
+    return inner.decoder is None or _decoder_types(json.loads(inner.decoder.__getstate__())) <= LOCAL_DECODERS
+
+
+def _decoder_types(state: dict[str, Any]) -> set[str]:
+    """The types of a decoder and of those that it is a sequence of."""
+    return {state["type"]}.union(*map(_decoder_types, state.get("decoders", ())))

@@ -128,7 +128,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.streams_of_prompts = PromptStreams(self.source, self._encode, num_envs, group_size)
         spec = self.task.reward if reward is None else reward
         self.reward_model = load_reward(spec, task=self.task, device=self.device, tokenizer=self.tokenizer)
-        self.scorer = Scorer(self.tokenizer, self.reward_model, self.stop, self.device)
+        self.scorer = Scorer(self.tokenizer, self.stop, self.reward_model, self.device)
         # Who names another model's tokenizer starts from that model; the task's own could not score its ids.
         self._reference_spec = tokenizer if reference is None and isinstance(tokenizer, str) else reference
         self._reference: Policy | None = None

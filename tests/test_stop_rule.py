@@ -1,0 +1,69 @@
+"""When an episode ends: the one rule against its four users, and stop strings found in a bounded tail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from textrl_gym.agents.dpo import DPO
+from textrl_gym.core import StopReason
+from textrl_gym.mdp.text_env import TextVectorEnv
+from textrl_gym.mdp.transition import stop_reasons
+from textrl_gym.training.guided_decoding import Endings
+
+EOS_ID, BUDGET = 0, 3
+SYMBOLS = ("a", "b", "c", "d")
+IDS = st.lists(st.integers(1, 4), min_size=1, max_size=BUDGET)
+
+
+def env(rows: int = 1) -> TextVectorEnv:
+    return TextVectorEnv(
+        rows, task="textrl_gym.envs.copy_text", max_new_tokens=BUDGET, stop=["a b", "c"], autoreset_mode="DISABLED"
+    )
+
+
+ENV = env()
+
+
+@pytest.mark.parametrize(
+    ("last", "length", "hit", "reason"),
+    [
+        (EOS_ID, BUDGET, True, StopReason.EOS),
+        (EOS_ID, 1, False, StopReason.EOS),
+        (1, BUDGET, True, StopReason.STOP_STRING),
+        (1, 1, True, StopReason.STOP_STRING),
+        (1, BUDGET, False, StopReason.LENGTH),
+        (1, BUDGET - 1, False, StopReason.RUNNING),
+    ],
+)
+def test_the_rule(last: int, length: int, hit: bool, reason: StopReason) -> None:
+    for array in (np.array, torch.tensor):
+        found = stop_reasons(array([last]), array([length]), array([hit]), BUDGET, EOS_ID)
+        assert found.tolist() == [reason]
+        if not hit:
+            assert stop_reasons(array([last]), array([length]), None, BUDGET, EOS_ID).tolist() == [reason]
+
+
+@given(ids=IDS, ended=st.booleans())
+@settings(max_examples=60)
+def test_every_user_of_the_rule_agrees_with_stepping(ids: list[int], ended: bool) -> None:
+    ids = [*ids[: BUDGET - 1], EOS_ID] if ended else ids
+    ENV.reset(seed=0)
+    for taken in range(1, len(ids) + 1):
+        *_, infos = ENV.step(np.array([ids[taken - 1]]))
+        if "stop_reason" in infos:
+            break
+    stepped = infos["stop_reason"][0] if "stop_reason" in infos else StopReason.RUNNING
+    completion = ids[:taken]
+    # Guided decoding.
+    endings = Endings(ENV, [], [], scored=False)
+    assert endings.stops([completion]) == [stepped]
+    # Pairs of a file, where a completion that no rule ends was ended by its writer.
+    pairs: Any = DPO.__new__(DPO)
+    pairs.env = ENV
+    assert pairs._stops([completion]).tolist() == [stepped or StopReason.STOP_STRING]
