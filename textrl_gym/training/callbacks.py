@@ -12,7 +12,7 @@ from typing import Any, Literal
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textrl_gym import files
-from textrl_gym.evaluation.reward_hacking import GOLD, Alarm, Bounds, Evaluation, alarms, best
+from textrl_gym.evaluation.reward_hacking import GOLD_ALARM, Alarm, Bounds, Evaluation, alarms, best
 from textrl_gym.training.run_folder import ALARMS, BEST
 
 
@@ -85,7 +85,7 @@ class RewardHackingMonitor(EvaluationCallback):
             return True
         if self.best is evaluation and row["updates"]:
             self.model.save(self._out / BEST)
-        decisive = [alarm for alarm in self.now if alarm.measure == GOLD or self.best is None]
+        decisive = [alarm for alarm in self.now if alarm.measure == GOLD_ALARM or self.best is None]
         if decisive and not self.stopped:  # a run that ends is evaluated once more
             self.stopped = True
             self.tell(f"stopped by {decisive[0].measure}{self._where_best()}")
