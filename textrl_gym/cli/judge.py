@@ -182,7 +182,7 @@ def judge_command(args: Sequence[str]) -> int:
     judged_by = parsed.judging.make(parsed.endpoint, folder, reader.task, tokenizer=reader.tokenizer)
     judged = win_rates.judge_runs(comparison, judged_by, against, reader)
     file = folder / win_rates.file_name(judged_by.name, against)
-    win_rates.tidy(judged, judged_by.name, against).to_csv(file, index=False)
+    win_rates.table_of_runs(judged, judged_by.name, against).to_csv(file, index=False)
     headings = ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "no verdict")
     rows = []
     for group, found in win_rates.by_agent(judged):

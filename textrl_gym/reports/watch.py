@@ -37,6 +37,7 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
+# Completions are of a model and may hold anything: nothing may be fetched, framed, cached or told to another site.
 HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Cache-Control": "no-store",
@@ -52,6 +53,7 @@ HEADERS = {
 def version(folder: Path) -> str:
     """Changes when a run has ended, in success or failure, is tried again, and when the plan does."""
     kept = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{worker.RESULT}"))]
+    # By time and size and not by content: it is asked for every few seconds.
     told = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in kept]
     told += sorted(str(file) for file in (folder / RUNS).glob(f"*/{worker.ERROR}"))  # gone when its run is tried again
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
@@ -81,6 +83,8 @@ def running(run: Path) -> bool:
     """Whether a process works on the run: it holds the folder's lock then."""
     try:
         with (run / ".lock").open(encoding="utf-8") as lock:
+            # A shared lock that does not wait; it is let go at once, so that a worker that begins just now is not kept
+            # out.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -98,6 +102,7 @@ class Pages:
         self._made = ("", b"")
 
     def __call__(self) -> bytes:
+        # Several browsers ask at the same time, and the page takes seconds to make.
         with self._lock:
             now = version(self.folder)
             if self._made[0] != now:
@@ -131,11 +136,12 @@ class WatchServer(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, host: str, port: int) -> None:
         self.pages, self.host = Pages(folder), host
+        # On an address that others reach, the token is the only guard.
         self.token = "" if is_loopback(host) else secrets.token_urlsafe(24)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
         """A browser that has left is no error."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
@@ -148,6 +154,7 @@ class WatchServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """What to open in a browser."""
+        # 0.0.0.0 is no address to open; another machine needs this one's name.
         everywhere = self.host in ("0.0.0.0", "::", "")
         name = socket.gethostname() if everywhere else f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{name}:{self.port}/" + (f"?token={self.token}" if self.token else "")
@@ -157,6 +164,7 @@ class WatchServer(ThreadingHTTPServer):
         """What the Host header may say on a loopback address."""
         names = ("127.0.0.1", "localhost", "[::1]", self.host)
         with_port = [f"{name}:{self.port}" for name in names]
+        # Browsers leave out the port where it is 80.
         return frozenset([*with_port, *names] if self.port == 80 else with_port)
 
 
@@ -198,6 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: WatchServer
     server_version, sys_version = "textrl-gym", ""
+    # A client that sends half a request would hold its thread for ever.
     timeout = 30
 
     def do_GET(self) -> None:
@@ -228,6 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _may_look(self, token: str) -> bool:
         if self.server.token:
+            # In constant time: how long a comparison takes would tell how much of a guess is right.
             return secrets.compare_digest(token.encode(), self.server.token.encode())
         return self.headers.get("Host", "").lower() in self.server.own_names
 
@@ -244,5 +254,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         super().end_headers()
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Nothing: requests come every few seconds."""

@@ -72,6 +72,7 @@ class RewardHackingMonitor(EvaluationCallback):
         self.start = self.start or evaluation
         if "gold" in evaluation.row:
             self.best = best([evaluation] if self.best is None else [self.best, evaluation])
+        # By measure and not by words, which have the number of each evaluation in them.
         before = {alarm.measure for alarm in self.now}
         self.now = alarms(self.start, self.best, evaluation, self.bounds)
         return [alarm for alarm in self.now if alarm.measure not in before]
@@ -85,6 +86,7 @@ class RewardHackingMonitor(EvaluationCallback):
             return True
         if self.best is evaluation and row["updates"]:
             self.model.save(self._out / BEST)
+        # Form and length may drift for good reasons; where there is a gold score it alone decides.
         decisive = [alarm for alarm in self.now if alarm.measure == GOLD_ALARM or self.best is None]
         if decisive and not self.stopped:  # a run that ends is evaluated once more
             self.stopped = True
