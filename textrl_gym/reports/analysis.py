@@ -118,6 +118,7 @@ def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
     rest: list[str] = []
     for a, b in itertools.combinations(groups, 2):
         scores = [x.finals(comparison.gold) for x in (a, b)]
+        # One number for all seeds: an untrained agent's seeds are no sample of anything.
         seeds = [x[0] if group.untrained else x for x, group in zip(scores, (a, b), strict=True)]
         said = estimates.verdict(a.label, seeds[0], b.label, seeds[1], confidence=confidence)
         (first if a is groups[0] else rest).append(f"{a.label} and {b.label}: {said}")
@@ -250,6 +251,8 @@ def pairs(comparison: Comparison, groups: Sequence[Group]) -> list[Pair]:
         difference = estimates.paired_difference(a_SN, b_SN).mean if alike else None
         scores = [a.finals(comparison.gold)], [b.finals(comparison.gold)]
         improvement = estimates.probability_of_improvement(*scores)
+        # The win rate is over prompts, the chance to be better over runs: two questions that may have different
+        # answers.
         found.append(Pair(a, b, pairwise.win_rate(outcome_N), difference, improvement))
     return found
 
@@ -290,6 +293,7 @@ def score_profile(comparison: Comparison) -> tuple[list[float], dict[str, list[E
         if len(own) > 1:
             found[group.label] = estimates.performance_profile([own], threshold_K)
         else:
+            # nan and not a point: one seed says nothing of how much another would differ.
             share = (own[0] > threshold_K).astype(float).tolist()
             found[group.label] = [Estimate(s, math.nan, math.nan) for s in share]
     return threshold_K.tolist(), found

@@ -68,6 +68,7 @@ def matrix(comparison: Comparison) -> Chart | None:
     for pair in numbers.pairs(comparison, order):
         won = pair.win_rate
         rate[pair.first.label, pair.second.label] = won.value
+        # A tie is half a win to each, so that the two add up to 1.
         rate[pair.second.label, pair.first.label] = 1 - won.value
         row = [pair.first.label, pair.second.label, between(won), "-", between(pair.improvement)]
         if pair.difference is not None:
@@ -145,6 +146,7 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
         made.add_scatter(x=way.kl, y=way.proxy, mode="markers", marker=dots, **lower)
         row = [group.label, *(f"{short(gold)} at {short(kl)}" for kl, gold in (way.best, way.end))]
         if way.fit is not None:
+            # From 0, where the form is the start's gold exactly, to the last KL that was seen and no further.
             x = np.linspace(0, max(way.kl), 60)
             curve = {"mode": "lines", "line": line(group), "showlegend": False, "hoverinfo": "skip"}
             made.add_scatter(x=x.tolist(), y=(way.start + way.fit.gold(x)).tolist(), **look(group, **curve))

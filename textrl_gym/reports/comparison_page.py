@@ -129,6 +129,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, words:
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
     )
+    # Columns of words are aligned on the left, those of numbers on the right.
     kind = ' class="words"' if words else ""
     return (
         # With a role and in the order of tabs, so that the keyboard can scroll it.
@@ -213,6 +214,7 @@ def summary(comparison: Comparison) -> str:
         said += f"<details><summary>All other pairs ({len(rest)})</summary>{bullets(rest)}</details>"
     pairs = len(first) + len(rest)
     if pairs > 1 and sum(len(group.runs) > 1 for group in comparison.groups) > 1:
+        # Bonferroni's level is told: readers would take any interval on a page for 95%.
         level = f"{100 * numbers.pair_confidence(len(comparison.groups)):g}%"
         said += (
             f'<p class="soft small">The intervals are of {level}, so that 95% hold for all {pairs} pairs at once.</p>'

@@ -180,6 +180,7 @@ def _completion(sample: dict[str, Any] | None) -> str:
 
 def sample_tables(run: Run) -> str:
     """Completions of the same prompts before and after, side by side."""
+    # Completions of the same prompts at both ends stand side by side.
     before = {s["index"]: s for s in run.samples if s["timesteps"] == run.start["timesteps"]}
     after = {s["index"]: s for s in run.samples if s["timesteps"] == run.end["timesteps"]}
     rows = []

@@ -110,6 +110,7 @@ def length_chart(comparison: Comparison) -> Chart | None:
         name = "gold" if key == "gold" else "score"
         rows.append((group.label, name, between(trend.slope), short(trend.correlation, 2)))
         for b in trend.buckets:
+            # Many completions of equal length make a bucket of one length.
             span = f"{b.shortest:g}" if b.shortest == b.longest else f"{b.shortest:g} to {b.longest:g}"
             buckets.append((group.label, name, span, str(b.texts), short(b.mean_score)))
         if key == "score":

@@ -70,6 +70,7 @@ def _status_of(run: Path) -> dict[str, Any]:
     state, row = state_of(run, running(run)), progress(run)
     done = int(row.get("time/total_timesteps", 0))
     spent = sum(row.get(f"time/{phase}_seconds", 0.0) for phase in ("collect", "update", "evaluate"))
+    # By the run's own seconds and not by the clock: it may have been stopped in between.
     left = max(total - done, 0) * spent / done if state == "running" and done else None
     score, kl = (_finite(row.get(f"rollout/{name}")) for name in ("score", "kl_sequence"))
     return {"run": run.name, "state": state, "done": done, "total": total, "score": score, "kl": kl, "left": left}
@@ -111,6 +112,7 @@ class Pages:
 
     def _make(self, now: str) -> str:
         if not any((self.folder / RUNS).glob(f"*/{worker.RESULT}")):
+            # The page asks again by itself, so that it may be opened as soon as a comparison starts.
             return waiting_page(now, "No run has finished yet. The page comes with the first.")
         try:
             return live_page(self.folder, now)
