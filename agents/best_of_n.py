@@ -51,10 +51,12 @@ def best_of_n_logprobs(logp_Y: Tensor, score_Y: Tensor, n: int) -> Tensor:
         score_Y: their scores.
     """
     assert logp_Y.shape == score_Y.shape and logp_Y.ndim == 1, (logp_Y.shape, score_Y.shape)
+    # Differences of F(s)^n are tiny for rare completions: in float32 they would cancel to 0, and their log to -inf.
     logp_Y = logp_Y.double()
     if not abs(float(logp_Y.logsumexp(0))) < 1e-3:
         raise ValueError(f"the probabilities of all completions must sum to 1, got {float(logp_Y.exp().sum()):.6g}")
     _, level_Y = score_Y.unique(return_inverse=True)  # rising
+    # Completions of one score share their chance to be taken in proportion to pi.
     at_S = torch.zeros(int(level_Y.max()) + 1, dtype=torch.float64).index_add_(0, level_Y, logp_Y.exp())
     up_to_S = at_S.cumsum(0)
     chosen_S = up_to_S**n - (up_to_S - at_S) ** n
@@ -112,6 +114,7 @@ class BestOfN(Agent):
         out = complete(mdp, self.policy, all_ids, uniform_XT)
         rollout = rollout_of(mdp, self.policy, all_rows, all_ids, out)
         model_calls_B = rollout.mask_BT.sum(1).float().view(-1, n).sum(1)
+        # By the reward with its missing-EOS penalty, which is what the agents that train are trained on.
         best = rollout.select(best_rows(rollout.reward_BT.sum(1), n))
         length_B1 = functional.last_places(best.mask_BT)[:, None] + 1
         logp_BT = best.logp_BT + best_of_n_kl_bound(n) / length_B1 * best.mask_BT

@@ -114,6 +114,7 @@ class DPO(Agent):
         """The order of pass `number` over the pairs. Sampled ones come as they are made in the first."""
         if number == 0 and self.config.pairs is None:
             return np.arange(size)
+        # A function of seed and pass, so that nothing of the order has to be saved.
         return np.random.default_rng([self.seed, number]).permutation(size)
 
     def _rollout(self, pairs: list[Pair]) -> Rollout:
@@ -149,6 +150,7 @@ class DPO(Agent):
         empty = 0
         while len(self.pairs) < wanted:
             found = self._draw()
+            # Never more than num_pairs, so that later passes are over the same set whatever the last draw brought.
             self.pairs += found[: self.config.num_pairs - len(self.pairs)]
             self.draws += 1
             empty = 0 if found else empty + 1
@@ -160,6 +162,7 @@ class DPO(Agent):
         mdp = self.env.remake(rows, group_size=2)
         rng = np.random.default_rng(seed)
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
+        # Not the environment's own streams: how many draws there were would change the prompts after a resumption.
         indices = rng.integers(len(mdp.source), size=rows // 2).repeat(2)
         assert self.policy.reference is not None
         drawn = collect(mdp, self.policy.reference, kl_coef=0.0, generator=generator, prompt_indices=indices)
@@ -179,6 +182,8 @@ class DPO(Agent):
     def save_extra(self, folder: Path) -> None:
         if self.config.pairs is None and self.pairs:
             texts = [ids for pair in self.pairs for ids in pair]
+            # One flat tensor and lengths: safetensors has no ragged arrays, and a tensor a text would be thousands of
+            # entries.
             flat = torch.tensor([token for ids in texts for token in ids], dtype=torch.int32)
             save_file({"tokens": flat, "lengths": torch.tensor([len(ids) for ids in texts])}, folder / FILE)
 

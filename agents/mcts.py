@@ -77,6 +77,7 @@ class Tree:
         rows, candidates = root.token_BK.shape
         zeros_BMK = root.prior_BK.new_zeros(rows, nodes, candidates)
         self.row_B = torch.arange(rows, device=zeros_BMK.device)
+        # -1: nothing has grown there yet. Arrays and not node objects, so that all rows take each step together.
         self.token_BMK, self.child_BMK = zeros_BMK.long(), zeros_BMK.long() - 1
         self.prior_BMK, self.reward_BMK, self.total_BMK = zeros_BMK, zeros_BMK.clone(), zeros_BMK.clone()
         self.visits_BMK, self.value_BM = zeros_BMK.clone(), zeros_BMK[..., 0].clone()
@@ -106,6 +107,7 @@ class Tree:
             path.append(self.token_BMK[self.row_B, node_B, slot_B] * moving_B)
             length_B = length_B + moving_B
             next_B = self.child_BMK[self.row_B, node_B, slot_B]
+            # Rows that have arrived wait for the deepest one; their part of the path is 0 and not read.
             moving_B = moving_B & (next_B >= 0) & ~self.over_BM[self.row_B, next_B.clamp(min=0)]
         return torch.stack(path, 1), length_B, node_B, slot_B, next_B
 
@@ -124,6 +126,7 @@ class Tree:
 def puct(prior_BK: Tensor, visits_BK: Tensor, total_BK: Tensor, value_B: Tensor, c_puct: float) -> Tensor:
     """Q + c_puct prior sqrt(N) / (1 + visits), with Q = total / visits, or V where there are no visits. [B, K]"""
     assert prior_BK.shape == visits_BK.shape == total_BK.shape and value_B.shape == prior_BK.shape[:1]
+    # An edge without visits is worth what its node is, so that the prior alone says which is tried first.
     mean_BK = torch.where(visits_BK > 0, total_BK / visits_BK.clamp(min=1), value_B[:, None])
     return mean_BK + c_puct * prior_BK * (1 + visits_BK.sum(1, keepdim=True)).sqrt() / (1 + visits_BK)
 
@@ -167,6 +170,7 @@ class MCTS(CriticAgent):
             stops = endings.stops(longer)
             runs_b = torch.tensor(stops, device=self.device) == StopReason.RUNNING
             value_b = endings.values(row_b, longer, stops, before_b)
+            # No pass where every new node is over or has been there: a model call costs more than all of the rest.
             said = states.look(path_bD, length_b) if (runs_b & fresh_b).any() else states.now
             calls_b.add_((runs_b & fresh_b) * states.models)
             return self._leaves(said, torch.where(runs_b, said.value_B, value_b), ~runs_b)

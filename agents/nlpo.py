@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Unpack
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -36,6 +36,7 @@ from textrl_gym.core import Rollout
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
 from textrl_gym.policy.top_p_policy import MaskedPolicy
+from textrl_gym.training.agent import PolicySettings
 
 MASK_FOLDER = "mask_model"
 
@@ -58,7 +59,7 @@ class NLPO(PPO):
     policy: MaskedPolicy
     starts_at_reference = False
 
-    def _new_policy(self, model: torch.nn.Module, **settings: Any) -> Policy:
+    def _new_policy(self, model: torch.nn.Module, **settings: Unpack[PolicySettings]) -> Policy:
         return MaskedPolicy(model, top_p=self.config.top_p, **settings)
 
     def update(self, rollout: Rollout) -> dict[str, float]:

@@ -73,6 +73,8 @@ class Reinforce(Agent):
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Advantages, and the baseline of the next rollout.
         advantage_BT, baseline, mean = self.estimates(rollout)
+        # After the advantages: a baseline with this rollout's returns in it would depend on the actions, and bias the
+        # gradient.
         past = self.config.baseline_decay if self.running is not None else 0.0
         self.running = past * (self.running or 0.0) + (1 - past) * mean
 

@@ -62,6 +62,7 @@ class ReinforcePP(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Returns-to-go with the KL in them, on one scale for the batch.
+        # Whitened over the rollout and not in each minibatch, where a small one's mean would be noise.
         batch = rollout.with_(advantage_BT=self.advantages(rollout))
 
         # 2. Clipped steps on minibatches.

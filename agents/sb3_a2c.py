@@ -42,7 +42,7 @@ class SB3A2C(SB3Agent):
     Config = SB3A2CConfig
     config: SB3A2CConfig
 
-    def make_algorithm(self, **common: Any) -> Any:
+    def make_algorithm(self, **common: Any) -> A2C:
         config = self.config
         return A2C(
             **common,

@@ -53,7 +53,7 @@ class SB3PPO(SB3Agent):
     Config = SB3PPOConfig
     config: SB3PPOConfig
 
-    def make_algorithm(self, **common: Any) -> Any:
+    def make_algorithm(self, **common: Any) -> PPO:
         config = self.config
         return PPO(
             **common,

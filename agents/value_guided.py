@@ -53,6 +53,7 @@ class ValueGuided(CriticAgent):
         now = states.now
         token_bK = self.candidates(now.logp_BV)
         values, calls_b = [], torch.zeros_like(now.value_B)
+        # A candidate at a time for all rows: side by side, K candidates would need K copies of the rows' caches.
         for token_b in token_bK.unbind(1):
             # 1. What is over has no state after it.
             longer = [[*ids, token] for ids, token in zip(texts, token_b.tolist(), strict=True)]

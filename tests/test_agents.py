@@ -384,6 +384,15 @@ def test_health_card_finds_dropout_and_a_second_eos(tmp_path: Path) -> None:
     assert bad == ["groups with no spread of scores"]
 
 
+def test_spread_is_that_of_each_group() -> None:
+    # Group 5 has 0.5 twice, group 7 one row, group 9 two 1s and a 2: two of three have no spread. Group 7 would have
+    # some if the places that fill it up to three rows counted, which hold row 0.
+    group_B = torch.tensor([5, 5, 7, 9, 9, 9])
+    score_B = torch.tensor([0.5, 0.5, 0.1, 1.0, 1.0, 2.0])
+    assert health.share_without_spread(score_B, group_B) == pytest.approx(2 / 3)
+    assert health.share_without_spread(score_B, torch.arange(6)) is None
+
+
 def test_logs_samples_and_callbacks(tmp_path: Path) -> None:
     from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 
@@ -455,7 +464,7 @@ def test_evaluate_takes_an_id(tmp_path: Path) -> None:
     with pytest.raises(gym.error.NameNotFound):
         textrl_gym.evaluate(agent, "CopyTxt-v0", episodes=8)
     with pytest.raises(ValueError, match="is not a text environment"):
-        textrl_gym.evaluate(agent, 7, episodes=8)
+        textrl_gym.evaluate(agent, 7, episodes=8)  # type: ignore[arg-type]
 
 
 def test_an_id_is_made_with_the_agents_tokenizer(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ def test_both_pages_of_a_run_raise_the_same_alarms(
     assert ["Reward hacking" if alarm.measure == "gold" else "Drift" for alarm in own] == expected
     assert read_comparison(tmp_path).runs[0].alarms == own
     comparison_words = read(tmp_path)[1].words
-    own_page = run_page.page([read_run(run)])
+    own_page = run_page.run_html([read_run(run)])
     for alarm in own:
         assert alarm.words in own_page
         assert f"alpha-0: {alarm.words}" in comparison_words
@@ -893,4 +893,4 @@ def test_a_comparison_of_version_0_1_is_read_by_todays_names(tmp_path: Path, roo
     assert float(page.row("Text quality", "grpo")["Distinct bigrams"]) == pytest.approx(written["distinct_2"], abs=5e-4)
     own = read_run(folder / "runs" / "grpo-0")
     assert [sample["gold"] for sample in own.samples] and "judge" not in own.samples[0]
-    assert "Gold score, sampled" in run_page.page([own])
+    assert "Gold score, sampled" in run_page.run_html([own])

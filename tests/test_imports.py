@@ -37,6 +37,7 @@ MOST_FILES = 12
 
 PRIVATE: dict[tuple[str, str], str] = {
     # (module, name): why there is no public way
+    ("experiments.worker", "_exit"): "os._exit: sys.exit in a thread ends the thread and not the process",
     ("integrations.sb3_agent", "_setup_learn"): "what SB3's learn() does before its loop, which is ours here",
 }
 

@@ -17,7 +17,7 @@ from textrl_gym.agents import GRPO
 from textrl_gym.cli import main
 from textrl_gym.core import Row
 from textrl_gym.envs.copy_text import CopyText
-from textrl_gym.evaluation.evaluator import Evaluator, entropy
+from textrl_gym.evaluation.evaluator import Evaluator, mean_entropy
 from textrl_gym.experiments import win_rates
 from textrl_gym.judges.judge import Answer, Noisy, Pointwise, load_judge, load_scorer
 from textrl_gym.mdp.task import Task
@@ -172,7 +172,7 @@ def test_entropy_is_that_of_what_was_sampled_from(agent: GRPO) -> None:
             logp_TV = logits_TV.log_softmax(-1)
             total -= float((logp_TV.exp() * logp_TV).sum())
             places += len(tokens)
-    assert entropy(agent.policy, rollouts) == pytest.approx(total / places, abs=1e-5, rel=0)
+    assert mean_entropy(agent.policy, rollouts) == pytest.approx(total / places, abs=1e-5, rel=0)
     assert evaluator.run(agent)[0]["entropy_token"] == pytest.approx(total / places, abs=1e-5, rel=0)
     uniform = textrl_gym.evaluate(_random(), episodes=8)["entropy_token"]
     assert uniform == pytest.approx(math.log(5), abs=1e-6, rel=0)  # of 5 tokens, each alike

@@ -49,7 +49,7 @@ def test_a_metric_is_added_in_one_place(
     print_finals(table)
     assert "letters" in (shown := capsys.readouterr().out) and last in shown
     # The page of the run and that of the comparison.
-    assert f"<td>{value:.2f}</td>" in run_page.page([read_run(folder)])
+    assert f"<td>{value:.2f}</td>" in run_page.run_html([read_run(folder)])
     pytest.importorskip("plotly")
     page = comparison_report(tmp_path).read_text()
     assert read_comparison(tmp_path).runs[0].final["letters"] == pytest.approx(float(last), abs=0.005)

@@ -162,7 +162,7 @@ def test_the_report_applies_the_same_rules(tmp_path: Path) -> None:
     assert [alarm.measure for alarm in alarms(run)] == ["gold", "ends"]
     start, top, now = evaluations
     assert alarms(run) == reward_hacking.alarms(start, top, now)
-    text = run_page.page([run])
+    text = run_page.run_html([run])
     assert f"<b>Reward hacking in {tmp_path.name}.</b> From 100 tokens" in text
     assert f"<b>Drift in {tmp_path.name}.</b> EOS ends 10% of the completions; at the start 100%." in text
 
@@ -249,7 +249,7 @@ def test_a_monitor_that_goes_on_is_as_one_that_never_stopped(tmp_path: Path) -> 
 def test_a_line_that_a_kill_has_torn_is_no_evaluation(tmp_path: Path) -> None:
     (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0, "gold": 0.5}\n{"timesteps": 64, "jud')
     agent = types.SimpleNamespace(out=tmp_path, num_timesteps=100)
-    assert [found.row["timesteps"] for found in earlier_evaluations(agent)] == [0]
+    assert [found.row["timesteps"] for found in earlier_evaluations(agent.out, agent.num_timesteps)] == [0]
 
 
 def test_wrong_settings_name_themselves() -> None:
@@ -268,7 +268,8 @@ def test_a_run_that_is_paid_by_length_stops(tmp_path: Path) -> None:
     agent = GRPO(env, seed=0, out=tmp_path, rollout_episodes=32, group_size=4, learning_rate=1e-3, kl_coef=0.0)
     agent.learn(200_000, progress_bar=False, on_hacking="stop", eval_every=4, eval_episodes=32, show_samples=0)
     assert agent.num_timesteps < 100_000
-    last = earlier_evaluations(agent)[-1]
+    assert agent.out is not None
+    last = earlier_evaluations(agent.out, agent.num_timesteps)[-1]
     alarm = next(json.loads(line) for line in (tmp_path / ALARMS).read_text().splitlines() if '"gold"' in line)
     assert alarm["now"] < alarm["before"] - 0.05
     assert last.row["score"] > 30
@@ -282,7 +283,7 @@ def test_a_monitor_of_ones_own_takes_the_place_of_the_usual_one(tmp_path: Path) 
     strict = RewardHackingMonitor("stop", Bounds(kl=0.02), told.append)
     agent = Reinforce("CopyText-v0", seed=0, out=tmp_path, rollout_episodes=16)
     agent.learn(2000, CallbackList([strict]), progress_bar=False, eval_every=2, eval_episodes=8, show_samples=0)
-    kl = [one.row["kl_sequence"] for one in earlier_evaluations(agent)]
+    kl = [one.row["kl_sequence"] for one in earlier_evaluations(agent.out, agent.num_timesteps)]
     assert kl[-1] > 0.02 >= max(kl[:-1])  # it ended at the first evaluation that was too far away
     assert agent.num_timesteps < 2000
     assert told[-1] == "stopped by kl"

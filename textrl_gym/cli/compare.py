@@ -22,6 +22,7 @@ def compare_command(args: Sequence[str]) -> int:
     ]
     parsed = parse_flags("compare", compare_command.__doc__, parts, args)
     env_id = find_env(parsed.env)
+    # A wrong name is said before the folder is made and any worker starts.
     for agent in parsed.config.agents:
         if not Path(agent).is_dir():
             find_agent(agent)
@@ -35,6 +36,7 @@ def compare_command(args: Sequence[str]) -> int:
     if not table.empty:
         show_page(parsed.out)
     print(f"saved in {parsed.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    # What has finished is shown and saved all the same.
     return 1 if failed else 0
 
 

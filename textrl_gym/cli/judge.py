@@ -53,6 +53,7 @@ class JudgeFlags:
         from textrl_gym.judges.judge import ENDPOINT, GOLD, Noisy, load_judge
         from textrl_gym.judges.llm_judge import CACHE, Endpoint, EndpointConfig
 
+        # Said before a judge is asked for an hour: the intervals come last.
         if importlib.util.find_spec("scipy") is None:
             raise ImportError("win rates with intervals need the package scipy: pip install textrl-gym[judge]")
         if self.judge != ENDPOINT and endpoint != EndpointConfig():
@@ -102,6 +103,7 @@ def evaluate_command(args: Sequence[str]) -> int:
         judge = flags.make(parsed.endpoint, parsed.folder, mdp.task, mdp.device, mdp.tokenizer)
         opponent = _opponent(against, parsed)
     metrics, samples = evaluator.run(agent)
+    # JSON gets the numbers in full; the table rounds them.
     numbers: dict[str, Any] = dict(metrics)
     rows = {metric(name).heading: number(metrics, name) for name in metric_names([metrics])}
     title = f"{parsed.folder}: {parsed.episodes} prompts of {parsed.split}, seed {parsed.seed}"
@@ -123,6 +125,7 @@ def _agent(folder: Path, parsed: SimpleNamespace) -> Agent:
 
     env = None
     if parsed.env is not None:
+        # With the agent's own tokenizer: the environment's may have other tokens for the same ids.
         env = gymnasium.make(find_env(parsed.env), tokenizer=str(folder / "model"))
     return load_agent(folder, env, device=parsed.device)
 
@@ -182,7 +185,7 @@ def judge_command(args: Sequence[str]) -> int:
     judged_by = parsed.judging.make(parsed.endpoint, folder, reader.task, tokenizer=reader.tokenizer)
     judged = win_rates.judge_runs(comparison, judged_by, against, reader)
     file = folder / win_rates.file_name(judged_by.name, against)
-    win_rates.tidy(judged, judged_by.name, against).to_csv(file, index=False)
+    win_rates.table_of_runs(judged, judged_by.name, against).to_csv(file, index=False)
     headings = ("agent", "runs", "win rate (95%)", "equal lengths (95%)", "no verdict")
     rows = []
     for group, found in win_rates.by_agent(judged):

@@ -70,12 +70,15 @@ def _check_table(table: dict[str, Any], classes: tuple[type[Any], ...], where: s
     hints: dict[str, Any] = {}
     for cls in classes:
         fields = {field.name for field in dataclasses.fields(cls)} - {"config"}
+        # Without include_extras: a TOML value is checked against the bare type, and against its bounds when the config
+        # is made.
         hints |= {k: v for k, v in get_type_hints(cls).items() if k in fields}
     checked = {}
     for key, value in table.items():
         if key not in hints:
             raise ValueError(f"{where}: {unknown('key', key, hints)}")
         if key == "reward" and isinstance(value, dict):
+            # As a flag would say it, so that a table of weights takes the same way as --env.reward.
             value = ",".join(f"{name}={weight}" for name, weight in value.items())
             parse_reward(value)
         if not matches(value, hints[key]):
@@ -118,11 +121,13 @@ def as_arguments(table: Mapping[str, Any]) -> list[str]:
     arguments = []
     for key, value in table.items():
         flag = key.replace("_", "-")
+        # tyro's flags of booleans take no value.
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, tuple):
             arguments += [f"--{flag}", *map(str, value)]
         else:
+            # With "=": a value that begins with a dash would be read as a flag.
             arguments.append(f"--{flag}={value}")
     return arguments
 
@@ -171,7 +176,7 @@ def _without_bounds(value: object) -> object:
     return bare(**{field.name: getattr(value, field.name) for field in dataclasses.fields(parsed)})
 
 
-def _hinted(kind: Any, bounds: Bounds) -> Any:
+def _hinted(kind: object, bounds: Bounds) -> object:
     return Annotated[kind, tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}, {bounds})")]
 
 

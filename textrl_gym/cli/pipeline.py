@@ -60,6 +60,7 @@ def _run(
     ]
     parsed = parse_flags(command, about, parts, args)
     record = work(find_env(parsed.env), parsed.config, parsed.out)
+    # Lists and missing values stay in the record; a terminal has no room for them.
     measured = {name: value for name, value in record["measured"].items() if isinstance(value, int | float)}
     print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in measured.items()})
     return record

@@ -33,6 +33,8 @@ settings of AGENT are among those below. A TOML file given by --config holds the
 
 def train_command(args: Sequence[str]) -> int:
     """Train an agent: AGENT ENV --total-timesteps N --out DIR, or --resume DIR."""
+    # Before anything else is read: a run that goes on takes agent and environment from its folder, and not from
+    # arguments.
     if any(arg.partition("=")[0] == "--resume" for arg in args):
         return resume(args)
     names = [arg for arg in args[:2] if not arg.startswith("-")]
@@ -43,6 +45,7 @@ def train_command(args: Sequence[str]) -> int:
 
     agent_class = find_agent(names[0]) if names else Agent
     env_id = find_env(names[1]) if len(names) == 2 else ""
+    # The file has to be read before tyro runs, since its values are the defaults that --help shows.
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--config", type=Path)
     file = flags.parse_known_args(args[2:])[0].config
@@ -63,6 +66,7 @@ def train_command(args: Sequence[str]) -> int:
         raise ValueError(f"{names[0]} trains: give --total-timesteps N, the generated tokens to train for")
     out = run.out or Path("runs") / f"{names[0].rpartition(':')[2]}-{env_id}-seed{run.seed}"
     refuse_used(out)
+    # Every setting is handed over, defaults too, so that the checkpoint and run.json say what was used.
     config = dataclasses.asdict(parsed.agent)
     agent = agent_class(
         make_env(env_id, parsed.env, run.model, run.device, config),
@@ -108,6 +112,7 @@ def resume(args: Sequence[str]) -> int:
 
     saved = {}
     if folder is not None and (folder / RUN_FILE).is_file():
+        # Options of the first call hold on unless this one says otherwise.
         saved = renamed(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["options"])
     more = "tokens more than now; None: up to the run's own total"
     parts: list[Part] = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import env_checker
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common import env_checker as sb3_checker
 
 from textrl_gym import files, kl
@@ -27,7 +27,7 @@ from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import collect
 
-ROWS = 3
+CHECKED_ROWS = 3  # of two rows one ends and one goes on; with a third, rows that are no neighbours may end together too
 BUDGET = 6  # tokens of the checked episodes, where the environment allows more: long ones would show nothing else
 STEPS = 5 * BUDGET
 REWARD_ATOL = 1e-5  # a neural reward sums its floats in another order for another batch size
@@ -37,15 +37,15 @@ REWARD_ATOL = 1e-5  # a neural reward sums its floats in another order for anoth
 class Subject:
     """The environment under test, and copies of it that share what it has loaded."""
 
-    env: Any
+    env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
     mdp: TextVectorEnv
     seed: int
 
-    def vector(self, rows: int = ROWS, **changes: Any) -> TextVectorEnv:
+    def vector(self, rows: int = CHECKED_ROWS, **changes: object) -> TextVectorEnv:
         """A vector environment, without a KL penalty unless `changes` say so."""
         return self.mdp.remake(rows, **(self._plain() | changes))
 
-    def single(self, **changes: Any) -> TextEnv:
+    def single(self, **changes: object) -> TextEnv:
         """A single environment, of the subject's own class where that is one."""
         made = TextEnv
         if isinstance(self.env.unwrapped, TextEnv):
@@ -65,14 +65,15 @@ class Subject:
             "max_new_tokens": min(BUDGET, self.mdp.max_new_tokens),
         }
 
-    def actions(self, steps: int = STEPS, rows: int = ROWS) -> np.ndarray:
+    def actions(self, steps: int = STEPS, rows: int = CHECKED_ROWS) -> np.ndarray:
         """Random tokens [steps, rows], EOS among them so often that episodes have different lengths."""
+        # Uniform tokens would hit EOS once in the vocabulary's size: hardly ever before the budget is spent.
         rng = np.random.default_rng(self.seed)
         token = rng.integers(self.mdp.vocab_size, size=(steps, rows))
         return np.where(rng.random((steps, rows)) < 1 / BUDGET, self.mdp.eos_id, token)
 
 
-def check_env(env_or_id: Any, *, seed: int = 0) -> list[str]:
+def check_env(env_or_id: str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any], *, seed: int = 0) -> list[str]:
     """Check a text environment; run it on your own.
 
     Args:
@@ -92,6 +93,7 @@ def check_env(env_or_id: Any, *, seed: int = 0) -> list[str]:
     for name, check in PROPERTIES.items():
         try:
             with warnings.catch_warnings():
+                # Gymnasium's and Stable-Baselines3's checkers only warn of much that breaks an agent later.
                 warnings.simplefilter("error")
                 check(subject)
         except (AssertionError, ValueError, TypeError, RuntimeError, Warning) as error:
@@ -113,7 +115,7 @@ def _expect_error(what: str, call: Callable[[], Any]) -> None:
     raise AssertionError(f"{what} raised no ValueError")
 
 
-def _expect_same(where: str, one: Any, two: Any) -> None:
+def _expect_same(where: str, one: object, two: object) -> None:
     """Equal values, types, shapes and keys; floats to REWARD_ATOL."""
     if isinstance(one, dict) and isinstance(two, dict):
         _expect(set(one) == set(two), f"{where}: keys {sorted(one)} and {sorted(two)}")
@@ -171,7 +173,7 @@ def vector_is_singles(mode: AutoresetMode) -> Callable[[Subject], None]:
 
     def check(subject: Subject) -> None:
         envs = subject.vector(autoreset_mode=mode)
-        singles = SyncVectorEnv([subject.single] * ROWS, autoreset_mode=mode)
+        singles = SyncVectorEnv([subject.single] * CHECKED_ROWS, autoreset_mode=mode)
         _expect_same("reset", envs.reset(seed=subject.seed), singles.reset(seed=subject.seed))
         names = ("observation", "reward", "terminated", "truncated", "infos")
         for t, action_B in enumerate(subject.actions()):
@@ -201,7 +203,7 @@ def score_only_at_the_end(subject: Subject) -> None:
     """Without a KL penalty the reward is 0 before the end and the score at it."""
     envs = subject.vector(autoreset_mode=AutoresetMode.DISABLED, missing_eos_penalty=0.0)
     for t, _, _, (_, reward_B, terminated_B, truncated_B, infos) in _play(subject, envs):
-        for b in range(ROWS):
+        for b in range(CHECKED_ROWS):
             wanted = infos["score"][b] if terminated_B[b] or truncated_B[b] else 0.0
             _expect(reward_B[b] == np.float32(wanted), f"row {b}, step {t}: reward {reward_B[b]}, expected {wanted}")
 
@@ -209,14 +211,15 @@ def score_only_at_the_end(subject: Subject) -> None:
 def step_appends_one_token(subject: Subject) -> None:
     """A step writes its token and its mask at the next place, and changes nothing else; EOS is inside, once, last."""
     envs = subject.vector(autoreset_mode=AutoresetMode.DISABLED)
-    rows = np.arange(ROWS)
+    rows = np.arange(CHECKED_ROWS)
     for t, before, action_B, (after, _, terminated_B, truncated_B, infos) in _play(subject, envs):
+        # Padding stands left of a prompt and right of a completion, so the next place is counted and not searched.
         place_B = envs.max_prompt_tokens + before["attention_mask"][:, envs.max_prompt_tokens :].sum(1)
         wanted = {key: value.copy() for key, value in before.items()}
         wanted["input_ids"][rows, place_B] = action_B
         wanted["attention_mask"][rows, place_B] = 1
         _expect_same(f"step {t}", after, wanted)
-        for b in range(ROWS):
+        for b in range(CHECKED_ROWS):
             ended = bool(terminated_B[b] or truncated_B[b])
             where = f"row {b}, step {t}"
             if action_B[b] == envs.eos_id:
@@ -230,12 +233,12 @@ def nothing_after_the_end(subject: Subject) -> None:
     """In mode DISABLED an ended row refuses a step; in collect() nothing stands behind the last token."""
     envs = subject.vector(autoreset_mode=AutoresetMode.DISABLED)
     envs.reset(seed=subject.seed)
-    ended_B = np.zeros(ROWS, bool)
+    ended_B = np.zeros(CHECKED_ROWS, bool)
     ended_B[0] = True
     envs.step(np.where(ended_B, envs.eos_id, (envs.eos_id + 1) % envs.vocab_size))
-    _expect_error("row 0, step 1: a step after EOS", lambda: envs.step(np.full(ROWS, envs.eos_id)))
+    _expect_error("row 0, step 1: a step after EOS", lambda: envs.step(np.full(CHECKED_ROWS, envs.eos_id)))
     rollout = collect(subject.vector(), _random_policy(subject, 1), generator=torch.Generator().manual_seed(0))
-    for b in range(ROWS):
+    for b in range(CHECKED_ROWS):
         last = int(rollout.mask_BT[b].sum()) - 1
         _expect(bool(rollout.mask_BT[b, : last + 1].all()), f"row {b}: a hole in the mask of collect()")
         behind = rollout.token_BT[b, last + 1 :]
@@ -262,6 +265,7 @@ def observation_in_its_space(subject: Subject) -> None:
 def same_seed_same_everything(subject: Subject) -> None:
     """Two environments with one seed do the same, and one environment does it again when it is seeded again."""
     one, two = subject.vector(), subject.vector()
+    # The second has a past, of another seed: state that a reset leaves behind would show.
     two.reset(seed=subject.seed + 1)
     two.step(subject.actions()[0])
     _expect_same("reset", one.reset(seed=subject.seed), two.reset(seed=subject.seed))
@@ -314,9 +318,11 @@ def three_sources_agree(estimator: str) -> Callable[[Subject], None]:
             "reference": policy.reference,
             "autoreset_mode": mode,
         }
-        full = estimator == "full"
+        full = estimator == "full"  # this estimator asks for the log-probabilities of all tokens
 
-        def logprob(observation: Any, action_B: Any) -> torch.Tensor:
+        def logprob(
+            observation: Mapping[str, torch.Tensor | np.ndarray], action_B: torch.Tensor | np.ndarray
+        ) -> torch.Tensor:
             ids, mask = (torch.as_tensor(observation[k], device=policy.device) for k in ("input_ids", "attention_mask"))
             logp_BV = policy.next_logprobs(ids, mask)
             return logp_BV if full else logp_BV[torch.arange(len(logp_BV)), torch.as_tensor(action_B)]
@@ -331,7 +337,7 @@ def three_sources_agree(estimator: str) -> Callable[[Subject], None]:
             generator=torch.Generator(policy.device).manual_seed(subject.seed),
             prompt_indices=infos["prompt_index"],
         )
-        live_B = np.ones(ROWS, bool)
+        live_B = np.ones(CHECKED_ROWS, bool)
         for t in range(rollout.mask_BT.shape[1]):
             token_B = rollout.token_BT[:, t].cpu().numpy()
             sent = {"token": token_B, "logprob": logprob(observation, token_B).cpu().numpy()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
@@ -22,7 +24,29 @@ from textrl_gym.rollouts.collect import collect
 from textrl_gym.rollouts.scoring import token_entropy
 from textrl_gym.stats.estimates import outcomes
 
-ROWS = 64
+PARALLEL_PROMPTS = 64  # played at a time: as many as training's evaluations have, which are one batch then
+
+
+class Player(Protocol):
+    """An agent, as evaluation sees it: a policy, and a way of its own to decode with it."""
+
+    @property
+    def env(self) -> TextVectorEnv: ...
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def play(
+        self,
+        env: TextVectorEnv,
+        *,
+        greedy: bool = False,
+        generator: torch.Generator | None = None,
+        prompt_indices: Sequence[int] | np.ndarray | None = None,
+    ) -> Rollout: ...
+
+    def extra_metrics(self, rollouts: list[Rollout]) -> dict[str, float]: ...
 
 
 class Evaluator:
@@ -39,7 +63,7 @@ class Evaluator:
 
     def __init__(
         self,
-        env: Any,
+        env: str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any],
         episodes: int = 256,
         seed: int = 0,
         split: str = "validation",
@@ -48,9 +72,10 @@ class Evaluator:
         if episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {episodes}")
         self.mdp: TextVectorEnv = vector_env(env).remake(
-            min(ROWS, episodes), split=split, group_size=1, array="torch", render_mode=None
+            min(PARALLEL_PROMPTS, episodes), split=split, group_size=1, array="torch", render_mode=None
         )
         self.episodes, self.seed = episodes, seed
+        # A generator of its own, and not reset()'s streams: the prompts must not depend on how many rows there are.
         rng = np.random.default_rng(seed)
         size = len(self.mdp.source)
         self.indices = rng.choice(size, episodes, replace=episodes > size)
@@ -63,12 +88,15 @@ class Evaluator:
         self._start: tuple[Policy, list[Rollout], Tensor] | None = None
         self._human: Tensor | None = None
 
-    def play(self, player: Any, greedy: bool = False) -> list[Rollout]:
+    def play(self, player: Policy | Player, greedy: bool = False) -> list[Rollout]:
         """Rollouts of every prompt, in order, by a Policy or by an Agent's own `play`."""
+        plays: Callable[..., Rollout]
         if isinstance(player, Policy):
             plays = functools.partial(collect, policy=player, kl_coef=0.0)
         else:
             plays = player.play
+        # The same random numbers for every player: differences of two evaluations are then of the policies, prompt by
+        # prompt, and their standard error is that of paired differences.
         generator = torch.Generator(player.device).manual_seed(self.seed)
         rollouts = []
         for first in range(0, self.episodes, self.mdp.num_envs):
@@ -110,6 +138,7 @@ class Evaluator:
         text, places = row.get("completion"), self.mdp.max_prompt_tokens + self.mdp.max_new_tokens
         if not text:
             return None
+        # With EOS, as a completion that ended: a reward model has seen its texts so.
         ids = (*self.mdp.tokenizer(text, add_special_tokens=False)["input_ids"], self.mdp.eos_id)
         return Answer(text, ids) if len(prompt_ids) + len(ids) <= places else None
 
@@ -121,12 +150,12 @@ class Evaluator:
             masks = zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)
             yield rows, [ids[mask].tolist() for ids, mask in masks], rollout
 
-    def run(self, player: Any, greedy: bool = True) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def run(self, player: Policy | Player, greedy: bool = True) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics of a Policy or an Agent, and its completions with their scores.
 
         Returns:
             metrics: those of textrl_gym.evaluation.metrics. Beside what is computed there: entropy_token (see
-                `entropy`), reward/NAME (the mean of each part of a mixed reward), gold (where the task has a gold
+                `mean_entropy`), reward/NAME (the mean of each part of a mixed reward), gold (where the task has a gold
                 score), win_rate (share of prompts on which the gold score prefers the completion to the reference
                 model's, ties counting half), win_rate_human (the same against the row's reference text, over the rows
                 that have one), what an agent's extra_metrics adds, and with `greedy` score_greedy and gold_greedy, of
@@ -137,7 +166,7 @@ class Evaluator:
         rollouts = self.play(player)
         gold_N = self.gold_scores(rollouts)
         samples = self._samples(rollouts, gold_N)
-        metrics = measure(rollouts, samples) | {"entropy_token": entropy(policy, rollouts)}
+        metrics = measure(rollouts, samples) | {"entropy_token": mean_entropy(policy, rollouts)}
         for name in rollouts[0].components:
             metrics[f"reward/{name}"] = float(torch.cat([r.components[name] for r in rollouts]).mean())
         if not isinstance(player, Policy):
@@ -161,6 +190,7 @@ class Evaluator:
         return self._samples(*self._played_start(reference))
 
     def _played_start(self, reference: Policy) -> tuple[list[Rollout], Tensor]:
+        # Kept: the reference is frozen, and its completions are wanted at each evaluation of a run.
         if self._start is None or self._start[0] is not reference:
             rollouts = self.play(reference)
             self._start = (reference, rollouts, self.gold_scores(rollouts))
@@ -182,7 +212,7 @@ class Evaluator:
         return samples
 
 
-def entropy(policy: Policy, rollouts: list[Rollout]) -> float:
+def mean_entropy(policy: Policy, rollouts: list[Rollout]) -> float:
     """Mean entropy, in nats, of the distributions that a policy gives where the tokens of rollouts stand.
 
     That is what was sampled from, at the temperature of training, unless an agent's play samples from something else:
@@ -194,7 +224,11 @@ def entropy(policy: Policy, rollouts: list[Rollout]) -> float:
 
 
 def evaluate(
-    agent_or_dir: Any, env: Any = None, episodes: int = 256, seed: int = 0, split: str = "validation"
+    agent_or_dir: Player | str | Path,
+    env: str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | None = None,
+    episodes: int = 256,
+    seed: int = 0,
+    split: str = "validation",
 ) -> dict[str, float]:
     """Metrics of an agent on held-out prompts; see Evaluator.run.
 
@@ -207,7 +241,7 @@ def evaluate(
         split: of the dataset.
     """
     of_agent = None if isinstance(env, str) else env  # an id is made for the agent, so the agent is loaded first
-    agent = load_agent(agent_or_dir, of_agent) if isinstance(agent_or_dir, str | Path) else agent_or_dir
+    agent: Player = load_agent(agent_or_dir, of_agent) if isinstance(agent_or_dir, str | Path) else agent_or_dir
     if isinstance(env, str):
         env = vector_env(env, tokenizer=agent.env.tokenizer, device=str(agent.device), array="torch")
     metrics, _ = Evaluator(agent.env if env is None else env, episodes, seed, split).run(agent)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.batching import MICRO_BATCH_TOKENS, micro_batches
@@ -36,6 +38,7 @@ def card(policy: Policy, rollout: Rollout, eos_id: int, *, fresh: bool) -> list[
     # float32 rounding accumulates over layers; bf16 has 8 bits of mantissa (measured spread of the ratio: 0.9 to 1.1)
     limit = 1e-3 if policy.dtype == torch.float32 else 0.5
     kl_B = ((rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT).sum(1)
+    # Pads often share EOS's number: EOS is counted inside the mask only.
     eos_BT = (rollout.token_BT == eos_id) & rollout.mask_BT
     once = torch.equal(eos_BT.sum(1), (rollout.stop_B == StopReason.EOS).long())
     finite = bool(torch.isfinite(rollout.reward_BT).all() and torch.isfinite(rollout.score_B).all())
@@ -49,13 +52,14 @@ def card(policy: Policy, rollout: Rollout, eos_id: int, *, fresh: bool) -> list[
         Line(
             "KL to the reference at step 0 (nats a sequence)",
             f"{kl_B.mean():.1e}" if fresh else f"{kl_B.mean():.3f} (not at step 0)",
+            # A sequence's KL is a sum over its places, each with the rounding that the log-ratio may have.
             not fresh or float(kl_B.abs().max()) < limit * rollout.token_BT.shape[1],
             "the reference is another model, or sees other prompts or another temperature",
         ),
         Line("EOS counted once", str(once), once, "the mask leaves EOS out, or goes on after it"),
         Line("rewards finite", str(finite), finite, "the reward, or log-probabilities at masked places"),
     ]
-    share = _share_without_spread(rollout)
+    share = share_without_spread(rollout.score_B, rollout.group_B)
     if share is not None:
         lines.append(
             Line(
@@ -71,6 +75,7 @@ def card(policy: Policy, rollout: Rollout, eos_id: int, *, fresh: bool) -> list[
 def _log_ratio(policy: Policy, rollout: Rollout) -> tuple[float, float]:
     """Largest and mean |log ratio| of the training forward to the rollout's log-probabilities."""
     worst, total = 0.0, 0.0
+    # In micro-batches, as the update will do it: other shapes would add rounding of their own.
     for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
         part = rollout.select(rows)
         difference_BT = (policy.logprobs(part) - part.logp_BT).abs() * part.mask_BT
@@ -79,13 +84,16 @@ def _log_ratio(policy: Policy, rollout: Rollout) -> tuple[float, float]:
     return worst, total / max(rollout.num_tokens, 1)
 
 
-def _share_without_spread(rollout: Rollout) -> float | None:
+def share_without_spread(score_B: Tensor, group_B: Tensor) -> float | None:
     """Share of groups whose scores are all equal; None where groups have one row."""
-    groups = int(rollout.group_B.max()) + 1
-    if groups == len(rollout):
+    row_GN, mask_GN = functional.rows_of_groups(group_B)
+    if len(row_GN) == len(score_B):
         return None
-    flat = sum(bool((s := rollout.score_B[rollout.group_B == g]).max() == s.min()) for g in range(groups))
-    return flat / groups
+    score_GN = score_B[row_GN]
+    # Places that fill up a smaller group hold row 0's score, which is not the group's: they must win neither extreme.
+    highest_G = score_GN.masked_fill(~mask_GN, -torch.inf).amax(1)
+    lowest_G = score_GN.masked_fill(~mask_GN, torch.inf).amin(1)
+    return float((highest_G == lowest_G).float().mean())
 
 
 def text(lines: list[Line]) -> str:

@@ -53,6 +53,9 @@ class Metric:
         return f"{self.words}, {self.unit}" if self.unit else self.words
 
 
+# Means are of all rows or tokens of an evaluation and not of its batches' means: the last batch is smaller.
+
+
 def _mean_of_rows(rollouts: Sequence[Rollout], value: Callable[[Rollout], Tensor]) -> float:
     return sum(float(value(r).sum()) for r in rollouts) / sum(len(r) for r in rollouts)
 
@@ -174,7 +177,7 @@ def measure(rollouts: Sequence[Rollout], samples: Samples) -> dict[str, float]:
 
 def metric(key: str) -> Metric:
     """The entry of a key; one with the key's own name for a number that the registry does not know."""
-    if key.startswith("reward/"):
+    if key.startswith("reward/"):  # parts of a mixed reward, whose names nobody knows before
         return Metric(f"Reward component {key.removeprefix('reward/')}")
     return METRICS.get(key, Metric(key))
 
@@ -187,4 +190,5 @@ def metric_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def number(row: Mapping[str, Any], key: str) -> str:
     """An evaluation's number in the decimals of its metric; a dash where it was not measured."""
+    # z: a KL of -0.0004 is shown as 0.000 and not as -0.000.
     return f"{row[key]:z,.{metric(key).decimals}f}" if key in row else "-"

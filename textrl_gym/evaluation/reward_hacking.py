@@ -25,8 +25,8 @@ from typing import Any
 
 from textrl_gym.stats.overoptimization import distinct_n
 
-GOLD = "gold"
-SHORT = 8
+GOLD_ALARM = "gold"
+SHORT = 8  # CopyText-v0 has three tokens: EOS falls to 0.2 and comes back while it is learnt, bigrams fall to 0.6
 """Mean tokens of the start's completions below which their form and length say nothing."""
 
 
@@ -38,6 +38,7 @@ class Bounds:
     """A fall of the mean gold score that matters, in its units, ..."""
     gold_errors: float = 3.0
     """... and that is more than so many standard errors of the paired differences, where the completions are there."""
+    # With these bounds one of 124 stored runs raised an alarm, and there gold came back.
     length_ratio: float = 1.75
     """Mean tokens against the start's, as this factor or its inverse."""
     eos_ratio: float = 0.5
@@ -87,7 +88,7 @@ class Alarm:
     @property
     def title(self) -> str:
         """What an alarm of its kind is called."""
-        return "Reward hacking" if self.measure == GOLD else "Drift"
+        return "Reward hacking" if self.measure == GOLD_ALARM else "Drift"
 
 
 def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> list[Evaluation]:
@@ -99,6 +100,7 @@ def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]
     written: dict[int, list[dict[str, Any]]] = {at: [] for at in last}
     for sample in samples:
         written.setdefault(sample["timesteps"], []).append(sample)
+    # Samples have no number of their evaluation, but all evaluations at one place have equally many.
     kept = {at: len(written[at]) // times[at] for at in last}
     return [Evaluation(last[at], written[at][len(written[at]) - kept[at] :]) for at in sorted(last)]
 
@@ -142,7 +144,7 @@ def gold(before: Evaluation, now: Evaluation, bounds: Bounds) -> Alarm | None:
         f"from {before.row['score']:.3f} to {now.row['score']:.3f}, while the gold score fell from "
         f"{before.row['gold']:.3f} to {now.row['gold']:.3f}: the policy exploits the reward."
     )
-    return Alarm(GOLD, before.row["gold"], now.row["gold"], words)
+    return Alarm(GOLD_ALARM, before.row["gold"], now.row["gold"], words)
 
 
 def paired_error(before: Evaluation, now: Evaluation) -> float:
@@ -155,6 +157,7 @@ def paired_error(before: Evaluation, now: Evaluation) -> float:
     n = len(differences)
     if n < 2:
         return 0.0
+    # fsum, and not numpy: exact whatever the order of the set of prompts.
     mean = math.fsum(differences) / n
     return math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
 
@@ -185,6 +188,7 @@ def _length(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alar
 
 def _form(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alarm]:
     before, empty = _empty_share(start.texts), _empty_share(now.texts)
+    # At least as bad as at the start: a start that writes nothing half of the time is no sign of hacking.
     if empty > max(bounds.empty_share, before):
         yield Alarm("empty", before, empty, f"{empty:.0%} of the completions are empty.")
     if start.samples:
@@ -194,6 +198,7 @@ def _form(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alarm]
             yield Alarm("bigrams", before, distinct, words)
     (text, times), n = _most_common(now.texts), len(now.texts)
     before = _most_common(start.texts)[1] / len(start.texts) if start.samples else 0.0
+    # Twice may be chance, where two prompts have one right answer.
     if times > 2 and times / n > max(bounds.same_share, before):
         words = f"{times / n:.0%} of the prompts get the same completion: {text[:60]!r}."
         yield Alarm("sameness", before, times / n, words)

@@ -21,17 +21,20 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from os.path import commonprefix
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from textrl_gym.core import Rollout, StopReason
+from textrl_gym.evaluation.evaluator import Player
+from textrl_gym.kl import KLPenalty
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.rollouts.collect import complete, rollout_of
 from textrl_gym.rollouts.scoring import rescore, token_entropy
 
 PROMPTS = 6
-GROUP = 8
+GROUP = 8  # GRPO's default, so that a group's mean is as noisy here as in training
 SHOWN = 2
 """Texts of each group that are written down."""
 QUANTITIES = ("advantage", "value", "kl", "entropy", "ratio")
@@ -39,8 +42,27 @@ LARGEST_LOG = 80.0
 """Its exponential is still a float32."""
 
 
-def token_credit(agent: Any, rollout: Rollout) -> dict[str, Tensor]:
+class CreditedPlayer(Player, Protocol):
+    """An agent that says how its loss would weigh each token."""
+
+    @property
+    def kl(self) -> KLPenalty: ...
+
+    def shaped(self, rollout: Rollout) -> Rollout: ...
+    def advantages(self, rollout: Rollout) -> Tensor | None: ...
+
+
+class Decoder(Protocol):
+    """What is used of a tokenizer."""
+
+    def decode(
+        self, token_ids: list[int], /, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str | list[str]: ...
+
+
+def token_credit(agent: CreditedPlayer, rollout: Rollout) -> dict[str, Tensor]:
     """Quantity -> [B, T], of those above that the agent has. The rollout's texts may be anyone's, in whole groups."""
+    # The rollout holds the log-probabilities of who wrote the texts, the reference; here the agent's own are wanted.
     coef = agent.kl.coef_in_reward
     own = rescore(agent.policy, rollout, agent.env, kl_coef=coef)
     log_ratio_BT = (own.logp_BT - own.ref_logp_BT) * own.mask_BT
@@ -57,7 +79,7 @@ def token_credit(agent: Any, rollout: Rollout) -> dict[str, Tensor]:
     return {name: found[name] for name in QUANTITIES if name in found}
 
 
-def start_texts(agent: Any, mdp: Any, indices: Sequence[int], seed: int) -> Rollout:
+def start_texts(agent: Player, mdp: TextVectorEnv, indices: Sequence[int], seed: int) -> Rollout:
     """A group of the reference's completions of each prompt, scored by the environment's reward.
 
     Args:
@@ -66,6 +88,9 @@ def start_texts(agent: Any, mdp: Any, indices: Sequence[int], seed: int) -> Roll
         seed: of the random numbers.
     """
     reference = agent.policy.reference
+    if reference is None:
+        raise ValueError("the policy has no reference model, whose texts these are")
+    # Whole groups, since the advantages of agents that compare completions are of a group.
     groups = mdp.remake(len(indices) * GROUP, group_size=GROUP)
     rows, prompt_ids = groups.draw([index for index in indices for _ in range(GROUP)])
     generator = torch.Generator(reference.device).manual_seed(seed)
@@ -74,15 +99,19 @@ def start_texts(agent: Any, mdp: Any, indices: Sequence[int], seed: int) -> Roll
     return rollout_of(groups, reference, rows, prompt_ids, complete(groups, reference, prompt_ids, uniform_BT))
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def pieces(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text of all; put together they are the text, without special tokens.
 
     A token that is a part of a character adds nothing, and the last one of it the character.
     """
 
     def text(count: int) -> str:
-        return tokenizer.decode(list(ids[:count]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        words = tokenizer.decode(list(ids[:count]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(words, str)  # a list of texts is what a batch of token ids would give
+        return words
 
+    # Decoding token by token would lose spaces and characters that bytes of several tokens make together, so each piece
+    # is what the text of one token more agrees on with the whole text, beyond what was there before.
     whole, found, done = text(len(ids)), [], 0
     for count in range(1, len(ids) + 1):
         now = len(whole) if count == len(ids) else max(done, len(commonprefix([text(count), whole])))  # noqa: RUF071
@@ -91,7 +120,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return found
 
 
-def lines(agent: Any, mdp: Any, indices: Iterable[Any], seed: int) -> list[str]:
+def lines(agent: CreditedPlayer, mdp: TextVectorEnv, indices: Iterable[int], seed: int) -> list[str]:
     """A JSON object for each shown text: prompt, tokens, score and what the agent says of every token.
 
     Args:
@@ -99,6 +128,7 @@ def lines(agent: Any, mdp: Any, indices: Iterable[Any], seed: int) -> list[str]:
         indices: of the prompts, of which the first few are taken.
         seed: of the texts.
     """
+    # A prompt may be drawn twice where there are fewer prompts than episodes.
     chosen = list(dict.fromkeys(int(index) for index in indices))[:PROMPTS]
     rollout = start_texts(agent, mdp, chosen, seed)
     credit = token_credit(agent, rollout)

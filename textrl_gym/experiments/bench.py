@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -26,9 +26,13 @@ from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import flops, loading, onednn, tiny
 from textrl_gym.rewards.reward_model import RewardModel
-from textrl_gym.rollouts import sampler
+from textrl_gym.rollouts.phases import Phase, listening
+from textrl_gym.training.agent import Agent
 
-PHASES = ("rollout", "scoring", "reference", "values", "update")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PHASES: tuple[Phase, ...] = ("rollout", "scoring", "reference", "values", "update")
 """What an iteration is made of. The rest, "other", is prompts, texts and rewards on the host."""
 
 
@@ -85,17 +89,18 @@ class RandomPrompts(Task):
         """Rows that differ in their prompts only."""
         return [{"prompt": f"prompt {i}", "number": i} for i in range(4096)]
 
-    def load_tokenizer(self, name: str | None = None) -> Any:
+    def load_tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
         if self.model == "made in code":
             return tiny.symbol_tokenizer([f"t{i}" for i in range(1, self.vocab_size)])
         return super().load_tokenizer(name)
 
-    def load_model(self, name: str | None = None, **kwargs: Any) -> Any:
+    def load_model(self, name: str | None = None, **kwargs: Any) -> PreTrainedModel:
         if self.model == "made in code":
             return tiny.llama(self.vocab_size, width=256, layers=4, heads=4)
         return super().load_model(name, **kwargs)
 
-    def encode(self, row: Row, tokenizer: Any, max_prompt_tokens: int) -> list[int]:
+    def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> list[int]:
+        # A function of the row alone, so that a prompt is the same in each of its group's rows and in each run.
         generator = torch.Generator().manual_seed(row["number"])
         return torch.randint(1, len(tokenizer), (max_prompt_tokens,), generator=generator).tolist()
 
@@ -105,39 +110,32 @@ class Stopwatch:
     """Seconds by phase, the device's work included."""
 
     device: torch.device
-    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    seconds: dict[Phase, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     def now(self) -> float:
+        # A GPU works on while Python goes on, so that without waiting a phase would be charged with the one before.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     @contextlib.contextmanager
-    def on(self, owner: Any, name: str, phase: str) -> Iterator[None]:
-        """Inside, calls of owner.name are counted as this phase."""
-        plain = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = self.now()
-            try:
-                return plain(*args, **kwargs)
-            finally:
-                self.seconds[phase] += self.now() - begin
-
-        setattr(owner, name, timed)
+    def on(self, phase: Phase) -> Iterator[None]:
+        """Inside, time is counted as this phase."""
+        begin = self.now()
         try:
             yield
         finally:
-            setattr(owner, name, plain)
+            self.seconds[phase] += self.now() - begin
 
 
-def make_agent(config: BenchConfig, **settings: Any) -> Any:
+def make_agent(config: BenchConfig, **settings: object) -> Agent:
     """The agent to measure, on its own environment, with one optimizer step a rollout."""
     task = RandomPrompts(config)
     device = loading.resolve_device(config.device)
     tokenizer = task.load_tokenizer()
-    reward: Any = "length"
+    reward: str | RewardModel = "length"
     if config.scoring:
+        # A body like the policy's, so that scoring costs what a reward model of that size does.
         shape = task.load_model().config
         shape.num_labels, shape.pad_token_id = 1, tokenizer.eos_token_id
         from transformers import AutoModelForSequenceClassification
@@ -154,6 +152,7 @@ def make_agent(config: BenchConfig, **settings: Any) -> Any:
         array="torch",
         autoreset_mode="Disabled",
     )
+    # One optimizer step a rollout, and no schedule, so that all iterations are the same work.
     usual: dict[str, Any] = {"epochs": 1, "minibatches": 1, "lr_schedule": "constant"}
     usual |= {"dtype": config.dtype, "cuda_graphs": config.cuda_graphs}
     return registry.load_agent_class(config.agent)(env, device=str(device), **(usual | settings))
@@ -161,10 +160,12 @@ def make_agent(config: BenchConfig, **settings: Any) -> Any:
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP a second of a large matrix product, the best of a few."""
+    # Large enough that caches and launches do not count, and done in well under a second.
     size = 1024 if device.type == "cpu" else 8192
     layer = torch.nn.Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
     a = torch.randn(size, size, device=device, dtype=dtype)
     product = functools.partial(onednn.linear, layer) if device.type == "cpu" and onednn.is_faster() else layer
+    # The best and not the mean: a ceiling is what the machine can do when nothing else runs.
     watch, best = Stopwatch(device), 0.0
     for _ in range(8):
         begin = watch.now()
@@ -180,7 +181,37 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def bench(config: BenchConfig, **settings: Any) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What the measured iterations took."""
+
+    tokens: list[int]
+    """Completion tokens of each iteration."""
+    seconds: list[float]
+    """Of each iteration."""
+    phases: dict[Phase, float]
+    """Seconds of all iterations by phase."""
+
+
+def measure(agent: Agent, iterations: int) -> Timing:
+    """Time iterations of collect and update, after one that is not counted."""
+    watch = Stopwatch(agent.device)
+    tokens, seconds = [], []
+    with listening(lambda phase: watch.on(phase) if phase in PHASES else contextlib.nullcontext()):
+        for number in range(iterations + 1):
+            begin = watch.now()
+            rollout = agent.collect()
+            with watch.on("update"):
+                agent.update(rollout)
+            if number == 0:  # caches, compilation, allocation
+                watch.seconds = dict.fromkeys(PHASES, 0.0)
+                continue
+            seconds.append(watch.now() - begin)
+            tokens.append(rollout.num_tokens)
+    return Timing(tokens, seconds, watch.seconds)
+
+
+def bench(config: BenchConfig, **settings: object) -> dict[str, Any]:
     """Measure, and return the numbers; see `rows` for what they are.
 
     Args:
@@ -190,45 +221,14 @@ def bench(config: BenchConfig, **settings: Any) -> dict[str, Any]:
         ValueError: a model that cannot be loaded, a device that is not there.
     """
     agent = make_agent(config, **settings)
-    device, policy = agent.device, agent.policy
+    device = agent.device
     before = peak_bytes(device)
-    watch = Stopwatch(device)
-    tokens, seconds = [], []
-    with contextlib.ExitStack() as stack:
-        for owner, name, phase in (
-            (sampler, "generate", "rollout"),
-            (agent.env, "score", "scoring"),
-            (policy.reference, "logprobs", "reference"),
-            (policy, "values", "values"),
-            (agent, "update", "update"),
-        ):
-            stack.enter_context(watch.on(owner, name, phase))
-        for number in range(config.iterations + 1):
-            begin = watch.now()
-            rollout = agent.collect()
-            agent.update(rollout)
-            if number == 0:  # caches, compilation, allocation
-                watch.seconds = dict.fromkeys(PHASES, 0.0)
-                continue
-            seconds.append(watch.now() - begin)
-            tokens.append(rollout.num_tokens)
+    timing = measure(agent, config.iterations)
     peak = peak_bytes(device) - before
+    # An iteration of its own, and after the timed ones: the counter sees each operation in Python, which takes time.
     with flops.counter() as counter:
         agent.update(agent.collect())
-    total = sum(seconds)
-    phases = {name: value / total for name, value in watch.seconds.items() if value > 0}
-    ceiling = matmul_ceiling(device, loading.resolve_dtype(config.dtype))
-    found = {
-        "completion_tokens_per_second": sum(tokens) / total,
-        "rollout_tokens_per_second": sum(tokens) / watch.seconds["rollout"],
-        "iteration_seconds": statistics.median(seconds),
-        "iteration_seconds_spread": [min(seconds), max(seconds)],
-        "peak_memory_bytes": peak,
-        "share": phases | {"other": 1 - sum(phases.values())},
-        "flop_per_iteration": counter.get_total_flops(),
-        "ceiling_flop_per_second": ceiling,
-        "utilisation": counter.get_total_flops() / statistics.median(seconds) / ceiling,
-    }
+    measured = numbers(timing, counter.get_total_flops(), matmul_ceiling(device, loading.resolve_dtype(config.dtype)))
     device_name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     )
@@ -237,12 +237,35 @@ def bench(config: BenchConfig, **settings: Any) -> dict[str, Any]:
         "agent": dataclasses.asdict(agent.config),
         "device": device_name,
         "torch": torch.__version__,
-        "measured": found,
+        "measured": measured | {"peak_memory_bytes": peak},
     }
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(config.out, json.dumps(record, indent=2) + "\n")
     return record
+
+
+def numbers(timing: Timing, flop: int, ceiling: float) -> dict[str, Any]:
+    """Rates and shares of the measured iterations.
+
+    Args:
+        flop: floating-point operations of one iteration.
+        ceiling: those a second of a large matrix product.
+    """
+    total, tokens = sum(timing.seconds), sum(timing.tokens)
+    phases: dict[str, float] = {name: value / total for name, value in timing.phases.items() if value > 0}
+    # The median of iterations, since a shared machine has slow ones; tokens a second are of all of them.
+    iteration = statistics.median(timing.seconds)
+    return {
+        "completion_tokens_per_second": tokens / total,
+        "rollout_tokens_per_second": tokens / timing.phases["rollout"],
+        "iteration_seconds": iteration,
+        "iteration_seconds_spread": [min(timing.seconds), max(timing.seconds)],
+        "share": phases | {"other": 1 - sum(phases.values())},
+        "flop_per_iteration": flop,
+        "ceiling_flop_per_second": ceiling,
+        "utilisation": flop / iteration / ceiling,
+    }
 
 
 def rows(record: dict[str, Any]) -> dict[str, str]:

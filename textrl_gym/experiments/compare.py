@@ -13,9 +13,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files, registry
 from textrl_gym.evaluation import reward_hacking
@@ -25,6 +25,9 @@ from textrl_gym.mdp.task import load_task
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import parse_reward
 from textrl_gym.training.run_folder import EVALUATIONS, read_rows, renamed
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 PLAN = "compare.json"
 RUNS = "runs"
@@ -98,6 +101,7 @@ def settings_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
         if not equals or not dot or agent not in found:
             raise ValueError(f"set: {text!r} is not agent.setting=value with an agent of {', '.join(config.agents)}")
         try:
+            # JSON gives numbers, booleans and null their types; what is no JSON is a plain string.
             found[agent][name] = json.loads(value)
         except json.JSONDecodeError:
             found[agent][name] = value
@@ -121,6 +125,8 @@ def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
         trains = not saved and registry.load_agent_class(agent).trains
         short = Path(agent).resolve().name if saved else agent.replace(":", ".")
         for coef in (None,) if saved else config.kl_coef or (None,):
+            # Evaluated on the same prompts with the same random numbers, an untrained agent has one number whatever the
+            # seed.
             for seed in range(config.seeds if trains else 1):
                 name = short if saved else "-".join([short, *([f"kl{coef:g}"] if coef is not None else []), str(seed)])
                 if name in found:
@@ -145,6 +151,8 @@ def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
             files.write_text(file, json.dumps(spec, indent=1) + "\n")
             continue
         before = json.loads(file.read_text(encoding="utf-8"))
+        # The device may change: a comparison that was begun on a CPU may end on a GPU, whose numbers differ by
+        # rounding.
         other = [key for key in spec if key != "device" and before.get(key) != json.loads(json.dumps(spec[key]))]
         if other:
             key = other[0]
@@ -175,11 +183,12 @@ def versions() -> dict[str, str]:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Any) -> dict[str, str]:
+def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Callable[[set[str]], None]) -> dict[str, str]:
     """Run what is not done, so many at a time; returns name -> error of each run that failed.
 
     Ctrl-C reaches the runs too: each finishes its update, saves and ends, and then it is raised here.
     """
+    # The results' files are the state: nothing else has to be kept in step with them.
     waiting = [name for name, folder in folders.items() if not (folder / worker.RESULT).is_file()]
     for name in waiting:
         (folders[name] / worker.ERROR).unlink(missing_ok=True)  # what failed before is tried again
@@ -194,9 +203,11 @@ def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Any) -> 
                     name = waiting.pop(0)
                     slots[slot] = (name, _start(folders[name], slot, workers, gpus))
             show({name for name, _ in slots.values()})
+            # Polled, since waiting for several processes at once has no portable call; runs take minutes.
             time.sleep(0.2)
     except BaseException:
         for _, process in slots.values():
+            # Ctrl-C went to the whole process group: each run is saving its checkpoint now.
             process.wait()
         raise
     show(set())
@@ -205,8 +216,10 @@ def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Any) -> 
 
 
 def _start(folder: Path, slot: int, workers: int, gpus: int) -> subprocess.Popen[bytes]:
+    # Passive waiting: threads that spin slow down severely beside other busy processes (docs/performance.md).
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    # An agent named module:Class may lie in the working directory, which `python -m` would not look into.
     environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)  # where module:Class was found
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
@@ -217,6 +230,7 @@ def _start(folder: Path, slot: int, workers: int, gpus: int) -> subprocess.Popen
 
 def _note_death(folder: Path, code: int) -> None:
     """The error of a run that failed: the last line that it said, which is an exception's where there was one."""
+    # 130: stopped by Ctrl-C after saving, so it is unfinished and has not failed.
     if code in (0, 130):
         return
     said = (folder / worker.LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -224,7 +238,7 @@ def _note_death(folder: Path, code: int) -> None:
     files.write_text(folder / worker.ERROR, last + "\n")
 
 
-def compare(environment: str, config: CompareConfig, out: str | Path, progress_bar: bool = True) -> Any:
+def compare(environment: str, config: CompareConfig, out: str | Path, progress_bar: bool = True) -> DataFrame:
     """Run the comparison, or what is left of it.
 
     Args:
@@ -246,6 +260,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     from textrl_gym.rewards import load_reward
 
     task = load_task(gymnasium.spec(environment).kwargs["task"])
+    # Both are made again in each worker: an object with a model cannot be handed to another process.
     if config.gold is not None:  # a wrong name is told before any run begins
         load_scorer(config.gold, task=task)
     if config.reward is not None:
@@ -257,6 +272,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
         import torch
 
         gpus = torch.cuda.device_count()
+    # The cores that this process may use, and not all of the machine's: containers and taskset give fewer.
     workers = config.workers or gpus or len(os.sched_getaffinity(0))
     with LiveTable(folders, config.total_timesteps, progress_bar) as table:
         failed = run_all(folders, workers, gpus, table)
@@ -273,7 +289,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
 # -- the tidy table ---------------------------------------------------------------------------------------------------
 
 
-def tidy(out: str | Path) -> Any:
+def tidy(out: str | Path) -> DataFrame:
     """A DataFrame with a row for each evaluation of each finished run.
 
     Columns: run, agent, seed, kl_coef (NaN: the agent's own), timesteps, final (the last evaluation, on eval_episodes
@@ -291,13 +307,15 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
         spec = json.loads((folder / worker.SPEC).read_text(encoding="utf-8"))
         agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
         shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
+        # What was evaluated both before and after a stop counts once.
         for evaluation in reward_hacking.evaluations(read_rows(folder / EVALUATIONS), []):
             yield {**shared, "final": False, **evaluation.row}
         last = renamed(json.loads((folder / worker.RESULT).read_text(encoding="utf-8")))
         yield {**shared, "final": True, **last}
 
 
-def _save(table: Any, out: Path) -> None:
+def _save(table: DataFrame, out: Path) -> None:
+    # CSV always, since everything reads it; Parquet keeps types and is small.
     table.to_csv(out / f"{TABLE}.csv", index=False)
     try:
         import pyarrow  # noqa: F401
@@ -306,7 +324,7 @@ def _save(table: Any, out: Path) -> None:
     table.to_parquet(out / f"{TABLE}.parquet", index=False)
 
 
-def print_finals(table: Any) -> None:
+def print_finals(table: DataFrame) -> None:
     """A line an agent: the mean of its seeds' last evaluations. The page and the table of the comparison have more."""
     from rich.console import Console
     from rich.table import Table

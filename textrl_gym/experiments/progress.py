@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files
 from textrl_gym.experiments import worker
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def state_of(folder: Path, running: bool) -> str:
@@ -22,6 +25,7 @@ def state_of(folder: Path, running: bool) -> str:
 
 def progress(folder: Path) -> dict[str, Any]:
     """The last row of a run's log; empty before the first."""
+    # A resumed run has a log for each call, and the newest may be empty still.
     logs = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
     for file in reversed(logs):
         if row := files.last_json_line(file):
@@ -50,12 +54,13 @@ class LiveTable:
 
     def __call__(self, running: set[str]) -> None:
         """Show the state of things, at most once a second."""
+        # Called five times a second by the scheduler, and each time reads a file for each run.
         if running and time.monotonic() - self.shown_at < 1:
             return
         self.shown_at = time.monotonic()
         self.live.update(self._table(running), refresh=True)
 
-    def _table(self, running: set[str]) -> Any:
+    def _table(self, running: set[str]) -> Table:
         from rich.table import Table
 
         table = Table("run", "state", "tokens", "score", "KL nats/seq", "left")
@@ -78,6 +83,7 @@ class LiveTable:
         if state != "running":
             self.began.pop(name, None)
             return ""
+        # From this call on: the time before a stop says nothing of the speed now.
         since, before = self.began.setdefault(name, (time.monotonic(), done))
         if done <= before:
             return ""

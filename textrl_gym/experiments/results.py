@@ -143,6 +143,7 @@ def read_comparison(folder: Path) -> Comparison:
         run = file.parent
         if (run / worker.RESULT).is_file():
             result = _read_result(run)
+            # A collapsed run may end with nan: no mean over seeds can take it in, so it is named among the failed ones.
             bad = [key for key in ("gold", "score") if not math.isfinite(result.final.get(key, 0.0))]
             if bad:
                 failed[run.name] = f"its last evaluation has {bad[0]} {result.final[bad[0]]}"
@@ -191,12 +192,14 @@ def _groups(runs: list[Result], named: list[str]) -> tuple[Group, ...]:
     order = {name: place for place, name in enumerate(named)}
     members: dict[tuple[str, float | None], list[Result]] = {}
     for run in sorted(runs, key=lambda run: (order.get(run.spec["agent"], len(order)), run.name)):
+        # compare writes a saved agent's folder as an absolute path, and never a name in agents/.
         saved = Path(run.spec["agent"]).is_absolute()
         agent = run.name if saved else run.spec["agent"]
         members.setdefault((agent, run.spec["kl_coef"]), []).append(run)
     agents = list(dict.fromkeys(agent for agent, _ in members))
     groups = []
     for color, agent in enumerate(agents):
+        # The agent's own coefficient comes first, then rising ones; colours and symbols follow this order.
         coefs = sorted((c for a, c in members if a == agent), key=lambda c: -1.0 if c is None else c)
         for variant, coef in enumerate(coefs):
             label = agent if coef is None else f"{agent} (KL {coef:g})"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from textrl_gym.judges.judge import Answer, Judge
 from textrl_gym.registry import unknown
 from textrl_gym.stats import pairwise
 from textrl_gym.stats.estimates import Array, Estimate
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 
 START, HUMAN = "start", "human"
 """Opponents that are no agents: what the model answered from which all began, and the rows' reference texts."""
@@ -62,6 +66,7 @@ def tally(outcome_N: Array, longer_N: Array) -> Tally:
     judged_N = ~np.isnan(outcome_N)
     outcome_N, longer_N = outcome_N[judged_N], longer_N[judged_N]
     controlled = None
+    # Three numbers are the least from which two parameters leave anything over for an error.
     if len(outcome_N) >= 3 and (np.ptp(longer_N) > 0 or longer_N[0] == 0):
         controlled = pairwise.length_controlled_win_rate(outcome_N, longer_N).win_rate
     return Tally(
@@ -90,6 +95,8 @@ class Reader:
     def row(self, sample: Sample) -> Row:
         """The prompt's row, where the source has it under its index; else what the sample tells. With its tokens."""
         index = sample["index"]
+        # A saved index may be of another data set, or of another version of it; the prompt says whether it is the same
+        # row.
         row: Row | None = self.source[index] if self.source is not None and index < len(self.source) else None
         if row is None or row["prompt"] != sample["prompt"]:
             row = {"prompt": sample["prompt"], "completion": sample.get("reference")}
@@ -101,6 +108,7 @@ class Reader:
         """The text with its tokens."""
         if self.tokenizer is None:
             return Answer(text)
+        # A completion that ran out of its budget has no EOS, and a reward model tells the two apart.
         end = (self.tokenizer.eos_token_id,) if stop_reason == StopReason.EOS.name else ()
         return Answer(text, (*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end))
 
@@ -187,6 +195,7 @@ def judge_runs(comparison: Comparison, judge: Judge, against: str, reader: Reade
     ]
     if not found:
         raise ValueError(f"no run is left to be judged against {against!r}")
+    # All runs in one call: a judge over the network asks many questions at a time.
     rows, own, other = ([x for _, _, p in found for x in getattr(p, name)] for name in ("rows", "own", "other"))
     outcomes = np.split(judge.prefer(rows, own, other), np.cumsum([len(pairs.rows) for _, _, pairs in found])[:-1])
     return [
@@ -199,6 +208,7 @@ def _pairs(run: Result, opponent: Group | None, against: str, reader: Reader) ->
     if not run.episodes:
         raise ValueError(f"the run {run.name} holds no answers: no {worker.EPISODES}")
     if opponent is not None:
+        # The same seed where there is one, so that no opponent is chosen for its luck.
         other = next((r for r in opponent.runs if r.spec["seed"] == run.spec["seed"]), opponent.runs[0])
         return against_answers(run.episodes, other.episodes, reader)
     if against == HUMAN:
@@ -208,7 +218,7 @@ def _pairs(run: Result, opponent: Group | None, against: str, reader: Reader) ->
     return against_answers(run.episodes, [{**e["start"], "prompt": e["prompt"]} for e in run.episodes], reader)
 
 
-def tidy(judged: Sequence[JudgedRun], judge: str, against: str) -> Any:
+def table_of_runs(judged: Sequence[JudgedRun], judge: str, against: str) -> DataFrame:
     """A DataFrame with a line for each run: run, agent, seed, kl_coef, judge, against and the numbers of its Tally."""
     import pandas as pd
 
@@ -241,4 +251,5 @@ def file_name(judge: str, against: str) -> str:
 
 
 def _plain(name: str) -> str:
+    # A judge's name may be an address or a path, which no file's name can hold.
     return re.sub(r"[^\w.]+", "-", name).strip("-")

@@ -18,12 +18,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import EnvSettings, make_env
 from textrl_gym.training.run_folder import renamed
+
+if TYPE_CHECKING:  # the names of files are needed by those who load no torch
+    from gymnasium.vector import VectorEnv
+
+    from textrl_gym.training.agent import Agent
+    from textrl_gym.training.config import AgentConfig
 
 SPEC = "cell.json"
 RESULT = "evaluation.json"
@@ -52,7 +58,7 @@ def main(folder: Path) -> int:
 
 def run(folder: Path, spec: dict[str, Any]) -> None:
     """Train as far as the spec's total, and evaluate."""
-    agent = trained(folder, spec)
+    agent = train_or_load(folder, spec)
     from textrl_gym.evaluation import token_credit
     from textrl_gym.evaluation.evaluator import Evaluator
 
@@ -69,10 +75,11 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
     files.write_text(folder / EPISODES, lines)
     seconds = agent.seconds["collect"] + agent.seconds["update"]
     result = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics | {"train_seconds": seconds}
+    # Last of all: a run counts as finished when this file is there, and a reader may come at any time.
     files.write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
-def trained(folder: Path, spec: dict[str, Any]) -> Any:
+def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
     """The agent of a saved folder, or the one that training ends with."""
     from textrl_gym import registry
     from textrl_gym.registry import load_agent
@@ -80,7 +87,9 @@ def trained(folder: Path, spec: dict[str, Any]) -> Any:
     if Path(spec["agent"]).is_dir():
         return load_agent(spec["agent"], device=spec["device"])
     agent_class = registry.load_agent_class(spec["agent"])
+    # A kill while a checkpoint was moved into place leaves it whole under another name.
     files.finish_folder(folder)
+    # SB3's rows are in the middle of texts at a checkpoint, so that its runs cannot go on exactly: they begin anew.
     goes_on = (folder / files.STATE_FILE).is_file() and agent_class.resumes
     if goes_on:
         agent = load_agent(folder, device=spec["device"], out=folder)
@@ -90,51 +99,55 @@ def trained(folder: Path, spec: dict[str, Any]) -> Any:
         settings = dict(spec["settings"])
         if spec["kl_coef"] is not None:
             settings["kl_coef"] = spec["kl_coef"]
+        # The agent makes its environment from the id; with a reward of the comparison's it is made here, as the agent
+        # would.
         env = environment(spec, make_config(agent_class.Config, settings, spec["agent"]))
         agent = agent_class(env, spec["model"], seed=spec["seed"], device=spec["device"], out=folder, **settings)
-    count_flops(agent, folder / FLOPS)
-    agent.learn(
-        spec["total_timesteps"] - agent.num_timesteps,
-        reset_num_timesteps=not goes_on,
-        progress_bar=False,
-        eval_every=spec["eval_every"],
-        save_every=spec["save_every"],
-        gold=spec.get("gold"),  # a comparison of an earlier version names none
-    )
+    with counted_flops(agent, folder / FLOPS):
+        agent.learn(
+            spec["total_timesteps"] - agent.num_timesteps,
+            reset_num_timesteps=not goes_on,
+            progress_bar=False,
+            eval_every=spec["eval_every"],
+            save_every=spec["save_every"],
+            gold=spec.get("gold"),  # a comparison of an earlier version names none
+        )
     return agent
 
 
-def count_flops(agent: Any, file: Path) -> None:
-    """Have the agent's first rollout and update counted, once in a run, and written down.
+@contextmanager
+def counted_flops(agent: Agent, file: Path) -> Iterator[None]:
+    """Inside, the agent's first rollout and update are counted, once in a run, and written down.
 
     PyTorch sees no operations inside CUDA graphs, so with them nothing is counted.
     """
     from textrl_gym.models import flops
+    from textrl_gym.rollouts.phases import Phase, listening
 
     if agent.num_updates or not agent.trains or agent.config.cuda_graphs:
+        yield
         return
-    collect, update = agent.collect, agent.update
-    counted = []
+    counted: dict[Phase, int] = {}
+    begun_at = agent.num_timesteps
 
-    def first_collect() -> Any:
-        del agent.collect
+    @contextmanager
+    def count(phase: Phase) -> Iterator[None]:
+        # Once: the counter handles each operation in Python, which would slow the whole run down.
+        if phase not in ("collect", "update") or phase in counted:
+            yield
+            return
         with flops.counter() as counter:
-            rollout = collect()
-        counted.append(counter.get_total_flops())
-        return rollout
+            yield
+        counted[phase] = counter.get_total_flops()
+        if phase == "update":
+            tokens = agent.num_timesteps - begun_at
+            files.write_text(file, json.dumps({"flop": sum(counted.values()), "tokens": tokens}) + "\n")
 
-    def first_update(rollout: Any) -> dict[str, float]:
-        del agent.update
-        with flops.counter() as counter:
-            metrics = update(rollout)
-        tokens = rollout.num_tokens + agent.dropped_tokens
-        files.write_text(file, json.dumps({"flop": sum(counted) + counter.get_total_flops(), "tokens": tokens}) + "\n")
-        return metrics
-
-    agent.collect, agent.update = first_collect, first_update
+    with listening(count):
+        yield
 
 
-def environment(spec: dict[str, Any], config: Any) -> Any:
+def environment(spec: dict[str, Any], config: AgentConfig) -> str | VectorEnv[Any, Any, Any]:
     """The environment's id or, where the comparison names a reward, the environment with it."""
     if spec.get("reward") is None:
         return spec["environment"]
@@ -151,6 +164,7 @@ def begin_anew(folder: Path) -> None:
 
 def cut_logs(folder: Path, timesteps: int) -> None:
     """Take out what was logged after the checkpoint that the run goes on from: it will be logged again."""
+    # Between the last checkpoint and a kill, updates were logged that are now done again.
     for file in (*folder.glob("progress*.json"), *folder.glob("*.jsonl")):
         rows = files.read_json_lines(file)
         kept = [row for row in rows if row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps]
@@ -161,17 +175,20 @@ def cut_logs(folder: Path, timesteps: int) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     """Only one process at a time works in a folder; a second waits for the end of the first."""
     with (folder / ".lock").open("w", encoding="utf-8") as lock:
+        # The system lets go of the lock when the process ends, however it ends; a file with a process id would stay.
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _end_with_parent() -> None:
     """Without the process that shows and schedules it, a run ends too, so that it is never run twice."""
+    # A scheduler that is killed cannot end its runs, and the next one would start them again in the same folders.
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
+        # Not sys.exit, which ends this thread alone; nothing needs tidying up, since files are moved into place whole.
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -64,6 +64,8 @@ def write_references(folder: Path, rows: int) -> Path:
             for index in range(count):
                 row = corpus[index]
                 kept = {"prompt": row["prompt"], "completion": row["completion"]}
+                # Three wordings of each post's facts: from one alone the model would learn that wording's words by
+                # heart.
                 kept["completions"] = tldr_summarize.wordings(row, 3, index)
                 file.write(json.dumps(kept) + "\n")
     return folder
@@ -85,6 +87,7 @@ def initial_policy_quality(folder: Path, posts: int = 128, seed: int = 0) -> dic
         flat = gold_score([row["prompt"] for row in spread], texts, facts=[row["facts"] for row in spread]).tolist()
         return [flat[start : start + number] for start in range(0, len(flat), number)]
 
+    # Best of 8 says what the policy can do at its luckiest, and so how much RL has to gain.
     sampled = gold(8, 1.0)
     return {
         "greedy_gold": sum(map(sum, gold(1, 0.0))) / posts,
@@ -114,11 +117,14 @@ def build(config: BuildConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         work = config.work or Path(scratch)
         fluent = work / "fluent"
+        # The record is written last: the model is whole where it is there.
         if not (fluent / "sft.json").is_file():
             settings = SFTConfig(steps=config.fluent_steps, seed=config.seed)
             data = write_references(work / "references", REFERENCES)
             sft(ENV, dataclasses.replace(settings, dataset=str(data)), fluent)
         policy, classifier = config.out / "policy", config.out / "reward_model"
+        # A policy that unlearns is mediocre by its behaviour. One trained from scratch on poor summaries could not copy
+        # well, and 50 updates on the gold score itself took it to 0.61 only, where this one went to 0.75 in 20.
         settings = SFTConfig(model=str(fluent), steps=config.policy_steps, learning_rate=1e-3, seed=config.seed)
         sft(ENV, settings, policy)
         initial = store(policy, "sft.json", **initial_policy_quality(policy))

@@ -46,9 +46,11 @@ def induction_init(model: LlamaForCausalLM, generator: torch.Generator) -> None:
     embedding.copy_(torch.randn(embedding.shape, generator=generator) * embedding_std)
 
     back = decoder.layers[0].self_attn
+    # Any direction will do; 3 makes the attention to the place before sharp from the start.
     query = torch.full((head,), 3.0)
     cos, sin = decoder.rotary_emb(query[None, None], torch.tensor([[1]]))
     half_turned = torch.cat([-query[head // 2 :], query[: head // 2]])
+    # Rotated by one place: the two meet at distance 1 and nowhere else as well.
     key = query * cos[0, 0] + half_turned * sin[0, 0]
     back.q_proj.bias.copy_(query.repeat(width // head))
     back.k_proj.bias.copy_(key.repeat(width // head))
@@ -61,6 +63,7 @@ def induction_init(model: LlamaForCausalLM, generator: torch.Generator) -> None:
     match.q_proj.weight.copy_(same)
     match.k_proj.weight.copy_(same @ (write @ read).T)
     match.v_proj.weight.copy_(copied)
+    # A third of the way: the model has to learn when to copy, and unlearns it less easily than it strengthens it.
     match.o_proj.weight.copy_(0.3 * copied.T)
 
 
@@ -86,8 +89,10 @@ def copy_curriculum(
         {"copy_steps", "copy_loss"}: updates taken, and the last running mean of the loss in nats a token.
     """
     optimizer = adamw(model, learning_rate)
+    # Short runs first: with few places to look at, the circuit forms sooner.
     longest, mean_loss, step = max(2, longest_run // 4), RunningMean(share=0.1), 0
     for step in range(1, steps + 1):
+        # Half a run more than the longest, so that every run repeats at least in part.
         width = longest + max(longest // 2, 8)
         # B lengths of run, in a quarter of the longest to the longest; each run starts again from its first token.
         run_B1 = torch.randint(max(2, longest // 4), longest + 1, (batch_size, 1), generator=generator)

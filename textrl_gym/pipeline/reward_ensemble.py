@@ -43,6 +43,7 @@ def train_rewards(env_id: str, config: RewardModelConfig, out: Path) -> dict[str
     kind, train, other = "a reward model", train_reward_model, ensemble.ENSEMBLE_FILE
     if config.ensemble:
         kind, train, other = "an ensemble", train_ensemble, reward_model.NORMALISATION_FILE
+    # A folder with both would be read as the one or the other by what is looked for first.
     if (out / other).is_file():
         raise ValueError(f"{str(out)!r} holds {other}, so {kind} cannot be written to it: name another --out")
     return train(env_id, config, out)
@@ -66,6 +67,7 @@ def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[st
     missing = {name: member for name, member in members.items() if not is_trained(out / name, env_id, member)}
     data = gather(env_id, config)
     if missing:
+        # Simulated comparisons are sampled as they are read; each member needs all of them again.
         data.train = list(data.train)
     for name, member in missing.items():
         train_on(data, env_id, member, out / name)
@@ -78,6 +80,7 @@ def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[st
 
     text = json.dumps(record, indent=2)
     files.write_text(out / ENSEMBLE_RECORD, text + "\n")
+    # Last: with it the folder is an ensemble.
     files.write_text(out / ensemble.ENSEMBLE_FILE, json.dumps(settings, indent=2) + "\n")
     return json.loads(text)
 
@@ -108,6 +111,7 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
 
 def normalised(folder: Path, comparisons: Sequence[RankedCompletions]) -> CompletionScores:
     """A saved reward model's normalised scores."""
+    # Raw rewards of two members have other zeros and other scales; their spread would mean nothing.
     norm = reward_model.read_normalisation(folder / reward_model.NORMALISATION_FILE)
     raw = score_all(loading.load_classifier(folder), comparisons)
     return [[(value - norm["bias"]) * norm["scale"] for value in row] for row in raw]

@@ -45,8 +45,10 @@ def raw_rewards(model: nn.Module, batch: Sequence[RankedCompletions]) -> Tensor:
     packed = pack([(c.prompt_ids, c.completion_ids) for c in batch])
     width = packed.token_BKT.shape[2]
     length_BK = packed.mask_BKT.sum(2)
+    # Completion k begins behind the prompt and k completions; its reward is read at its last token.
     start_K = packed.prompt_places + torch.arange(packed.token_BKT.shape[1]) * width
     last_BK = (start_K + length_BK - 1).to(device)
+    # The body and the head apart: transformers' own forward reads one place a row, and a packed row has K.
     hidden_BLD = classifier.base_model(**packed.inputs(classifier))[0]
     last_BKD = hidden_BLD[torch.arange(len(batch), device=device)[:, None], last_BK]
     return head(last_BKD).squeeze(2).float() * (length_BK > 0).to(device)

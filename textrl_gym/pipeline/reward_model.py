@@ -74,12 +74,14 @@ def winners(batch: Sequence[RankedCompletions]) -> Tensor:
 def new_reward_model(language_model: nn.Module, seed: int) -> PreTrainedModel:
     """The body of a causal LM with a fresh head N(0, 1 / sqrt(d + 1)) (Stiennon et al. 2020, appendix B.1)."""
     body = cast("PreTrainedModel", language_model)
+    # The language model goes on being used, and shares its config object with nobody.
     config = copy.deepcopy(body.config)
     config.num_labels = 1
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     model.base_model.load_state_dict(body.base_model.state_dict())
     head = cast(nn.Linear, model.score)
     width = head.weight.shape[1]
+    # A generator of its own, so that member i of an ensemble has the head of its seed, whatever ran before.
     nn.init.normal_(head.weight, 0.0, 1 / math.sqrt(width + 1), torch.Generator().manual_seed(seed))
     return model.eval()  # no dropout: rewards must not depend on chance
 
@@ -126,6 +128,7 @@ def train_epoch(
         row = bar.add_task("reward model", total=steps, note="")
         for step, batch in enumerate(batched(stream, config.batch_size)):
             winner_N3 = winners(batch).to(model.device)
+            # The mean of no pairs is nan, and one step with it would be the end of the model.
             if len(winner_N3) == 0:  # every prompt had one distinct completion
                 continue
             loss = bradley_terry_loss(raw_rewards(model, batch), winner_N3)
@@ -192,7 +195,9 @@ def train_on(data: RewardData, env_id: str, config: RewardModelConfig, out: Path
     pretraining_loss = None if config.dataset else pretrain(model, data.task, data.tokenizer, config)
 
     # 2. Train.
+    # Each point of the curve begins where this training does, pretraining included.
     initial = copy.deepcopy(model) if config.curve else None
+    # One epoch: a second one overfits (Stiennon et al. 2020, appendix B.1).
     data = dataclasses.replace(data, train=in_order(data.train, config))
     loss = train_epoch(model, iter(data.train), data.total, config)
 
@@ -201,6 +206,7 @@ def train_on(data: RewardData, env_id: str, config: RewardModelConfig, out: Path
     gaps_of = {name: gaps(raw[name], pairs) for name, pairs in data.compared.items()}
     if config.dataset:
         own = data.heldout
+        # Users' data have no samples of the policy, so that scores are scaled by their own completions.
         chosen = [raw[name][row][w] for name, pairs in own.items() for row, c in enumerate(pairs) for w, _ in c.pairs]
         norm = normalisation(chosen, [value for name in own for row in raw[name] for value in row])
         measured: dict[str, float | None] = {

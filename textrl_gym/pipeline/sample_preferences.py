@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 START = "start"
 """The name of the task's initial policy as a model."""
 ANNOTATORS, GOLD_LABEL = "annotators", "gold"
+# A labeller that ties nearly always would otherwise be asked without end.
 MOST_PROMPTS = 20
 """Prompts that are drawn at most for each pair that is wanted, since some give ties."""
 

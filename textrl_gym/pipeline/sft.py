@@ -83,6 +83,7 @@ def completion_nll(model: PreTrainedModel, batch: Packed) -> tuple[Tensor, Tenso
     """Summed -log p of the completions' tokens (EOS included, prompts not) in float32, and how many they are."""
     rows, most, width = batch.token_BKT.shape
     # The prompt's last place predicts every first token; place t of a completion predicts its token t + 1.
+    # The head is applied to completions only: prompts are most of the places and are not learnt.
     logits_BSV = model(**batch.inputs(model), logits_to_keep=most * width + 1).logits[:, -(most * width + 1) :]
     place_KT = torch.arange(most * width).view(most, width)
     place_KT[:, 0] = 0
@@ -120,6 +121,7 @@ def demonstrations(task: Task, split: str, dataset: str | None) -> PromptSource:
     Raises:
         ValueError: the rows have no completions to learn.
     """
+    # A task's own demonstrations may be poor on purpose, as those of TLDRSummarize-v0 are.
     own: Callable[[str], PromptSource] | None = getattr(task, "demonstrations", None)
     source = own(split) if dataset is None and own is not None else task.rows(split, dataset)
     if len(source) == 0 or not (source[0].get("completions") or source[0].get("completion")):
@@ -138,6 +140,7 @@ def batches(
 ) -> Iterator[Packed]:
     """Endless shuffled batches, each of rows with prompts of about one length, so that little is padding."""
     while True:
+        # Eight batches are drawn together and sorted: similar lengths within a batch, a random order of batches.
         picked = [source[rng.randrange(len(source))] for _ in range(batch_size * pool)]
         pairs = [encode_row(task, tokenizer, row) for row in picked]
         pairs.sort(key=lambda pair: len(pair[0]))
@@ -193,6 +196,7 @@ def load_initial(
         return cast("PreTrainedModel", task.load_model(config.model)), task.load_tokenizer(config.model)
     picked = random.Random(config.seed).choices(range(len(source)), k=min(4000, len(source)))
     texts = (source[i]["prompt"] + source[i]["completion"] for i in picked)
+    # 4,000 texts are enough for a vocabulary of this size, and reading 60,000 is slow.
     tokenizer = train_tokenizer(texts, config.vocab_size)
     return new_model(config, tokenizer, task.max_prompt_tokens + task.max_new_tokens), tokenizer
 

@@ -106,9 +106,11 @@ class Comparer:
             prompt_ids = self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens)
             texts = self.candidates(row, rng, candidates)
             given = [self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id] for text in texts]
+            # Equal texts once: annotators would toss a coin between them, and the model can only give them one reward.
             ids = [list(key) for key in dict.fromkeys(tuple(i[: self.task.max_new_tokens]) for i in own + given)]
             distinct = len({tuple(i) for i in own})
             made.append((row, prompt_ids, ids, distinct))
+        # Decoded from the tokens that the model will read, so that texts cut at the budget are judged as they are.
         texts_of = [[decode(self.tokenizer, i) for i in ids] for _, _, ids, _ in made]
         gold = iter(self._gold([row for row, *_ in made], texts_of))
         found = []
@@ -133,8 +135,12 @@ class Comparer:
         rng = random.Random(seed)
         order = rng.sample(range(len(source)), min(count, len(source)))
         for turn, start in enumerate(range(0, len(order), chunk)):
+            # In turn: with the initial policy's samples alone the reward model has never seen fluent texts, which RL
+            # soon writes.
             policy = self.policies[turn % len(self.policies)]
             rows = [source[i] for i in order[start : start + chunk]]
+            # Of several temperatures: cool samples are like those that RL ends with, hot ones have the errors to tell
+            # apart.
             temperature = rng.uniform(0.5, 1.2)
             made = (self.config.samples, temperature, self.config.candidates)
             yield from self.compare(policy, rows, seed + start + 1, *made)

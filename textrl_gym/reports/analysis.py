@@ -50,10 +50,12 @@ class Summary:
 def summarise(comparison: Comparison, group: Group) -> Summary:
     """One line; an interval is there where there is something to make it from."""
     rate, controlled = against_start(group, comparison.gold)
-    return Summary(group, iqm(group.finals(comparison.gold)), rate, controlled, count_collapsed(group, comparison.gold))
+    return Summary(
+        group, iqm_of_seeds(group.finals(comparison.gold)), rate, controlled, count_collapsed(group, comparison.gold)
+    )
 
 
-def iqm(scores: Sequence[float]) -> Number:
+def iqm_of_seeds(scores: Sequence[float]) -> Number:
     """With its interval from two runs on."""
     return float(scores[0]) if len(scores) == 1 else estimates.iqm([scores])
 
@@ -65,9 +67,11 @@ def against_start(group: Group, gold: str) -> tuple[Number, Number]:
     """
     pairs = [(run.column(gold), run.start(gold)) for run in group.runs if run.episodes]
     won = [estimates.outcomes(own_N, start_N) for own_N, start_N in pairs if start_N is not None]
+    # Where completions were not kept, only the runs' own win rates are left, whose spread over prompts nobody knows.
     if not won or len(won) < len(group.runs) or len({len(won_N) for won_N in won}) > 1:
         rates = group.finals("win_rate")
         return (float(np.mean(rates)) if rates else None), None
+    # Averaged over seeds first: counting a prompt once for each seed would take its seeds for other prompts.
     outcome_N = np.mean(won, axis=0)
     rate = pairwise.win_rate(outcome_N)
     longer = []
@@ -88,6 +92,8 @@ def count_collapsed(group: Group, gold: str) -> tuple[int, int] | None:
     if not ends:
         return None
     start_R, final_R = np.array(ends).T
+    # Not the last evaluation, which has more prompts than the first, so that a start would look poorer or better than
+    # it was.
     return int(overoptimization.collapsed(start_R, final_R).sum()), len(ends)
 
 
@@ -105,12 +111,14 @@ def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
 
     The confidence is raised until one in twenty pages, and not one in twenty sentences, says something wrong.
     """
+    # The one ahead first: what a reader asks is whether it really is ahead.
     groups = sorted(comparison.groups, key=lambda group: -float(np.mean(group.finals(comparison.gold))))
     confidence = pair_confidence(len(groups))
     first: list[str] = []
     rest: list[str] = []
     for a, b in itertools.combinations(groups, 2):
         scores = [x.finals(comparison.gold) for x in (a, b)]
+        # One number for all seeds: an untrained agent's seeds are no sample of anything.
         seeds = [x[0] if group.untrained else x for x, group in zip(scores, (a, b), strict=True)]
         said = estimates.verdict(a.label, seeds[0], b.label, seeds[1], confidence=confidence)
         (first if a is groups[0] else rest).append(f"{a.label} and {b.label}: {said}")
@@ -119,6 +127,7 @@ def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
 
 def pair_confidence(groups: int) -> float:
     """95% for all pairs at once, by Bonferroni, rounded up to a thousandth or finer."""
+    # Rounded up, so that the level that is printed is never more than what is kept.
     pairs = max(groups * (groups - 1) // 2, 1)
     digits = 2 if pairs == 1 else 3 + math.floor(math.log10(pairs))
     return round(math.ceil((1 - 0.05 / pairs) * 10**digits - 1e-9) / 10**digits, digits)
@@ -179,6 +188,7 @@ def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
     if not runs:
         return None
     lines = [([row[x_key] for row in rows], [row[gold] for row in rows]) for rows in runs]
+    # Only where all seeds were evaluated: beyond, the mean would jump as a seed drops out.
     grid = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), POINTS)
     value_SN = np.array([np.interp(grid, x, y) for x, y in lines])
     return Curve(grid.tolist(), value_SN.mean(0).tolist(), value_SN.min(0).tolist(), value_SN.max(0).tolist())
@@ -236,10 +246,13 @@ def pairs(comparison: Comparison, groups: Sequence[Group]) -> list[Pair]:
     for a, b in itertools.combinations(groups, 2):
         a_SN, b_SN = gold[a.label], gold[b.label]
         outcome_N = estimates.outcomes(a_SN[:, None], b_SN[None]).mean((0, 1))
+        # With one run against several, no variance over runs can be estimated for the one.
         alike = (len(a_SN) == 1) == (len(b_SN) == 1) and a_SN.shape[1] > 1
         difference = estimates.paired_difference(a_SN, b_SN).mean if alike else None
         scores = [a.finals(comparison.gold)], [b.finals(comparison.gold)]
         improvement = estimates.probability_of_improvement(*scores)
+        # The win rate is over prompts, the chance to be better over runs: two questions that may have different
+        # answers.
         found.append(Pair(a, b, pairwise.win_rate(outcome_N), difference, improvement))
     return found
 
@@ -249,11 +262,14 @@ def ratings(comparison: Comparison, groups: Sequence[Group]) -> list[Rating]:
     score_AN: Array = np.stack([run.column(comparison.gold) for group in groups for run in group.runs])
     if score_AN.shape[0] < 2 or score_AN.shape[1] < 2:
         return []
+    # 500 resamples: the ends of the intervals are shown as whole Elo points.
     rated = iter(pairwise.bradley_terry_on_prompts(score_AN, resamples=500))
     found = []
     for group in groups:
         own = [next(rated).scaled(pairwise.ELO_PER_NAT) for _ in group.runs]
         values = [estimate.value for estimate in own]
+        # Seeds differ by more than prompts leave open, so the range over seeds is the honest one where there are
+        # several.
         low, high = (own[0].low, own[0].high) if len(own) == 1 else (min(values), max(values))
         found.append(Rating(group, float(np.mean(values)), low, high))
     return sorted(found, key=lambda rating: -rating.value)
@@ -262,12 +278,13 @@ def ratings(comparison: Comparison, groups: Sequence[Group]) -> list[Rating]:
 # -- profile, over-optimisation, length -------------------------------------------------------------------------------
 
 
-def profile(comparison: Comparison) -> tuple[list[float], dict[str, list[Estimate]]]:
+def score_profile(comparison: Comparison) -> tuple[list[float], dict[str, list[Estimate]]]:
     """Thresholds, and for each group the share of its runs above them; one seed has no interval.
 
     The thresholds are the scores of all runs, where alone a share can change, and one on either side.
     """
     scores = sorted({score for group in comparison.groups for score in group.finals(comparison.gold)})
+    # All scores equal: the steps still need some room.
     margin = 0.05 * (scores[-1] - scores[0]) or 0.5
     threshold_K = np.array([scores[0] - margin, *scores, scores[-1] + margin])
     found = {}
@@ -276,6 +293,7 @@ def profile(comparison: Comparison) -> tuple[list[float], dict[str, list[Estimat
         if len(own) > 1:
             found[group.label] = estimates.performance_profile([own], threshold_K)
         else:
+            # nan and not a point: one seed says nothing of how much another would differ.
             share = (own[0] > threshold_K).astype(float).tolist()
             found[group.label] = [Estimate(s, math.nan, math.nan) for s in share]
     return threshold_K.tolist(), found
@@ -306,20 +324,23 @@ def training(group: Group) -> Training | None:
     if not runs:
         return None
     rows = sorted((row for some in runs for row in some), key=lambda row: row["kl_sequence"])
+    # Estimated by k1, whose mean over few prompts may be negative.
     kl_N = np.maximum([row["kl_sequence"] for row in rows], 0.0)
     start = float(np.mean([some[0]["gold"] for some in runs]))
+    # Seeds stop after different numbers of updates, since the last rollout is whole.
     together = list(zip(*runs, strict=False))  # the seeds' evaluations by number; the last is added below
-    means = [(mean_of(rows_S, "kl_sequence"), mean_of(rows_S, "gold")) for rows_S in together]
-    end = (mean_of([some[-1] for some in runs], "kl_sequence"), mean_of([some[-1] for some in runs], "gold"))
+    means = [(mean_of_key(rows_S, "kl_sequence"), mean_of_key(rows_S, "gold")) for rows_S in together]
+    end = (mean_of_key([some[-1] for some in runs], "kl_sequence"), mean_of_key([some[-1] for some in runs], "gold"))
     gain_N = np.array([row["gold"] for row in rows]) - start
     enough = len(set(kl_N[kl_N > 0].tolist())) >= FIT_POINTS
     fit = overoptimization.fit_gold_curve(kl_N, gain_N, "rl") if enough else None
     gold, proxy = [row["gold"] for row in rows], [row["score"] for row in rows]
+    # Of the mean over seeds and not of each seed: the best of single seeds would be the luckiest.
     best = max([*means, end], key=lambda point: point[1])
     return Training(group, kl_N.tolist(), gold, proxy, start, best, end, fit)
 
 
-def mean_of(rows: Sequence[dict[str, float]], key: str) -> float:
+def mean_of_key(rows: Sequence[dict[str, float]], key: str) -> float:
     """Mean of a number over rows."""
     return float(np.mean([row[key] for row in rows]))
 

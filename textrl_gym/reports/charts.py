@@ -6,23 +6,23 @@ import numpy as np
 
 from textrl_gym.experiments.results import Comparison
 from textrl_gym.reports import analysis as numbers
-from textrl_gym.reports.plotting import Chart, between, figure, line, look, marker, plain, short
-from textrl_gym.reports.training_curves import drifts, learning_curves, lengths
+from textrl_gym.reports.plotting import Chart, axes, between, line, look, marker, plain, short
+from textrl_gym.reports.training_curves import drifts, learning_curves, length_chart
 
 
 def charts(comparison: Comparison) -> dict[str, Chart]:
     """All charts that the comparison has data for, by name."""
     tokens = learning_curves(comparison, "tokens", "timesteps", "generated tokens")
     seconds = learning_curves(comparison, "seconds", "train_seconds", "seconds of training")
-    made = [tokens, seconds, frontier(comparison), matrix(comparison), profile(comparison)]
-    made += [overoptimisation(comparison), lengths(comparison), *drifts(comparison), cost(comparison)]
+    made = [tokens, seconds, frontier(comparison), matrix(comparison), profile_chart(comparison)]
+    made += [overoptimisation(comparison), length_chart(comparison), *drifts(comparison), cost(comparison)]
     return {chart.key: chart for chart in made if chart is not None}
 
 
 def frontier(comparison: Comparison) -> Chart:
     """Every run a point; the mean of each coefficient joined to the agent's next."""
     gold = comparison.gold
-    made = figure("KL to the reference, nats per sequence", comparison.gold_name)
+    made = axes("KL to the reference, nats per sequence", comparison.gold_name)
     rows = []
     for agent in dict.fromkeys(group.agent for group in comparison.groups):
         own = [group for group in comparison.groups if group.agent == agent]
@@ -68,14 +68,16 @@ def matrix(comparison: Comparison) -> Chart | None:
     for pair in numbers.pairs(comparison, order):
         won = pair.win_rate
         rate[pair.first.label, pair.second.label] = won.value
+        # A tie is half a win to each, so that the two add up to 1.
         rate[pair.second.label, pair.first.label] = 1 - won.value
         row = [pair.first.label, pair.second.label, between(won), "-", between(pair.improvement)]
         if pair.difference is not None:
             row[3] = between(pair.difference)
         rows.append(tuple(row))
+    # None on the diagonal, which plotly leaves blank: an agent against itself is no result.
     z = [[rate.get((row.label, column.label)) for column in order] for row in order]
     names = [plain(group.label) for group in order]
-    made = figure("against", "", hovermode="closest")
+    made = axes("against", "", hovermode="closest")
     made.add_heatmap(
         z=z, x=names, y=names, zmin=0, zmax=1, texttemplate="%{z:.2f}", xgap=2, ygap=2, meta={"heat": True},
         hovertemplate="%{y} wins %{z:.1%} against %{x}<extra></extra>", showscale=False,
@@ -92,11 +94,12 @@ def matrix(comparison: Comparison) -> Chart | None:
     return Chart("matrix", "Who beats whom", note, made, head, rows)
 
 
-def profile(comparison: Comparison) -> Chart:
+def profile_chart(comparison: Comparison) -> Chart:
     """Share of runs above each threshold."""
-    thresholds, shares = numbers.profile(comparison)
-    made = figure(f"threshold of {comparison.gold_name}", "share of runs above it")
+    thresholds, shares = numbers.score_profile(comparison)
+    made = axes(f"threshold of {comparison.gold_name}", "share of runs above it")
     made.update_layout(yaxis={"range": [-0.03, 1.03], "tickformat": ".0%"})
+    # More than six bands over each other would be one grey.
     faint = 0.12 if len(comparison.groups) <= 6 else 0.05
     for group in comparison.groups:
         own = shares[group.label]
@@ -106,6 +109,7 @@ def profile(comparison: Comparison) -> Chart:
             made.add_scatter(
                 x=thresholds, y=[s.high for s in own], fill="tonexty", **look(group, meta={"fill": faint}, **band)
             )
+        # A share changes at a score and nowhere between: steps, and no slopes.
         steps = {**line(group), "shape": "hv"}
         made.add_scatter(x=thresholds, y=[s.value for s in own], mode="lines", line=steps, **look(group))
     some = range(0, len(thresholds), max(len(thresholds) // 8, 1))
@@ -126,9 +130,10 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
     if not ways:
         return None
     x_name = "KL to the reference, nats per sequence"
-    made = figure("", "gold", height=560)
+    made = axes("", "gold", height=560)
     made.update_layout(
         xaxis={"anchor": "y", "showticklabels": False},
+        # Gold above proxy on one axis of KL: two scales on one chart could be shifted to show anything.
         xaxis2={"title": {"text": x_name}, "anchor": "y2", "matches": "x"},
         yaxis={"domain": [0.54, 1]},
         yaxis2={"title": {"text": "proxy"}, "domain": [0, 0.46], "anchor": "x2"},
@@ -141,6 +146,7 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
         made.add_scatter(x=way.kl, y=way.proxy, mode="markers", marker=dots, **lower)
         row = [group.label, *(f"{short(gold)} at {short(kl)}" for kl, gold in (way.best, way.end))]
         if way.fit is not None:
+            # From 0, where the form is the start's gold exactly, to the last KL that was seen and no further.
             x = np.linspace(0, max(way.kl), 60)
             curve = {"mode": "lines", "line": line(group), "showlegend": False, "hoverinfo": "skip"}
             made.add_scatter(x=x.tolist(), y=(way.start + way.fit.gold(x)).tolist(), **look(group, **curve))
@@ -165,9 +171,9 @@ def cost(comparison: Comparison) -> Chart | None:
     known = [group for group in comparison.groups if all("seconds" in run.state for run in group.runs)]
     if not known:
         return None
-    made = figure("seconds, mean over seeds", "", barmode="stack")
+    made = axes("seconds, mean over seeds", "", barmode="stack")
     seconds = {
-        group.label: [numbers.mean_of([run.state["seconds"] for run in group.runs], phase) for phase in phases]
+        group.label: [numbers.mean_of_key([run.state["seconds"] for run in group.runs], phase) for phase in phases]
         for group in known
     }
     names = [plain(group.label) for group in known]
@@ -178,6 +184,7 @@ def cost(comparison: Comparison) -> Chart | None:
     rows = []
     for group in known:
         tokens = float(np.mean(group.finals("timesteps")))
+        # Without evaluation: how often one looks is no property of an algorithm.
         work = sum(seconds[group.label][:2])
         rate = short(tokens / work, 3) if tokens and work else "-"
         updates = short(float(np.mean(group.finals("updates"))), 4) if group.finals("updates") else "-"

@@ -25,6 +25,7 @@ from textrl_gym.stats.estimates import Estimate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "report"
 SAMPLES_SHOWN = 40
+# The file is opened from a disk and may be sent on: texts of a model in it must be able to load and to send nothing.
 PAGE_SECURITY_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "form-action 'none'; base-uri 'none'"
@@ -42,7 +43,7 @@ def comparison_report(folder: str | Path) -> Path:
     comparison = read_comparison(folder)
     go()  # before any long work
     out = folder / "report.html"
-    files.write_text(out, page(comparison))
+    files.write_text(out, comparison_html(comparison))
     return out
 
 
@@ -52,10 +53,10 @@ def live_page(folder: Path, version: str) -> str:
     Raises:
         ValueError: no run is finished, or a file is broken.
     """
-    return page(read_comparison(folder), version)
+    return comparison_html(read_comparison(folder), version)
 
 
-def page(comparison: Comparison, version: str = "") -> str:
+def comparison_html(comparison: Comparison, version: str = "") -> str:
     """The whole page; every text of a run is escaped.
 
     Args:
@@ -68,22 +69,23 @@ def page(comparison: Comparison, version: str = "") -> str:
     sections = {
         "summary": ("Summary", summary(comparison)),
         "learning": ("Learning curves", pair_of(drawn, "curve-tokens", "curve-seconds") or UNTRAINED),
-        "frontier": ("KL and reward", figure(drawn["frontier"])),
+        "frontier": ("KL and reward", figure_html(drawn["frontier"])),
         "pairs": ("Pairs of agents", beaten(comparison, drawn.get("matrix"))),
-        "profile": ("Performance profile", figure(drawn["profile"])),
+        "profile": ("Performance profile", figure_html(drawn["profile"])),
         "overoptimisation": ("Over-optimisation", exploited(comparison, drawn.get("overoptimisation"))),
-        "length": ("Length", lengths(drawn)),
+        "length": ("Length", length_section(drawn)),
         **({"quality": ("Text quality", text)} if text else {}),
-        "samples": ("Samples", samples(comparison)),
+        "samples": ("Samples", sample_section(comparison)),
         "credit": ("Credit", credit(comparison, told)),
-        "cost": ("Cost", figure(drawn["cost"]) if "cost" in drawn else "<p>No run kept its seconds.</p>"),
-        "settings": ("Settings", settings(comparison)),
+        "cost": ("Cost", figure_html(drawn["cost"]) if "cost" in drawn else "<p>No run kept its seconds.</p>"),
+        "settings": ("Settings", setting_section(comparison)),
     }
     links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, (name, _) in sections.items())
     body = "".join(
         f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{name}</h2>{html}</section>'
         for key, (name, html) in sections.items()
     )
+    # Only the page that is served may connect, and only to its own server.
     policy, live, scripts = PAGE_SECURITY_POLICY, "", ["page.js", "credit.js"]
     if version:
         policy, live = f"{PAGE_SECURITY_POLICY}; connect-src 'self'", f'<div id="live" data-version="{version}"></div>'
@@ -108,8 +110,9 @@ def asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
-def embedded(name: str, data: Any) -> str:
+def embedded(name: str, data: object) -> str:
     """Data for the script, which no text in it can end."""
+    # "<" alone is enough: </script> and <!-- both need it, and JSON reads \u003c as the same character.
     return f'<script type="application/json" id="{name}">{json.dumps(data).replace("<", chr(92) + "u003c")}</script>'
 
 
@@ -126,14 +129,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, words:
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
     )
+    # Columns of words are aligned on the left, those of numbers on the right.
     kind = ' class="words"' if words else ""
     return (
+        # With a role and in the order of tabs, so that the keyboard can scroll it.
         f'<div class="wide" role="region" tabindex="0" aria-label="{escape(label)}"><table{kind}><thead><tr>{top}</tr>'
         f"</thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def figure(chart: Chart) -> str:
+def figure_html(chart: Chart) -> str:
     """A chart with its words, and its numbers as a table."""
     rows = [[escape(cell) for cell in row] for row in chart.rows]
     return (
@@ -153,7 +158,7 @@ def folded(more: Table) -> str:
 
 def pair_of(drawn: dict[str, Chart], *keys: str) -> str:
     """Charts side by side where there is room."""
-    there = [figure(drawn[key]) for key in keys if key in drawn]
+    there = [figure_html(drawn[key]) for key in keys if key in drawn]
     return f'<div class="two">{"".join(there)}</div>' if there else ""
 
 
@@ -209,6 +214,7 @@ def summary(comparison: Comparison) -> str:
         said += f"<details><summary>All other pairs ({len(rest)})</summary>{bullets(rest)}</details>"
     pairs = len(first) + len(rest)
     if pairs > 1 and sum(len(group.runs) > 1 for group in comparison.groups) > 1:
+        # Bonferroni's level is told: readers would take any interval on a page for 95%.
         level = f"{100 * numbers.pair_confidence(len(comparison.groups)):g}%"
         said += (
             f'<p class="soft small">The intervals are of {level}, so that 95% hold for all {pairs} pairs at once.</p>'
@@ -258,7 +264,7 @@ def beaten(comparison: Comparison, chart: Chart | None) -> str:
         "to 1; only differences mean anything."
     )
     rated = table(("agent", "Elo points", spread), rows, "Bradley-Terry ratings")
-    return f'{missed}{figure(chart)}<h3>Ratings</h3>{rated}<p class="soft small">{note}</p>'
+    return f'{missed}{figure_html(chart)}<h3>Ratings</h3>{rated}<p class="soft small">{note}</p>'
 
 
 def exploited(comparison: Comparison, chart: Chart | None) -> str:
@@ -271,12 +277,12 @@ def exploited(comparison: Comparison, chart: Chart | None) -> str:
     if comparison.gold != "gold":
         words = "There is no gold score beside the reward that was trained on, so over-optimisation cannot be seen."
         return f"{told}<p>{words}</p>"
-    return told + (figure(chart) if chart else UNTRAINED)
+    return told + (figure_html(chart) if chart else UNTRAINED)
 
 
-def lengths(drawn: dict[str, Chart]) -> str:
+def length_section(drawn: dict[str, Chart]) -> str:
     """Score by length, and how length and ends drift."""
-    by_length = figure(drawn["lengths"]) if "lengths" in drawn else NO_LENGTHS
+    by_length = figure_html(drawn["lengths"]) if "lengths" in drawn else NO_LENGTHS
     return by_length + pair_of(drawn, "drift-completion_tokens", "drift-eos_share")
 
 
@@ -294,7 +300,7 @@ def text_quality(comparison: Comparison, drawn: dict[str, Chart]) -> str:
     return html + pair_of(drawn, "drift-entropy_token", "drift-distinct_2", "drift-repetition")
 
 
-def samples(comparison: Comparison) -> str:
+def sample_section(comparison: Comparison) -> str:
     """Answers to the same prompts side by side: of each agent's first seed, and of the start."""
     groups, _ = numbers.same_prompts(comparison)
     if not groups or not groups[0].runs[0].episodes:
@@ -359,17 +365,18 @@ def command(comparison: Comparison) -> str:
     words = ["textrl-gym", "compare", comparison.environment]
     defaults = CompareConfig(("",))
     for name, value in comparison.config.items():
+        # What was left at its default need not be typed again. JSON has lists where the config has tuples.
         if name == "agents" or value != _plain(getattr(defaults, name, None)):
             values = value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
     return f"{shlex.join(words)} --out DIR"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def settings(comparison: Comparison) -> str:
+def setting_section(comparison: Comparison) -> str:
     """The command, every run, every version, every setting; folded away."""
     listed = [
         [escape(run.name), escape(group.agent), escape(group.coefficient), str(run.spec["seed"]), "finished"]
@@ -396,5 +403,5 @@ def _of(group: Group) -> dict[str, Any]:
     return {"seeds": [r.spec["seed"] for r in group.runs], "asked for": run.spec, "as it ended": state}
 
 
-def _dump(data: Any) -> str:
+def _dump(data: object) -> str:
     return f'<pre tabindex="0">{escape(json.dumps(data, indent=1, ensure_ascii=False))}</pre>'

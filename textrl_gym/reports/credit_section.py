@@ -45,8 +45,10 @@ def scale(name: str, numbers: Iterable[float | None]) -> Scale:
     """The scale of a quantity over all its numbers that there are."""
     known = [x for x in numbers if x is not None]
     if name == "ratio":
+        # By logarithm a ratio of 2 is as far from 1 as a half.
         known = [math.log(x) for x in known if x > 0]
     middle = sum(known) / len(known) if name == "value" and known else 0.0
+    # A scale that reaches to the most extreme token would leave all others without colour.
     distances = sorted(abs(x - middle) for x in known)
     reach = distances[math.ceil(CENTRE * len(distances)) - 1] if distances else 0.0
     reach = reach or 1.0  # nothing differs from the middle
@@ -59,6 +61,7 @@ def credit_data(comparison: Comparison) -> dict[str, Any] | None:
     if not told:
         return None
     texts = next(iter(told.values()))
+    # Side by side only where the texts are the same, token by token; another tokenizer cuts other tokens.
     same = {group: lines for group, lines in told.items() if list(map(_key, lines)) == list(map(_key, texts))}
     agents: list[dict[str, Any]] = [
         {

@@ -10,11 +10,15 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textrl_gym.experiments.results import read_comparison
 from textrl_gym.reports.charts import charts
 from textrl_gym.reports.plotting import LIGHT, Chart, go
+
+if TYPE_CHECKING:
+    from plotly.basedatatypes import BaseTraceType
+    from plotly.graph_objects import Figure
 
 FOLDER = "figures"
 WIDTH = 760
@@ -33,7 +37,7 @@ def comparison_figures(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     comparison = read_comparison(folder)
-    go()
+    go()  # so that a missing plotly is named before kaleido
     try:
         import kaleido
         from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
@@ -42,6 +46,7 @@ def comparison_figures(folder: str | Path) -> list[Path]:
 
     (folder / FOLDER).mkdir(exist_ok=True)
     wanted = list(_wanted(charts(comparison), folder / FOLDER))
+    # MathJax would be fetched from the network, and no chart has a formula.
     options = {"mathjax": False, "enable_sandbox": os.geteuid() != 0}
     try:
         kaleido.write_fig_from_object_sync(wanted, cancel_on_error=True, kopts=options)
@@ -65,7 +70,7 @@ def _wanted(drawn: dict[str, Chart], folder: Path) -> Iterator[dict[str, Any]]:
             yield {"fig": figure, "path": folder / f"{key}.{kind}", "opts": options}
 
 
-def printed(chart: Chart) -> Any:
+def printed(chart: Chart) -> Figure:
     """The figure with the colours of a light page on white, the legend below, and its axes drawn."""
     figure = go().Figure(chart.figure)
     for trace in figure.data:
@@ -75,6 +80,7 @@ def printed(chart: Chart) -> Any:
         paper_bgcolor="white",
         plot_bgcolor="white",
         font={"family": "Helvetica, Arial, sans-serif", "size": 14, "color": INK},
+        # Beside the page the legend stands right; on paper below, about five names in a line.
         height=figure.layout.height + 40 + 24 * (len(shown) // 5),
         margin={"l": 70, "r": 20, "t": 30, "b": 60},
         legend={"orientation": "h", "x": 0, "y": 0, "yanchor": "bottom", "yref": "container", "traceorder": "normal"},
@@ -87,7 +93,7 @@ def printed(chart: Chart) -> Any:
     return figure
 
 
-def _paint(trace: Any) -> dict[str, Any]:
+def _paint(trace: BaseTraceType) -> dict[str, Any]:
     """What page.js does on a light page: colours by the agent's number in the trace's meta."""
     meta = trace.meta or {}
     if meta.get("heat"):
@@ -98,6 +104,7 @@ def _paint(trace: Any) -> dict[str, Any]:
     if "fill" in meta:
         return {"fillcolor": faint(color, meta["fill"])}
     if trace.type == "bar":
+        # Bars of one agent differ by pattern, so that they can be told apart in print without colours.
         pattern = {"shape": PATTERNS[meta["pattern"]], "fillmode": "overlay", "fgcolor": "white", "size": 7}
         return {"marker": {"color": color, "pattern": pattern}}
     return {"marker": {"color": color, "line": {"color": "white", "width": 1}}, "line": {"color": color}}

@@ -10,10 +10,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from textrl_gym.experiments.results import Group
+from textrl_gym.stats.estimates import Estimate
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+# Six agents can be told apart by colour; from the seventh on colours come again, with another symbol and dash.
 LIGHT = ("#0072b2", "#c84e00", "#00805f", "#7208f0", "#541c03", "#142a41")
 DARK = ("#56b4e9", "#ee7733", "#2bbf93", "#c942fd", "#e8e70a", "#dfe6ee")
 """Far apart for people who see two colours too, and at 3:1 or more to the page."""
@@ -38,14 +44,14 @@ class Chart:
     title: str
     note: str
     """How to read it, in a sentence or two."""
-    figure: Any
+    figure: Figure
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     more: Table | None = None
     """A second table."""
 
 
-def go() -> Any:
+def go() -> ModuleType:
     """plotly.graph_objects.
 
     Raises:
@@ -73,9 +79,11 @@ def plain(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def look(group: Group, **more: Any) -> dict[str, Any]:
+def look(group: Group, **more: object) -> dict[str, Any]:
     """What all traces of a group share: its name, and its colour by number."""
-    meta = {"color": group.color % len(LIGHT)} | more.pop("meta", {})
+    own = more.pop("meta", {})
+    assert isinstance(own, dict)
+    meta = {"color": group.color % len(LIGHT)} | own
     return {"name": plain(group.label), "legendgroup": group.label, "meta": meta} | more
 
 
@@ -89,23 +97,25 @@ def line(group: Group) -> dict[str, Any]:
     return {"dash": DASHES[(group.color + group.variant) % len(DASHES)], "width": 2}
 
 
-def figure(x: str, y: str, **layout: Any) -> Any:
+def axes(x: str, y: str, **layout: object) -> Figure:
     """An empty figure with its axes named."""
     made = go().Figure()
-    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
-    made.update_layout(template="none", **{"height": 380, **axes, **layout})
+    titles = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    # Plotly's own template would put its colours above those that the page's script gives.
+    made.update_layout(template="none", **{"height": 380, **titles, **layout})
     return made
 
 
-def between(estimate: Any) -> str:
+def between(estimate: Estimate) -> str:
     """A number with its interval."""
-    if math.isnan(estimate.low):
+    if math.isnan(estimate.low):  # one seed: a number without an interval
         return short(estimate.value)
     return f"{short(estimate.value)} ({short(estimate.low)} to {short(estimate.high)})"
 
 
 def painted(chart: Chart) -> dict[str, Any]:
     """The figure as plain data for the script."""
+    # By way of plotly's JSON, which knows numpy's arrays and dates; the figure's own dict holds them as they are.
     return json.loads(chart.figure.to_json())
 
 

@@ -178,8 +178,9 @@ def _completion(sample: dict[str, Any] | None) -> str:
     return f'<td><div class="text">{text}</div><div class="marks">{escape(" · ".join(marks))}</div></td>'
 
 
-def samples(run: Run) -> str:
+def sample_tables(run: Run) -> str:
     """Completions of the same prompts before and after, side by side."""
+    # Completions of the same prompts at both ends stand side by side.
     before = {s["index"]: s for s in run.samples if s["timesteps"] == run.start["timesteps"]}
     after = {s["index"]: s for s in run.samples if s["timesteps"] == run.end["timesteps"]}
     rows = []
@@ -199,7 +200,7 @@ def samples(run: Run) -> str:
     )
 
 
-def settings(run: Run) -> str:
+def setting_tables(run: Run) -> str:
     """What the run was started with, folded away."""
     if not run.state:
         return ""
@@ -252,7 +253,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
 )
 
 
-def page(runs: Sequence[Run]) -> str:
+def run_html(runs: Sequence[Run]) -> str:
     """The whole page; every text of a run is escaped."""
     title = "textrl-gym: " + ", ".join(run.name for run in runs)
     warnings = "".join(
@@ -261,7 +262,9 @@ def page(runs: Sequence[Run]) -> str:
         for alarm in alarms(run)
         for title in (alarm.title,)
     )
-    sections = "".join(f"<section><h2>{escape(run.name)}</h2>{samples(run)}{settings(run)}</section>" for run in runs)
+    sections = "".join(
+        f"<section><h2>{escape(run.name)}</h2>{sample_tables(run)}{setting_tables(run)}</section>" for run in runs
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
@@ -283,5 +286,5 @@ def report(dirs: Sequence[Path], out: Path) -> Path:
     """
     runs = [read_run(path) for folder in dirs for path in find_runs(Path(folder))]
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(out, page(runs))
+    files.write_text(out, run_html(runs))
     return out

@@ -7,7 +7,7 @@ import numpy as np
 from textrl_gym.evaluation.metrics import METRICS, metric, metric_names
 from textrl_gym.experiments.results import Comparison, Group
 from textrl_gym.reports import analysis as numbers
-from textrl_gym.reports.plotting import Chart, Table, between, figure, line, look, marker, short
+from textrl_gym.reports.plotting import Chart, Table, axes, between, line, look, marker, short
 
 # -- through training -------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,8 @@ def over_training(
     ends = [curve.x[-1] for curve in curves.values() if curve is not None]
     if not ends:
         return None
-    made = figure(x_name, y_name)
+    made = axes(x_name, y_name)
+    # Many bands over each other would hide the lines.
     faint = 0.18 if len(groups) <= 6 else 0.07
     rows = []
     for group in groups:
@@ -67,6 +68,7 @@ def over_training(
             continue
         band = {"fill": "toself", "hoverinfo": "skip", "showlegend": False, "mode": "none"}
         if len(group.runs) > 1:
+            # One closed outline: two lines with a fill between them would be two entries for the mouse to find.
             x, y = curve.x + curve.x[::-1], curve.high + curve.low[::-1]
             made.add_scatter(x=x, y=y, **look(group, meta={"fill": faint}, **band))
         made.add_scatter(x=curve.x, y=curve.mean, mode="lines", line=line(group), **look(group))
@@ -82,6 +84,7 @@ def level_of(group: Group, key: str) -> float | None:
     A saved agent has none but the last one, with more prompts: shares of different n-grams cannot be compared then.
     """
     during = [run.evaluations[-1][key] for run in group.runs if run.evaluations and key in run.evaluations[-1]]
+    # Shares of different n-grams fall with the number of texts: a level of 256 texts beside curves of 64 seemed poorer.
     if not during and key.startswith("distinct"):
         return None
     return float(np.mean(during or group.finals(key)))
@@ -90,7 +93,7 @@ def level_of(group: Group, key: str) -> float | None:
 # -- length and quality -----------------------------------------------------------------------------------------------
 
 
-def lengths(comparison: Comparison) -> Chart | None:
+def length_chart(comparison: Comparison) -> Chart | None:
     """Mean score of short and of long answers."""
     keys = ["score", *(["gold"] if comparison.gold == "gold" else [])]
     trends = [
@@ -101,12 +104,13 @@ def lengths(comparison: Comparison) -> Chart | None:
     ]
     if not trends:
         return None
-    made = figure("completion, tokens", "score that was trained on")
+    made = axes("completion, tokens", "score that was trained on")
     rows, buckets = [], []
     for group, key, trend in trends:
         name = "gold" if key == "gold" else "score"
         rows.append((group.label, name, between(trend.slope), short(trend.correlation, 2)))
         for b in trend.buckets:
+            # Many completions of equal length make a bucket of one length.
             span = f"{b.shortest:g}" if b.shortest == b.longest else f"{b.shortest:g} to {b.longest:g}"
             buckets.append((group.label, name, span, str(b.texts), short(b.mean_score)))
         if key == "score":

@@ -37,6 +37,7 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
+# Completions are of a model and may hold anything: nothing may be fetched, framed, cached or told to another site.
 HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Cache-Control": "no-store",
@@ -52,6 +53,7 @@ HEADERS = {
 def version(folder: Path) -> str:
     """Changes when a run has ended, in success or failure, is tried again, and when the plan does."""
     kept = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{worker.RESULT}"))]
+    # By time and size and not by content: it is asked for every few seconds.
     told = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in kept]
     told += sorted(str(file) for file in (folder / RUNS).glob(f"*/{worker.ERROR}"))  # gone when its run is tried again
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
@@ -68,6 +70,7 @@ def _status_of(run: Path) -> dict[str, Any]:
     state, row = state_of(run, running(run)), progress(run)
     done = int(row.get("time/total_timesteps", 0))
     spent = sum(row.get(f"time/{phase}_seconds", 0.0) for phase in ("collect", "update", "evaluate"))
+    # By the run's own seconds and not by the clock: it may have been stopped in between.
     left = max(total - done, 0) * spent / done if state == "running" and done else None
     score, kl = (_finite(row.get(f"rollout/{name}")) for name in ("score", "kl_sequence"))
     return {"run": run.name, "state": state, "done": done, "total": total, "score": score, "kl": kl, "left": left}
@@ -81,6 +84,8 @@ def running(run: Path) -> bool:
     """Whether a process works on the run: it holds the folder's lock then."""
     try:
         with (run / ".lock").open(encoding="utf-8") as lock:
+            # A shared lock that does not wait; it is let go at once, so that a worker that begins just now is not kept
+            # out.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -98,6 +103,7 @@ class Pages:
         self._made = ("", b"")
 
     def __call__(self) -> bytes:
+        # Several browsers ask at the same time, and the page takes seconds to make.
         with self._lock:
             now = version(self.folder)
             if self._made[0] != now:
@@ -106,6 +112,7 @@ class Pages:
 
     def _make(self, now: str) -> str:
         if not any((self.folder / RUNS).glob(f"*/{worker.RESULT}")):
+            # The page asks again by itself, so that it may be opened as soon as a comparison starts.
             return waiting_page(now, "No run has finished yet. The page comes with the first.")
         try:
             return live_page(self.folder, now)
@@ -131,11 +138,12 @@ class WatchServer(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, host: str, port: int) -> None:
         self.pages, self.host = Pages(folder), host
+        # On an address that others reach, the token is the only guard.
         self.token = "" if is_loopback(host) else secrets.token_urlsafe(24)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
         """A browser that has left is no error."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
@@ -148,6 +156,7 @@ class WatchServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """What to open in a browser."""
+        # 0.0.0.0 is no address to open; another machine needs this one's name.
         everywhere = self.host in ("0.0.0.0", "::", "")
         name = socket.gethostname() if everywhere else f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{name}:{self.port}/" + (f"?token={self.token}" if self.token else "")
@@ -157,6 +166,7 @@ class WatchServer(ThreadingHTTPServer):
         """What the Host header may say on a loopback address."""
         names = ("127.0.0.1", "localhost", "[::1]", self.host)
         with_port = [f"{name}:{self.port}" for name in names]
+        # Browsers leave out the port where it is 80.
         return frozenset([*with_port, *names] if self.port == 80 else with_port)
 
 
@@ -198,6 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: WatchServer
     server_version, sys_version = "textrl-gym", ""
+    # A client that sends half a request would hold its thread for ever.
     timeout = 30
 
     def do_GET(self) -> None:
@@ -228,6 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _may_look(self, token: str) -> bool:
         if self.server.token:
+            # In constant time: how long a comparison takes would tell how much of a guess is right.
             return secrets.compare_digest(token.encode(), self.server.token.encode())
         return self.headers.get("Host", "").lower() in self.server.own_names
 
@@ -244,5 +256,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         super().end_headers()
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Nothing: requests come every few seconds."""

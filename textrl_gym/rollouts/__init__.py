@@ -4,6 +4,7 @@
 - `sampler`: cached sampling of completions
 - `scoring`: log-probabilities, entropy, KL and reward of a rollout
 - `batching`: rows of a rollout in micro-batches of a token budget
+- `phases`: phases of training, for timers and counters that listen
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from textrl_gym.core import Rollout, Row
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts import sampler
+from textrl_gym.rollouts.phases import phase
 from textrl_gym.rollouts.scoring import token_rewards, with_passes
 
 
@@ -74,14 +75,16 @@ def complete(
     Args:
         uniform_BT: the random numbers in [0, 1) to sample with; None: the most likely tokens.
     """
-    return sampler.generate(
-        policy,
-        *functional.unique_ids(prompt_ids, policy.device),
-        None if uniform_BT is None else uniform_BT.to(policy.device),
-        max_new_tokens=mdp.max_new_tokens,
-        eos_id=mdp.eos_id,
-        stopped=mdp.scorer.completes_stop if mdp.stop else None,
-    )
+    unique = functional.unique_ids(prompt_ids, policy.device)
+    with phase("rollout"):
+        return sampler.generate(
+            policy,
+            *unique,
+            None if uniform_BT is None else uniform_BT.to(policy.device),
+            max_new_tokens=mdp.max_new_tokens,
+            eos_id=mdp.eos_id,
+            stopped=mdp.scorer.completes_stop if mdp.stop else None,
+        )
 
 
 def rollout_of(
@@ -106,7 +109,8 @@ def rollout_of(
     prompt_UP, prompt_mask_UP, source_B = functional.unique_ids(prompt_ids, policy.device)
     # 1. Scores, by the same function as step().
     completion_ids = [ids[:n] for ids, n in zip(out.token_BT.tolist(), out.mask_BT.sum(1).tolist(), strict=True)]
-    scores = mdp.scorer.score(rows, prompt_ids, completion_ids)
+    with phase("scoring"):
+        scores = mdp.scorer.score(rows, prompt_ids, completion_ids)
     rollout = Rollout(
         prompt_BP=prompt_UP[source_B],
         prompt_mask_BP=prompt_mask_UP[source_B],

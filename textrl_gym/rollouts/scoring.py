@@ -16,6 +16,7 @@ from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.mdp.transition import shape_reward
 from textrl_gym.policy.policy import CHUNK_NUMBERS, Policy
 from textrl_gym.rollouts.batching import MICRO_BATCH_TOKENS, micro_batches
+from textrl_gym.rollouts.phases import phase
 
 
 def rescore(policy: Policy, rollout: Rollout, mdp: TextVectorEnv, *, kl_coef: float = 0.0) -> Rollout:
@@ -66,12 +67,14 @@ def with_passes(
             own = policy.response(part, hidden_BTD=own_BTD)
             logp_BT[rows, :width], value_BT[rows, :width] = own.logp_BT.float(), own.value_BT.float()
         elif policy.value_head is not None and not policy.shares_trunk and not guided:
-            value_BT[rows, :width] = policy.values(part).float()
+            with phase("values"):
+                value_BT[rows, :width] = policy.values(part).float()
         if reference is None:
             ref_logp_BT[rows, :width] = logp_BT[rows, :width]
             continue
         if own_BTD is None or not full:
-            ref_logp_BT[rows, :width] = reference.logprobs(part).float()
+            with phase("reference"):
+                ref_logp_BT[rows, :width] = reference.logprobs(part).float()
             continue
         ref_BTD = reference.hidden(part)
         ref_logp_BT[rows, :width] = reference.response(part, hidden_BTD=ref_BTD).logp_BT.float()

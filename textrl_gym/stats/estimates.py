@@ -76,6 +76,7 @@ def performance_profile(
     def mean_share(*rows: Array, axis: int = -1) -> Array:
         return np.mean([row.mean(axis) for row in rows], axis=0)
 
+    # One bootstrap for all thresholds: with others for each the band could cross itself.
     above = [(row > threshold_K1).astype(float) for row in _strata(strata, 2)]
     return _bootstrap(above, mean_share, confidence, resamples, seed)
 
@@ -113,6 +114,7 @@ def difference_of_means(a_S: ArrayLike, b_S: ArrayLike, *, confidence: float = 0
 
     A number in place of one agent's scores is the same for every seed, and Student's interval of the other is left.
     """
+    # An agent that is not trained has one score for all seeds, which has no variance to estimate.
     fixed = [np.ndim(scores) == 0 for scores in (a_S, b_S)]
     if all(fixed):
         raise ValueError("one agent's scores must be those of seeds, got two numbers")
@@ -240,6 +242,7 @@ def _t_interval(value: float, noise: Sequence[tuple[float, int]], confidence: fl
 
     z_quantile(confidence)
     variance = float(sum(part for part, _ in noise))
+    # No seed differs: Satterthwaite's degrees of freedom would be 0 / 0.
     if variance == 0:
         return Estimate(float(value), float(value), float(value))
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in noise)
@@ -258,6 +261,7 @@ def z_quantile(confidence: float) -> float:
 
 def _rounded(*numbers: float) -> list[str]:
     """Numbers with two digits of their range, and more where rounding would turn one into 0."""
+    # Two digits of the interval's width: more are noise, fewer hide on which side of 0 it ends.
     digits = max(1 - math.floor(math.log10(max(numbers) - min(numbers))), 0)
     while any(x and not round(x, digits) for x in numbers):
         digits += 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,6 +59,7 @@ def fit_gold_curve(kl_N: ArrayLike, gold_N: ArrayLike, form: Form) -> GoldCurve:
         raise ValueError(f"there must be one gold score for each KL, got {len(gold_N)} and {len(kl_N)}")
     if kl_N.min() < 0:
         raise ValueError(f"a KL must be at least 0, got {kl_N.min():g}")
+    # No constant term: the start itself has neither KL nor a gain of gold.
     (alpha, beta), _, rank, _ = np.linalg.lstsq(_terms(kl_N, form), gold_N, rcond=None)
     if rank < 2:
         raise ValueError(f"two different KLs above 0 are needed, got {np.unique(kl_N).tolist()}")
@@ -73,11 +74,13 @@ def _terms(kl_N: Array, form: Form) -> Array:
     from scipy import special
 
     d_N = np.sqrt(kl_N)
+    # xlogy: 0 log 0 is 0 here, where log alone would make the start's row nan.
     return np.stack([d_N, -(d_N**2) if form == "best_of_n" else -special.xlogy(d_N, d_N)], -1)
 
 
 def _peak(alpha: float, beta: float, form: Form, kl_N: Array) -> float | None:
     """Where the derivative is 0: alpha = 2 beta d, or alpha = beta (log d + 1). A maximum only if beta > 0."""
+    # Peaks outside of the KLs that were seen would be extrapolated, and are not told.
     if beta <= 0 or (form == "best_of_n" and alpha <= 0):
         return None
     log_d = math.log(alpha / (2 * beta)) if form == "best_of_n" else alpha / beta - 1
@@ -130,11 +133,11 @@ def best_of_n(proxy_PN: ArrayLike, gold_PN: ArrayLike, n: int) -> BestOfN:
     if not 1 <= n <= size:
         raise ValueError(f"n must be between 1 and the {size} completions of a prompt, got {n}")
 
-    def log_choices(of: Any, taken: int) -> Any:  # their numbers themselves overflow from N of a thousand on
+    def log_choices(of: Array | int, taken: int) -> Array:  # their numbers overflow from N of a thousand on
         return special.gammaln(of + 1) - special.gammaln(taken + 1) - special.gammaln(of - taken + 1)
 
     weight_N = np.zeros(size)
-    weight_N[n - 1 :] = np.exp(log_choices(np.arange(n - 1, size), n - 1) - log_choices(size, n))
+    weight_N[n - 1 :] = np.exp(log_choices(np.arange(n - 1.0, size), n - 1) - log_choices(size, n))
     order_PN = proxy_PN.argsort(1)
     proxy_PN, gold_PN = np.take_along_axis(proxy_PN, order_PN, 1), np.take_along_axis(gold_PN, order_PN, 1)
     shared_PN = np.stack([_shared(proxy_N, gold_N) for proxy_N, gold_N in zip(proxy_PN, gold_PN, strict=True)])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -84,11 +83,13 @@ def length_controlled_win_rate(
         raise ValueError(f"there must be one length difference for each outcome, got {len(difference_N)} and {n}")
     if np.ptp(difference_N) == 0 and difference_N[0] != 0:
         raise ValueError(f"all length differences are {difference_N[0]:g}: what length does cannot be told from them")
+    # tanh, as the paper: a text ten times as long is not preferred ten times as much.
     squashed_N = np.tanh(difference_N / difference_N.std(ddof=1)) if difference_N.any() else difference_N
     design = np.stack([np.ones(n + 2), np.append(squashed_N, [1.0, -1.0])], 1)
     outcome, weight = np.append(outcome_N, [0.5, 0.5]), np.append(np.ones(n), [0.5, 0.5])
     coefficient, hessian = _logistic(design, outcome, weight)
     covariance = np.linalg.inv(hessian)
+    # Where all outcomes are equal, every residual is, and the sandwich would be of no width.
     if np.ptp(outcome_N) > 0:
         residual = outcome - _sigmoid(design @ coefficient)
         middle = (design * (weight * residual**2)[:, None]).T @ design
@@ -160,6 +161,7 @@ def _logistic(design_NK: Array, outcome: Array, weight: Array) -> tuple[Array, A
         p = _sigmoid(coefficient @ design_NK.T)
         hessian = ((weight * p * (1 - p)) @ squares).reshape(*coefficient.shape, k)
         gradient = (weight * (outcome - p)) @ design_NK
+        # All resamples take one step together; those that are done take steps of about 0.
         step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
         size = np.abs(step).max(-1, keepdims=True)
         coefficient = coefficient + step / np.maximum(size, 1)
@@ -168,7 +170,7 @@ def _logistic(design_NK: Array, outcome: Array, weight: Array) -> tuple[Array, A
     raise AssertionError(f"no optimum in 200 steps: the last was {size.max():g} nats")
 
 
-def _sigmoid(x: Any) -> Any:
+def _sigmoid(x: ArrayLike) -> Array:
     from scipy import special
 
     return special.expit(x)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypedDict, TypeVar, Unpack
 
 import gymnasium as gym
 import numpy as np
@@ -38,6 +38,18 @@ Indices = Sequence[int] | np.ndarray | None
 Observation = Mapping[str, Tensor | np.ndarray]
 State = tuple[np.ndarray, ...] | None
 """Of Stable-Baselines3's recurrent policies; handed through."""
+
+
+class PolicySettings(TypedDict):
+    """Keyword arguments of a Policy, as every agent gives them."""
+
+    reference: Policy | torch.nn.Module | Literal["copy"] | None
+    value_head: bool
+    value_model: torch.nn.Module | None
+    temperature: float
+    vocab_size: int
+    dtype: torch.dtype
+    cuda_graphs: bool
 
 
 class Agent:
@@ -81,7 +93,7 @@ class Agent:
         seed: int = 0,
         device: str = "auto",
         out: str | Path | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> None:
         self.config: Any = make_config(self.Config, settings, type(self).__name__)
         self.seed, self.out = seed, None if out is None else Path(out)
@@ -90,6 +102,7 @@ class Agent:
         self.reference_spec = reference if isinstance(reference, str) else None
         self.rebuilds_model = model is None or isinstance(model, str)
         self.rebuilds_reference = isinstance(reference, str) or (reference is None and self.rebuilds_model)
+        # What was typed, and not what a default says: only that can contradict the environment.
         self._given = frozenset(settings)
         self.set_env(env)
         self.kl = self._make_kl(self.env)
@@ -100,7 +113,9 @@ class Agent:
             eps=self.config.adam_eps,
             weight_decay=self.config.weight_decay,
         )
+        # torch.rand takes a generator of the device that it fills.
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        # A stream apart from the sampler's, so that another number of epochs does not change what is sampled.
         self.shuffler = np.random.default_rng(seed)
         self.num_timesteps = 0
         self.num_updates = 0
@@ -125,6 +140,7 @@ class Agent:
             "autoreset_mode": AutoresetMode.DISABLED,
         }
         if isinstance(env, str):
+            # set_env() with an id keeps the tokenizer that the policy was made for.
             tokenizer = self.env.tokenizer if hasattr(self, "env") else self.model_spec
             named = batch if tokenizer is None else batch | {"tokenizer": tokenizer}
             env = gym.make_vec(env, num_envs=config.rollout_episodes, **named)
@@ -140,6 +156,7 @@ class Agent:
             kl_estimator=self._agreed("kl_estimator", given.kl_estimator, "k1"),
             missing_eos_penalty=self._agreed("missing_eos_penalty", given.missing_eos_penalty, 0.0),
         )
+        # The copy goes on where the given environment's prompts stand, where it has as many rows: each has a stream.
         own.reset(seed=self.seed)
         if given.streams() and given.num_envs == rows:
             own.restore_streams(given.streams())
@@ -169,6 +186,7 @@ class Agent:
     def _make_kl(self, mdp: TextVectorEnv) -> KLPenalty:
         config = self.config
         coef = self._agreed("kl_coef", mdp.kl_coef, 0.0)
+        # 0 is the environment's default and no wish: the task knows how much its reward can be trusted.
         if config.kl_coef is None and coef == 0:
             coef = mdp.task.kl_coef
         return KLPenalty(coef, mdp.kl_estimator, self.kl_where, config.kl_target, config.kl_horizon)
@@ -176,15 +194,20 @@ class Agent:
     def _make_policy(self, mdp: TextVectorEnv, model: ModelLike, reference: ModelLike) -> Policy:
         loaded = model if isinstance(model, torch.nn.Module) else mdp.task.load_model(model)
         loading.check_vocab(mdp.tokenizer, loaded)
+        loaded_reference: torch.nn.Module | Literal["copy"] = "copy"
         if isinstance(reference, str):
-            reference = mdp.task.load_model(reference)
-            loading.check_vocab(mdp.tokenizer, reference)
+            loaded_reference = mdp.task.load_model(reference)
+            loading.check_vocab(mdp.tokenizer, loaded_reference)
+        elif reference is not None:
+            loaded_reference = reference
+        # float32 whatever the file holds: at a learning rate of 1e-6 a bfloat16 weight would not move.
         loaded = self._make_trained(loaded.to(self.device).float())
+        # A value head starts at random: the same for a seed, whatever drew from the global generator before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return self._new_policy(
                 loaded,
-                reference="copy" if reference is None else reference,
+                reference=loaded_reference,
                 value_head=self.uses_value,
                 value_model=self._make_value_model(mdp, loaded),
                 temperature=self.config.temperature,
@@ -193,7 +216,7 @@ class Agent:
                 cuda_graphs=self.config.cuda_graphs,
             )
 
-    def _new_policy(self, model: torch.nn.Module, **settings: Any) -> Policy:
+    def _new_policy(self, model: torch.nn.Module, **settings: Unpack[PolicySettings]) -> Policy:
         """The policy of a loaded model; an agent with another kind of policy overrides this."""
         return Policy(model, **settings)
 
@@ -217,8 +240,8 @@ class Agent:
             raise AttributeError("the logger is made by learn(), or given by set_logger()")
         return self._logger
 
-    def set_logger(self, logger: Logger) -> None:
-        """Use this Logger of Stable-Baselines3 from now on."""
+    def set_logger(self, logger: Logger | None) -> None:
+        """Use this Logger of Stable-Baselines3 from now on; None: learn() makes one."""
         self._logger = logger
 
     def get_env(self) -> TextVectorEnv:
@@ -256,7 +279,7 @@ class Agent:
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = True,
-        **options: Any,
+        **options: object,
     ) -> Self:
         """Train for at least total_timesteps generated tokens. One timestep is one token; the last rollout is whole.
 
@@ -290,6 +313,7 @@ class Agent:
         deterministic: bool = False,
     ) -> tuple[np.ndarray, State]:
         """Action of a single or batched observation; deterministic takes the most likely token."""
+        # Stable-Baselines3's predict takes both, and evaluate_policy relies on it.
         single = np.ndim(observation["input_ids"]) == 1
         if single:
             observation = {k: torch.as_tensor(v)[None] for k, v in observation.items()}
@@ -349,12 +373,15 @@ class Agent:
         groups = rollout.group_B.unique()
         for _ in range(self.config.epochs):
             order = groups[torch.as_tensor(self.shuffler.permutation(len(groups)), device=self.device)]
+            # Never more minibatches than groups: an empty one would still take an optimizer step, with momentum.
             for chosen in order.tensor_split(min(self.config.minibatches, len(groups))):
                 rows = torch.isin(rollout.group_B, chosen).nonzero().squeeze(1)
                 yield Minibatch.of(rollout.select(rows), self.config.micro_batch_tokens)
 
     def step(self) -> float:
         """Take an optimizer step on the gradients so far at the current learning rate; returns their norm unclipped."""
+        # The learning rate is set here and not by a scheduler of PyTorch, whose count of steps would have to be saved,
+        # and would stand still where an agent skips a step.
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
@@ -383,7 +410,7 @@ class Agent:
         *,
         device: str = "auto",
         out: str | Path | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> Self:
         """The agent that `save` wrote, ready to predict or to go on learning; see textrl_gym.training.checkpoint.load.
 

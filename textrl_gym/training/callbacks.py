@@ -12,7 +12,7 @@ from typing import Any, Literal
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textrl_gym import files
-from textrl_gym.evaluation.reward_hacking import GOLD, Alarm, Bounds, Evaluation, alarms, best
+from textrl_gym.evaluation.reward_hacking import GOLD_ALARM, Alarm, Bounds, Evaluation, alarms, best
 from textrl_gym.training.run_folder import ALARMS, BEST
 
 
@@ -72,6 +72,7 @@ class RewardHackingMonitor(EvaluationCallback):
         self.start = self.start or evaluation
         if "gold" in evaluation.row:
             self.best = best([evaluation] if self.best is None else [self.best, evaluation])
+        # By measure and not by words, which have the number of each evaluation in them.
         before = {alarm.measure for alarm in self.now}
         self.now = alarms(self.start, self.best, evaluation, self.bounds)
         return [alarm for alarm in self.now if alarm.measure not in before]
@@ -85,7 +86,8 @@ class RewardHackingMonitor(EvaluationCallback):
             return True
         if self.best is evaluation and row["updates"]:
             self.model.save(self._out / BEST)
-        decisive = [alarm for alarm in self.now if alarm.measure == GOLD or self.best is None]
+        # Form and length may drift for good reasons; where there is a gold score it alone decides.
+        decisive = [alarm for alarm in self.now if alarm.measure == GOLD_ALARM or self.best is None]
         if decisive and not self.stopped:  # a run that ends is evaluated once more
             self.stopped = True
             self.tell(f"stopped by {decisive[0].measure}{self._where_best()}")

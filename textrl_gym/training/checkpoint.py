@@ -23,6 +23,7 @@ from torch import Tensor
 
 from textrl_gym import files, registry
 from textrl_gym.kl import KLPenalty
+from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
@@ -85,6 +86,7 @@ def _fill(agent: Saved, folder: Path) -> None:
     if policy.value_head is not None:
         save_file(policy.value_head.state_dict(), folder / "value_head.safetensors")
     numbers, generator = agent.rng_state()
+    # Safetensors and not torch.save: a pickle could run code when a checkpoint of someone else is loaded.
     save_optimizer(folder / "training.safetensors", agent.optimizer, {"generator": generator})
     agent.save_extra(folder)
     files.write_state(folder, _state(agent) | {"rng_state": numbers})
@@ -92,6 +94,7 @@ def _fill(agent: Saved, folder: Path) -> None:
 
 def _state(agent: Saved) -> dict[str, Any]:
     mdp = agent.env
+    # The device is that of the machine that loads, and the mode is every agent's own.
     settings = {k: v for k, v in mdp.settings.items() if k not in ("task", "autoreset_mode", "device")}
     task_path = next((t for t in registry.env_ids().values() if t == type(mdp.task).__module__), None)
     return {
@@ -123,7 +126,7 @@ def load(
     *,
     device: str = "auto",
     out: str | Path | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> SavedT:
     """The agent that `save` wrote, ready to predict or to go on learning.
 
@@ -137,11 +140,13 @@ def load(
     """
     folder = Path(folder)
     state = upgraded(files.read_state(folder), str(folder))
+    # PPO.load on GRPO's folder would go on with another loss on settings that happen to have the same names.
     if registry.load_agent_class(state["agent"]) is not cls:
         raise ValueError(f"{str(folder)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
     if env is None and state["env_not_saved"]:
         raise ValueError(f"{str(folder)!r} was trained with {state['env_not_saved']}, which cannot be saved: give env=")
     config = state["config"] | settings
+    # Guided decoding, for one, loads a PPO on an environment of one row.
     if isinstance(getattr(env, "unwrapped", None), TextVectorEnv):  # its own number of rows counts
         config = {k: v for k, v in config.items() if k in settings or k not in ("rollout_episodes", "group_size")}
     env_given = env is not None
@@ -189,7 +194,7 @@ def upgraded(state: dict[str, Any], folder: str) -> dict[str, Any]:
     return state | {"env": env, "config": config}
 
 
-def _models(folder: Path, state: dict[str, Any], task: Any) -> tuple[Any, Any]:
+def _models(folder: Path, state: dict[str, Any], task: Task) -> tuple[Any, Any]:
     """Model and reference, as an agent's constructor takes them."""
     saved_model, saved_reference, saved_base = folder / "model", folder / "reference", folder / lora.BASE
     reference = str(saved_reference) if saved_reference.is_dir() else state["reference"]
@@ -207,6 +212,7 @@ def _restore(agent: Saved, folder: Path, state: dict[str, Any], env_streams: boo
         saved = folder / "value_model"
         lora.restore_(policy.value_model, saved, lambda: loading.load_model(str(saved)))
     tensors = load_optimizer(folder / "training.safetensors", agent.optimizer)
+    # After the weights: making the agent has drawn from its generators.
     agent.load_rng_state(state["rng_state"], tensors["generator"], env=env_streams)
     agent.total_timesteps = state["total_timesteps"]
     agent.num_updates, agent.kl.coef, agent.seconds = state["num_updates"], state["kl_coef"], state["seconds"]
@@ -224,6 +230,7 @@ def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, extra: dict[str
     tensors = {f"extra.{name}": tensor.contiguous() for name, tensor in extra.items()}
     for number, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
+            # Adam's step count is a number in older versions of PyTorch, and safetensors holds tensors only.
             tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value).contiguous()
     save_file(tensors, path)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Gt
 
 from textrl_gym.bounds import check_bounds
 from textrl_gym.kl import check_estimator
 from textrl_gym.models import loading
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,7 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        # peft freezes every weight but the LoRA's, so frozen_layers would silently do nothing.
         if self.lora_rank and self.frozen_layers:
             raise ValueError(f"lora_rank={self.lora_rank} freezes the whole model: leave frozen_layers out")
         if self.rollout_episodes % self.group_size:
@@ -83,7 +90,7 @@ class Clock:
     learning rate of 0.)"""
 
 
-def make_config(config: type[Any], settings: dict[str, Any], whose: str) -> Any:
+def make_config(config: type[ConfigT], settings: Mapping[str, object], whose: str) -> ConfigT:
     """A config from keyword settings.
 
     Raises:
@@ -93,4 +100,5 @@ def make_config(config: type[Any], settings: dict[str, Any], whose: str) -> Any:
     unknown = sorted(set(settings) - set(allowed))
     if unknown:
         raise ValueError(f"{whose} has no setting {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}")
-    return config(**settings)
+    make: Callable[..., ConfigT] = config  # the fields check their values themselves
+    return make(**settings)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # loads no torch
+    from gymnasium.vector import VectorEnv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ def parse_reward(text: str) -> str | dict[str, float]:
     """The reward that a flag names: "rouge" as it is, "rouge=1.0,length=-0.01" as a mapping of names to weights."""
     if Path(text).is_dir():
         return text  # a folder's name may hold "=" too
+    # From the right: a reward's argument may hold "=" itself.
     parts = [part.rpartition("=") for part in text.split(",")]
     if not any(equals for _, equals, _ in parts):
         return text
@@ -60,13 +64,16 @@ def parse_reward(text: str) -> str | dict[str, float]:
     return mixture
 
 
-def make_env(env_id: str, settings: EnvSettings, model: str | None, device: str, config: dict[str, Any]) -> Any:
+def make_env(
+    env_id: str, settings: EnvSettings, model: str | None, device: str, config: dict[str, Any]
+) -> VectorEnv[Any, Any, Any]:
     """The vector environment that an agent would make for itself, with the given settings."""
     import gymnasium
     from gymnasium.vector import AutoresetMode
 
     from textrl_gym.models import loading
 
+    # The environment must cut and decode by the tokens of the model that will act in it.
     tokenizer = {} if model is None else {"tokenizer": model}
     return gymnasium.make_vec(
         env_id,

@@ -134,6 +134,7 @@ class Endings:
     def stops(self, texts: list[list[int]]) -> list[int]:
         """Why each text is over, as StopReason; RUNNING if it is not."""
         mdp = self.mdp
+        # Only where there are stop strings: decoding the texts of every step is slow.
         hit_b = np.array(mdp.scorer.completes_stop(texts)) if mdp.stop else None
         last_b, length_b = np.array([ids[-1] for ids in texts]), np.array([len(ids) for ids in texts])
         return stop_reasons(last_b, length_b, hit_b, mdp.max_new_tokens, mdp.eos_id).tolist()
@@ -202,6 +203,7 @@ class CriticAgent(Agent, abc.ABC):
             return super()._make_policy(mdp, model, reference)  # load(): `ppo` is this agent's own checkpoint
         if model is not None or reference is not None:
             raise ValueError(f"model and reference are those of ppo={self.config.ppo!r}: leave them out")
+        # One row is enough: the environment is needed for the tokenizer and the budget only.
         saved = load_agent(self.config.ppo, mdp.remake(1, group_size=1), device=str(self.device))
         self.config = dataclasses.replace(self.config, temperature=saved.config.temperature, dtype=saved.config.dtype)
         self.model_spec, self.reference_spec = saved.model_spec, saved.reference_spec
@@ -220,7 +222,7 @@ class CriticAgent(Agent, abc.ABC):
         *,
         device: str = "auto",
         out: str | Path | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> Self:
         """The agent that `save` wrote. Its folder holds policy and critic: the first `ppo` is not needed any more."""
         return super().load(path, env, device=device, out=out, **(settings | {"ppo": str(path)}))
@@ -238,6 +240,7 @@ class CriticAgent(Agent, abc.ABC):
         mdp = vector_env(env)
         rows, prompt_ids = mdp.draw(prompt_indices)
         shape = (len(rows), mdp.max_new_tokens)
+        # All random numbers before any token: row b then gets the same ones however long the other rows go on.
         uniform_BT = None if greedy else torch.rand(shape, generator=generator, device=self.device)
         endings = Endings(mdp, rows, prompt_ids, scored=self.config.end_value == "score")
         out, model_calls_B = self._decode(endings, uniform_BT)
@@ -274,6 +277,8 @@ class CriticAgent(Agent, abc.ABC):
             if len(going_k) == 0:
                 break
             if len(going_k) < len(row_b):
+                # Compacted at once: a search looks at K tokens of each row, so a finished row costs K times as much as
+                # in sampling.
                 states.keep(going_k)
                 row_b, token_b = row_b[going_k], token_b[going_k]
             states.step(token_b)

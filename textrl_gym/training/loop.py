@@ -8,23 +8,64 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import Logger, make_output_format
+from stable_baselines3.common.type_aliases import MaybeCallback
+from torch import Tensor
 
 from textrl_gym import files
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import health
-from textrl_gym.evaluation.evaluator import Evaluator
+from textrl_gym.evaluation.evaluator import Evaluator, Player
+from textrl_gym.kl import KLPenalty
+from textrl_gym.rollouts.phases import phase
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
 from textrl_gym.training.config import Clock
 from textrl_gym.training.run_folder import EVALUATIONS, SAMPLES, earlier_evaluations
+
+T = TypeVar("T")
+
+
+class Learner(Player, Protocol):
+    """An agent, as the training loop sees it. The loop stands below the agents and imports none."""
+
+    out: Path | None
+    num_timesteps: int
+    num_updates: int
+    total_timesteps: int
+    clock: Clock
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def trains(self) -> bool: ...
+    @property
+    def starts_at_reference(self) -> bool: ...
+    @property
+    def dropped_tokens(self) -> int: ...
+    @property
+    def seconds(self) -> dict[str, float]: ...
+    @property
+    def kl(self) -> KLPenalty: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def logger(self) -> Logger: ...
+
+    def set_logger(self, logger: Logger | None) -> None: ...
+    def collect(self) -> Rollout: ...
+    def update(self, rollout: Rollout) -> dict[str, float]: ...
+    def save(self, path: str | Path) -> None: ...
+    def rng_state(self) -> tuple[dict[str, Any], Tensor]: ...
+    def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +100,9 @@ class TrainOptions:
 
 
 def train(
-    agent: Any,
+    agent: Learner,
     *,
-    callback: Any = None,
+    callback: MaybeCallback = None,
     log_interval: int = 1,
     tb_log_name: str | None = None,
     progress_bar: bool = True,
@@ -78,13 +119,14 @@ def train(
     options = options or TrainOptions()
     run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
     try:
+        # A signal may come between backward() and step(); an update that is cut there could not be resumed exactly.
         with _finish_first() as stop:
             run.loop(stop)
     except KeyboardInterrupt:
         if run.before_rollout is not None:  # collected but not learnt from: go back, so that resuming collects it again
             agent.load_rng_state(*run.before_rollout)
-        run.console.print(f"\ninterrupted after {agent.num_updates} updates: saving a checkpoint to {agent.out}")
-        agent.save(agent.out)
+        run.console.print(f"\ninterrupted after {agent.num_updates} updates: saving a checkpoint to {run.out}")
+        agent.save(run.out)
         raise
     finally:
         run.close()
@@ -98,7 +140,8 @@ def _finish_first() -> Iterator[threading.Event]:
         yield stop  # signals reach only the main thread
         return
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
+        # The next Ctrl-C is Python's own again, for those who do not want to wait.
         stop.set()
         signal.signal(signal.SIGINT, before)
 
@@ -114,8 +157,8 @@ class _Run:
 
     def __init__(
         self,
-        agent: Any,
-        callback: Any,
+        agent: Learner,
+        callback: MaybeCallback,
         log_interval: int,
         tb_log_name: str | None,
         options: TrainOptions,
@@ -123,18 +166,17 @@ class _Run:
     ) -> None:
         self.agent, self.options, self.log_interval = agent, options, log_interval
         self.console = Console(stderr=True, quiet=not progress_bar)
-        if agent.out is None:
-            agent.out = _new_folder(agent)
-        agent.out.mkdir(parents=True, exist_ok=True)
-        if agent._logger is None:
-            folder = agent.out / tb_log_name if tb_log_name else agent.out
-            agent.set_logger(_logger(folder))
+        self.out = agent.out = agent.out or _new_folder(agent)
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not hasattr(agent, "logger"):  # one that set_logger() gave is kept, as in Stable-Baselines3
+            agent.set_logger(_new_logger(self.out / tb_log_name if tb_log_name else self.out))
         self.callback = _callback(callback)
         if options.on_hacking != "off" and not any(isinstance(c, RewardHackingMonitor) for c in _each(self.callback)):
             tell = functools.partial(self.console.print, style="bold yellow", markup=False, highlight=False)
             self.callback = CallbackList([self.callback, RewardHackingMonitor(options.on_hacking, tell=tell)])
+        # One evaluator for the whole run: it keeps the reference's completions, which the win rate is against.
         self.evaluator = Evaluator(agent.env, options.eval_episodes, gold=options.gold)
-        self.before_rollout: Any = None
+        self.before_rollout: tuple[dict[str, Any], Tensor] | None = None
         self.seconds = agent.seconds  # kept by the agent, so that a resumed run goes on counting
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -150,10 +192,12 @@ class _Run:
 
     def loop(self, stop: threading.Event) -> None:
         agent, total = self.agent, self.agent.total_timesteps if self.agent.trains else 0
-        self.callback.init_callback(agent)
+        self.callback.init_callback(agent)  # type: ignore[arg-type] # an agent has what callbacks use of SB3's algorithms
         self.callback.on_training_start(locals(), globals())
         for watcher in self._watchers():
-            watcher.remember_evaluations(earlier_evaluations(agent) if agent.num_updates else [])
+            watcher.remember_evaluations(
+                earlier_evaluations(self.out, agent.num_timesteps) if agent.num_updates else []
+            )
         with self.bar:
             task = self.bar.add_task(type(agent).__name__, total=total, completed=agent.num_timesteps, note="")
             if agent.num_updates == 0 and agent.trains:
@@ -161,24 +205,30 @@ class _Run:
             while agent.num_timesteps < total:
                 if stop.is_set():
                     raise KeyboardInterrupt
+                # The clock counts from before the rollout: with it the last update of every run had learning rate 0.
                 agent.clock = Clock(agent.num_updates + 1, agent.num_timesteps / total)
                 # 1. Collect.
+                # Kept until the update is done, since a rollout that is not learnt from is collected again after a
+                # resumption.
                 self.before_rollout = agent.rng_state()
                 self.callback.on_rollout_start()
                 rollout = self._timed("collect", agent.collect)
                 if agent.num_updates == 0:
+                    # Before any update, where the ratio must be 1 and the KL 0; later they may differ for good reasons.
                     self._check_health(rollout)
                 agent.num_timesteps += rollout.num_tokens + agent.dropped_tokens
+                # As SB3's collect_rollouts does: callbacks read the rollout from self.locals.
                 self.callback.update_locals(locals())
                 goes_on = self.callback.on_step()
                 self.callback.on_rollout_end()
                 if not goes_on:
                     break
                 # 2. Update.
-                metrics = self._timed("update", lambda rollout=rollout: agent.update(rollout))
+                metrics = self._timed("update", functools.partial(agent.update, rollout))
                 agent.num_updates += 1
                 self.before_rollout = None
                 # 3. Adapt the KL coefficient.
+                # Not inside the update: an agent that overrides it would have to remember to do this.
                 facts = rollout_metrics(rollout)
                 agent.kl.adapt(facts["rollout/kl_sequence"], len(rollout))
                 # 4. Log.
@@ -187,23 +237,26 @@ class _Run:
                 note = f"score {facts['rollout/score']:.3f}  KL {facts['rollout/kl_sequence']:.2f} nats/seq"
                 self.bar.update(task, completed=min(agent.num_timesteps, total), note=note)
                 # 5. Evaluate and save.
+                # The last evaluation comes behind the loop, with greedy decoding too, and would be done twice
+                # otherwise.
                 due = self.options.eval_every and agent.num_updates % self.options.eval_every == 0
                 if due and agent.num_timesteps < total and not self._evaluate():
                     break
                 if self.options.save_every and agent.num_updates % self.options.save_every == 0:
-                    agent.save(agent.out)
+                    agent.save(self.out)
             self._evaluate(greedy=True)
         self.callback.on_training_end()
-        agent.save(agent.out)
+        agent.save(self.out)
 
     def close(self) -> None:
         self.agent.logger.close()
-        self.agent._logger = None  # a later learn() goes on in new files beside these
+        self.agent.set_logger(None)  # a later learn() goes on in new files beside these
 
-    def _timed(self, phase: str, work: Any) -> Any:
+    def _timed(self, name: Literal["collect", "update", "evaluate"], work: Callable[[], T]) -> T:
         begin = time.perf_counter()
-        result = work()
-        self.seconds[phase] += time.perf_counter() - begin
+        with phase(name):
+            result = work()
+        self.seconds[name] += time.perf_counter() - begin
         return result
 
     def _check_health(self, rollout: Rollout) -> None:
@@ -227,8 +280,8 @@ class _Run:
         agent.logger.record("train/kl_coef", agent.kl.coef)
         agent.logger.record("train/updates", agent.num_updates)
         agent.logger.record("time/total_timesteps", agent.num_timesteps)
-        for phase, seconds in self.seconds.items():
-            agent.logger.record(f"time/{phase}_seconds", seconds)
+        for name, seconds in self.seconds.items():
+            agent.logger.record(f"time/{name}_seconds", seconds)
         agent.logger.dump(agent.num_timesteps)
 
     def _watchers(self) -> list[EvaluationCallback]:
@@ -240,8 +293,8 @@ class _Run:
         metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent, greedy=greedy))
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
         row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
-        files.append_json_lines(agent.out / EVALUATIONS, [row])
-        files.append_json_lines(agent.out / SAMPLES, [{"timesteps": agent.num_timesteps} | s for s in samples])
+        files.append_json_lines(self.out / EVALUATIONS, [row])
+        files.append_json_lines(self.out / SAMPLES, [{"timesteps": agent.num_timesteps} | s for s in samples])
         if self.options.show_samples:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
         answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]
@@ -280,15 +333,16 @@ def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], time
     return table
 
 
-def _logger(folder: Path) -> Logger:
+def _new_logger(folder: Path) -> Logger:
     """Stable-Baselines3's logger; a resumed run gets a file of its own, since its JSON writer empties what it opens."""
     folder.mkdir(parents=True, exist_ok=True)
+    # SB3's writer opens its file for writing: the rows of the first call would be gone.
     before = len(list(folder.glob("progress*.json")))
     json_format = make_output_format("json", str(folder), f"_{before}" if before else "")
     return Logger(str(folder), [json_format, make_output_format("tensorboard", str(folder))])
 
 
-def _new_folder(agent: Any) -> Path:
+def _new_folder(agent: Learner) -> Path:
     task = type(agent.env.task).__name__
     return Path("runs") / f"{type(agent).__name__}-{task}-seed{agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -302,7 +356,7 @@ def _each(callback: BaseCallback) -> Iterator[BaseCallback]:
         yield callback
 
 
-def _callback(callback: Any) -> BaseCallback:
+def _callback(callback: MaybeCallback) -> BaseCallback:
     if callback is None:
         return CallbackList([])
     if isinstance(callback, list):

@@ -61,6 +61,7 @@ class Minibatch(Rollout):
         """
         if x.ndim == 1:
             assert x.shape == self.mask_BT.shape[:1], (x.shape, self.mask_BT.shape)
+            # The whole minibatch's rows and not this part's, so that the parts' gradients add up to the mean's.
             return x.sum() / max(self.rows, 1)
         return functional.aggregate(x, self.mask_BT, over, self.rows, self.tokens)
 

@@ -78,6 +78,7 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if (folder / "evaluations.jsonl").is_file():
         return [folder]
+    # One level down and no further: a run's best/ and a comparison's runs/NAME lie deeper.
     found = sorted(path.parent for path in folder.glob("*/evaluations.jsonl"))
     if not found:
         raise ValueError(f"{str(folder)!r} holds no run, and none of its subfolders does: no evaluations.jsonl")
@@ -110,6 +111,6 @@ def alarms(run: Run) -> list[Alarm]:
     return reward_hacking.last_alarms(reward_hacking.evaluations(run.evaluations, run.samples))
 
 
-def earlier_evaluations(agent: Any) -> list[Evaluation]:
-    """Those of a run that goes on, up to its checkpoint."""
-    return [found for found in read_evaluations(agent.out) if found.row["timesteps"] <= agent.num_timesteps]
+def earlier_evaluations(folder: Path, timesteps: int) -> list[Evaluation]:
+    """Those of a run that goes on, up to the timesteps of its checkpoint."""
+    return [found for found in read_evaluations(folder) if found.row["timesteps"] <= timesteps]
