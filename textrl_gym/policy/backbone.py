@@ -21,17 +21,28 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from textrl_gym.models import lora, onednn
-from textrl_gym.policy.decoders import (
-    Decoder,
-    Lookahead,
-    RepeatedDecoder,
-    SharedDecoder,
-    StaticDecoder,
-    fill,
-    no_mask,
-    position_ids,
-)
-from textrl_gym.policy.prefix_attention import LAYERS, Enough, Prefix, attached, configs, prompt_cache
+from textrl_gym.policy.prefix_attention import LAYERS, Prefix, StopAtLastLayer, attached, configs, prompt_cache
+
+
+def position_ids(mask_BL: Tensor) -> Tensor:
+    """0, 1, 2, ... over the real tokens of each row; 0 on left padding. int64 [B, L]."""
+    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def no_mask(like: Tensor) -> Tensor:
+    """A mask of four dimensions, which models pass on as it is: group-prefix attention makes its own."""
+    return torch.zeros(1, 1, 1, 1, device=like.device)
+
+
+def fill(body: Any, prompt_UP: Tensor, mask_UP: Tensor, cache: Any) -> Any:
+    """The body's output on prompts, whose keys and values go to the cache (None: one of the model's own making)."""
+    return body(
+        input_ids=prompt_UP,
+        attention_mask=mask_UP.long(),
+        position_ids=position_ids(mask_UP),
+        past_key_values=cache,
+        use_cache=True,
+    )
 
 
 def unique_prompts(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +76,7 @@ class Trunk:
         self.model, self.dtype, self.static = lora.bare(model), dtype, static
         self.body: Any = self.model.base_model
         self._without: Callable[[], Any] = contextlib.nullcontext if adapter else model.disable_adapter
-        self._configs, self._linears = configs(self.model), onednn.layers(self.model)
+        self.configs, self._linears = configs(self.model), onednn.layers(self.model)
 
     def _some_tokens(self) -> Tensor:
         """Four tokens to try the model on: the smallest models here have places and tokens for no more."""
@@ -87,7 +98,7 @@ class Trunk:
         """Why prompts cannot be shared; "" if they can. The last word has a comparison on made-up tokens."""
         if not getattr(self.model, "_supports_attention_backend", False):
             return "its attention cannot be replaced"
-        kinds = {kind for config in self._configs for kind in getattr(config, "layer_types", None) or ()}
+        kinds = {kind for config in self.configs for kind in getattr(config, "layer_types", None) or ()}
         if kinds - LAYERS:
             return f"it has layers of the kind {', '.join(sorted(kinds - LAYERS))}"
         a, b, c, d = self._some_tokens()
@@ -95,7 +106,7 @@ class Trunk:
         mask_BP = torch.tensor([[False, True], [True, True], [True, True]], device=self.device)
         action_BT = torch.stack([torch.stack([c, d]), torch.stack([c, d]), torch.stack([d, b])])
         action_mask_BT = torch.ones_like(action_BT, dtype=torch.bool)
-        with torch.no_grad(), self._running():
+        with torch.no_grad(), self.running():
             plain = self._whole(prompt_BP, mask_BP, action_BT, action_mask_BT)
             try:
                 shared = self._shared(prompt_BP[:2], mask_BP[:2], torch.tensor([0, 1, 1], device=a.device), action_BT)
@@ -111,14 +122,14 @@ class Trunk:
         return next(self.model.parameters()).device
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Around every pass: the precision, and the fastest linear layers that this processor has."""
         with self._precision(), onednn.fast(self._linears), self._without():
             yield
 
     def run(self, **inputs: Any) -> Any:
         """The body's output on the inputs that transformers names."""
-        with self._running():
+        with self.running():
             return self.body(**inputs)
 
     def _precision(self) -> torch.autocast:
@@ -139,9 +150,9 @@ class Trunk:
         """
         first_U, source_B = unique_prompts(prompt_BP, mask_BP)
         if len(first_U) < len(prompt_BP) and self.shares_prompts:
-            with self._running():
+            with self.running():
                 return self._shared(prompt_BP[first_U], mask_BP[first_U], source_B, action_BT)
-        with self._running():
+        with self.running():
             return self._whole(prompt_BP, mask_BP, action_BT, action_mask_BT)
 
     def _whole(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
@@ -155,9 +166,9 @@ class Trunk:
         return out[0][:, prompt_BP.shape[1] - 1 :]
 
     def _shared(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, action_BT: Tensor) -> Tensor:
-        prefix = self._prefix(prompt_UP, mask_UP, source_B)
+        prefix = self.prefix(prompt_UP, mask_UP, source_B)
         own_BS = torch.cat([prompt_UP[source_B, -1:], action_BT], 1)
-        with attached(self._configs, prefix):
+        with attached(self.configs, prefix):
             return self.body(
                 input_ids=own_BS,
                 attention_mask=no_mask(own_BS),
@@ -165,7 +176,7 @@ class Trunk:
                 use_cache=False,
             )[0]
 
-    def _prefix(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> Prefix:
+    def prefix(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> Prefix:
         """What rows go on from: keys and values of all but the last token of each prompt.
 
         That token is the first of every row's own. So nothing is wanted of the last layer here but its keys and values,
@@ -174,13 +185,13 @@ class Trunk:
         if prompt_UP.shape[1] == 1:  # of no tokens but the last: one place that nothing sees
             prompt_UP, mask_UP = (nn.functional.pad(x, (1, 0)) for x in (prompt_UP, mask_UP))
         ids_UP, mask_UP = prompt_UP[:, :-1], mask_UP[:, :-1]
-        cache = prompt_cache(self._depth)
-        with contextlib.suppress(Enough):
+        cache = prompt_cache(self.depth)
+        with contextlib.suppress(StopAtLastLayer):
             fill(self.body, ids_UP, mask_UP, cache)
         return Prefix.of(cache, mask_UP, source_B)
 
     @cached_property
-    def _depth(self) -> int:
+    def depth(self) -> int:
         """How many layers keep keys and values."""
         cache = DynamicCache()
         with torch.no_grad(), self._precision():
@@ -192,7 +203,7 @@ class Trunk:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The language-model head on last hidden states, [N, V], with all that the model does to its logits after."""
         head = self._head
-        with self._running():
+        with self.running():
             return head(hidden_ND)
 
     @cached_property
@@ -219,27 +230,6 @@ class Trunk:
             return self.model(input_ids=ids_1N, use_cache=False).logits[0]
         finally:
             del self.body.forward
-
-    # -- decoding -----------------------------------------------------------------------------------------------------
-
-    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Decoder:
-        """Rows that go on from prompts that are computed once.
-
-        Args:
-            prompt_UP, mask_UP: int64 and bool, left-padded.
-            source_B: int64, which prompt a row goes on from.
-            places: at most so many tokens will be appended to a row.
-        """
-        if self.shares_prompts:
-            made = StaticDecoder if self.static else SharedDecoder
-            return made(self, prompt_UP, mask_UP, source_B, places)
-        return RepeatedDecoder(self, prompt_UP, mask_UP, source_B)
-
-    def lookahead(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Lookahead:
-        """A decoder for search, never of fixed shapes; arguments as `decoder`, places counting those looked at too."""
-        if self.shares_prompts:
-            return SharedDecoder(self, prompt_UP, mask_UP, source_B, places)
-        return RepeatedDecoder(self, prompt_UP, mask_UP, source_B)
 
 
 class _Given:

@@ -6,36 +6,13 @@ Shape legend: U unique prompts, P prompt places, B rows, K tokens that are looke
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from textrl_gym.policy.backbone import Trunk, fill, no_mask, position_ids
 from textrl_gym.policy.prefix_attention import attached, own_cache
-
-if TYPE_CHECKING:
-    from textrl_gym.policy.backbone import Trunk
-
-
-def position_ids(mask_BL: Tensor) -> Tensor:
-    """0, 1, 2, ... over the real tokens of each row; 0 on left padding. int64 [B, L]."""
-    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def no_mask(like: Tensor) -> Tensor:
-    """A mask of four dimensions, which models pass on as it is: group-prefix attention makes its own."""
-    return torch.zeros(1, 1, 1, 1, device=like.device)
-
-
-def fill(body: Any, prompt_UP: Tensor, mask_UP: Tensor, cache: Any) -> Any:
-    """The body's output on prompts, whose keys and values go to the cache (None: one of the model's own making)."""
-    return body(
-        input_ids=prompt_UP,
-        attention_mask=mask_UP.long(),
-        position_ids=position_ids(mask_UP),
-        past_key_values=cache,
-        use_cache=True,
-    )
 
 
 class Decoder(Protocol):
@@ -43,7 +20,7 @@ class Decoder(Protocol):
 
     first_BD: Tensor
     """The hidden state below the first token's logits."""
-    leavers: float
+    compaction_threshold: float
     """Rows should leave when at least this share of the batch has ended; before, it costs more than it saves."""
 
     def step(self, token_B: Tensor) -> Tensor:
@@ -66,19 +43,19 @@ class Lookahead(Decoder, Protocol):
 class SharedDecoder:
     """Rows read their prompt's keys and values where they stand; their own are written into preallocated places."""
 
-    leavers = 0.1  # those that stay have their caches copied
+    compaction_threshold = 0.1  # those that stay have their caches copied
 
     def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> None:
         self.trunk = trunk
-        with trunk._running():
-            self.prefix = trunk._prefix(prompt_UP, mask_UP, source_B)
+        with trunk.running():
+            self.prefix = trunk.prefix(prompt_UP, mask_UP, source_B)
         self.position_B1 = self.prefix.positions
         self.no_mask = no_mask(prompt_UP)
         self._allocate(places + 1)
         self.first_BD = self.step(prompt_UP[source_B, -1])
 
     def _allocate(self, places: int) -> None:
-        self.own = own_cache(self.trunk._depth, places)
+        self.own = own_cache(self.trunk.depth, places)
 
     def step(self, token_B: Tensor) -> Tensor:
         hidden_BD = self._run(token_B[:, None])[:, 0]
@@ -94,7 +71,7 @@ class SharedDecoder:
 
     def _run(self, token_BK: Tensor) -> Tensor:
         places_K = torch.arange(token_BK.shape[1], device=token_BK.device)
-        with self.trunk._running(), attached(self.trunk._configs, self.prefix):
+        with self.trunk.running(), attached(self.trunk.configs, self.prefix):
             return self.trunk.body(
                 input_ids=token_BK,
                 attention_mask=self.no_mask,
@@ -116,12 +93,12 @@ class StaticDecoder(SharedDecoder):
     than running them.
     """
 
-    leavers = 0.5  # each time a graph is captured anew
+    compaction_threshold = 0.5  # each time a graph is captured anew
 
     def _allocate(self, places: int) -> None:
         self.written = torch.zeros(1, dtype=torch.long, device=self.position_B1.device)
         self.prefix.written = self.written
-        self.own = own_cache(self.trunk._depth, places, self.written)
+        self.own = own_cache(self.trunk.depth, places, self.written)
         self.token_B1 = torch.zeros_like(self.position_B1)
         self.graph: Any = None
 
@@ -157,12 +134,12 @@ class StaticDecoder(SharedDecoder):
 class RepeatedDecoder:
     """Every row computes its own prompt and stays until the end: right for any model with a cache, and slow."""
 
-    leavers = 0.0
+    compaction_threshold = 0.0
 
     def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> None:
         self.trunk, self.mask_BL = trunk, mask_UP[source_B]
         self.row_k = torch.arange(len(source_B), device=source_B.device)
-        with trunk._running():
+        with trunk.running():
             # The cache of the model's own making: attention is not all that models keep.
             out = fill(trunk.body, prompt_UP[source_B], self.mask_BL, None)
         self.first_BD, self.cache = out[0][:, -1], getattr(out, "past_key_values", None)
@@ -180,7 +157,7 @@ class RepeatedDecoder:
         rows, new = len(self.mask_BL), token_kK.shape[1]
         token_BK = token_kK.new_zeros(rows, new).index_copy_(0, self.row_k, token_kK)
         mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(rows, new)], 1)
-        with self.trunk._running():
+        with self.trunk.running():
             out = self.trunk.body(
                 input_ids=token_BK,
                 attention_mask=mask_BL.long(),
@@ -192,3 +169,26 @@ class RepeatedDecoder:
 
     def keep(self, keep_k: Tensor) -> None:
         self.row_k = self.row_k[keep_k]
+
+
+def decoder(trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> Decoder:
+    """Make the decoder for rows that go on from prompts, each prompt computed once where the model allows it.
+
+    Args:
+        trunk: the model.
+        prompt_UP, mask_UP: int64 and bool, left-padded.
+        source_B: int64, which prompt a row goes on from.
+        length: at most so many tokens will be appended to a row.
+    """
+    if not trunk.shares_prompts:
+        return RepeatedDecoder(trunk, prompt_UP, mask_UP, source_B)
+    kind = StaticDecoder if trunk.static else SharedDecoder
+    return kind(trunk, prompt_UP, mask_UP, source_B, length)
+
+
+def lookahead(trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> Lookahead:
+    """Make a decoder for search; arguments as `decoder`, where length counts the tokens that are looked at too."""
+    # Never at fixed shapes: a peek has as many tokens as the search asks for, and a CUDA graph has one shape.
+    if not trunk.shares_prompts:
+        return RepeatedDecoder(trunk, prompt_UP, mask_UP, source_B)
+    return SharedDecoder(trunk, prompt_UP, mask_UP, source_B, length)

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.models import lora
+from textrl_gym.policy import decoders
 from textrl_gym.policy.backbone import Trunk
-from textrl_gym.policy.decoders import Decoder
 from textrl_gym.policy.step_cache import StepCache, aligned
 
 CHUNK_NUMBERS = 2**23
@@ -206,9 +206,9 @@ class Policy(nn.Module):
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
-    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Decoder:
-        """See Trunk.decoder."""
-        return self.trunk.decoder(prompt_UP, mask_UP, source_B, places)
+    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> decoders.Decoder:
+        """Make a decoder, which computes each prompt once for its rows; arguments as of `decoders.decoder`."""
+        return decoders.decoder(self.trunk, prompt_UP, mask_UP, source_B, length)
 
     # -- what stepping needs ------------------------------------------------------------------------------------------
 

@@ -192,7 +192,7 @@ AttentionInterface.register(NAME, prefix_attention)
 # -- caches -----------------------------------------------------------------------------------------------------------
 
 
-class Enough(Exception):
+class StopAtLastLayer(Exception):
     """The last layer's keys and values are there, and nothing else of the pass is wanted."""
 
 
@@ -211,7 +211,7 @@ class _PromptLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states.contiguous(), value_states.contiguous()  # read at every token
         if self.last:
-            raise Enough
+            raise StopAtLastLayer
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -225,7 +225,7 @@ class _PromptLayer(CacheLayerMixin):
 
 
 def prompt_cache(layers: int) -> Cache:
-    """An empty cache for prompts; a pass that fills it ends with `Enough`."""
+    """An empty cache for prompts; a pass that fills it ends with `StopAtLastLayer`."""
     return Cache(layers=[_PromptLayer(last=number == layers - 1) for number in range(layers)])
 
 

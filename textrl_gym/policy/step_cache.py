@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from textrl_gym.policy.backbone import Trunk
-from textrl_gym.policy.decoders import position_ids
+from textrl_gym.policy.backbone import Trunk, position_ids
 
 SLACK = 32
 """Columns that are filled before what is kept moves back to the front of its room."""

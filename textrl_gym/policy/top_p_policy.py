@@ -89,8 +89,8 @@ class MaskedPolicy(Policy):
     def last_hidden(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
         return torch.cat([super().last_hidden(input_BL, mask_BL), self.mask.last_hidden(input_BL, mask_BL)], -1)
 
-    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Decoder:
-        inputs = (prompt_UP, mask_UP, source_B, places)
+    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> Decoder:
+        inputs = (prompt_UP, mask_UP, source_B, length)
         return _Pair(super().decoder(*inputs), self.mask.decoder(*inputs))
 
 
@@ -98,7 +98,7 @@ class _Pair:
     """Two decoders of the same rows; hidden states side by side."""
 
     def __init__(self, own: Decoder, mask: Decoder) -> None:
-        self.own, self.mask, self.leavers = own, mask, own.leavers
+        self.own, self.mask, self.compaction_threshold = own, mask, own.compaction_threshold
         self.first_BD = torch.cat([own.first_BD, mask.first_BD], -1)
 
     def step(self, token_B: Tensor) -> Tensor:

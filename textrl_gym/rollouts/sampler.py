@@ -93,7 +93,7 @@ def generate(
             keep_k = (stop_B[row_b] == StopReason.RUNNING).nonzero().squeeze(1)
             if len(keep_k) == 0:
                 break
-            if len(keep_k) < len(row_b) and len(keep_k) <= (1 - decoder.leavers) * len(row_b):
+            if len(keep_k) < len(row_b) and len(keep_k) <= (1 - decoder.compaction_threshold) * len(row_b):
                 decoder.keep(keep_k)
                 row_b, token_b = row_b[keep_k], token_b[keep_k]
 
