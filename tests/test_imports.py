@@ -37,6 +37,10 @@ MOST_FILES = 12
 
 PRIVATE: dict[tuple[str, str], str] = {
     # (module, name): why there is no public way
+    ("models.flops", "_linear_pointwise"): "PyTorch's operator for linear layers by oneDNN, which torch.compile calls",
+    ("models.onednn", "_linear_pointwise"): "the same; nothing public calls oneDNN for float32",
+    ("policy.prefix_attention", "_attn_implementation"): "set_attn_implementation() also rewrites sub-configurations",
+    ("policy.step_cache", "_version"): "PyTorch's count of changes in place; nothing public tells of a step",
 }
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,6 +5,8 @@ Shape legend: U prompts, P prompt places, B rows, T response places, X = T + 1, 
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -365,3 +367,14 @@ def test_heads_that_are_no_function_of_the_hidden_state_are_refused(monkeypatch:
     monkeypatch.setattr(model, "forward", biased)
     with pytest.raises(ValueError, match="the logits of LlamaForCausalLM are no function of its last hidden state"):
         Policy(model).logprobs(rollout())
+
+
+def test_a_copied_policy_has_a_head_of_its_own() -> None:
+    pi, r = Policy(make_model("gemma2")), rollout()  # its logits are capped: the head is more than a matrix
+    before = pi.logprobs(r)
+    copied = copy.deepcopy(pi)
+    with torch.no_grad():
+        copied.model.get_output_embeddings().weight.zero_()
+    # all logits are 0: each of V tokens has probability 1 / V
+    torch.testing.assert_close(copied.logprobs(r), -math.log(V) * r.mask_BT, atol=1e-5, rtol=0)
+    assert torch.equal(pi.logprobs(r), before)

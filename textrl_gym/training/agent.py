@@ -177,8 +177,9 @@ class Agent:
         loaded = model if isinstance(model, torch.nn.Module) else mdp.task.load_model(model)
         loading.check_vocab(mdp.tokenizer, loaded)
         if isinstance(reference, str):
-            reference = mdp.task.load_model(reference)
-            loading.check_vocab(mdp.tokenizer, reference)
+            other = mdp.task.load_model(reference)
+            loading.check_vocab(mdp.tokenizer, other)
+            reference = other
         loaded = self._make_trained(loaded.to(self.device).float())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
