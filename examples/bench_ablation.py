@@ -44,11 +44,11 @@ def whole_prompts() -> None:
     """The last layer of a prompt is computed to its end."""
     from textrl_gym.policy import prefix_attention
 
-    class Whole(prefix_attention._PromptLayer):
+    class Whole(prefix_attention.PromptLayer):
         def __init__(self, last: bool) -> None:
             super().__init__(last=False)
 
-    prefix_attention._PromptLayer = Whole  # type: ignore[misc]
+    prefix_attention.PromptLayer = Whole  # type: ignore[misc]
 
 
 def all_logits() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from textrl_gym.models import onednn, tiny
+from textrl_gym.models import loading, lora, onednn, tiny
+from textrl_gym.policy.backbone import Trunk
 
 
 @pytest.fixture(autouse=True)
@@ -47,17 +51,64 @@ def test_inputs_and_gradients_that_are_not_contiguous() -> None:
     torch.testing.assert_close(layer.bias.grad, torch.full((20,), 9.0), atol=0, rtol=0)
 
 
-def test_model_is_as_before_after_an_error() -> None:
-    model = tiny.llama(32, width=32, layers=1)
-    linears = onednn.layers(model)
-    assert len(linears) == 8  # query, key, value, output, gate, up, down, head
-    with onednn.fast(linears):
-        with onednn.fast(linears):
-            pass
-        assert all("forward" in module.__dict__ for module in linears), "an inner use must leave the outer one be"
-    with pytest.raises(IndexError), onednn.fast(linears):
+def is_fast(model: nn.Module) -> bool:
+    """Whether the model's passes go by oneDNN."""
+    return "_LinearBackward" in type(model.lm_head(torch.randn(3, 32)).grad_fn).__name__  # type: ignore[operator]
+
+
+def test_layers_change_once_and_are_fast_in_passes_only() -> None:
+    model, ids_BL = tiny.llama(32, width=32, layers=1), torch.arange(10)[None]
+    parameters, keys = {id(p) for p in model.parameters()}, list(model.state_dict())
+    before = model(input_ids=ids_BL).logits
+    for _ in range(2):
+        onednn.prepare_(model)
+    changed = [module for module in model.modules() if isinstance(module, onednn.OneDNNLinear)]
+    assert len(changed) == 8  # query, key, value, output, gate, up, down, head
+    assert {id(p) for p in model.parameters()} == parameters and list(model.state_dict()) == keys
+    assert torch.equal(model(input_ids=ids_BL).logits, before)  # outside a pass the products are PyTorch's
+    assert not is_fast(model)
+    with onednn.fast():
+        with onednn.fast():
+            assert is_fast(model)
+        assert is_fast(model), "the end of an inner use must leave the outer one be"
+        torch.testing.assert_close(model(input_ids=ids_BL).logits, before, atol=1e-5, rtol=0)
+    with pytest.raises(IndexError), onednn.fast():
         model(input_ids=torch.tensor([[99]]))
-    assert not any("forward" in module.__dict__ for module in linears)
+    assert not is_fast(model)
+
+
+def test_changed_models_are_copied_saved_and_adapted_as_others(tmp_path: Path) -> None:
+    model, ids_BL = tiny.llama(32, width=32, layers=1), torch.arange(10)[None]
+    Trunk(model)
+    copied = copy.deepcopy(model)
+    model.save_pretrained(tmp_path)
+    loaded = loading.load_model(tmp_path)
+    assert type(loaded.lm_head) is nn.Linear  # a folder does not say who has used the model
+    before = model(input_ids=ids_BL).logits
+    for other in (copied, loaded):
+        assert torch.equal(other(input_ids=ids_BL).logits, before)
+    with onednn.fast():
+        assert is_fast(copied)
+    pytest.importorskip("peft")
+    adapted = lora.add_lora(model, rank=2, alpha=4, seed=0)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) == 14 and all(".lora_" in name for name in trained)  # A and B of 7 layers, not of the head
+    trunk = Trunk(adapted)
+    with trunk.running():
+        hidden_BLD = trunk.body(input_ids=ids_BL)[0]
+        assert "_LinearBackward" in _functions(hidden_BLD)
+    torch.testing.assert_close(trunk.logits(hidden_BLD[0])[None], before, atol=1e-5, rtol=0)  # B is 0
+
+
+def _functions(tensor: torch.Tensor) -> set[str]:
+    """Names of the autograd functions that a tensor came from."""
+    found, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return {node.name().split(".")[-1] for node in found}
 
 
 def test_other_types_go_the_usual_way() -> None:
@@ -72,15 +123,17 @@ def test_a_subclass_is_left_alone() -> None:
     class Quantised(nn.Linear):
         pass
 
-    assert onednn.layers(nn.Sequential(Quantised(2, 2), nn.Linear(2, 2))) != []
-    assert onednn.layers(Quantised(2, 2)) == []
+    model = nn.Sequential(Quantised(2, 2), nn.Linear(2, 2))
+    onednn.prepare_(model)
+    assert [type(layer) for layer in model] == [Quantised, onednn.OneDNNLinear]
 
 
 def test_second_gradients_where_they_are_asked_for() -> None:
     layer, x = nn.Linear(12, 20), torch.randn(3, 12)
+    onednn.prepare_(layer)
 
     def curvature() -> torch.Tensor:
-        with onednn.fast([layer]):
+        with onednn.fast():
             (grad_OI,) = torch.autograd.grad((layer(x) ** 3).sum(), layer.weight, create_graph=True)
         return torch.autograd.grad(grad_OI.sum(), layer.weight)[0]
 

@@ -69,7 +69,7 @@ def test_a_tokenizer_without_eos_says_what_to_do(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path / "no-eos")
     for spec in [str(tmp_path / "no-eos"), tokenizer()]:
         with pytest.raises(ValueError, match=r"has no EOS token.*set tokenizer\.eos_token"):
-            loading.load_tokenizer(spec)
+            loading.load_tokenizer(spec)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no-eos"):
         loading.load_tokenizer(tmp_path / "no-eos")
 
@@ -98,7 +98,7 @@ def test_a_model_with_weights_missing_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no whole sequence classifier: it has no weights for score\.weight"):
         loading.load_classifier(folder)
     with pytest.raises(ValueError, match="a model is a folder, a Hub id or a loaded model, not int"):
-        loading.load_model(3)
+        loading.load_model(3)  # type: ignore[arg-type]
 
 
 def test_a_classifier_is_loaded(tmp_path: Path) -> None:

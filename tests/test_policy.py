@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from textrl_gym import collect
 from textrl_gym.core import Rollout
 from textrl_gym.models import tiny
-from textrl_gym.policy.decoders import position_ids
+from textrl_gym.policy.backbone import position_ids
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.batching import micro_batches
 

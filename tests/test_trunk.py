@@ -5,6 +5,8 @@ Shape legend: U prompts, P prompt places, B rows, T response places, X = T + 1, 
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +18,8 @@ from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
-from textrl_gym.policy import policy, prefix_attention
-from textrl_gym.policy.backbone import Trunk, unique_prompts
-from textrl_gym.policy.decoders import position_ids
+from textrl_gym.policy import decoders, policy, prefix_attention
+from textrl_gym.policy.backbone import Trunk, position_ids, unique_prompts
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.sampler import generate
 
@@ -172,7 +173,7 @@ def test_decoding_gives_the_hidden_states_of_the_full_pass(name: str, static: bo
             position_ids=position_ids(mask_BL),
             use_cache=False,
         ).logits
-        decoder = trunk.decoder(r.prompt_BP[first_U], r.prompt_mask_BP[first_U], source_B, T)
+        decoder = decoders.decoder(trunk, r.prompt_BP[first_U], r.prompt_mask_BP[first_U], source_B, T)
         hidden_kD, rows = decoder.first_BD, torch.arange(len(r))
         for t in range(T):
             torch.testing.assert_close(trunk.logits(hidden_kD), full_BLV[rows, P - 1 + t], atol=2e-4, rtol=0)
@@ -236,7 +237,9 @@ def test_compaction_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_attention.Prefix, "keep", watched)
     with_compaction = sample()
     assert kept, "no row ended before another: the test shows nothing"
-    monkeypatch.setattr("textrl_gym.policy.decoders.SharedDecoder.leavers", 1.0)  # rows leave when all have ended
+    monkeypatch.setattr(
+        "textrl_gym.policy.decoders.SharedDecoder.compaction_threshold", 1.0
+    )  # rows leave when all have ended
     without = sample()
     assert torch.equal(with_compaction.token_BT, without.token_BT)
     assert torch.equal(with_compaction.mask_BT, without.mask_BT)
@@ -364,3 +367,14 @@ def test_heads_that_are_no_function_of_the_hidden_state_are_refused(monkeypatch:
     monkeypatch.setattr(model, "forward", biased)
     with pytest.raises(ValueError, match="the logits of LlamaForCausalLM are no function of its last hidden state"):
         Policy(model).logprobs(rollout())
+
+
+def test_a_copied_policy_has_a_head_of_its_own() -> None:
+    pi, r = Policy(make_model("gemma2")), rollout()  # its logits are capped: the head is more than a matrix
+    before = pi.logprobs(r)
+    copied = copy.deepcopy(pi)
+    with torch.no_grad():
+        copied.model.get_output_embeddings().weight.zero_()
+    # all logits are 0: each of V tokens has probability 1 / V
+    torch.testing.assert_close(copied.logprobs(r), -math.log(V) * r.mask_BT, atol=1e-5, rtol=0)
+    assert torch.equal(pi.logprobs(r), before)

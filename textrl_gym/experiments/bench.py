@@ -30,7 +30,8 @@ from textrl_gym.rollouts.phases import Phase, listening
 from textrl_gym.training.agent import Agent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 PHASES: tuple[Phase, ...] = ("rollout", "scoring", "reference", "values", "update")
 """What an iteration is made of. The rest, "other", is prompts, texts and rewards on the host."""
@@ -94,7 +95,7 @@ class RandomPrompts(Task):
             return tiny.symbol_tokenizer([f"t{i}" for i in range(1, self.vocab_size)])
         return super().load_tokenizer(name)
 
-    def load_model(self, name: str | None = None, **kwargs: Any) -> PreTrainedModel:
+    def load_model(self, name: str | None = None, **kwargs: Any) -> nn.Module:
         if self.model == "made in code":
             return tiny.llama(self.vocab_size, width=256, layers=4, heads=4)
         return super().load_model(name, **kwargs)

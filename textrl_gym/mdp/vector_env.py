@@ -113,13 +113,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
         self.device = loading.resolve_device(device)
         self._on_host = self.device.type == "cpu"
-        if tokenizer is None or isinstance(tokenizer, str | Path):
-            # By the task: one that makes its tokenizer in code has no folder that it could be loaded from.
-            self.tokenizer = self.task.load_tokenizer(None if tokenizer is None else str(tokenizer))
-        else:
-            self.tokenizer = loading.load_tokenizer(tokenizer)
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer {tokenizer or self.task.model!r} has no EOS token: no episode could end")
+        self.tokenizer = self._load_tokenizer(tokenizer)
         # len() counts added tokens too, which the attribute vocab_size of a tokenizer leaves out.
         self.eos_id, self.vocab_size = int(self.tokenizer.eos_token_id), len(self.tokenizer)
         self.source = self.task.rows(split, dataset)
@@ -139,6 +133,16 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.single_observation_space, self.single_action_space = spaces(self)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def _load_tokenizer(self, tokenizer: PreTrainedTokenizerBase | str | Path | None) -> PreTrainedTokenizerBase:
+        if tokenizer is None or isinstance(tokenizer, str | Path):
+            # By the task: one that makes its tokenizer in code has no folder that it could be loaded from.
+            loaded = self.task.load_tokenizer(None if tokenizer is None else str(tokenizer))
+        else:
+            loaded = loading.load_tokenizer(tokenizer)
+        if loaded.eos_token_id is None:
+            raise ValueError(f"the tokenizer {tokenizer or self.task.model!r} has no EOS token: no episode could end")
+        return loaded
 
     def remake(self, num_envs: int, **changes: Any) -> TextVectorEnv:
         """A vector environment with this one's settings but for `changes`; what is loaded already is shared."""

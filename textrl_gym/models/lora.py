@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, its upper layers, or a LoRA (Hu et al. 2021, arXiv:2106.09685, by peft).
+"""LoRA and frozen layers: which parameters of a model are trained (Hu et al. 2021, arXiv:2106.09685, by peft).
 
 A reference that is the start of training costs no copy of what is not trained: under a LoRA it is the same model with
 the adapter switched off, and frozen layers are held once for both.
@@ -9,13 +9,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 BASE = "base"
 """Folder in a checkpoint with the model that a LoRA stands on, where it cannot be loaded again by name."""
@@ -29,17 +35,17 @@ def _no_future() -> Iterator[None]:
         yield
 
 
-def is_lora(model: Any) -> bool:
+def is_lora(model: nn.Module) -> bool:
     """Whether the model is peft's, with an adapter that can be switched off."""
     return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
 
 
-def bare(model: Any) -> Any:
+def bare(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, its adapter's layers inside."""
-    return model.get_base_model() if is_lora(model) else model
+    return cast("PreTrainedModel", cast("PeftModel", model).get_base_model() if is_lora(model) else model)
 
 
-def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
+def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> PeftModel:
     """A LoRA on every linear layer but the head; it changes nothing until it is trained. The model is frozen.
 
     Args:
@@ -54,6 +60,7 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError(f"lora_rank={rank} needs peft: pip install textrl-gym[peft]") from error
+    # A fork: the same adapter for the same seed, and nothing drawn from the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(
@@ -64,19 +71,20 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int) -> Any:
             task_type="CAUSAL_LM",
         )
         with _no_future():
-            return get_peft_model(model, config)
+            return cast("PeftModel", get_peft_model(cast("PreTrainedModel", model), config))
 
 
-def freeze_lower(model: Any, layers: int) -> Any:
+def freeze_lower(model: ModelT, layers: int) -> ModelT:
     """Freeze the embeddings and the first so many layers, in place; an output head tied to the embeddings with them.
 
     Raises:
         ValueError: the model has no more layers than that.
     """
-    depth = model.config.get_text_config().num_hidden_layers
+    decoder = cast("PreTrainedModel", model)
+    depth = decoder.config.get_text_config().num_hidden_layers
     if layers >= depth:
         raise ValueError(f"frozen_layers={layers} leaves nothing to train: the model has {depth} layers")
-    for child in model.base_model.children():  # embeddings come before the layers, the last norm after
+    for child in decoder.base_model.children():  # embeddings come before the layers, the last norm after
         if isinstance(child, nn.ModuleList) and len(child) == depth:
             child[:layers].requires_grad_(False)
             return model
@@ -84,20 +92,22 @@ def freeze_lower(model: Any, layers: int) -> Any:
     raise ValueError(f"frozen_layers={layers}: no list of layers is found in {type(model).__name__}")
 
 
-def frozen_copy(model: Any) -> Any:
+def frozen_copy(model: ModelT) -> ModelT:
     """A frozen copy of the model; what the model does not train is held once for both."""
+    # deepcopy takes what its memo has for a copy: frozen parameters are shared and not doubled.
     kept: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, kept).requires_grad_(False)
 
 
-def save(model: Any, folder: Path, base: bool) -> None:
+def save(model: nn.Module, folder: Path, base: bool) -> None:
     """Write a model; of one with a LoRA the adapter only and, where asked for, the model under it in folder/../base."""
     if not is_lora(model):
-        model.save_pretrained(folder)
+        cast("PreTrainedModel", model).save_pretrained(folder)
         return
-    config = model.active_peft_config
+    adapted = cast("PeftModel", model)
+    config: Any = adapted.active_peft_config
     config.base_model_name_or_path = None  # a path of this machine: the checkpoint says what to load
-    model.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     if base:
         weights = {
             name.replace(".base_layer.", "."): value
@@ -112,15 +122,15 @@ def is_saved_lora(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def load(base: Any, folder: Path) -> Any:
+def load(base: nn.Module, folder: Path) -> PeftModel:
     """The model with the adapter that `save` wrote, to go on training."""
     from peft import PeftModel
 
     with _no_future():
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        return PeftModel.from_pretrained(cast("PreTrainedModel", base), str(folder), is_trainable=True)
 
 
-def restore_(model: Any, folder: Path, loaded: Any) -> None:
+def restore_(model: nn.Module, folder: Path, loaded: Callable[[], nn.Module]) -> None:
     """Put saved weights into a model of the same kind: an adapter's from the folder, else those of `loaded()`."""
     if not is_lora(model):
         model.load_state_dict(loaded().state_dict())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -33,44 +33,64 @@ def is_faster() -> bool:
     return cpus.exists() and "AuthenticAMD" in cpus.read_text(encoding="utf-8")
 
 
-def layers(model: nn.Module) -> list[nn.Linear]:
-    """The layers of a model that `fast` is for: plain linear ones."""
-    return [module for module in model.modules() if type(module) is nn.Linear] if is_faster() else []
+class OneDNNLinear(nn.Linear):
+    """A linear layer that goes by oneDNN inside `fast`, and is PyTorch's own outside."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _fast.get() and not _twice_differentiable.get():
+            return linear(self, input)
+        return super().forward(input)
+
+
+# Context variables and no attributes: several models, and copies of one, may be in passes of different threads.
+_fast = ContextVar("fast", default=False)
+_twice_differentiable = ContextVar("twice_differentiable", default=False)
+
+
+def prepare_(model: nn.Module) -> None:
+    """Turn the plain linear layers of a model into OneDNNLinear, in place and once, where oneDNN is faster.
+
+    Outside `fast` the model computes what it computed before, and its parameters, state_dict and copies are the same.
+    """
+    if not is_faster():
+        return
+    for module in model.modules():
+        # Not subclasses: quantised layers and those of other libraries have a forward of their own.
+        if type(module) is nn.Linear:
+            # The class changes and the object stays, as in PyTorch's parametrize and fully_shard: tied weights, hooks
+            # and whoever holds the layer (peft's base_layer, a classifier's score) see no difference.
+            module.__class__ = OneDNNLinear
 
 
 @contextlib.contextmanager
-def fast(linears: Sequence[nn.Linear]) -> Iterator[None]:
-    """Inside, these layers go by oneDNN in float32 on a CPU; afterwards they are as before."""
-    own = [] if _plain.get() else [module for module in linears if "forward" not in module.__dict__]
-    for module in own:
-        module.__dict__["forward"] = functools.partial(linear, module)
+def fast() -> Iterator[None]:
+    """Inside, prepared layers go by oneDNN in float32 on a CPU."""
+    token = _fast.set(True)
     try:
         yield
     finally:
-        for module in own:
-            del module.__dict__["forward"]
-
-
-_plain = ContextVar("plain", default=False)
+        _fast.reset(token)
 
 
 @contextlib.contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Inside, gradients have gradients: those of `fast` layers and of PyTorch's fused attention have none."""
-    token = _plain.set(True)
+    token = _twice_differentiable.set(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        _plain.reset(token)
+        _twice_differentiable.reset(token)
 
 
 def linear(module: nn.Linear, x: Tensor) -> Tensor:
     """x W^T + b of a linear layer, differentiable once."""
     weight, bias = module.weight, module.bias
+    # Autocast would not see the call of oneDNN, and PyTorch goes there by itself for bfloat16.
     suits = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     if not suits or x.numel() * weight.shape[0] < LEAST_PRODUCT:
         return nn.functional.linear(x, weight, bias)
+    # The call of oneDNN has no derivative in PyTorch.
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, bias)
     return _product(x.contiguous(), weight, bias)
@@ -94,7 +114,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_NO = grad.reshape(-1, grad.shape[-1]).contiguous()
+        grad_NO = grad.reshape(-1, grad.shape[-1]).contiguous()  # a sum's gradient is one number, expanded
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
             _product(grad_NO, weight.t()).view(x.shape) if of_x else None,

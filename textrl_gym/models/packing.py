@@ -1,7 +1,7 @@
 """Several completions of one prompt in one sequence: the prompt is computed once, and no completion sees another.
 
 
-Shape legend: B prompts, P prompt places, K completions a prompt, T places a completion, L = P + K T.
+Shape legend: B prompts, P prompt positions, K completions a prompt, T positions a completion, L = P + K T.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from textrl_gym.functional import pad
 
@@ -23,7 +24,7 @@ class Packed:
     input_BL: Tensor
     """int64."""
     sees_BLL: Tensor
-    """bool: which places (last dimension) a place attends to."""
+    """bool: which positions (last dimension) a position attends to."""
     position_BL: Tensor
     """int64, counting real tokens of the prompt and of the own completion only."""
     token_BKT: Tensor
@@ -36,8 +37,9 @@ class Packed:
         """P."""
         return self.input_BL.shape[1] - self.token_BKT[0].numel()
 
-    def inputs(self, model: Any) -> dict[str, Any]:
+    def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
         """Keyword arguments of a transformers decoder, on its device."""
+        # An additive mask of four dimensions: models pass it on as it is, and a flat one could not part completions.
         dtype = model.dtype
         mask_B1LL = torch.zeros(self.sees_BLL.shape, dtype=dtype).masked_fill_(~self.sees_BLL, torch.finfo(dtype).min)
         return {
@@ -66,6 +68,7 @@ def pack(items: Sequence[tuple[list[int], list[list[int]]]]) -> Packed:
         sees_BLL=(place_L[:, None] >= place_L) & related_LL & real_BL[:, None, :],
         position_BL=torch.where(
             block_L == -1,
+            # Left padding counts for nothing; each completion goes on where the prompt ends, as if it were alone.
             (place_L - prompt_places + length_B1).clamp(min=0),
             length_B1 + (place_L - prompt_places) % width,
         ),

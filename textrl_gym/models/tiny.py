@@ -41,9 +41,10 @@ def llama(
         initializer_range=scale,
         bos_token_id=None,
         eos_token_id=0,
-        pad_token_id=None,
+        pad_token_id=None,  # a pad token's embedding is never trained
         tie_word_embeddings=False,
     )
+    # A fork, so that making a model draws nothing from the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()

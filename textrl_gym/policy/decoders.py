@@ -1,41 +1,20 @@
 """Decoders: rows that go on from prompts, a token at a time, on a Trunk that has computed each prompt once.
 
-Shape legend: U unique prompts, P prompt places, B rows, K tokens that are looked at, L places so far, D hidden width.
+Shape legend: U unique prompts, P prompt positions, B rows, K tokens that are looked at, L positions so far, D hidden
+width.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
-from textrl_gym.policy.prefix_attention import attached, own_cache
-
-if TYPE_CHECKING:
-    from textrl_gym.policy.backbone import Trunk
-
-
-def position_ids(mask_BL: Tensor) -> Tensor:
-    """0, 1, 2, ... over the real tokens of each row; 0 on left padding. int64 [B, L]."""
-    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def no_mask(like: Tensor) -> Tensor:
-    """A mask of four dimensions, which models pass on as it is: group-prefix attention makes its own."""
-    return torch.zeros(1, 1, 1, 1, device=like.device)
-
-
-def fill(body: Any, prompt_UP: Tensor, mask_UP: Tensor, cache: Any) -> Any:
-    """The body's output on prompts, whose keys and values go to the cache (None: one of the model's own making)."""
-    return body(
-        input_ids=prompt_UP,
-        attention_mask=mask_UP.long(),
-        position_ids=position_ids(mask_UP),
-        past_key_values=cache,
-        use_cache=True,
-    )
+from textrl_gym.policy.backbone import Trunk, fill, no_mask, position_ids
+from textrl_gym.policy.prefix_attention import OwnLayer, attached, own_cache
 
 
 class Decoder(Protocol):
@@ -43,7 +22,7 @@ class Decoder(Protocol):
 
     first_BD: Tensor
     """The hidden state below the first token's logits."""
-    leavers: float
+    compaction_threshold: float
     """Rows should leave when at least this share of the batch has ended; before, it costs more than it saves."""
 
     def step(self, token_B: Tensor) -> Tensor:
@@ -64,21 +43,21 @@ class Lookahead(Decoder, Protocol):
 
 
 class SharedDecoder:
-    """Rows read their prompt's keys and values where they stand; their own are written into preallocated places."""
+    """Rows read their prompt's keys and values where they stand; their own are written into preallocated positions."""
 
-    leavers = 0.1  # those that stay have their caches copied
+    compaction_threshold = 0.1  # those that stay have their caches copied
 
-    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> None:
+    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> None:
         self.trunk = trunk
-        with trunk._running():
-            self.prefix = trunk._prefix(prompt_UP, mask_UP, source_B)
+        with trunk.running():
+            self.prefix = trunk.prefix(prompt_UP, mask_UP, source_B)
         self.position_B1 = self.prefix.positions
         self.no_mask = no_mask(prompt_UP)
-        self._allocate(places + 1)
+        self._allocate(length + 1)  # the last token of the prompt is a row's own
         self.first_BD = self.step(prompt_UP[source_B, -1])
 
-    def _allocate(self, places: int) -> None:
-        self.own = own_cache(self.trunk._depth, places)
+    def _allocate(self, length: int) -> None:
+        self.own = own_cache(self.trunk.depth, length)
 
     def step(self, token_B: Tensor) -> Tensor:
         hidden_BD = self._run(token_B[:, None])[:, 0]
@@ -87,18 +66,18 @@ class SharedDecoder:
 
     def peek(self, token_BK: Tensor) -> Tensor:
         hidden_BKD = self._run(token_BK)
-        layers: Any = self.own.layers
-        for layer in layers:
-            layer.length -= token_BK.shape[1]
+        for layer in self.own.layers:
+            # The next tokens are written over those that were looked at.
+            cast("OwnLayer", layer).length -= token_BK.shape[1]
         return hidden_BKD
 
     def _run(self, token_BK: Tensor) -> Tensor:
-        places_K = torch.arange(token_BK.shape[1], device=token_BK.device)
-        with self.trunk._running(), attached(self.trunk._configs, self.prefix):
+        position_K = torch.arange(token_BK.shape[1], device=token_BK.device)
+        with self.trunk.running(), attached(self.trunk.configs, self.prefix):
             return self.trunk.body(
                 input_ids=token_BK,
                 attention_mask=self.no_mask,
-                position_ids=self.position_B1 + places_K,
+                position_ids=self.position_B1 + position_K,
                 past_key_values=self.own,
                 use_cache=True,
             )[0]
@@ -116,23 +95,25 @@ class StaticDecoder(SharedDecoder):
     than running them.
     """
 
-    leavers = 0.5  # each time a graph is captured anew
+    compaction_threshold = 0.5  # each time a graph is captured anew
 
-    def _allocate(self, places: int) -> None:
+    def _allocate(self, length: int) -> None:
         self.written = torch.zeros(1, dtype=torch.long, device=self.position_B1.device)
         self.prefix.written = self.written
-        self.own = own_cache(self.trunk._depth, places, self.written)
+        self.own = own_cache(self.trunk.depth, length, self.written)
         self.token_B1 = torch.zeros_like(self.position_B1)
-        self.graph: Any = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, token_B: Tensor) -> Tensor:
         self.token_B1.copy_(token_B[:, None])
         if self.token_B1.device.type == "cuda":
             if self.graph is None:
                 self._capture()
+            assert self.graph is not None
             self.graph.replay()
         else:
             self.hidden_BD = self._run(self.token_B1)[:, 0]
+        # In place: the captured graph reads these addresses.
         self.written += 1
         self.position_B1 += 1
         return self.hidden_BD
@@ -157,30 +138,33 @@ class StaticDecoder(SharedDecoder):
 class RepeatedDecoder:
     """Every row computes its own prompt and stays until the end: right for any model with a cache, and slow."""
 
-    leavers = 0.0
+    compaction_threshold = 0.0
 
     def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> None:
         self.trunk, self.mask_BL = trunk, mask_UP[source_B]
         self.row_k = torch.arange(len(source_B), device=source_B.device)
-        with trunk._running():
+        with trunk.running():
             # The cache of the model's own making: attention is not all that models keep.
             out = fill(trunk.body, prompt_UP[source_B], self.mask_BL, None)
-        self.first_BD, self.cache = out[0][:, -1], getattr(out, "past_key_values", None)
-        if self.cache is None:
+        cache: Cache | None = getattr(out, "past_key_values", None)
+        if cache is None:
             raise ValueError(f"{type(trunk.model).__name__} keeps no past_key_values: it cannot be sampled from here")
+        self.first_BD, self.cache = out[0][:, -1], cache
 
     def step(self, token_B: Tensor) -> Tensor:
         hidden_BKD, self.mask_BL = self._run(token_B[:, None], self.cache)
         return hidden_BKD[:, 0]
 
     def peek(self, token_BK: Tensor) -> Tensor:
+        # A copy: not every cache (a recurrent state) can be cut back to what it was.
         return self._run(token_BK, copy.deepcopy(self.cache))[0]
 
-    def _run(self, token_kK: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, token_kK: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
         rows, new = len(self.mask_BL), token_kK.shape[1]
+        # Rows that left are fed token 0 and not read: not every cache can drop rows.
         token_BK = token_kK.new_zeros(rows, new).index_copy_(0, self.row_k, token_kK)
         mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(rows, new)], 1)
-        with self.trunk._running():
+        with self.trunk.running():
             out = self.trunk.body(
                 input_ids=token_BK,
                 attention_mask=mask_BL.long(),
@@ -192,3 +176,26 @@ class RepeatedDecoder:
 
     def keep(self, keep_k: Tensor) -> None:
         self.row_k = self.row_k[keep_k]
+
+
+def decoder(trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> Decoder:
+    """Make the decoder for rows that go on from prompts, each prompt computed once where the model allows it.
+
+    Args:
+        trunk: the model.
+        prompt_UP, mask_UP: int64 and bool, left-padded.
+        source_B: int64, which prompt a row goes on from.
+        length: at most so many tokens will be appended to a row.
+    """
+    if not trunk.shares_prompts:
+        return RepeatedDecoder(trunk, prompt_UP, mask_UP, source_B)
+    kind = StaticDecoder if trunk.static else SharedDecoder
+    return kind(trunk, prompt_UP, mask_UP, source_B, length)
+
+
+def lookahead(trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> Lookahead:
+    """Make a decoder for search; arguments as `decoder`, where length counts the tokens that are looked at too."""
+    # Never at fixed shapes: a peek has as many tokens as the search asks for, and a CUDA graph has one shape.
+    if not trunk.shares_prompts:
+        return RepeatedDecoder(trunk, prompt_UP, mask_UP, source_B)
+    return SharedDecoder(trunk, prompt_UP, mask_UP, source_B, length)

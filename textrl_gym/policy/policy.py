@@ -1,6 +1,6 @@
 """Policy: a causal LM of transformers as a token policy, its value head and its frozen reference.
 
-Shape legend: B rows, U unique prompts, P prompt places, T response places, L = P + T, N places in any order, V
+Shape legend: B rows, U unique prompts, P prompt positions, T response positions, L = P + T, N positions in any order, V
 vocabulary, D hidden width.
 
 One temperature everywhere: sampling, log-probabilities, the reference and the update all divide the logits by it. No
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.models import lora
+from textrl_gym.policy import decoders
 from textrl_gym.policy.backbone import Trunk
-from textrl_gym.policy.decoders import Decoder
 from textrl_gym.policy.step_cache import StepCache, aligned
 
 CHUNK_NUMBERS = 2**23
@@ -65,11 +65,11 @@ class Policy(nn.Module):
 
     def __init__(
         self,
-        model: Any,
-        reference: Any = None,
+        model: nn.Module,
+        reference: nn.Module | Literal["copy"] | None = None,
         value_head: bool = False,
         *,
-        value_model: Any = None,
+        value_model: nn.Module | None = None,
         temperature: float = 1.0,
         vocab_size: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -81,13 +81,13 @@ class Policy(nn.Module):
             raise ValueError(f"temperature must be > 0, got {temperature}")
         self.model: Any = model.eval()
         self.temperature, self.dtype = temperature, dtype
-        rows = self.model.get_output_embeddings().weight.shape[0]
+        rows = cast("Any", model).get_output_embeddings().weight.shape[0]
         if vocab_size is not None and vocab_size > rows:
             raise ValueError(f"the tokenizer has {vocab_size} tokens, the model only {rows}")
         self.vocab_size = vocab_size or rows
         self.trunk = Trunk(self.model, dtype, static=cuda_graphs, adapter=adapter)
         self.value_model: Any = value_model.eval() if value_model is not None else None
-        self.value_trunk = Trunk(self.value_model, dtype) if value_model is not None else None
+        self.value_trunk = Trunk(value_model, dtype) if value_model is not None else None
         self.steps: StepCache | None = None
         """Where set, `next_logprobs` and `act` go on from the observations of the call before."""
         self.value_head: nn.Linear | None = None
@@ -95,19 +95,20 @@ class Policy(nn.Module):
             trunk: Any = self.model if value_model is None else self.value_model
             width = trunk.get_output_embeddings().weight.shape[1]
             self.value_head = nn.Linear(width, 1, device=self.device)  # float32 whatever the trunk's dtype
+            # V = 0 at first: advantages begin as the returns, without the noise of a random head.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         # Outside nn.Module's registry: the reference is no part of what is trained or saved.
         self._reference = (self._as_reference(reference),)
 
-    def _as_reference(self, reference: Any) -> Policy | None:
+    def _as_reference(self, reference: nn.Module | Literal["copy"] | None) -> Policy | None:
         if reference is None or isinstance(reference, Policy):
             return reference
-        as_now = isinstance(reference, str) and reference == "copy"
         alike: dict[str, Any] = {"temperature": self.temperature, "vocab_size": self.vocab_size, "dtype": self.dtype}
-        if as_now and lora.is_lora(self.model):
+        # The adapter switched off is the model before training: no second copy of the weights.
+        if reference == "copy" and lora.is_lora(self.model):
             return Policy(self.model, adapter=False, **alike)
-        model = lora.frozen_copy(self.model) if as_now else reference.requires_grad_(False)
+        model: Any = lora.frozen_copy(self.model) if reference == "copy" else reference.requires_grad_(False)
         return Policy(model.to(self.device), **alike)
 
     @property
@@ -135,13 +136,14 @@ class Policy(nn.Module):
         Args:
             token_N: what was taken there, where it is known; a policy that forbids tokens must then allow it.
         """
+        # Rows beyond the tokenizer would get probability, and could be sampled.
         logits_NV = functional.at_least_float32(self.trunk.logits(hidden_ND)[:, : self.vocab_size])
         return logits_NV if self.temperature == 1.0 else logits_NV / self.temperature
 
     def response(self, rollout: Rollout, entropy: bool = False, hidden_BTD: Tensor | None = None) -> Response:
         """One teacher-forced pass over prompts and completions; gradients flow through both.
 
-        The head is applied to the actions' places only and to few of them at a time, so that logits of the whole
+        The head is applied to the actions' positions only and to few of them at a time, so that logits of the whole
         rollout are never held, nor kept for the backward pass, which computes them again.
 
         Args:
@@ -159,7 +161,7 @@ class Policy(nn.Module):
         return Response(placed(logp_N), placed(entropy_N) if entropy else None, value_BT)
 
     def _statistics(self, hidden_ND: Tensor, token_N: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-        """log pi of tokens and, where asked for, the entropy (else an empty tensor), a chunk of places at a time."""
+        """log pi of tokens and, where asked for, the entropy (else an empty tensor), a chunk of positions at a time."""
 
         def of_chunk(hidden_nD: Tensor, token_n: Tensor) -> tuple[Tensor, Tensor]:
             logits_nV = self.logits(hidden_nD, token_n)
@@ -174,7 +176,7 @@ class Policy(nn.Module):
         return torch.cat([logp_n for logp_n, _ in found]), torch.cat([entropy_n for _, entropy_n in found])
 
     def _values(self, rollout: Rollout, hidden_BTD: Tensor | None = None) -> Tensor:
-        """V at every place; hidden_BTD: what `hidden` gives, where it is known."""
+        """V at every position; hidden_BTD: what `hidden` gives, where it is known."""
         if self.value_head is None:
             return torch.zeros_like(rollout.logp_BT)
         if self.value_trunk is not None:
@@ -206,9 +208,9 @@ class Policy(nn.Module):
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
-    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Decoder:
-        """See Trunk.decoder."""
-        return self.trunk.decoder(prompt_UP, mask_UP, source_B, places)
+    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> decoders.Decoder:
+        """Make a decoder, which computes each prompt once for its rows; arguments as of `decoders.decoder`."""
+        return decoders.decoder(self.trunk, prompt_UP, mask_UP, source_B, length)
 
     # -- what stepping needs ------------------------------------------------------------------------------------------
 
@@ -222,6 +224,7 @@ class Policy(nn.Module):
         """The hidden states below the next token's logits of such observations, [B, D]."""
         if self.steps is not None:
             return self.steps(input_BL, mask_BL)
+        # Rows must end at the same place for the last hidden states to stand in one column.
         moved_BW, moved_mask_BW = aligned(input_BL, mask_BL)
         no_action_B0 = moved_BW[:, :0]
         return self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())[:, 0]

@@ -7,8 +7,8 @@ cascade inference). No copy of a prompt's cache is made for its rows, in samplin
 into the prompt through all of them. It is plain differentiable PyTorch, the same for rotary and learned positions,
 grouped-query attention, sliding windows and capped logits.
 
-Shape legend: U prompts, P prompt places, G rows of the largest group, B rows, T new places, S own places so far (in
-training S = T), H query heads, K key-value heads, R = H / K, D head width, W T or more preallocated places.
+Shape legend: U prompts, P prompt positions, G rows of the largest group, B rows, T new positions, S own positions so
+far (in training S = T), H query heads, K key-value heads, R = H / K, D head width, W T or more preallocated positions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
@@ -47,12 +47,12 @@ class Prefix:
     padded: bool
     """Whether any prompt is shorter than P."""
     written: Tensor | None = None
-    """int64 [1], for decoding at fixed shapes: so many own places are written, and the rest of S is yet to come."""
+    """int64 [1], for decoding at fixed shapes: so many own positions are written, and the rest of S is yet to come."""
 
     @staticmethod
     def of(cache: Cache, mask_UP: Tensor, source_B: Tensor) -> Prefix:
         """The prompts in a cache."""
-        layers: Any = cache.layers
+        layers: list[Any] = cache.layers
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         return Prefix(keys, values, mask_UP, source_B, *_slots(source_B, len(mask_UP)), not bool(mask_UP.all()))
 
@@ -83,7 +83,7 @@ class Prefix:
         return flat if self.place_B is None else flat[self.place_B]
 
     def hidden(self, new: int, own: int, sliding_window: int | None) -> Tensor | None:
-        """What the last `new` of `own` places do not see: bool, broadcast to [U, K, G R, T, P + S]; None: nothing."""
+        """What the last `new` of `own` positions do not see: bool, broadcasts to [U, K, G R, T, P + S]; None: none."""
         device, places = self.mask_UP.device, self.mask_UP.shape[1]
         if sliding_window is not None and places + own <= sliding_window:
             sliding_window = None
@@ -104,6 +104,7 @@ class Prefix:
         """Go on with some of the rows, in order. Prompts without rows are dropped when they are a quarter or more."""
         self.source_B = self.source_B[keep_b]
         used_u, renumbered_b = self.source_B.unique(return_inverse=True)
+        # Copying the keys and values of the rest costs more than reading a few prompts too many.
         if len(used_u) <= 0.75 * len(self.mask_UP):
             self.keys = [key[used_u] for key in self.keys]
             self.values = [value[used_u] for value in self.values]
@@ -116,6 +117,7 @@ def _slots(source_B: Tensor, prompts: int) -> tuple[Tensor | None, Tensor | None
     rows = torch.arange(len(source_B), device=source_B.device)
     count_U = torch.bincount(source_B, minlength=prompts)
     most = int(count_U.max())
+    # A stable sort keeps the rows of a group in order: then the usual batch (G rows a prompt) needs no gather at all.
     sorted_B, order_B = source_B.sort(stable=True)
     if prompts * most == len(source_B) and torch.equal(order_B, rows):
         return None, None
@@ -132,7 +134,7 @@ _active: ContextVar[Prefix | None] = ContextVar("prefix", default=None)
 
 
 def prefix_attention(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -141,13 +143,13 @@ def prefix_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """The registered attention function: own keys and values as given, the prompts' from the active Prefix.
 
     Args:
         query: [B, H, T, D].
-        key, value: [B, K, S, D], the rows' own places, of which the last T are the queries'.
+        key, value: [B, K, S, D], the rows' own positions, of which the last T are the queries'.
 
     Returns:
         [B, T, H, D] and no weights.
@@ -164,19 +166,23 @@ def prefix_attention(
     key_heads, own = key.shape[1:3]
     repeats = heads // key_heads
     scale = width**-0.5 if scaling is None else scaling
-    prompt_key, prompt_value = prefix.keys[module.layer_idx], prefix.values[module.layer_idx]
+    layer = cast("int", module.layer_idx)
+    prompt_key, prompt_value = prefix.keys[layer], prefix.values[layer]
     places = prompt_key.shape[2]
 
-    # 1. Scores: of the rows' own places, each row apart, and of the prompts, all rows of a group at once.
+    # 1. Scores: of the rows' own positions, each row apart, and of the prompts, all rows of a group at once.
+    # Scaled before the products, where it is [T, D] numbers and not [T, P + S].
     query = query * scale
     own_score = (query.reshape(rows, key_heads, repeats * new, width) @ key.transpose(2, 3)).view(rows, heads, new, own)
     prompt_score = prefix.to_groups(query, key_heads) @ prompt_key.transpose(2, 3)
     score = torch.cat([prompt_score, prefix.to_groups(own_score, key_heads)], 3)
+    # The softmax is taken in float32, as in transformers' eager attention.
     score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
     hidden = prefix.hidden(new, own, sliding_window)
-    if hidden is not None:  # finite, and nothing beside any real score
+    if hidden is not None:
+        # Finite and far below any real score: a row of -inf only (left padding) would become NaN.
         score = score.unflatten(2, (-1, new)).masked_fill_(hidden, -1e30).flatten(2, 3)
 
     # 2. One softmax over both, and the values of each part.
@@ -192,11 +198,11 @@ AttentionInterface.register(NAME, prefix_attention)
 # -- caches -----------------------------------------------------------------------------------------------------------
 
 
-class Enough(Exception):
+class StopAtLastLayer(Exception):
     """The last layer's keys and values are there, and nothing else of the pass is wanted."""
 
 
-class _PromptLayer(CacheLayerMixin):
+class PromptLayer(CacheLayerMixin):
     """Keys and values of prompts as the model gives them; the last layer's end the pass."""
 
     is_sliding = False
@@ -208,10 +214,10 @@ class _PromptLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states.contiguous(), value_states.contiguous()  # read at every token
         if self.last:
-            raise Enough
+            raise StopAtLastLayer
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -225,14 +231,14 @@ class _PromptLayer(CacheLayerMixin):
 
 
 def prompt_cache(layers: int) -> Cache:
-    """An empty cache for prompts; a pass that fills it ends with `Enough`."""
-    return Cache(layers=[_PromptLayer(last=number == layers - 1) for number in range(layers)])
+    """An empty cache for prompts; a pass that fills it ends with `StopAtLastLayer`."""
+    return Cache(layers=[PromptLayer(last=number == layers - 1) for number in range(layers)])
 
 
-class _OwnLayer(CacheLayerMixin):
+class OwnLayer(CacheLayerMixin):
     """Keys and values of the rows' own tokens in preallocated tensors [B, K, W, D]; `length` of them are written.
 
-    With `written` (int64 [1], on the device) the next place is read from there and all W places are handed out, so that
+    With `written` (int64 [1], on the device) the next position is read from there and all W are handed out, so that
     no shape changes from step to step.
     """
 
@@ -248,7 +254,7 @@ class _OwnLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(rows, heads, self.places, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -283,15 +289,15 @@ class _OwnLayer(CacheLayerMixin):
         return self.places
 
 
-def own_cache(layers: int, places: int, written: Tensor | None = None) -> Cache:
-    """An empty cache for at most `places` tokens of each row."""
-    return Cache(layers=[_OwnLayer(places, written) for _ in range(layers)])
+def own_cache(layers: int, length: int, written: Tensor | None = None) -> Cache:
+    """An empty cache for at most `length` tokens of each row."""
+    return Cache(layers=[OwnLayer(length, written) for _ in range(layers)])
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-def configs(model: Any) -> list[PreTrainedConfig]:
+def configs(model: nn.Module) -> list[PreTrainedConfig]:
     """The configurations from which the model's parts read the name of their attention function."""
     found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return [config for config in found.values() if isinstance(config, PreTrainedConfig)]
@@ -300,6 +306,9 @@ def configs(model: Any) -> list[PreTrainedConfig]:
 @contextlib.contextmanager
 def attached(configs: Sequence[PreTrainedConfig], prefix: Prefix) -> Iterator[None]:
     """Inside, attention is this one and goes on from these prompts; afterwards it is as before."""
+    # Models read the name from their configurations at each forward. It is set for the pass only: set once, the model's
+    # own forward, its masks and its saved config would be others. The prefix itself goes by a context
+    # variable, which reaches the attention whatever a family's layers do with keywords.
     before = [config._attn_implementation for config in configs]
     token = _active.set(prefix)
     try:

@@ -5,21 +5,20 @@ token more go on from their keys and values; rows that began anew are computed w
 forward (a test), and where rows do not line up, or the model keeps more than plain keys and values, it is the full
 forward.
 
-Shape legend: B rows, R some of the rows, L places, W the width of a pass, H key heads, D hidden width, d head width.
+Shape legend: B rows, R some of the rows, L positions, W the width of a pass, H key heads, D hidden width, d head width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from textrl_gym.policy.backbone import Trunk
-from textrl_gym.policy.decoders import position_ids
+from textrl_gym.policy.backbone import Trunk, position_ids
 
 SLACK = 32
 """Columns that are filled before what is kept moves back to the front of its room."""
@@ -59,20 +58,23 @@ class _Seen:
 class _Room(DynamicLayer):
     """Keys and values of a layer, [B, H, columns, d]. Every row's last token stands in the same column."""
 
-    def __init__(self, first: Any, rows: int, columns: int) -> None:
+    def __init__(self, first: DynamicLayer, rows: int, columns: int) -> None:
         super().__init__()
+        assert first.keys is not None and first.values is not None
         _, heads, _, width = first.keys.shape
         self.key_room = first.keys.new_zeros(rows, heads, columns, width)
         self.value_room = first.values.new_zeros(rows, heads, columns, first.values.shape[-1])
         self.is_initialized, self.begin, self.end = True, 0, 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self.key_room[:, :, self.end] = key_states[:, :, 0]
         self.value_room[:, :, self.end] = value_states[:, :, 0]
-        return tuple(room[:, :, self.begin : self.end + 1] for room in (self.key_room, self.value_room))
+        columns = slice(self.begin, self.end + 1)
+        return self.key_room[:, :, columns], self.value_room[:, :, columns]
 
-    def put(self, row_R: Tensor, whole: Any, end: int) -> None:
+    def put(self, row_R: Tensor, whole: DynamicLayer, end: int) -> None:
         """The given rows' keys and values from a pass over the whole of them."""
+        assert whole.keys is not None and whole.values is not None
         width = whole.keys.shape[2]
         self.key_room[row_R, :, end - width : end] = whole.keys
         self.value_room[row_R, :, end - width : end] = whole.values
@@ -80,6 +82,7 @@ class _Room(DynamicLayer):
     def move(self, begin: int, end: int) -> None:
         """The columns [begin, end) to the front."""
         for room in (self.key_room, self.value_room):
+            # A clone, because source and target may overlap.
             room[:, :, : end - begin] = room[:, :, begin:end].clone()
 
     def get_seq_length(self) -> int:
@@ -104,6 +107,7 @@ class StepCache:
         self._seen, self._rooms = None, []
 
     def _weights(self) -> int:
+        # An optimizer's step counts a parameter's version up; comparing the numbers would read the whole model.
         return sum(p._version for p in self.trunk.model.parameters())
 
     @torch.no_grad()
@@ -149,7 +153,7 @@ class StepCache:
         same_BL = same_BL.scatter(1, (end_B - 1)[:, None], True)
         return same_BL.all(1) & (end_B == seen.end_B + 1)
 
-    def _whole(self, input_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Any]:
+    def _whole(self, input_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Cache | None]:
         """The full forward of some rows: last hidden states, and the cache that the model makes, if it makes one."""
         moved_BW, moved_mask_BW = aligned(input_BL, mask_BL)
         out = self.trunk.run(
@@ -163,16 +167,17 @@ class StepCache:
     def _start(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
         hidden_BD, cache = self._whole(input_BL, mask_BL)
         self._rooms = []
+        # Exactly these layers: a sliding window or a recurrent state cannot be cut and put together by columns.
         if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
             rows, places = input_BL.shape
-            self._rooms = [_Room(layer, rows, places + SLACK) for layer in cache.layers]
+            self._rooms = [_Room(cast("DynamicLayer", layer), rows, places + SLACK) for layer in cache.layers]
             self._end = places
             self._put(torch.arange(rows, device=input_BL.device), cache)
         return hidden_BD
 
-    def _put(self, row_R: Tensor, whole: Any) -> None:
+    def _put(self, row_R: Tensor, whole: Cache) -> None:
         for room, layer in zip(self._rooms, whole.layers, strict=True):
-            room.put(row_R, layer, self._end)
+            room.put(row_R, cast("DynamicLayer", layer), self._end)
 
     def _step(self, input_BL: Tensor, mask_BL: Tensor, length_B: Tensor, end_B: Tensor, goes_on_B: Tensor) -> Tensor:
         """One more column for all rows; those that began anew are then written over."""
@@ -181,6 +186,7 @@ class StepCache:
             for room in self._rooms:
                 room.move(self._end - places, self._end)
             self._end = places
+        # Rows that began anew take part as rows of one token, so that they do not widen the pass.
         length_B = torch.where(goes_on_B, length_B, 1)
         width = int(length_B.max())
         for room in self._rooms:
@@ -197,6 +203,7 @@ class StepCache:
         row_R = (~goes_on_B).nonzero().squeeze(1)
         if len(row_R):
             hidden_RD, whole = self._whole(input_BL[row_R], mask_BL[row_R])
+            assert whole is not None  # it was a DynamicCache at the start
             self._put(row_R, whole)
             hidden_BD = hidden_BD.index_copy(0, row_R, hidden_RD)
         return hidden_BD

@@ -6,7 +6,7 @@ pi_psi, the mask policy, is theta as it was at the last refresh(). Sampling, log
 of pi, so that what is trained is what was sampled from. The two models' hidden states go side by side through
 everything that is done with hidden states, the mask policy's after the policy's own; only `logits` tells them apart.
 
-Shape legend: N places in any order, V vocabulary, D the width of one model, 2D of both.
+Shape legend: N positions in any order, V vocabulary, D the width of one model, 2D of both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from textrl_gym.core import Rollout
 from textrl_gym.models import lora
@@ -42,7 +42,7 @@ class MaskedPolicy(Policy):
         top_p: in (0, 1].
     """
 
-    def __init__(self, model: Any, *, top_p: float, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, *, top_p: float, **settings: Any) -> None:
         super().__init__(model, **settings)
         self.top_p = top_p
         mask = Policy(
@@ -74,6 +74,7 @@ class MaskedPolicy(Policy):
         with torch.no_grad():
             allowed_NV = top_p_set(self.mask.logits(mask_ND), self.top_p)
             if token_N is not None:
+                # An action of before the last refresh may be outside the set now: log 0 would be no ratio.
                 allowed_NV = allowed_NV.scatter(1, token_N[:, None], True)
         return super().logits(own_ND).masked_fill(~allowed_NV, FORBIDDEN)
 
@@ -89,8 +90,8 @@ class MaskedPolicy(Policy):
     def last_hidden(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
         return torch.cat([super().last_hidden(input_BL, mask_BL), self.mask.last_hidden(input_BL, mask_BL)], -1)
 
-    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, places: int) -> Decoder:
-        inputs = (prompt_UP, mask_UP, source_B, places)
+    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> Decoder:
+        inputs = (prompt_UP, mask_UP, source_B, length)
         return _Pair(super().decoder(*inputs), self.mask.decoder(*inputs))
 
 
@@ -98,7 +99,7 @@ class _Pair:
     """Two decoders of the same rows; hidden states side by side."""
 
     def __init__(self, own: Decoder, mask: Decoder) -> None:
-        self.own, self.mask, self.leavers = own, mask, own.leavers
+        self.own, self.mask, self.compaction_threshold = own, mask, own.compaction_threshold
         self.first_BD = torch.cat([own.first_BD, mask.first_BD], -1)
 
     def step(self, token_B: Tensor) -> Tensor:

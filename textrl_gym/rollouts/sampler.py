@@ -72,8 +72,8 @@ def generate(
         written.append_(row_b, t, alive_b, token_b, logp_bV.gather(1, token_b[:, None]).squeeze(1), value_b)
 
         # 3. Who ended with this token?
-        so_far = written.token_BT[row_b, : t + 1]
-        hit_b = None if stopped is None else torch.tensor(stopped(so_far.tolist()), device=device)
+        so_far = written.token_BT[row_b, : t + 1].tolist()
+        hit_b = None if stopped is None else torch.tensor(stopped(so_far), device=device)
         length_b = torch.full_like(token_b, t + 1)
         written.end_(row_b, alive_b, length_b, stop_reasons(token_b, length_b, hit_b, max_new_tokens, eos_id))
         if t == max_new_tokens - 1:
@@ -86,12 +86,11 @@ def generate(
                 break
             # Moving the caches of those that stay costs as much as some steps of those that left: a decoder says from
             # which share of leavers on it pays.
-            if len(keep_k) < len(row_b) and len(keep_k) <= (1 - decoder.leavers) * len(row_b):
+            if len(keep_k) < len(row_b) and len(keep_k) <= (1 - decoder.compaction_threshold) * len(row_b):
                 decoder.keep(keep_k)
                 row_b, token_b = row_b[keep_k], token_b[keep_k]
 
-        # 5. One more place for each row.
-        hidden_bD = decoder.step(token_b)
+        hidden_bD = decoder.step(token_b)  # 5. One more position for each row.
     return written.completions()
 
 

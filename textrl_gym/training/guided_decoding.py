@@ -25,7 +25,7 @@ from textrl_gym.functional import unique_ids
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.mdp.transition import stop_reasons
-from textrl_gym.policy.decoders import Lookahead
+from textrl_gym.policy import decoders
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
 from textrl_gym.rollouts.collect import rollout_of
@@ -75,13 +75,15 @@ class States:
     def __init__(self, policy: Policy, prompt_ids: list[list[int]], places: int, reference: bool) -> None:
         prompts = unique_ids(prompt_ids, policy.device)
         self.policy, self.reference = policy, policy.reference if reference else None
-        self.trunk: Lookahead = policy.trunk.lookahead(*prompts, places)
-        self.reference_trunk = None if self.reference is None else self.reference.trunk.lookahead(*prompts, places)
-        self.value_trunk = None if policy.value_trunk is None else policy.value_trunk.lookahead(*prompts, places)
+        others = (None if self.reference is None else self.reference.trunk, policy.value_trunk)
+        self.trunk = decoders.lookahead(policy.trunk, *prompts, places)
+        self.reference_trunk, self.value_trunk = (
+            None if trunk is None else decoders.lookahead(trunk, *prompts, places) for trunk in others
+        )
         self.now = self._opinion([None if trunk is None else trunk.first_BD for trunk in self._trunks])
 
     @property
-    def _trunks(self) -> tuple[Lookahead, Lookahead | None, Lookahead | None]:
+    def _trunks(self) -> tuple[decoders.Lookahead, decoders.Lookahead | None, decoders.Lookahead | None]:
         return self.trunk, self.reference_trunk, self.value_trunk
 
     @property
