@@ -137,7 +137,7 @@ def make_agent(config: BenchConfig, **settings: object) -> Agent:
     reward: str | RewardModel = "length"
     if config.scoring:
         # A body like the policy's, so that scoring costs what a reward model of that size does.
-        shape = task.load_model().config
+        shape: Any = task.load_model().config
         shape.num_labels, shape.pad_token_id = 1, tokenizer.eos_token_id
         from transformers import AutoModelForSequenceClassification
 
