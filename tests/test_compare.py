@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 
 from textrl_gym.experiments import worker
-from textrl_gym.experiments.compare import CompareConfig, compare, lay_out, tidy
+from textrl_gym.experiments.compare import CompareConfig, compare, lay_out, print_finals, tidy
 from textrl_gym.registry import load_agent
 
 ENV = "CopyText-v0"
@@ -206,3 +207,29 @@ def test_a_wrong_judge_or_reward_is_told_before_any_run(wrong: dict[str, Any], m
     with pytest.raises(ValueError, match=message):
         compare(ENV, dataclasses.replace(SMALL, **wrong), tmp_path / "out", progress_bar=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_of_version_0_1_goes_on_with_its_own_gold_score(tmp_path: Path) -> None:
+    """0.1 wrote `judge` where cell.json has `gold` now: the same one goes on, another is refused."""
+    config = dataclasses.replace(SMALL, agents=("grpo",), seeds=1, set=SMALL.set[1:], gold="length")
+    (folder,) = lay_out(tmp_path, ENV, config).values()
+    spec = json.loads((folder / worker.SPEC).read_text())
+    spec["judge"] = spec.pop("gold")
+    (folder / worker.SPEC).write_text(json.dumps(spec))
+    assert list(lay_out(tmp_path, ENV, config).values()) == [folder]
+    with pytest.raises(ValueError, match=r"holds the run grpo-0 with gold='length', not None"):
+        lay_out(tmp_path, ENV, dataclasses.replace(config, gold=None))
+
+
+def test_the_terminal_shows_numbers_that_the_registry_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"kl_coef": math.nan, "final": True, "timesteps": 400, "updates": 9, "score": 1.0, "kl_token": 0.5}
+    rows = [
+        {"run": f"a-{seed}", "agent": "a", "seed": seed, **common, "mine": seed + 0.5, "reward/[x]": 2.0}
+        for seed in range(2)
+    ]
+    print_finals(pd.DataFrame([*rows, {"run": "b-0", "agent": "b", "seed": 0, **common}]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in lines[1].split("┃")[1:-1]] == ["agent", "seeds", "score", "mine", "reward/[x]"]
+    # Means over the seeds: (0.5 + 1.5) / 2. Agent b has neither number. kl_token is known, and has no short heading.
+    assert [cell.strip() for cell in lines[3].split("│")[1:-1]] == ["a", "2", "1.000", "1.000", "2.000"]
+    assert [cell.strip() for cell in lines[4].split("│")[1:-1]] == ["b", "1", "1.000", "", ""]

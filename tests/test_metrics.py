@@ -15,7 +15,7 @@ from textrl_gym.experiments.results import read_comparison
 from textrl_gym.experiments.worker import run
 from textrl_gym.reports import run_page
 from textrl_gym.reports.comparison_page import comparison_report
-from textrl_gym.training.run_folder import read_run
+from textrl_gym.training.run_folder import read_run, renamed
 
 
 def letters(rollouts: Sequence[Rollout], samples: Samples) -> float:
@@ -72,3 +72,8 @@ def test_every_computed_metric_is_in_an_evaluation() -> None:
     computed = {key for key, metric in METRICS.items() if metric.of is not None}
     # Completions of CopyText-v0 are too short for a run of 4 words: that metric is NaN, and left out.
     assert computed - set(found) == {"repetition"}
+
+
+def test_a_number_of_ones_own_under_an_old_name_is_left_alone() -> None:
+    assert renamed({"judge": 0.5, "score": 1.0}) == {"gold": 0.5, "score": 1.0}  # of 0.1
+    assert renamed({"gold": 0.5, "judge": 9.0}) == {"gold": 0.5, "judge": 9.0}  # an agent's extra_metrics has "judge"

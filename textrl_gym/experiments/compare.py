@@ -33,6 +33,8 @@ PLAN = "compare.json"
 RUNS = "runs"
 TABLE = "results"
 """Of the tidy table's files: results.csv, and results.parquet where pyarrow is installed."""
+RUN_COLUMNS = frozenset({"run", "agent", "seed", "kl_coef", "final"})
+"""Of that table: which evaluation a row is of, and no result of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,7 @@ def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
             file.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(file, json.dumps(spec, indent=1) + "\n")
             continue
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = renamed(json.loads(file.read_text(encoding="utf-8")))
         # The device may change: a comparison that was begun on a CPU may end on a GPU, whose numbers differ by
         # rounding.
         other = [key for key in spec if key != "device" and before.get(key) != json.loads(json.dumps(spec[key]))]
@@ -325,25 +327,29 @@ def _save(table: DataFrame, out: Path) -> None:
 
 
 def print_finals(table: DataFrame) -> None:
-    """A line an agent: the mean of its seeds' last evaluations. The page and the table of the comparison have more."""
+    """A line an agent: the mean of its seeds' last evaluations. The page and the table of the comparison have more.
+
+    Shown are the metrics that have a short heading, and those that the registry does not know, by their own names.
+    """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from textrl_gym.evaluation.metrics import METRICS
+    from textrl_gym.evaluation.metrics import METRICS, metric, metric_names, number
 
     if table.empty:
         return
     last = table[table["final"]]
-    words = {name: metric.short for name, metric in METRICS.items() if metric.short is not None}
-    names = [name for name in words if name in last and last[name].notna().any()]
+    measured = [name for name in last if name not in RUN_COLUMNS and last[name].notna().any()]
+    names = [name for name in metric_names([dict.fromkeys(measured)]) if name not in METRICS or metric(name).short]
     swept = last["kl_coef"].notna().any()
     shown = Table("agent", *(["coef."] if swept else []), "seeds")
     shown.columns[0].no_wrap = True
     for name in names:
-        shown.add_column(words[name], justify="right")
+        shown.add_column(metric(name).short or escape(name), justify="right")
     for (agent, coef), rows in last.groupby(["agent", "kl_coef"], sort=False, dropna=False):
-        means = {name: rows[name].mean() for name in names}
-        numbers = ["" if mean != mean else f"{mean:z.{METRICS[name].decimals}f}" for name, mean in means.items()]
+        means = {name: mean for name in names if (mean := rows[name].mean()) == mean}
+        numbers = [number(means, name) if name in means else "" for name in names]
         named = [agent, "own" if coef != coef else f"{coef:g}"] if swept else [agent]
         shown.add_row(*named, str(len(rows)), *numbers)
     Console().print(shown)

@@ -35,7 +35,9 @@ RENAMED = {"judge": "gold", "judge_greedy": "gold_greedy", "forward_passes": "mo
 
 def renamed(row: dict[str, Any]) -> dict[str, Any]:
     """A row that version 0.1 may have written, by today's keys: of an evaluation, a sample, an episode, an option."""
-    row = {RENAMED.get(key, key): value for key, value in row.items()}
+    # A row of today may have a number of its own under an old key: an agent's extra_metrics choose their names.
+    names = {old: new for old, new in RENAMED.items() if new not in row}
+    row = {names.get(key, key): value for key, value in row.items()}
     if row.get("stop_reason") == "BUDGET":
         row["stop_reason"] = "LENGTH"
     if isinstance(row.get("start"), dict):  # of an episode: the initial policy's completion
