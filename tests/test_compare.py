@@ -197,7 +197,7 @@ def test_a_judge_of_ones_own_judges_every_evaluation(tmp_path: Path) -> None:
     ("wrong", "message"),
     [
         ({"gold": "endpoint"}, r"gives no scores: finish the comparison .* `textrl-gym judge DIR --judge endpoint"),
-        ({"gold": "gold"}, "CopyText has no judge of its own"),
+        ({"gold": "gold"}, "CopyText has no gold score of its own"),
         ({"gold": "lenght"}, "unknown reward 'lenght'; allowed: "),
         ({"reward": "lenght"}, "unknown reward 'lenght'; allowed: "),
         ({"reward": "length=x"}, "reward 'length=x' must be a name, or NAME=WEIGHT"),
