@@ -77,7 +77,7 @@ def test_a_saved_agent_against_the_start(agent: Path, tmp_path: Path) -> None:
     assert best
 
 
-@pytest.mark.parametrize("label", ["annotators", "judge", "reward_model"])
+@pytest.mark.parametrize("label", ["annotators", "gold", "reward_model"])
 def test_who_labels_the_embedded_posts(label: str, tmp_path: Path) -> None:
     config = PreferenceConfig(n=6, label=label, batch_size=6, split="validation")
     make_preferences("TLDRSummarize-v0", config, tmp_path / "pairs.jsonl")
@@ -100,8 +100,8 @@ def test_annotators_choose_with_their_noise_and_rewards_leave_ties() -> None:
     chosen = annotators.choose(score_N2, texts_N2, np.random.default_rng(0))
     # 0.88 sigmoid(6 * 0.2) + 0.06 = 0.736; the standard error of 4,000 draws is 0.007
     assert chosen.count(0) / 4000 == pytest.approx(0.736, abs=0.021)
-    judge = Labeller(task, task.load_tokenizer(), PreferenceConfig(label="judge"))
-    found = judge.choose(np.array([[0.6, 0.4], [0.1, 0.2], [0.3, 0.3]]), [["a", "b"]] * 3, np.random.default_rng(0))
+    gold = Labeller(task, task.load_tokenizer(), PreferenceConfig(label="gold"))
+    found = gold.choose(np.array([[0.6, 0.4], [0.1, 0.2], [0.3, 0.3]]), [["a", "b"]] * 3, np.random.default_rng(0))
     assert found == [0, 1, None]
 
 
@@ -119,7 +119,7 @@ def test_errors_come_before_the_work_and_leave_nothing(tmp_path: Path, agent: Pa
         ({"n": 0}, "n must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be finite and at least 0, got -1"),
         ({"temperature": 0.0}, "give other_model"),
-        ({}, "label 'annotators' needs the task's judge, and CopyText has none"),
+        ({}, "label 'annotators' needs the task's gold score, and CopyText has none"),
         ({"label": "nothing"}, "unknown reward 'nothing'"),
         ({"label": COPIED, "model": "/nowhere"}, "there is no folder '/nowhere'"),
         ({"label": COPIED, "dataset": "no.jsonl"}, "has only its own prompts"),

@@ -229,7 +229,7 @@ def test_errors_name_what_was_found(tiny_model: str, tmp_path: Path) -> None:
         reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     task: Any = TLDRSummarize()
     task.gold = None
-    with pytest.raises(ValueError, match="TLDRSummarize has no judge"):
+    with pytest.raises(ValueError, match="TLDRSummarize has no gold score"):
         Comparer(task, [Policy(loading.load_model(tiny_model))], loading.load_tokenizer(tiny_model), TINY)
 
 
