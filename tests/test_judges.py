@@ -72,6 +72,11 @@ def test_a_judge_gets_columns_and_tokens_and_scores_nothing_twice() -> None:
     assert [(prompt, ids) for prompt, _, _, ids in seen[3:]] == [("p", [6]), ("p", [5])]
 
 
+def test_a_task_of_version_0_1_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Old\.judge is called gold since version 0\.2: rename it"):
+        type("Old", (Task,), {"judge": "length"})
+
+
 def test_names_of_judges() -> None:
     class Gold(Task):
         gold = "length"

@@ -39,6 +39,12 @@ class Task:
     keep_suffix: str = ""
     """The end of every prompt that cutting must not touch, such as "\\n\\nTL;DR:"."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for old, new in {"judge": "gold", "falsified": "corrupted"}.items():
+            if old in vars(cls):  # of version 0.1; it would be ignored in silence
+                raise TypeError(f"{cls.__name__}.{old} is called {new} since version 0.2: rename it")
+
     def rows(self, split: str, dataset: str | None = None) -> PromptSource:
         """The prompts of a split: embedded where dataset is None, else a Hub id or a local file or folder."""
         raise ValueError(f"{type(self).__name__} defines no rows(split, dataset)")
