@@ -95,8 +95,8 @@ class DPO(Agent):
     def collect(self) -> Rollout:
         """The next pairs in the order of this pass, as a rollout."""
         # 1. Which: a function of the updates done, so that a resumed run goes on with the next.
-        wanted = self.config.rollout_episodes // 2
-        places = range(self.num_updates * wanted, (self.num_updates + 1) * wanted)
+        num_pairs = self.config.rollout_episodes // 2
+        places = range(self.num_updates * num_pairs, (self.num_updates + 1) * num_pairs)
         if self.config.pairs is None:
             self._sample(min(places.stop, self.config.num_pairs))
         size = len(self.pairs) if self.config.pairs is not None else self.config.num_pairs
@@ -149,11 +149,11 @@ class DPO(Agent):
         """Sample until there are so many pairs. Each draw has a seed of its own, so that resuming draws the same."""
         empty = 0
         while len(self.pairs) < wanted:
-            found = self._draw()
+            drawn = self._draw()
             # Never more than num_pairs, so that later passes are over the same set whatever the last draw brought.
-            self.pairs += found[: self.config.num_pairs - len(self.pairs)]
+            self.pairs += drawn[: self.config.num_pairs - len(self.pairs)]
             self.draws += 1
-            empty = 0 if found else empty + 1
+            empty = 0 if drawn else empty + 1
             if empty == MOST_DRAWS:
                 raise ValueError(f"in {MOST_DRAWS} rollouts no prompt had two completions of different reward")
 

@@ -171,19 +171,19 @@ class MCTS(CriticAgent):
             runs_b = torch.tensor(stops, device=self.device) == StopReason.RUNNING
             value_b = endings.values(row_b, longer, stops, before_b)
             # No pass where every new node is over or has been there: a model call costs more than all of the rest.
-            said = states.look(path_bD, length_b) if (runs_b & fresh_b).any() else states.now
+            opinion = states.look(path_bD, length_b) if (runs_b & fresh_b).any() else states.now
             calls_b.add_((runs_b & fresh_b) * states.models)
-            return self._leaves(said, torch.where(runs_b, said.value_B, value_b), ~runs_b)
+            return self._leaves(opinion, torch.where(runs_b, opinion.value_B, value_b), ~runs_b)
 
         root = self._leaves(states.now, states.now.value_B, torch.zeros_like(calls_b, dtype=torch.bool))
         tree = search(root, grow, self.config.simulations, self.config.c_puct)
         logp_bK = (tree.visits_BMK[:, 0].log() / self.config.visit_temperature).log_softmax(1)
         return tree.token_BMK[:, 0], logp_bK, calls_b
 
-    def _leaves(self, said: Opinion, value_B: Tensor, over_B: Tensor) -> Leaves:
-        token_BK = self.candidates(said.logp_BV)
-        logp_BK = said.logp_BV.gather(1, token_BK)
+    def _leaves(self, opinion: Opinion, value_B: Tensor, over_B: Tensor) -> Leaves:
+        token_BK = self.candidates(opinion.logp_BV)
+        logp_BK = opinion.logp_BV.gather(1, token_BK)
         reward_BK = torch.zeros_like(logp_BK)
-        if said.ref_logp_BV is not None:
-            reward_BK = -self.kl.coef * (logp_BK - said.ref_logp_BV.gather(1, token_BK))
+        if opinion.ref_logp_BV is not None:
+            reward_BK = -self.kl.coef * (logp_BK - opinion.ref_logp_BV.gather(1, token_BK))
         return Leaves(token_BK, logp_BK.exp(), reward_BK, value_B, over_B)

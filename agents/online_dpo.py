@@ -49,9 +49,9 @@ class OnlineDPO(Agent):
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Pairs of each group, by the reward (and what a missing EOS costs).
         row_N2 = label_pairs(rollout.reward_BT.sum(1), rollout.group_B, self.config.labels, self.generator)
-        told = {"pairs": float(len(row_N2))}
+        metrics = {"pairs": float(len(row_N2))}
         if len(row_N2) == 0:
-            return told
+            return metrics
 
         # 2. DPO's loss on them.
-        return learn_pairs(self, as_pairs(rollout, row_N2)) | told
+        return learn_pairs(self, as_pairs(rollout, row_N2)) | metrics

@@ -71,9 +71,9 @@ def _corrupt_slots(slots: dict[str, str], row: dict[str, Any], number: int, rng:
     # Mostly from the post itself: a distractor is what a policy copies by mistake, and only reading the post tells it
     # from the fact. A stranger's value is usually not in the post at all.
     slots = dict(slots)
-    told = [kind for kind in KINDS if (kind in slots or (kind == "who" and "name" in slots))]
+    kinds = [kind for kind in KINDS if (kind in slots or (kind == "who" and "name" in slots))]
     stranger = TLDRCorpus("train", seed=rng.getrandbits(32))[0]["facts"]
-    for kind in rng.sample(told, min(number, len(told))):
+    for kind in rng.sample(kinds, min(number, len(kinds))):
         wrong = rng.choice(row["distractors"][kind]) if rng.random() < 0.7 else stranger[kind]["value"]
         if kind == "who":
             relation, name = wrong.rsplit(" ", 1)
@@ -95,23 +95,23 @@ def _patchwork(text: str, row: dict[str, Any], rng: random.Random) -> str:
     """
     every = slots_of(row["facts"])
     pool = [text for _ in range(4) for text in _SENTENCE.findall(compose(every, rng))]
-    told = _SENTENCE.findall(text)
+    sentences = _SENTENCE.findall(text)
     if rng.random() < 0.5:
-        told = told[: rng.randint(1, len(told))]
+        sentences = sentences[: rng.randint(1, len(sentences))]
     for _ in range(rng.choice((1, 1, 2, 3, 4))):
-        told.insert(rng.randint(0, len(told)), rng.choice(pool + told))
-    return " " + " ".join(told)
+        sentences.insert(rng.randint(0, len(sentences)), rng.choice(pool + sentences))
+    return " " + " ".join(sentences)
 
 
 def _told_again(text: str, slots: dict[str, str], rng: random.Random) -> str:
     """The summary of these slots with one of its sentences told twice or, at the end, told again in other words."""
-    told = _SENTENCE.findall(text)
+    sentences = _SENTENCE.findall(text)
     if rng.random() < 0.5:
-        at = rng.randrange(len(told))
-        told.insert(rng.randint(at + 1, len(told)), told[at])
+        at = rng.randrange(len(sentences))
+        sentences.insert(rng.randint(at + 1, len(sentences)), sentences[at])
     else:
-        told.append(rng.choice(_SENTENCE.findall(compose(slots, rng))))
-    return " " + " ".join(told)
+        sentences.append(rng.choice(_SENTENCE.findall(compose(slots, rng))))
+    return " " + " ".join(sentences)
 
 
 class TLDRSummarize(Task):

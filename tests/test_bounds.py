@@ -66,7 +66,9 @@ def test_a_value_out_of_bounds_is_named(bad: dict[str, Any], message: str) -> No
 
 
 def test_values_at_closed_bounds_and_none_are_allowed() -> None:
-    Tighter(number=2, share=1.0, decay=0.0, limit=None, most=9, free=math.nan)
+    config = Tighter(number=2, share=1.0, decay=0.0, limit=None, most=9, free=math.nan)
+    assert (config.number, config.share, config.decay, config.limit, config.most) == (2, 1.0, 0.0, None, 9)
+    assert math.isnan(config.free)  # a field without bounds takes any number
 
 
 def test_help_prints_the_bounds(capsys: pytest.CaptureFixture[str]) -> None:
