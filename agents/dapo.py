@@ -61,18 +61,18 @@ class DAPO(GRPO):
 
     def collect(self) -> Rollout:
         """Rollouts until enough rows have groups with spread."""
-        wanted, found, generated = self.env.num_envs, [], 0
+        num_rows, rollouts, generated = self.env.num_envs, [], 0
         for _ in range(self.config.most_draws):
             drawn = super().collect()
             generated += drawn.num_tokens
             drawn = self.shaped(drawn)
             spread_B = with_spread(drawn)
             if spread_B.any():
-                found.append(drawn.select(spread_B))
-            if sum(map(len, found)) >= wanted:
+                rollouts.append(drawn.select(spread_B))
+            if sum(map(len, rollouts)) >= num_rows:
                 break
-        rollout = Rollout.cat(found) if found else drawn
-        rollout = rollout.select(torch.arange(min(wanted, len(rollout)), device=self.device))
+        rollout = Rollout.cat(rollouts) if rollouts else drawn
+        rollout = rollout.select(torch.arange(min(num_rows, len(rollout)), device=self.device))
         self.dropped_tokens = generated - rollout.num_tokens
         return rollout
 

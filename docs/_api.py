@@ -40,13 +40,13 @@ PLUGINS = {"envs": ROOT / "envs", "agents": ROOT / "agents"}
 def modules() -> dict[str, list[str]]:
     """Wing -> the dotted names of its modules, the wing's own first."""
     package = ROOT / PACKAGE
-    found = {CORE: [PACKAGE, *(f"{PACKAGE}.{path.stem}" for path in sorted(package.glob("[!_]*.py")))]}
+    names = {CORE: [PACKAGE, *(f"{PACKAGE}.{path.stem}" for path in sorted(package.glob("[!_]*.py")))]}
     folders = {path.name: path for path in package.iterdir() if (path / "__init__.py").is_file()} | PLUGINS
     for wing, folder in folders.items():
         name = f"{PACKAGE}.{wing}"
-        found[wing] = [name, *(f"{name}.{path.stem}" for path in sorted(folder.glob("[!_]*.py")))]
+        names[wing] = [name, *(f"{name}.{path.stem}" for path in sorted(folder.glob("[!_]*.py")))]
     rank = {wing: number for number, wing in enumerate(WINGS)}
-    return {wing: found[wing] for wing in sorted(found, key=lambda wing: (rank.get(wing, len(WINGS)), wing))}
+    return {wing: names[wing] for wing in sorted(names, key=lambda wing: (rank.get(wing, len(WINGS)), wing))}
 
 
 def page_of(wing: str, module: str) -> str:

@@ -99,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only:
         print(json.dumps(measure(args.only, args)))
         return
-    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for _ in range(args.turns):
-        for variant, rows in found.items():
+        for variant, rows in results.items():
             command = [sys.executable, "-W", "ignore", __file__, *(argv or sys.argv[1:]), "--only", variant]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-    for variant, rows in found.items():
+    for variant, rows in results.items():
         speeds = [row["completion_tokens_per_second"] for row in rows]
         memory = statistics.median(row["peak_memory_bytes"] for row in rows) / 2**20
         print(

@@ -53,8 +53,8 @@ def run_ours(args: argparse.Namespace) -> dict[str, float]:
         scoring=args.agent == "ppo",
         device="cpu",
     )
-    found = bench.bench(config, **({"separate_value_model": True} if args.separate_critic else {}))["measured"]
-    return {"tokens_per_second": found["completion_tokens_per_second"], "peak_bytes": found["peak_memory_bytes"]}
+    measured = bench.bench(config, **({"separate_value_model": True} if args.separate_critic else {}))["measured"]
+    return {"tokens_per_second": measured["completion_tokens_per_second"], "peak_bytes": measured["peak_memory_bytes"]}
 
 
 # -- TRL, in its own environment, which has no textrl-gym -------------------------------------------------------------

@@ -26,9 +26,9 @@ def show_samples(console: Console, comparison: Comparison) -> None:
         table.add_column(justify="right", no_wrap=True)
         table.add_row("prompt", asked["prompt"], "")
         for group in comparison.groups:
-            said = group.runs[0].episodes[number]
-            mark = f"gold {said['gold']:.2f}" if "gold" in said else f"score {said['score']:.2f}"
-            table.add_row(group.label, said["completion"].strip(), mark)
+            sample = group.runs[0].episodes[number]
+            mark = f"gold {sample['gold']:.2f}" if "gold" in sample else f"score {sample['score']:.2f}"
+            table.add_row(group.label, sample["completion"].strip(), mark)
         if asked["reference"]:
             table.add_row("human", asked["reference"].strip(), "")
         console.print(table)

@@ -49,10 +49,10 @@ def selectors(folder: str, task: Any, tokenizer: Any, columns: dict[str, list[An
     """Name -> the scores of all completions: of each member, and of their combinations."""
     ensemble = make(folder, task=task, device="cpu", tokenizer=tokenizer)
     score_MB = torch.stack([member(**columns) for member in ensemble.members])
-    found = {f"single {number}": score_B.numpy() for number, score_B in enumerate(score_MB)}
+    scores = {f"single {number}": score_B.numpy() for number, score_B in enumerate(score_MB)}
     for how in get_args(Combination):
-        found[how] = combine(score_MB, how, ensemble.coefficient).numpy()
-    return found
+        scores[how] = combine(score_MB, how, ensemble.coefficient).numpy()
+    return scores
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> str:

@@ -53,7 +53,7 @@ def judged(agent: GRPO, episodes: int, taste: float) -> dict[str, str]:
     words_a, words_b = (
         np.array([len(s["completion"].split()) for s in some]) for some in (samples, start(evaluator, agent))
     )
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "gold": f"{gold_a.mean():.3f}",
         "words": f"{words_a.mean():.1f}",
         "KL, nats/seq": f"{metrics['kl_sequence']:.1f}",
@@ -61,9 +61,9 @@ def judged(agent: GRPO, episodes: int, taste: float) -> dict[str, str]:
     }
     for name, preference in (("fair annotators", 0.0), ("length-loving", taste)):
         outcome = Annotators(length_preference=preference).probability(gold_a, gold_b, words_a, words_b)
-        found[f"wins, {name}"] = shown(win_rate(outcome))
-        found[f"controlled, {name}"] = shown(length_controlled_win_rate(outcome, words_a - words_b).win_rate)
-    return found
+        row[f"wins, {name}"] = shown(win_rate(outcome))
+        row[f"controlled, {name}"] = shown(length_controlled_win_rate(outcome, words_a - words_b).win_rate)
+    return row
 
 
 def start(evaluator: Evaluator, agent: GRPO) -> list[dict[str, Any]]:

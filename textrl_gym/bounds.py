@@ -49,15 +49,15 @@ def bounds_of(config: type[Any]) -> Mapping[str, Bounds]:
     A field that a subclass declares again keeps the bounds of its base, and the tightest count.
     """
     names = [field.name for field in dataclasses.fields(config)]
-    found: dict[str, Bounds] = {}
+    tightest: dict[str, Bounds] = {}
     # From the class itself to its bases; a field's bounds are looked up in every class that declares it, since
     # get_type_hints of the subclass alone shows only the last declaration.
     for cls in filter(dataclasses.is_dataclass, config.__mro__):
         hints = get_type_hints(cls, include_extras=True)
         for name in names:
             if name in hints:
-                found[name] = _tightened(found.get(name, Bounds()), hints[name])
-    return {name: bounds for name, bounds in found.items() if bounds != Bounds()}
+                tightest[name] = _tightened(tightest.get(name, Bounds()), hints[name])
+    return {name: bounds for name, bounds in tightest.items() if bounds != Bounds()}
 
 
 def check_bounds(config: object) -> None:

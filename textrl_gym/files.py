@@ -47,15 +47,15 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
         ValueError: naming the line before the last that is no JSON.
     """
     lines = _lines(file)
-    found = (_parse(file, number, lines) for number in range(len(lines)))
-    return [row for row in found if row is not None]
+    rows = (_parse(file, number, lines) for number in range(len(lines)))
+    return [row for row in rows if row is not None]
 
 
 def last_json_line(file: Path) -> dict[str, Any] | None:
     """The last object of a log, without parsing those before it; None where there is none."""
     lines = _lines(file)
-    found = (_parse(file, number, lines) for number in reversed(range(len(lines))))
-    return next((row for row in found if row is not None), None)
+    rows = (_parse(file, number, lines) for number in reversed(range(len(lines))))
+    return next((row for row in rows if row is not None), None)
 
 
 def append_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:

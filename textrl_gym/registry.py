@@ -33,14 +33,14 @@ def names(kind: str) -> list[str]:
 
 def env_ids() -> dict[str, str]:
     """Environment id -> task path ("textrl_gym.envs.copy_text"), read from the line ID = "..." without importing."""
-    found: dict[str, str] = {}
+    tasks: dict[str, str] = {}
     for path in folder("envs"):
         # Read and not imported: `import textrl_gym` registers every environment and must not wait for their torch.
         match = re.search(r'^ID = "([^"]+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
         if match is None:
             raise ImportError(f'{path} must hold a line ID = "Name-v0": every file in envs/ is an environment')
-        found[match[1]] = f"textrl_gym.envs.{path.stem}"
-    return found
+        tasks[match[1]] = f"textrl_gym.envs.{path.stem}"
+    return tasks
 
 
 def register_envs() -> None:
@@ -98,12 +98,12 @@ def class_in(module: ModuleType, method: str) -> type:
     """The one class that a plug-in's module defines with this method."""
     # By __module__: a file also holds the classes that it imports, its own base class among them.
     classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
-    found = [c for c in classes if hasattr(c, method)]
-    if len(found) != 1:
+    matching = [c for c in classes if hasattr(c, method)]
+    if len(matching) != 1:
         raise ValueError(
-            f"{module.__name__} must define one class with {method}(), found {[c.__name__ for c in found]}"
+            f"{module.__name__} must define one class with {method}(), found {[c.__name__ for c in matching]}"
         )
-    return found[0]
+    return matching[0]
 
 
 def path_of(cls: type, kind: str) -> str:

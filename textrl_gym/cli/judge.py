@@ -109,9 +109,9 @@ def evaluate_command(args: Sequence[str]) -> int:
     title = f"{parsed.folder}: {parsed.episodes} prompts of {parsed.split}, seed {parsed.seed}"
     print_rows(title, rows)
     if judge is not None:
-        found = _judged(judge, evaluator, agent, samples, opponent)
-        numbers["judged"] = {"judge": judge.name, "against": against} | found.numbers()
-        print_rows(f"judged by {judge.name} against {against}", tally_rows(found))
+        tally = _judged(judge, evaluator, agent, samples, opponent)
+        numbers["judged"] = {"judge": judge.name, "against": against} | tally.numbers()
+        print_rows(f"judged by {judge.name} against {against}", tally_rows(tally))
     if parsed.json is not None:
         files.write_text(parsed.json, json.dumps(numbers, indent=1) + "\n")
     return 0

@@ -200,7 +200,7 @@ def find_agent(name: str) -> type[Agent]:
 
     if ":" not in name and name not in registry.names("agents"):
         raise unknown("agent", name, registry.names("agents"), ", or module:Class")
-    found = registry.load_agent_class(name)
-    if not (isinstance(found, type) and issubclass(found, Agent)):
-        raise ValueError(f"{name!r} is {found!r}, not a subclass of textrl_gym.agents.Agent")
-    return found
+    agent_class = registry.load_agent_class(name)
+    if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)):
+        raise ValueError(f"{name!r} is {agent_class!r}, not a subclass of textrl_gym.agents.Agent")
+    return agent_class

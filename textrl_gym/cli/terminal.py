@@ -40,14 +40,14 @@ def make_table(
     from rich.markup import escape
     from rich.table import Table
 
-    made = Table(title=None if title is None else escape(title), title_justify="left")
+    table = Table(title=None if title is None else escape(title), title_justify="left")
     for heading in headings:
-        made.add_column(
+        table.add_column(
             heading, justify="left" if heading in left else "right", no_wrap=heading in no_wrap, overflow="fold"
         )
     for row in rows:
-        made.add_row(*map(escape, row))
-    return made
+        table.add_row(*map(escape, row))
+    return table
 
 
 def records_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:

@@ -84,13 +84,13 @@ class PreferenceSchema:
 def _talk(turns: Row | Sequence[Row]) -> Talk:
     """A conversation of {"role", "content"} or {"from", "value"} turns; one turn may stand alone."""
     turns = [turns] if isinstance(turns, Mapping) else turns
-    found = []
+    messages = []
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"no turn with role and content: {str(turn)[:60]!r}")
-        found.append({"role": ROLES.get(role, role), "content": content})
-    return found
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -193,8 +193,8 @@ def _two_outputs(row: Row) -> Preference:
 
 def rating(completion: Row) -> float | None:
     """The mean of a completion's ratings in UltraFeedback's aspects, which are texts; None where all are "N/A"."""
-    found = [aspect.get("Rating") for aspect in (completion.get("annotations") or {}).values()]
-    numbers = [float(text) for text in found if text is not None and re.fullmatch(r"\d+(\.\d+)?", str(text))]
+    ratings = [aspect.get("Rating") for aspect in (completion.get("annotations") or {}).values()]
+    numbers = [float(text) for text in ratings if text is not None and re.fullmatch(r"\d+(\.\d+)?", str(text))]
     return sum(numbers) / len(numbers) if numbers else None
 
 
@@ -259,25 +259,27 @@ def load_preferences(
     if schema is None:
         known = "; or ".join(f"{', '.join(s.columns)} (as {s.name})" for s in PREFERENCE_SCHEMAS)
         raise ValueError(f"{where} has the columns {', '.join(map(str, columns))}; expected: {known}")
-    found: list[dict[str, Any]] = []
+    preference_rows: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for number, row in enumerate(rows):
         try:
-            found.append({**row, **_texts(schema.convert(row), tokenizer)})
+            preference_rows.append({**row, **_texts(schema.convert(row), tokenizer)})
         except Dropped as why:  # counted and told: a data set that loses half of its rows must not do so unseen
             dropped[str(why)] += 1
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}, row {number} does not fit the schema of {schema.name}: {error!r}") from error
     if not (has_held_out or whole):
         # By prompt, not by row: pairs of one prompt on both sides would leak what was learnt into what is measured.
-        places = {text: place for place, text in enumerate(dict.fromkeys(row["prompt"] for row in found))}
+        places = {text: place for place, text in enumerate(dict.fromkeys(row["prompt"] for row in preference_rows))}
         first_held_out = len(places) - max(1, len(places) // 10)
-        found = [row for row in found if (places[row["prompt"]] >= first_held_out) == (split == "validation")]
-    if not found:
+        preference_rows = [
+            row for row in preference_rows if (places[row["prompt"]] >= first_held_out) == (split == "validation")
+        ]
+    if not preference_rows:
         raise ValueError(f"dataset {dataset!r} has too few pairs: at least 2 prompts are needed, one of them held out")
     for reason, number in dropped.items():
         print(f"{where}: of {len(rows)} rows dropped {number} {reason}", file=sys.stderr)
-    return Preferences(found, schema.name, dict(dropped))
+    return Preferences(preference_rows, schema.name, dict(dropped))
 
 
 def _as_mapping(row: object, where: str, number: int) -> Row:

@@ -75,22 +75,22 @@ def _split_head(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
     match = _HEAD.search(text)
     head_chars = match.end() if match else 0
     encoded = _encode(text, tokenizer, with_offsets=True)
-    kept = 0
+    length = 0
     for place, ((start, _), special) in enumerate(
         zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
     ):
-        if start < head_chars or (special and place == kept):  # a BOS stands at offset (0, 0) even without a head
-            kept = place + 1
-    return encoded["input_ids"][:kept], encoded["input_ids"][kept:]
+        if start < head_chars or (special and place == length):  # a BOS stands at offset (0, 0) even without a head
+            length = place + 1
+    return encoded["input_ids"][:length], encoded["input_ids"][length:]
 
 
 def _whole_characters(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """ids without a last character that was cut inside its bytes (it would read U+FFFD), but with at least one id."""
     for cut in range(min(4, len(ids))):  # a character has at most 4 bytes, so at most 3 of its tokens can stand here
-        kept = len(ids) - cut
-        text = cast(str, tokenizer.decode(ids[max(0, kept - 4) : kept]))  # a list only of a batch
+        length = len(ids) - cut
+        text = cast(str, tokenizer.decode(ids[max(0, length - 4) : length]))  # a list only of a batch
         if not text.endswith("\ufffd"):
-            return ids[:kept]
+            return ids[:length]
     return ids
 
 

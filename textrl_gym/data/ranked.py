@@ -78,7 +78,7 @@ def read_preferences(
     """
     # Budgets count tokens: two texts that differ only behind the budget are equal for the model.
     prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
-    found = []
+    ranked = []
     rows = preferences.load_preferences(dataset, split, tokenizer, whole=whole).rows
     if most is not None and most < len(rows):
         rows = random.Random(seed).sample(rows, most)
@@ -90,7 +90,7 @@ def read_preferences(
         ids = [some[:budget] for some in ids]
         pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
         if pairs:
-            found.append(RankedCompletions(_encode_prompt(row, task, tokenizer, prompt_budget), ids, pairs))
-    if not found:
+            ranked.append(RankedCompletions(_encode_prompt(row, task, tokenizer, prompt_budget), ids, pairs))
+    if not ranked:
         raise ValueError(f"dataset {dataset!r}: within max_new_tokens={budget} no two completions of a prompt differ")
-    return found
+    return ranked

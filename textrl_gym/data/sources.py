@@ -58,14 +58,14 @@ def read_rows(dataset: str | Path, split: str, hub: Callable[[str, str], list[An
 
 def _split_files(folder: Path, split: str) -> list[Path]:
     files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.endswith(FORMATS)]
-    found = [f for f in files if re.fullmatch(rf"{split}(-\d+(-of-\d+)?)?", f.name.split(".")[0])]
-    if not found:
+    matching = [f for f in files if re.fullmatch(rf"{split}(-\d+(-of-\d+)?)?", f.name.split(".")[0])]
+    if not matching:
         names = ", ".join(f.name for f in files) or "no data file"
         raise ValueError(f"folder {str(folder)!r} has no file for split {split!r} ({split}.jsonl, ...); it has {names}")
-    if len(found) > 1 and any(f.name.split(".")[0] == split for f in found):  # else they are shards
-        names = ", ".join(f.name for f in found)
+    if len(matching) > 1 and any(f.name.split(".")[0] == split for f in matching):  # else they are shards
+        names = ", ".join(f.name for f in matching)
         raise ValueError(f"folder {str(folder)!r} has more than one file for split {split!r}: {names}")
-    return found
+    return matching
 
 
 def _read_file(path: Path) -> list[Any]:
@@ -157,20 +157,20 @@ def _read_hub_preferences(name: str, part: str, split: str) -> tuple[list[Any], 
         import datasets
 
         try:
-            found = datasets.load_dataset(name, CONFIGS.get(name), data_dir=part or None)
+            dataset = datasets.load_dataset(name, CONFIGS.get(name), data_dir=part or None)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
             # The Hub keeps what such a script gives as parquet files on a branch of its own.
             folder = part or CONFIGS.get(name, "default")
-            found = datasets.load_dataset(name, data_dir=folder, revision=PARQUET)
+            dataset = datasets.load_dataset(name, data_dir=folder, revision=PARQUET)
         # All of them are loaded and one is taken, because which splits there are decides what is held out.
-        own = [n for n in PREFERENCE_SPLITS[split] if n in found]
-        names = own or [n for n in PREFERENCE_SPLITS["train"] if n in found]
+        own = [n for n in PREFERENCE_SPLITS[split] if n in dataset]
+        names = own or [n for n in PREFERENCE_SPLITS["train"] if n in dataset]
         if not names:
-            raise ValueError(f"it has the splits {', '.join(found)}; known are {', '.join(PREFERENCE_SPLITS[split])}")
-        has_held_out = any(n in found for n in PREFERENCE_SPLITS["validation"])
-        return found[names[0]].to_list(), has_held_out
+            raise ValueError(f"it has the splits {', '.join(dataset)}; known are {', '.join(PREFERENCE_SPLITS[split])}")
+        has_held_out = any(n in dataset for n in PREFERENCE_SPLITS["validation"])
+        return dataset[names[0]].to_list(), has_held_out
 
 
 @contextlib.contextmanager

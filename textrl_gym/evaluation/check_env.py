@@ -47,12 +47,12 @@ class Subject:
 
     def single(self, **changes: object) -> TextEnv:
         """A single environment, of the subject's own class where that is one."""
-        made = TextEnv
+        env_class = TextEnv
         if isinstance(self.env.unwrapped, TextEnv):
-            made = type(self.env.unwrapped)
+            env_class = type(self.env.unwrapped)
         keywords = self.mdp.keywords(**(self._plain() | changes))
         del keywords["autoreset_mode"]
-        return made(**keywords)
+        return env_class(**keywords)
 
     def _plain(self) -> dict[str, Any]:
         return {
@@ -204,8 +204,10 @@ def score_only_at_the_end(subject: Subject) -> None:
     envs = subject.vector(autoreset_mode=AutoresetMode.DISABLED, missing_eos_penalty=0.0)
     for t, _, _, (_, reward_B, terminated_B, truncated_B, infos) in _play(subject, envs):
         for b in range(CHECKED_ROWS):
-            wanted = infos["score"][b] if terminated_B[b] or truncated_B[b] else 0.0
-            _expect(reward_B[b] == np.float32(wanted), f"row {b}, step {t}: reward {reward_B[b]}, expected {wanted}")
+            expected = infos["score"][b] if terminated_B[b] or truncated_B[b] else 0.0
+            _expect(
+                reward_B[b] == np.float32(expected), f"row {b}, step {t}: reward {reward_B[b]}, expected {expected}"
+            )
 
 
 def step_appends_one_token(subject: Subject) -> None:
@@ -215,10 +217,10 @@ def step_appends_one_token(subject: Subject) -> None:
     for t, before, action_B, (after, _, terminated_B, truncated_B, infos) in _play(subject, envs):
         # Padding stands left of a prompt and right of a completion, so the next place is counted and not searched.
         place_B = envs.max_prompt_tokens + before["attention_mask"][:, envs.max_prompt_tokens :].sum(1)
-        wanted = {key: value.copy() for key, value in before.items()}
-        wanted["input_ids"][rows, place_B] = action_B
-        wanted["attention_mask"][rows, place_B] = 1
-        _expect_same(f"step {t}", after, wanted)
+        expected = {key: value.copy() for key, value in before.items()}
+        expected["input_ids"][rows, place_B] = action_B
+        expected["attention_mask"][rows, place_B] = 1
+        _expect_same(f"step {t}", after, expected)
         for b in range(CHECKED_ROWS):
             ended = bool(terminated_B[b] or truncated_B[b])
             where = f"row {b}, step {t}"

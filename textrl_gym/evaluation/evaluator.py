@@ -101,8 +101,8 @@ class Evaluator:
         rollouts = []
         for first in range(0, self.episodes, self.mdp.num_envs):
             indices = self.indices[first : first + self.mdp.num_envs]
-            wanted = np.resize(indices, self.mdp.num_envs)  # the last batch is filled up, and cut again
-            rollout = plays(self.mdp, greedy=greedy, generator=generator, prompt_indices=wanted)
+            batch_indices = np.resize(indices, self.mdp.num_envs)  # the last batch is filled up, and cut again
+            rollout = plays(self.mdp, greedy=greedy, generator=generator, prompt_indices=batch_indices)
             rollouts.append(rollout.select(torch.arange(len(indices), device=player.device)))
         return rollouts
 

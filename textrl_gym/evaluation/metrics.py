@@ -171,8 +171,8 @@ COUNTERS = frozenset({"timesteps", "updates"})
 
 def measure(rollouts: Sequence[Rollout], samples: Samples) -> dict[str, float]:
     """Every metric that is computed from an evaluation's rollouts and completions, but for those that are NaN."""
-    found = {key: metric.of(rollouts, samples) for key, metric in METRICS.items() if metric.of is not None}
-    return {key: value for key, value in found.items() if not math.isnan(value)}
+    values = {key: metric.of(rollouts, samples) for key, metric in METRICS.items() if metric.of is not None}
+    return {key: value for key, value in values.items() if not math.isnan(value)}
 
 
 def metric(key: str) -> Metric:

@@ -101,8 +101,8 @@ def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]
     for sample in samples:
         written.setdefault(sample["timesteps"], []).append(sample)
     # Samples have no number of their evaluation, but all evaluations at one place have equally many.
-    kept = {at: len(written[at]) // times[at] for at in last}
-    return [Evaluation(last[at], written[at][len(written[at]) - kept[at] :]) for at in sorted(last)]
+    counts = {at: len(written[at]) // times[at] for at in last}
+    return [Evaluation(last[at], written[at][len(written[at]) - counts[at] :]) for at in sorted(last)]
 
 
 def last_alarms(found: Sequence[Evaluation]) -> list[Alarm]:
@@ -126,8 +126,8 @@ def alarms(start: Evaluation, top: Evaluation | None, now: Evaluation, bounds: B
         bounds: None for the usual ones.
     """
     bounds = bounds or Bounds()
-    found = [gold(before, now, bounds) for before in (start, top) if before is not None]
-    return [*[alarm for alarm in found if alarm][:1], *_symptoms(start, now, bounds)]
+    falls = [gold(before, now, bounds) for before in (start, top) if before is not None]
+    return [*[alarm for alarm in falls if alarm][:1], *_symptoms(start, now, bounds)]
 
 
 def gold(before: Evaluation, now: Evaluation, bounds: Bounds) -> Alarm | None:

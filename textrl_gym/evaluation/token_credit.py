@@ -66,17 +66,17 @@ def token_credit(agent: CreditedPlayer, rollout: Rollout) -> dict[str, Tensor]:
     coef = agent.kl.coef_in_reward
     own = rescore(agent.policy, rollout, agent.env, kl_coef=coef)
     log_ratio_BT = (own.logp_BT - own.ref_logp_BT) * own.mask_BT
-    found = {
+    credit = {
         "kl": log_ratio_BT,
         "entropy": token_entropy(own, agent.policy),
         "ratio": log_ratio_BT.clamp(max=LARGEST_LOG).exp() * own.mask_BT,
     }
     if agent.policy.value_head is not None:
-        found["value"] = own.value_BT * own.mask_BT
+        credit["value"] = own.value_BT * own.mask_BT
     advantage_BT = agent.advantages(agent.shaped(own))
     if advantage_BT is not None:
-        found["advantage"] = advantage_BT * own.mask_BT
-    return {name: found[name] for name in QUANTITIES if name in found}
+        credit["advantage"] = advantage_BT * own.mask_BT
+    return {name: credit[name] for name in QUANTITIES if name in credit}
 
 
 def start_texts(agent: Player, mdp: TextVectorEnv, indices: Sequence[int], seed: int) -> Rollout:
@@ -112,12 +112,12 @@ def pieces(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
 
     # Decoding token by token would lose spaces and characters that bytes of several tokens make together, so each piece
     # is what the text of one token more agrees on with the whole text, beyond what was there before.
-    whole, found, done = text(len(ids)), [], 0
+    whole, texts, done = text(len(ids)), [], 0
     for count in range(1, len(ids) + 1):
         now = len(whole) if count == len(ids) else max(done, len(commonprefix([text(count), whole])))  # noqa: RUF071
-        found.append(whole[done:now])
+        texts.append(whole[done:now])
         done = now
-    return found
+    return texts
 
 
 def lines(agent: CreditedPlayer, mdp: TextVectorEnv, indices: Iterable[int], seed: int) -> list[str]:
@@ -133,7 +133,7 @@ def lines(agent: CreditedPlayer, mdp: TextVectorEnv, indices: Iterable[int], see
     rollout = start_texts(agent, mdp, chosen, seed)
     credit = token_credit(agent, rollout)
     scores, stops, lengths = rollout.score_B.tolist(), rollout.stop_B.tolist(), rollout.mask_BT.sum(1).tolist()
-    made = []
+    rows = []
     for group, index in enumerate(chosen):
         of_group = slice(group * GROUP, (group + 1) * GROUP)
         for row in range(group * GROUP, group * GROUP + SHOWN):
@@ -147,8 +147,8 @@ def lines(agent: CreditedPlayer, mdp: TextVectorEnv, indices: Iterable[int], see
                 "group_scores": [rounded(score) for score in scores[of_group]],
             }
             record |= {name: [rounded(x) for x in x_BT[row, : lengths[row]].tolist()] for name, x_BT in credit.items()}
-            made.append(json.dumps(record))
-    return made
+            rows.append(json.dumps(record))
+    return rows
 
 
 def rounded(x: float) -> float | None:

@@ -271,17 +271,17 @@ def numbers(timing: Timing, flop: int, ceiling: float) -> dict[str, Any]:
 
 def rows(record: dict[str, Any]) -> dict[str, str]:
     """The record as lines of a table."""
-    found, config = record["measured"], record["config"]
-    low, high = found["iteration_seconds_spread"]
+    measured, config = record["measured"], record["config"]
+    low, high = measured["iteration_seconds_spread"]
     lines = {
         "device": record["device"],
         "work": f"{config['prompts']} prompts x {config['group']}, {config['prompt_tokens']} + {config['new_tokens']}",
-        "completion tokens/s, end to end": f"{found['completion_tokens_per_second']:,.0f}",
-        "completion tokens/s, rollout alone": f"{found['rollout_tokens_per_second']:,.0f}",
-        "seconds an iteration": f"{found['iteration_seconds']:.3f} ({low:.3f} to {high:.3f})",
-        "peak memory above the start, MiB": f"{found['peak_memory_bytes'] / 2**20:,.0f}",
+        "completion tokens/s, end to end": f"{measured['completion_tokens_per_second']:,.0f}",
+        "completion tokens/s, rollout alone": f"{measured['rollout_tokens_per_second']:,.0f}",
+        "seconds an iteration": f"{measured['iteration_seconds']:.3f} ({low:.3f} to {high:.3f})",
+        "peak memory above the start, MiB": f"{measured['peak_memory_bytes'] / 2**20:,.0f}",
     }
-    lines |= {f"share of time: {name}": f"{share:.0%}" for name, share in found["share"].items()}
-    lines["matrix-product ceiling, GFLOP/s"] = f"{found['ceiling_flop_per_second'] / 1e9:,.0f}"
-    lines["of the ceiling"] = f"{found['utilisation']:.0%}"
+    lines |= {f"share of time: {name}": f"{share:.0%}" for name, share in measured["share"].items()}
+    lines["matrix-product ceiling, GFLOP/s"] = f"{measured['ceiling_flop_per_second'] / 1e9:,.0f}"
+    lines["of the ceiling"] = f"{measured['utilisation']:.0%}"
     return lines

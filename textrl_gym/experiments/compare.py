@@ -96,32 +96,32 @@ def settings_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
         ValueError: naming the setting that is not of the form agent.setting=value, of an agent that is not compared, or
             refused by the agent's config.
     """
-    found: dict[str, dict[str, Any]] = {agent: {} for agent in config.agents}
+    settings_by_agent: dict[str, dict[str, Any]] = {agent: {} for agent in config.agents}
     for text in config.set:
         where, equals, value = text.partition("=")
         agent, dot, name = where.rpartition(".")
-        if not equals or not dot or agent not in found:
+        if not equals or not dot or agent not in settings_by_agent:
             raise ValueError(f"set: {text!r} is not agent.setting=value with an agent of {', '.join(config.agents)}")
         try:
             # JSON gives numbers, booleans and null their types; what is no JSON is a plain string.
-            found[agent][name] = json.loads(value)
+            settings_by_agent[agent][name] = json.loads(value)
         except json.JSONDecodeError:
-            found[agent][name] = value
-    for agent, settings in found.items():
+            settings_by_agent[agent][name] = value
+    for agent, settings in settings_by_agent.items():
         if Path(agent).is_dir():
             if settings:
                 raise ValueError(f"set: {agent!r} is a saved agent, whose settings are what they are")
             continue
         agent_class = registry.load_agent_class(agent)
         make_config(agent_class.Config, settings, agent)
-    return found
+    return settings_by_agent
 
 
 def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
     """Name of each run -> what textrl_gym.experiments.worker needs to know."""
     apart = {"agents", "seeds", "kl_coef", "set", "workers"}
     shared = {name: value for name, value in dataclasses.asdict(config).items() if name not in apart}
-    found = {}
+    specs = {}
     for agent, settings in settings_of(config).items():
         saved = Path(agent).is_dir()
         trains = not saved and registry.load_agent_class(agent).trains
@@ -131,11 +131,11 @@ def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
             # seed.
             for seed in range(config.seeds if trains else 1):
                 name = short if saved else "-".join([short, *([f"kl{coef:g}"] if coef is not None else []), str(seed)])
-                if name in found:
+                if name in specs:
                     raise ValueError(f"agents: two of them would be called {name!r}")
                 spec = {"agent": str(Path(agent).resolve()) if saved else agent, "seed": seed, "kl_coef": coef}
-                found[name] = {"environment": environment, **spec, "settings": settings, **shared}
-    return found
+                specs[name] = {"environment": environment, **spec, "settings": settings, **shared}
+    return specs
 
 
 def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Path]:
@@ -144,9 +144,9 @@ def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
     Raises:
         ValueError: the folder holds a comparison with which this one cannot go on, naming what differs.
     """
-    wanted = cells(environment, config)
+    specs = cells(environment, config)
     out.mkdir(parents=True, exist_ok=True)
-    for name, spec in wanted.items():
+    for name, spec in specs.items():
         file = out / RUNS / name / worker.SPEC
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
             )
     plan = {"environment": environment, "config": dataclasses.asdict(config), "versions": versions()}
     files.write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
-    return {name: out / RUNS / name for name in wanted}
+    return {name: out / RUNS / name for name in specs}
 
 
 def versions() -> dict[str, str]:
@@ -173,13 +173,13 @@ def versions() -> dict[str, str]:
     import platform
 
     names = ("textrl-gym", "torch", "transformers", "gymnasium", "stable-baselines3", "numpy")
-    found = {"python": platform.python_version()}
+    versions_by_name = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions_by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions_by_name[name] = "not installed"
+    return versions_by_name
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -235,8 +235,8 @@ def _note_death(folder: Path, code: int) -> None:
     # 130: stopped by Ctrl-C after saving, so it is unfinished and has not failed.
     if code in (0, 130):
         return
-    said = (folder / worker.LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = said[-1] if code == 1 and said else f"the process ended with exit code {code}; see {worker.LOG}"
+    log_lines = (folder / worker.LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = log_lines[-1] if code == 1 and log_lines else f"the process ended with exit code {code}; see {worker.LOG}"
     files.write_text(folder / worker.ERROR, last + "\n")
 
 
@@ -281,11 +281,11 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     if failed:
         import warnings
 
-        told = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        warnings.warn(f"{len(failed)} of {len(folders)} runs failed: {told}", stacklevel=2)
-    found = tidy(out)
-    _save(found, out)
-    return found
+        errors = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        warnings.warn(f"{len(failed)} of {len(folders)} runs failed: {errors}", stacklevel=2)
+    table_of_runs = tidy(out)
+    _save(table_of_runs, out)
+    return table_of_runs
 
 
 # -- the tidy table ---------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def read_comparison(folder: Path) -> Comparison:
     if not (folder / PLAN).is_file():
         raise ValueError(f"{str(folder)!r} holds no comparison: no {PLAN}")
     plan = _json(folder / PLAN)
-    found: list[Result] = []
+    results: list[Result] = []
     failed: dict[str, str] = {}
     unfinished: dict[str, str] = {}
     for file in sorted((folder / RUNS).glob(f"*/{worker.SPEC}")):
@@ -148,17 +148,17 @@ def read_comparison(folder: Path) -> Comparison:
             if bad:
                 failed[run.name] = f"its last evaluation has {bad[0]} {result.final[bad[0]]}"
             else:
-                found.append(result)
+                results.append(result)
         elif (run / worker.ERROR).is_file():
             failed[run.name] = (run / worker.ERROR).read_text(encoding="utf-8").strip()
         else:
             done = progress(run).get("time/total_timesteps", 0)
             unfinished[run.name] = f"{int(done):,} of {_json(file)['total_timesteps']:,} tokens"
-    if not found:
+    if not results:
         others = [f"{name} ({why})" for name, why in (failed | unfinished).items()]
-        told = "; ".join(others[:3]) + (f"; and {len(others) - 3} more" if len(others) > 3 else "")
-        raise ValueError(f"{str(folder)!r} holds no finished run, so there is nothing to report: {told or 'no run'}")
-    groups = _groups(found, plan["config"]["agents"])
+        reasons = "; ".join(others[:3]) + (f"; and {len(others) - 3} more" if len(others) > 3 else "")
+        raise ValueError(f"{str(folder)!r} holds no finished run, so there is nothing to report: {reasons or 'no run'}")
+    groups = _groups(results, plan["config"]["agents"])
     return Comparison(
         plan["environment"], renamed(plan["config"]), plan.get("versions", {}), groups, failed, unfinished
     )

@@ -53,12 +53,12 @@ class Tally:
 
     def numbers(self) -> dict[str, float]:
         """Everything by name; what there is not is left out."""
-        found: dict[str, float] = {name: getattr(self, name) for name in ("wins", "ties", "losses", "no_verdict")}
+        numbers: dict[str, float] = {name: getattr(self, name) for name in ("wins", "ties", "losses", "no_verdict")}
         for name in ("win_rate", "length_controlled"):
             estimate = getattr(self, name)
             if estimate is not None:
-                found |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-        return found
+                numbers |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        return numbers
 
 
 def tally(outcome_N: Array, longer_N: Array) -> Tally:
@@ -187,20 +187,20 @@ def judge_runs(comparison: Comparison, judge: Judge, against: str, reader: Reade
     opponents = {group.label: group for group in comparison.groups}
     if against not in (START, HUMAN, *opponents):
         raise unknown("opponent", against, (START, HUMAN, *opponents))
-    found = [
+    compared = [
         (group, run, _pairs(run, opponents.get(against), against, reader))
         for group in comparison.groups
         if group.label != against
         for run in group.runs
     ]
-    if not found:
+    if not compared:
         raise ValueError(f"no run is left to be judged against {against!r}")
     # All runs in one call: a judge over the network asks many questions at a time.
-    rows, own, other = ([x for _, _, p in found for x in getattr(p, name)] for name in ("rows", "own", "other"))
-    outcomes = np.split(judge.prefer(rows, own, other), np.cumsum([len(pairs.rows) for _, _, pairs in found])[:-1])
+    rows, own, other = ([x for _, _, p in compared for x in getattr(p, name)] for name in ("rows", "own", "other"))
+    outcomes = np.split(judge.prefer(rows, own, other), np.cumsum([len(pairs.rows) for _, _, pairs in compared])[:-1])
     return [
         JudgedRun(group, run, outcome_N, pairs.longer_N)
-        for (group, run, pairs), outcome_N in zip(found, outcomes, strict=True)
+        for (group, run, pairs), outcome_N in zip(compared, outcomes, strict=True)
     ]
 
 

@@ -66,11 +66,11 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
     metrics, samples = evaluator.run(agent)
     reference = agent.policy.reference
     if reference is not None:  # what the win rate was against, beside each answer
-        kept = ("completion", "tokens", "score", "gold", "stop_reason")
+        keys = ("completion", "tokens", "score", "gold", "stop_reason")
         for sample, start in zip(samples, evaluator.start(reference), strict=True):
-            sample["start"] = {key: start[key] for key in kept if key in start}
-        told = token_credit.lines(agent, evaluator.mdp, evaluator.indices, spec["eval_seed"])
-        files.write_text(folder / CREDIT, "".join(line + "\n" for line in told))
+            sample["start"] = {key: start[key] for key in keys if key in start}
+        credit_lines = token_credit.lines(agent, evaluator.mdp, evaluator.indices, spec["eval_seed"])
+        files.write_text(folder / CREDIT, "".join(line + "\n" for line in credit_lines))
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     files.write_text(folder / EPISODES, lines)
     seconds = agent.seconds["collect"] + agent.seconds["update"]
@@ -167,8 +167,8 @@ def cut_logs(folder: Path, timesteps: int) -> None:
     # Between the last checkpoint and a kill, updates were logged that are now done again.
     for file in (*folder.glob("progress*.json"), *folder.glob("*.jsonl")):
         rows = files.read_json_lines(file)
-        kept = [row for row in rows if row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps]
-        files.write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+        earlier = [row for row in rows if row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps]
+        files.write_text(file, "".join(json.dumps(row) + "\n" for row in earlier))
 
 
 @contextmanager

@@ -44,13 +44,13 @@ def longest_texts(rows: list[bytes]) -> tuple[list[int], list[int]]:
     Returns:
         indices of the kept rows, and for each row the number of its own among them.
     """
-    kept: list[int] = []
+    longest: list[int] = []
     text_of = [0] * len(rows)
     for row in sorted(range(len(rows)), key=rows.__getitem__, reverse=True):
-        if not kept or not rows[kept[-1]].startswith(rows[row]):
-            kept.append(row)
-        text_of[row] = len(kept) - 1
-    return kept, text_of
+        if not longest or not rows[longest[-1]].startswith(rows[row]):
+            longest.append(row)
+        text_of[row] = len(longest) - 1
+    return longest, text_of
 
 
 class CausalLMPolicy(ActorCriticPolicy):
@@ -187,19 +187,19 @@ class CausalLMPolicy(ActorCriticPolicy):
             prompt.tobytes() + ids_L[mask_L].tobytes()  # a text is told from one whose prompt ends elsewhere
             for prompt, ids_L, mask_L in zip(prompt_B, host_BL, host_mask_BL, strict=True)
         ]
-        kept, text_of = longest_texts(rows)
+        longest, text_of = longest_texts(rows)
         text_B = torch.tensor(text_of, device=mask_BL.device)
         hidden_BD: Tensor | None = None
-        parts = self._parts([len(rows[row]) for row in kept])
+        parts = self._parts([len(rows[row]) for row in longest])
         for part in parts:
-            chosen = torch.tensor([kept[text] for text in part], device=mask_BL.device)
+            chosen = torch.tensor([longest[text] for text in part], device=mask_BL.device)
             inputs = (obs["input_ids"][chosen], mask_BL[chosen])
             # Several parts are more than the budget of memory: each is computed again in the backward pass.
             if len(parts) > 1 and torch.is_grad_enabled():
                 hidden_UTD = checkpoint(self._texts, *inputs, use_reentrant=False)
             else:
                 hidden_UTD = self._texts(*inputs)
-            number_of = torch.full((len(kept),), -1, device=mask_BL.device)
+            number_of = torch.full((len(longest),), -1, device=mask_BL.device)
             number_of[torch.tensor(part, device=mask_BL.device)] = torch.arange(len(part), device=mask_BL.device)
             # Which states this part's texts answer, and from which text and place each is read.
             state_R = (number_of[text_B] >= 0).nonzero().squeeze(1)

@@ -67,8 +67,8 @@ class Pointwise:
         keys = [(repr(row), answer) for row, answer in zip(rows, answers, strict=True)]
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._scores}
         if new:
-            found = reward_of(self.reward, list(new.values()), [answer for _, answer in new])
-            self._scores |= dict(zip(new, found.tolist(), strict=True))
+            scores = reward_of(self.reward, list(new.values()), [answer for _, answer in new])
+            self._scores |= dict(zip(new, scores.tolist(), strict=True))
         return np.array([self._scores[key] for key in keys])
 
     def prefer(self, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Array:

@@ -219,8 +219,8 @@ class Endpoint:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 if isinstance(error, EndpointError):
-                    kept = len(self.verdicts.known(questions))
-                    where = f"{kept} of {len(questions)} verdicts are kept in {self.verdicts.path}"
+                    num_known = len(self.verdicts.known(questions))
+                    where = f"{num_known} of {len(questions)} verdicts are kept in {self.verdicts.path}"
                     raise EndpointError(f"{error}; {where}, from where the same command goes on") from error
                 raise
 
@@ -246,16 +246,16 @@ class Endpoint:
         """The model's reply, tried for as often as the settings allow."""
         config, number = self.config, 0
         while True:
-            reply, reason, wanted = self._try(client, question)
+            reply, reason, delay = self._try(client, question)
             number += 1
             if reply is not None:
                 return reply
-            if wanted > config.max_wait_seconds:
-                reason += f", to be tried again after {wanted:g} s, over max_wait_seconds={config.max_wait_seconds:g}"
+            if delay > config.max_wait_seconds:
+                reason += f", to be tried again after {delay:g} s, over max_wait_seconds={config.max_wait_seconds:g}"
                 raise EndpointError(f"{self.url}: {reason}")
             # Requests that failed together are not all tried again at the same moment.
             backoff = min(config.backoff_seconds * 2 ** (number - 1), config.max_wait_seconds) * random.uniform(0.5, 1)
-            if number > config.retries or stop.wait(max(wanted, backoff)):
+            if number > config.retries or stop.wait(max(delay, backoff)):
                 raise EndpointError(f"{self.url}: {reason} ({number} tries)")
 
     def _try(self, client: httpx2.Client, question: str) -> tuple[str | None, str, float]:

@@ -98,20 +98,20 @@ class PromptStreams:
             self.seed(None)
         if indices is None:
             # One draw for one episode whatever came before, so that a row's prompts do not depend on its neighbours.
-            wanted = [int(self.rngs[b].integers(len(self.source))) for b in rows]
+            prompt_indices = [int(self.rngs[b].integers(len(self.source))) for b in rows]
         else:
             fixed_B = np.asarray(indices)
             if fixed_B.shape != (self.num_envs,) or not np.issubdtype(fixed_B.dtype, np.integer):
                 raise ValueError(f"prompt_indices must be {self.num_envs} integers, got {indices!r}")
             if fixed_B.min() < 0 or fixed_B.max() >= len(self.source):
                 raise ValueError(f"prompt_indices must lie in [0, {len(self.source)}), got {indices!r}")
-            wanted = [int(fixed_B[b]) for b in rows]
-        found: dict[int, Prompt] = {}  # rows of a group are read and encoded once
-        for index in wanted:
-            if index not in found:
+            prompt_indices = [int(fixed_B[b]) for b in rows]
+        prompts: dict[int, Prompt] = {}  # rows of a group are read and encoded once
+        for index in prompt_indices:
+            if index not in prompts:
                 row = self.source[index]
-                found[index] = Prompt(index, row, self.encode(row))
-        return [found[index] for index in wanted]
+                prompts[index] = Prompt(index, row, self.encode(row))
+        return [prompts[index] for index in prompt_indices]
 
     def rejoin(self, chosen_B: np.ndarray) -> None:
         """Let the rows of every group that is chosen as a whole go on from its first row's place in the stream."""

@@ -78,10 +78,10 @@ class Scorer:
 
     def _tail(self, ids: Sequence[int]) -> str:
         """The text of as many last tokens as can hold a stop string that the last of them completes."""
-        start, wanted = len(ids), self._tail_tokens
-        while start > 0 and wanted > 0:
+        start, remaining = len(ids), self._tail_tokens
+        while start > 0 and remaining > 0:
             start -= 1
-            wanted -= self._holds_text(ids[start])
+            remaining -= self._holds_text(ids[start])
         text = self.decode(ids[start:])
         # A tail that begins inside a character: byte-fallback tokenizers then decode no byte of the run of bytes.
         while text.startswith(REPLACEMENT) and start > 0:

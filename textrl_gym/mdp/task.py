@@ -70,11 +70,11 @@ class Task:
 
 def load_task(task: Task | type[Task] | str) -> Task:
     """A Task from an instance, a subclass, "module:Class", or a module that defines one subclass."""
-    found: object = task
+    loaded: object = task
     if isinstance(task, str):
         # A file of envs/ holds one class with rows(); a user's module may hold several, so that one is named.
-        found = registry.load_object(task) if ":" in task else registry.class_in(importlib.import_module(task), "rows")
-    return cast("Task", found() if isinstance(found, type) else found)
+        loaded = registry.load_object(task) if ":" in task else registry.class_in(importlib.import_module(task), "rows")
+    return cast("Task", loaded() if isinstance(loaded, type) else loaded)
 
 
 def load_env_task(env_id: str) -> Task:

@@ -146,9 +146,9 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
 
     def remake(self, num_envs: int, **changes: Any) -> TextVectorEnv:
         """A vector environment with this one's settings but for `changes`; what is loaded already is shared."""
-        made = type(self)(num_envs, **self.keywords(**changes))
-        made.settings = self.settings | changes  # the names, which can be written down, not what they named
-        return made
+        env = type(self)(num_envs, **self.keywords(**changes))
+        env.settings = self.settings | changes  # the names, which can be written down, not what they named
+        return env
 
     def keywords(self, **changes: Any) -> dict[str, Any]:
         """The keyword arguments of an environment like this one but for `changes`, with what is loaded already."""

@@ -95,8 +95,8 @@ def freeze_lower(model: ModelT, layers: int) -> ModelT:
 def frozen_copy(model: ModelT) -> ModelT:
     """A frozen copy of the model; what the model does not train is held once for both."""
     # deepcopy takes what its memo has for a copy: frozen parameters are shared and not doubled.
-    kept: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, kept).requires_grad_(False)
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 def save(model: nn.Module, folder: Path, base: bool) -> None:

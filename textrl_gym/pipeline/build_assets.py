@@ -63,11 +63,11 @@ def write_references(folder: Path, rows: int) -> Path:
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for index in range(count):
                 row = corpus[index]
-                kept = {"prompt": row["prompt"], "completion": row["completion"]}
+                reference = {"prompt": row["prompt"], "completion": row["completion"]}
                 # Three wordings of each post's facts: from one alone the model would learn that wording's words by
                 # heart.
-                kept["completions"] = tldr_summarize.wordings(row, 3, index)
-                file.write(json.dumps(kept) + "\n")
+                reference["completions"] = tldr_summarize.wordings(row, 3, index)
+                file.write(json.dumps(reference) + "\n")
     return folder
 
 
@@ -81,8 +81,8 @@ def initial_policy_quality(folder: Path, posts: int = 128, seed: int = 0) -> dic
     gold_score = load_reward(task.gold, task=task, tokenizer=tokenizer)
 
     def gold(number: int, temperature: float) -> list[list[float]]:
-        found = sample_texts(policy, task, tokenizer, rows, number, temperature, seed)
-        texts = [decode(tokenizer, ids) for some in found for ids in some]
+        completions = sample_texts(policy, task, tokenizer, rows, number, temperature, seed)
+        texts = [decode(tokenizer, ids) for some in completions for ids in some]
         spread = [row for row in rows for _ in range(number)]
         flat = gold_score([row["prompt"] for row in spread], texts, facts=[row["facts"] for row in spread]).tolist()
         return [flat[start : start + number] for start in range(0, len(flat), number)]

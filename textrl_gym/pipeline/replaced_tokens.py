@@ -73,16 +73,16 @@ def replace_tokens(ids: Sequence[int], prompt_ids: Sequence[int], vocab_size: in
 def corrupt(task: CorruptingTask, tokenizer: PreTrainedTokenizerBase, row: Row, rng: random.Random) -> CorruptedTexts:
     """Corrupted texts of a row. Texts that keep at most half of their original tokens are left out."""
     prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
-    found = CorruptedTexts(prompt_ids, [], [])
+    texts = CorruptedTexts(prompt_ids, [], [])
     for text, corrupted in task.corrupted(row, rng, CORRUPTED_TEXTS):
         text_ids, ids = (tokenizer(some, add_special_tokens=False)["input_ids"] for some in (text, corrupted))
         if ids and rng.random() < 0.5:
             ids = replace_tokens(ids, prompt_ids, len(tokenizer), rng)
         original = original_tokens(text_ids, ids)[: task.max_new_tokens]
         if sum(original) > MIN_ORIGINAL * len(original):
-            found.text_ids.append(ids[: task.max_new_tokens])
-            found.original.append(original)
-    return found
+            texts.text_ids.append(ids[: task.max_new_tokens])
+            texts.original.append(original)
+    return texts
 
 
 def replaced_token_loss(model: nn.Module, batch: Sequence[CorruptedTexts]) -> Tensor:

@@ -125,8 +125,8 @@ def gather(env_id: str, config: RewardModelConfig) -> RewardData:
         for name in config.eval_dataset
         if name not in config.dataset
     }
-    made = from_datasets if config.dataset else simulated
-    return dataclasses.replace(made(task, tokenizer, drawn), measured_only=more)
+    make = from_datasets if config.dataset else simulated
+    return dataclasses.replace(make(task, tokenizer, drawn), measured_only=more)
 
 
 def simulated(task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> RewardData:
@@ -179,10 +179,10 @@ def first_pairs(comparisons: Sequence[RankedCompletions], number: int) -> list[R
     """The first so many pairs."""
     taken: list[RankedCompletions] = []
     for c in comparisons:
-        kept = c.pairs[:number]
-        if kept:
-            taken.append(dataclasses.replace(c, pairs=kept))
-        number -= len(kept)
+        pairs = c.pairs[:number]
+        if pairs:
+            taken.append(dataclasses.replace(c, pairs=pairs))
+        number -= len(pairs)
     return taken
 
 
@@ -194,9 +194,9 @@ def check_curve(config: RewardModelConfig, pairs: int) -> None:
 
 def references(task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[RankedCompletions]:
     """The rows' reference texts, as comparisons of one completion each."""
-    found = []
+    completions = []
     for row in rows:
         ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
-        found.append(RankedCompletions(prompt_ids, [ids[: task.max_new_tokens]], []))
-    return found
+        completions.append(RankedCompletions(prompt_ids, [ids[: task.max_new_tokens]], []))
+    return completions

@@ -92,12 +92,12 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
         ValueError: it holds one of other settings, naming the first that differs.
     """
     files.finish_folder(folder)
-    found = read_record(folder)
-    if found is None:
+    record = read_record(folder)
+    if record is None:
         return False
-    before = {"environment": found["environment"], **found["config"]}
-    wanted = json.loads(json.dumps({"environment": env_id, **dataclasses.asdict(config)}))
-    for key, value in wanted.items():
+    before = {"environment": record["environment"], **record["config"]}
+    settings = json.loads(json.dumps({"environment": env_id, **dataclasses.asdict(config)}))
+    for key, value in settings.items():
         if before.get(key) != value:
             raise ValueError(
                 f"{str(folder)!r} holds a reward model with {key}={before.get(key)!r}, not {value!r}: go on with that, "

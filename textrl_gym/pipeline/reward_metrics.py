@@ -57,12 +57,12 @@ def raw_rewards(model: nn.Module, batch: Sequence[RankedCompletions]) -> Tensor:
 @torch.no_grad()
 def score_all(model: nn.Module, comparisons: Sequence[RankedCompletions], batch_size: int = 8) -> list[list[float]]:
     """Raw rewards of every completion."""
-    found: list[list[float]] = []
+    scores: list[list[float]] = []
     for start in range(0, len(comparisons), batch_size):
         batch = comparisons[start : start + batch_size]
         raw_BK = raw_rewards(model, batch)
-        found += [row[: len(c.completion_ids)] for row, c in zip(raw_BK.tolist(), batch, strict=True)]
-    return found
+        scores += [row[: len(c.completion_ids)] for row, c in zip(raw_BK.tolist(), batch, strict=True)]
+    return scores
 
 
 def gaps(raw: Sequence[Sequence[float]], comparisons: Sequence[RankedCompletions]) -> list[float]:

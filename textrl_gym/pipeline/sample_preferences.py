@@ -187,8 +187,8 @@ class Pairer:
         config, counts = self.config, self.counts
         for number, places in enumerate(draw_prompts(len(self.source), config.batch_size, config.seed)):
             if counts["prompts"] >= MOST_PROMPTS * max(config.n, config.batch_size):
-                told = f"{counts['equal']} with equal texts, {counts['ties']} with equal scores"
-                raise ValueError(f"{counts['prompts']} prompts did not give n={config.n} pairs: {told}")
+                reasons = f"{counts['equal']} with equal texts, {counts['ties']} with equal scores"
+                raise ValueError(f"{counts['prompts']} prompts did not give n={config.n} pairs: {reasons}")
             rng = np.random.default_rng([config.seed, 1, number])
             rows = [self.source[place] for place in places]
             both = self._sample(rows, rng)

@@ -125,8 +125,8 @@ def demonstrations(task: Task, split: str, dataset: str | None) -> PromptSource:
     own: Callable[[str], PromptSource] | None = getattr(task, "demonstrations", None)
     source = own(split) if dataset is None and own is not None else task.rows(split, dataset)
     if len(source) == 0 or not (source[0].get("completions") or source[0].get("completion")):
-        found = sorted(source[0]) if len(source) else "no rows"
-        raise ValueError(f"supervised training needs rows with the columns prompt and completion; found {found}")
+        columns = sorted(source[0]) if len(source) else "no rows"
+        raise ValueError(f"supervised training needs rows with the columns prompt and completion; found {columns}")
     return source
 
 

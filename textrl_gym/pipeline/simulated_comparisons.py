@@ -101,7 +101,7 @@ class Comparer:
         """All pairs among so many samples and candidates of each row. Equal texts are compared once."""
         rng, draw = random.Random(seed), np.random.default_rng(seed)
         sampled = sample_texts(policy, self.task, self.tokenizer, rows, samples, temperature, seed)
-        made = []
+        completions = []
         for row, own in zip(rows, sampled, strict=True):
             prompt_ids = self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens)
             texts = self.candidates(row, rng, candidates)
@@ -109,19 +109,19 @@ class Comparer:
             # Equal texts once: annotators would toss a coin between them, and the model can only give them one reward.
             ids = [list(key) for key in dict.fromkeys(tuple(i[: self.task.max_new_tokens]) for i in own + given)]
             distinct = len({tuple(i) for i in own})
-            made.append((row, prompt_ids, ids, distinct))
+            completions.append((row, prompt_ids, ids, distinct))
         # Decoded from the tokens that the model will read, so that texts cut at the budget are judged as they are.
-        texts_of = [[decode(self.tokenizer, i) for i in ids] for _, _, ids, _ in made]
-        gold = iter(self._gold([row for row, *_ in made], texts_of))
-        found = []
-        for (_, prompt_ids, ids, distinct), texts in zip(made, texts_of, strict=True):
+        texts_of = [[decode(self.tokenizer, i) for i in ids] for _, _, ids, _ in completions]
+        gold = iter(self._gold([row for row, *_ in completions], texts_of))
+        ranked = []
+        for (_, prompt_ids, ids, distinct), texts in zip(completions, texts_of, strict=True):
             score = np.array([next(gold) for _ in texts])
             words = np.array([len(text.split()) for text in texts])
             first, second = np.array(list(itertools.combinations(range(len(ids)), 2)), dtype=int).reshape(-1, 2).T
             wins = self.config.annotators.prefer(score[first], score[second], words[first], words[second], draw)
             pairs = [(int(a), int(b)) if w else (int(b), int(a)) for a, b, w in zip(first, second, wins, strict=True)]
-            found.append(RankedCompletions(prompt_ids, ids, pairs, score.tolist(), distinct))
-        return found
+            ranked.append(RankedCompletions(prompt_ids, ids, pairs, score.tolist(), distinct))
+        return ranked
 
     def _gold(self, rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> list[float]:
         spread = [row for row, some in zip(rows, texts, strict=True) for _ in some]
@@ -142,5 +142,5 @@ class Comparer:
             # Of several temperatures: cool samples are like those that RL ends with, hot ones have the errors to tell
             # apart.
             temperature = rng.uniform(0.5, 1.2)
-            made = (self.config.samples, temperature, self.config.candidates)
-            yield from self.compare(policy, rows, seed + start + 1, *made)
+            key = (self.config.samples, temperature, self.config.candidates)
+            yield from self.compare(policy, rows, seed + start + 1, *key)

@@ -172,8 +172,8 @@ class Policy(nn.Module):
         if len(token_N) <= size:
             return of_chunk(hidden_ND, token_N)
         chunks = zip(hidden_ND.split(size), token_N.split(size), strict=True)
-        found = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.cat([logp_n for logp_n, _ in found]), torch.cat([entropy_n for _, entropy_n in found])
+        parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat([logp_n for logp_n, _ in parts]), torch.cat([entropy_n for _, entropy_n in parts])
 
     def _values(self, rollout: Rollout, hidden_BTD: Tensor | None = None) -> Tensor:
         """V at every position; hidden_BTD: what `hidden` gives, where it is known."""

@@ -299,8 +299,8 @@ def own_cache(layers: int, length: int, written: Tensor | None = None) -> Cache:
 
 def configs(model: nn.Module) -> list[PreTrainedConfig]:
     """The configurations from which the model's parts read the name of their attention function."""
-    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return [config for config in found.values() if isinstance(config, PreTrainedConfig)]
+    by_id = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [config for config in by_id.values() if isinstance(config, PreTrainedConfig)]
 
 
 @contextlib.contextmanager

@@ -120,8 +120,8 @@ def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
         scores = [x.finals(comparison.gold) for x in (a, b)]
         # One number for all seeds: an untrained agent's seeds are no sample of anything.
         seeds = [x[0] if group.untrained else x for x, group in zip(scores, (a, b), strict=True)]
-        said = estimates.verdict(a.label, seeds[0], b.label, seeds[1], confidence=confidence)
-        (first if a is groups[0] else rest).append(f"{a.label} and {b.label}: {said}")
+        sentence = estimates.verdict(a.label, seeds[0], b.label, seeds[1], confidence=confidence)
+        (first if a is groups[0] else rest).append(f"{a.label} and {b.label}: {sentence}")
     return first, rest
 
 
@@ -135,33 +135,33 @@ def pair_confidence(groups: int) -> float:
 
 def cautions(comparison: Comparison) -> list[str]:
     """What cannot be said, in sentences."""
-    found = []
+    sentences = []
     trained = [group for group in comparison.groups if not group.untrained]
     seeds = [len(group.runs) for group in trained]
     if 1 in seeds:
         single = [group.label for group in trained if len(group.runs) == 1]
         who = "Every agent" if len(single) == len(seeds) > 1 else listed(single)
-        found.append(
+        sentences.append(
             f"{who} {'have' if 1 < len(single) < len(seeds) else 'has'} one seed: there is no interval over seeds, and "
             "another seed may turn any order round."
         )
     several = [s for s in seeds if s > 1]
     if several and min(several) < 10:
-        found.append(
+        sentences.append(
             f"{min(several)} seeds: the interval of an interquartile mean is too short for so few. In simulations one "
             "that is called 95% held the truth in 76% of cases with 3 seeds, 90% with 5 and 94% with 10."
         )
     if comparison.gold == "score":
-        found.append(
+        sentences.append(
             "There is no gold score: the score that is compared is the reward that was trained on, and a policy that "
             "exploits it cannot be told from one that is good."
         )
     if comparison.failed:
-        found.append(
+        sentences.append(
             "Runs that failed are left out of every number. Where an agent's failures are its bad runs, its numbers "
             "flatter it."
         )
-    return found
+    return sentences
 
 
 def listed(names: Sequence[str]) -> str:
@@ -196,8 +196,8 @@ def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
 
 def best_of_n_kls(comparison: Comparison) -> dict[int, float]:
     """n of every agent best_of_n -> the bound of its KL, in nats."""
-    found = {run.state["config"]["n"] for run in comparison.runs if run.state.get("agent") == "best_of_n"}
-    return {n: overoptimization.best_of_n_kl_bound(n) for n in sorted(found)}
+    sizes = {run.state["config"]["n"] for run in comparison.runs if run.state.get("agent") == "best_of_n"}
+    return {n: overoptimization.best_of_n_kl_bound(n) for n in sorted(sizes)}
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
@@ -235,14 +235,14 @@ def same_prompts(comparison: Comparison) -> tuple[list[Group], list[str]]:
     def meets(run: Result) -> bool:
         return bool(prompts) and run.prompts == prompts and all(comparison.gold in e for e in run.episodes)
 
-    kept = [group for group in comparison.groups if all(meets(run) for run in group.runs)]
-    return kept, [group.label for group in comparison.groups if group not in kept]
+    groups = [group for group in comparison.groups if all(meets(run) for run in group.runs)]
+    return groups, [group.label for group in comparison.groups if group not in groups]
 
 
 def pairs(comparison: Comparison, groups: Sequence[Group]) -> list[Pair]:
     """Every two groups, once."""
     gold = {group.label: np.stack([run.column(comparison.gold) for run in group.runs]) for group in groups}
-    found = []
+    compared = []
     for a, b in itertools.combinations(groups, 2):
         a_SN, b_SN = gold[a.label], gold[b.label]
         outcome_N = estimates.outcomes(a_SN[:, None], b_SN[None]).mean((0, 1))
@@ -253,8 +253,8 @@ def pairs(comparison: Comparison, groups: Sequence[Group]) -> list[Pair]:
         improvement = estimates.probability_of_improvement(*scores)
         # The win rate is over prompts, the chance to be better over runs: two questions that may have different
         # answers.
-        found.append(Pair(a, b, pairwise.win_rate(outcome_N), difference, improvement))
-    return found
+        compared.append(Pair(a, b, pairwise.win_rate(outcome_N), difference, improvement))
+    return compared
 
 
 def ratings(comparison: Comparison, groups: Sequence[Group]) -> list[Rating]:
@@ -264,15 +264,15 @@ def ratings(comparison: Comparison, groups: Sequence[Group]) -> list[Rating]:
         return []
     # 500 resamples: the ends of the intervals are shown as whole Elo points.
     rated = iter(pairwise.bradley_terry_on_prompts(score_AN, resamples=500))
-    found = []
+    all_ratings = []
     for group in groups:
         own = [next(rated).scaled(pairwise.ELO_PER_NAT) for _ in group.runs]
         values = [estimate.value for estimate in own]
         # Seeds differ by more than prompts leave open, so the range over seeds is the honest one where there are
         # several.
         low, high = (own[0].low, own[0].high) if len(own) == 1 else (min(values), max(values))
-        found.append(Rating(group, float(np.mean(values)), low, high))
-    return sorted(found, key=lambda rating: -rating.value)
+        all_ratings.append(Rating(group, float(np.mean(values)), low, high))
+    return sorted(all_ratings, key=lambda rating: -rating.value)
 
 
 # -- profile, over-optimisation, length -------------------------------------------------------------------------------
@@ -287,16 +287,16 @@ def score_profile(comparison: Comparison) -> tuple[list[float], dict[str, list[E
     # All scores equal: the steps still need some room.
     margin = 0.05 * (scores[-1] - scores[0]) or 0.5
     threshold_K = np.array([scores[0] - margin, *scores, scores[-1] + margin])
-    found = {}
+    profiles = {}
     for group in comparison.groups:
         own = group.finals(comparison.gold)
         if len(own) > 1:
-            found[group.label] = estimates.performance_profile([own], threshold_K)
+            profiles[group.label] = estimates.performance_profile([own], threshold_K)
         else:
             # nan and not a point: one seed says nothing of how much another would differ.
             share = (own[0] > threshold_K).astype(float).tolist()
-            found[group.label] = [Estimate(s, math.nan, math.nan) for s in share]
-    return threshold_K.tolist(), found
+            profiles[group.label] = [Estimate(s, math.nan, math.nan) for s in share]
+    return threshold_K.tolist(), profiles
 
 
 @dataclass(frozen=True)

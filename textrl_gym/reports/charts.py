@@ -14,15 +14,15 @@ def charts(comparison: Comparison) -> dict[str, Chart]:
     """All charts that the comparison has data for, by name."""
     tokens = learning_curves(comparison, "tokens", "timesteps", "generated tokens")
     seconds = learning_curves(comparison, "seconds", "train_seconds", "seconds of training")
-    made = [tokens, seconds, frontier(comparison), matrix(comparison), profile_chart(comparison)]
-    made += [overoptimisation(comparison), length_chart(comparison), *drifts(comparison), cost(comparison)]
-    return {chart.key: chart for chart in made if chart is not None}
+    drawn = [tokens, seconds, frontier(comparison), matrix(comparison), profile_chart(comparison)]
+    drawn += [overoptimisation(comparison), length_chart(comparison), *drifts(comparison), cost(comparison)]
+    return {chart.key: chart for chart in drawn if chart is not None}
 
 
 def frontier(comparison: Comparison) -> Chart:
     """Every run a point; the mean of each coefficient joined to the agent's next."""
     gold = comparison.gold
-    made = axes("KL to the reference, nats per sequence", comparison.gold_name)
+    chart = axes("KL to the reference, nats per sequence", comparison.gold_name)
     rows = []
     for agent in dict.fromkeys(group.agent for group in comparison.groups):
         own = [group for group in comparison.groups if group.agent == agent]
@@ -30,7 +30,7 @@ def frontier(comparison: Comparison) -> Chart:
         for group in own:
             x, y = group.finals("kl_sequence"), group.finals(gold)
             hover = [f"{plain(run.name)}, KL coefficient {group.coefficient}" for run in group.runs]
-            made.add_scatter(x=x, y=y, mode="markers", marker=marker(group, 10), hovertext=hover, **look(group))
+            chart.add_scatter(x=x, y=y, mode="markers", marker=marker(group, 10), hovertext=hover, **look(group))
             means.append((float(np.mean(x)), float(np.mean(y))))
             rows += [
                 (run.name, group.coefficient, short(kl), short(value))
@@ -38,13 +38,13 @@ def frontier(comparison: Comparison) -> Chart:
             ]
         if len(own) > 1:
             joined = {"mode": "lines", "hoverinfo": "skip", "showlegend": False, "line": {"width": 2}}
-            made.add_scatter(x=[m[0] for m in means], y=[m[1] for m in means], **look(own[0], **joined))
+            chart.add_scatter(x=[m[0] for m in means], y=[m[1] for m in means], **look(own[0], **joined))
     note = (
         "Each point is a run's last evaluation; up and to the left is better. A line joins an agent's KL coefficients."
     )
     bounds = numbers.best_of_n_kls(comparison)
     for n, kl in bounds.items():
-        made.add_vline(x=kl, line={"width": 1, "dash": "dot"}, annotation={"text": f"best of {n}"})
+        chart.add_vline(x=kl, line={"width": 1, "dash": "dot"}, annotation={"text": f"best of {n}"})
     if bounds:
         values = ", ".join(f"{kl:.2f} for n = {n}" for n, kl in bounds.items())
         note += (
@@ -52,7 +52,7 @@ def frontier(comparison: Comparison) -> Chart:
             "not exceed, and lies under where scores tie."
         )
     return Chart(
-        "frontier", "What the KL buys", note, made, ("run", "KL coefficient", "KL", comparison.gold_name), rows
+        "frontier", "What the KL buys", note, chart, ("run", "KL coefficient", "KL", comparison.gold_name), rows
     )
 
 
@@ -77,13 +77,13 @@ def matrix(comparison: Comparison) -> Chart | None:
     # None on the diagonal, which plotly leaves blank: an agent against itself is no result.
     z = [[rate.get((row.label, column.label)) for column in order] for row in order]
     names = [plain(group.label) for group in order]
-    made = axes("against", "", hovermode="closest")
-    made.add_heatmap(
+    chart = axes("against", "", hovermode="closest")
+    chart.add_heatmap(
         z=z, x=names, y=names, zmin=0, zmax=1, texttemplate="%{z:.2f}", xgap=2, ygap=2, meta={"heat": True},
         hovertemplate="%{y} wins %{z:.1%} against %{x}<extra></extra>", showscale=False,
     )  # fmt: skip
     grid = {"showgrid": False}
-    made.update_layout(xaxis=grid, yaxis={"autorange": "reversed", **grid}, height=160 + 46 * len(order))
+    chart.update_layout(xaxis=grid, yaxis={"autorange": "reversed", **grid}, height=160 + 46 * len(order))
     measure = "by the gold score" if comparison.gold == "gold" else "by the training reward, as there is no gold score"
     note = (
         f"How often the row's answer is better than the column's {measure}, on the same prompts with the same random "
@@ -91,27 +91,27 @@ def matrix(comparison: Comparison) -> Chart | None:
         "those of the difference and of the chance that a run is better also over seeds."
     )
     head = ("agent", "against", "win rate", f"mean difference in {comparison.gold_name}", "chance that a run is better")
-    return Chart("matrix", "Who beats whom", note, made, head, rows)
+    return Chart("matrix", "Who beats whom", note, chart, head, rows)
 
 
 def profile_chart(comparison: Comparison) -> Chart:
     """Share of runs above each threshold."""
     thresholds, shares = numbers.score_profile(comparison)
-    made = axes(f"threshold of {comparison.gold_name}", "share of runs above it")
-    made.update_layout(yaxis={"range": [-0.03, 1.03], "tickformat": ".0%"})
+    chart = axes(f"threshold of {comparison.gold_name}", "share of runs above it")
+    chart.update_layout(yaxis={"range": [-0.03, 1.03], "tickformat": ".0%"})
     # More than six bands over each other would be one grey.
     faint = 0.12 if len(comparison.groups) <= 6 else 0.05
     for group in comparison.groups:
         own = shares[group.label]
         if len(group.runs) > 1:
             band = {"hoverinfo": "skip", "showlegend": False, "mode": "lines", "line": {"width": 0, "shape": "hv"}}
-            made.add_scatter(x=thresholds, y=[s.low for s in own], **look(group, **band))
-            made.add_scatter(
+            chart.add_scatter(x=thresholds, y=[s.low for s in own], **look(group, **band))
+            chart.add_scatter(
                 x=thresholds, y=[s.high for s in own], fill="tonexty", **look(group, meta={"fill": faint}, **band)
             )
         # A share changes at a score and nowhere between: steps, and no slopes.
         steps = {**line(group), "shape": "hv"}
-        made.add_scatter(x=thresholds, y=[s.value for s in own], mode="lines", line=steps, **look(group))
+        chart.add_scatter(x=thresholds, y=[s.value for s in own], mode="lines", line=steps, **look(group))
     some = range(0, len(thresholds), max(len(thresholds) // 8, 1))
     head = ("agent", *(f"> {short(thresholds[i])}" for i in some))
     rows = [(group.label, *(short(shares[group.label][i].value) for i in some)) for group in comparison.groups]
@@ -119,7 +119,7 @@ def profile_chart(comparison: Comparison) -> Chart:
         "The share of an agent's runs whose last evaluation lies above each threshold: a line further right is better. "
         "The band is a 95% bootstrap over seeds at each threshold; one seed has none."
     )
-    return Chart("profile", "How many runs get how far", note, made, head, rows)
+    return Chart("profile", "How many runs get how far", note, chart, head, rows)
 
 
 def overoptimisation(comparison: Comparison) -> Chart | None:
@@ -130,8 +130,8 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
     if not ways:
         return None
     x_name = "KL to the reference, nats per sequence"
-    made = axes("", "gold", height=560)
-    made.update_layout(
+    chart = axes("", "gold", height=560)
+    chart.update_layout(
         xaxis={"anchor": "y", "showticklabels": False},
         # Gold above proxy on one axis of KL: two scales on one chart could be shifted to show anything.
         xaxis2={"title": {"text": x_name}, "anchor": "y2", "matches": "x"},
@@ -141,15 +141,15 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
     rows = []
     for way in ways:
         group, dots = way.group, marker(way.group, 6)
-        made.add_scatter(x=way.kl, y=way.gold, mode="markers", marker=dots, **look(group))
+        chart.add_scatter(x=way.kl, y=way.gold, mode="markers", marker=dots, **look(group))
         lower = look(group, xaxis="x2", yaxis="y2", showlegend=False)
-        made.add_scatter(x=way.kl, y=way.proxy, mode="markers", marker=dots, **lower)
+        chart.add_scatter(x=way.kl, y=way.proxy, mode="markers", marker=dots, **lower)
         row = [group.label, *(f"{short(gold)} at {short(kl)}" for kl, gold in (way.best, way.end))]
         if way.fit is not None:
             # From 0, where the form is the start's gold exactly, to the last KL that was seen and no further.
             x = np.linspace(0, max(way.kl), 60)
             curve = {"mode": "lines", "line": line(group), "showlegend": False, "hoverinfo": "skip"}
-            made.add_scatter(x=x.tolist(), y=(way.start + way.fit.gold(x)).tolist(), **look(group, **curve))
+            chart.add_scatter(x=x.tolist(), y=(way.start + way.fit.gold(x)).tolist(), **look(group, **curve))
             peak = "none within reach" if way.fit.peak_kl is None else short(way.fit.peak_kl)
             row += [short(way.fit.alpha), short(way.fit.beta), short(way.fit.r2, 2), peak]
         else:
@@ -162,7 +162,7 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
         f"there are {numbers.FIT_POINTS} KLs above 0. R2 is the share of gold's variance that it explains."
     )
     head = ("agent", "highest mean gold, at KL", "at the end", "alpha", "beta", "R2", "KL at the fit's peak")
-    return Chart("overoptimisation", "Proxy and gold", note, made, head, rows)
+    return Chart("overoptimisation", "Proxy and gold", note, chart, head, rows)
 
 
 def cost(comparison: Comparison) -> Chart | None:
@@ -171,7 +171,7 @@ def cost(comparison: Comparison) -> Chart | None:
     known = [group for group in comparison.groups if all("seconds" in run.state for run in group.runs)]
     if not known:
         return None
-    made = axes("seconds, mean over seeds", "", barmode="stack")
+    chart = axes("seconds, mean over seeds", "", barmode="stack")
     seconds = {
         group.label: [numbers.mean_of_key([run.state["seconds"] for run in group.runs], phase) for phase in phases]
         for group in known
@@ -179,8 +179,8 @@ def cost(comparison: Comparison) -> Chart | None:
     names = [plain(group.label) for group in known]
     for number, phase in enumerate(phases):
         values = [seconds[group.label][number] for group in known]
-        made.add_bar(x=values, y=names, orientation="h", name=phase, meta={"color": number, "pattern": number})
-    made.update_layout(yaxis={"autorange": "reversed", "showgrid": False}, height=130 + 40 * len(known))
+        chart.add_bar(x=values, y=names, orientation="h", name=phase, meta={"color": number, "pattern": number})
+    chart.update_layout(yaxis={"autorange": "reversed", "showgrid": False}, height=130 + 40 * len(known))
     rows = []
     for group in known:
         tokens = float(np.mean(group.finals("timesteps")))
@@ -206,4 +206,4 @@ def cost(comparison: Comparison) -> Chart | None:
     per_second, decoding = "tokens per second, without evaluating", "model evaluations per token of an answer"
     work_done = "FLOP, estimated"
     head = ("agent", "tokens", "reward calls", work_done, "updates", *phases, per_second, decoding)
-    return Chart("cost", "Where the time went", note, made, head, rows)
+    return Chart("cost", "Where the time went", note, chart, head, rows)

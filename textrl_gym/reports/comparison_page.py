@@ -64,7 +64,7 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
     """
     from plotly.offline import get_plotlyjs
 
-    drawn, told = charts(comparison), credit_data(comparison)
+    drawn, credit_json = charts(comparison), credit_data(comparison)
     text = text_quality(comparison, drawn)
     sections = {
         "summary": ("Summary", summary(comparison)),
@@ -76,7 +76,7 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
         "length": ("Length", length_section(drawn)),
         **({"quality": ("Text quality", text)} if text else {}),
         "samples": ("Samples", sample_section(comparison)),
-        "credit": ("Credit", credit(comparison, told)),
+        "credit": ("Credit", credit(comparison, credit_json)),
         "cost": ("Cost", figure_html(drawn["cost"]) if "cost" in drawn else "<p>No run kept its seconds.</p>"),
         "settings": ("Settings", setting_section(comparison)),
     }
@@ -100,7 +100,7 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
         f"compared</h1>{live}{lead(comparison, bool(version))}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
         f"\n<main>{body}</main>\n{embedded('chart-data', data)}{embedded('palettes', palettes())}"
-        f"{embedded('credit-data', told)}<script>{get_plotlyjs()}</script>\n"
+        f"{embedded('credit-data', credit_json)}<script>{get_plotlyjs()}</script>\n"
         f"{''.join(f'<script>{chr(10)}{asset(name)}</script>' for name in scripts)}</body></html>\n"
     )
 
@@ -195,8 +195,8 @@ def lead(comparison: Comparison, live: bool = False) -> str:
     unfinished = {} if live else comparison.unfinished
     for what, names in (("failed", comparison.failed), ("are not finished", unfinished)):
         if names:
-            told = bullets(f"{name}: {why}" for name, why in names.items())
-            html += f'<div class="warning"><b>Runs that {what}</b> and are not in the numbers:{told}</div>'
+            reasons = bullets(f"{name}: {why}" for name, why in names.items())
+            html += f'<div class="warning"><b>Runs that {what}</b> and are not in the numbers:{reasons}</div>'
     return html
 
 
@@ -209,25 +209,25 @@ def summary(comparison: Comparison) -> str:
     head += ["tokens", "ended by EOS", "seconds", "collapsed runs"]
     rows = [_summary_row(numbers.summarise(comparison, group), has_gold) for group in comparison.groups]
     first, rest = numbers.verdicts(comparison)
-    said = bullets(first) if first else "<p>There is one agent, and nothing to compare it with.</p>"
+    sentences = bullets(first) if first else "<p>There is one agent, and nothing to compare it with.</p>"
     if rest:
-        said += f"<details><summary>All other pairs ({len(rest)})</summary>{bullets(rest)}</details>"
+        sentences += f"<details><summary>All other pairs ({len(rest)})</summary>{bullets(rest)}</details>"
     pairs = len(first) + len(rest)
     if pairs > 1 and sum(len(group.runs) > 1 for group in comparison.groups) > 1:
         # Bonferroni's level is told: readers would take any interval on a page for 95%.
         level = f"{100 * numbers.pair_confidence(len(comparison.groups)):g}%"
-        said += (
+        sentences += (
             f'<p class="soft small">The intervals are of {level}, so that 95% hold for all {pairs} pairs at once.</p>'
         )
     cannot = numbers.cautions(comparison)
     if cannot:
-        said += f"<h3>What cannot be said</h3>{bullets(cannot)}"
+        sentences += f"<h3>What cannot be said</h3>{bullets(cannot)}"
     note = (
         f"IQM is the interquartile mean of {gold} over seeds, with a bootstrap interval. Win rates are against the "
         "model that all start from; their intervals are over prompts, for these runs. A run has collapsed where its "
         f"last evaluation during training has less {gold} than its first."
     )
-    return f'{table(head, rows, "Summary")}<p class="soft small">{escape(note)}</p><h3>What can be said</h3>{said}'
+    return f'{table(head, rows, "Summary")}<p class="soft small">{escape(note)}</p><h3>What can be said</h3>{sentences}'
 
 
 def _summary_row(line: numbers.Summary, has_gold: bool) -> list[str]:
@@ -269,15 +269,17 @@ def beaten(comparison: Comparison, chart: Chart | None) -> str:
 
 def exploited(comparison: Comparison, chart: Chart | None) -> str:
     """The alarms of all runs, and proxy against gold."""
-    found: dict[str, list[str]] = {}
+    words_by_title: dict[str, list[str]] = {}
     for run in comparison.runs:
         for alarm in run.alarms:
-            found.setdefault(alarm.title, []).append(f"{run.name}: {alarm.words}")
-    told = "".join(f'<div class="warning"><b>{title}</b>{bullets(words)}</div>' for title, words in found.items())
+            words_by_title.setdefault(alarm.title, []).append(f"{run.name}: {alarm.words}")
+    warnings = "".join(
+        f'<div class="warning"><b>{title}</b>{bullets(words)}</div>' for title, words in words_by_title.items()
+    )
     if comparison.gold != "gold":
         words = "There is no gold score beside the reward that was trained on, so over-optimisation cannot be seen."
-        return f"{told}<p>{words}</p>"
-    return told + (figure_html(chart) if chart else UNTRAINED)
+        return f"{warnings}<p>{words}</p>"
+    return warnings + (figure_html(chart) if chart else UNTRAINED)
 
 
 def length_section(drawn: dict[str, Chart]) -> str:
@@ -288,15 +290,15 @@ def length_section(drawn: dict[str, Chart]) -> str:
 
 def text_quality(comparison: Comparison, drawn: dict[str, Chart]) -> str:
     """The texts in numbers, and how these drift; nothing where none was measured."""
-    found, html = quality(comparison), ""
-    if found is not None:
+    quality_table, html = quality(comparison), ""
+    if quality_table is not None:
         note = (
             "Means over seeds of the last evaluation. Distinct-n is the share of different n-grams among all of its "
             "completions: it is low where an agent says the same to every prompt, and falls with their number. "
             "Repetition is within a completion. Reference texts are the prompts' own, where they have them."
         )
-        rows = [[escape(cell) for cell in row] for row in found.rows]
-        html = f'{table(found.head, rows, found.title)}<p class="soft small">{note}</p>'
+        rows = [[escape(cell) for cell in row] for row in quality_table.rows]
+        html = f'{table(quality_table.head, rows, quality_table.title)}<p class="soft small">{note}</p>'
     return html + pair_of(drawn, "drift-entropy_token", "drift-distinct_2", "drift-repetition")
 
 
@@ -347,10 +349,10 @@ def _answer(place: int, name: str, group: Group | None, sample: dict[str, Any]) 
         facts.append(f"{sample['tokens']} token{'s' * (sample['tokens'] != 1)}")
     if sample.get("stop_reason", "EOS") != "EOS":
         facts.append(str(sample["stop_reason"]).lower().replace("_", " "))
-    said = escape(sample["completion"].strip()) or '<i class="soft">(empty)</i>'
+    completion = escape(sample["completion"].strip()) or '<i class="soft">(empty)</i>'
     color = "" if group is None else f' style="border-left-color: var(--agent-{group.color % len(LIGHT)})"'
     return (
-        f'<div class="answer" data-agent="{place}"{color}><h4>{escape(name)}</h4><div class="said">{said}</div>'
+        f'<div class="answer" data-agent="{place}"{color}><h4>{escape(name)}</h4><div class="said">{completion}</div>'
         f'<p class="facts">{escape(" · ".join(facts))}</p></div>'
     )
 

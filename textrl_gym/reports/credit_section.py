@@ -57,12 +57,14 @@ def scale(name: str, numbers: Iterable[float | None]) -> Scale:
 
 def credit_data(comparison: Comparison) -> dict[str, Any] | None:
     """What the script draws: texts, agents with their numbers, and scales; None where no run kept any."""
-    told = {group: group.runs[0].credit for group in comparison.groups if group.runs[0].credit}
-    if not told:
+    credit_by_group = {group: group.runs[0].credit for group in comparison.groups if group.runs[0].credit}
+    if not credit_by_group:
         return None
-    texts = next(iter(told.values()))
+    texts = next(iter(credit_by_group.values()))
     # Side by side only where the texts are the same, token by token; another tokenizer cuts other tokens.
-    same = {group: lines for group, lines in told.items() if list(map(_key, lines)) == list(map(_key, texts))}
+    same = {
+        group: lines for group, lines in credit_by_group.items() if list(map(_key, lines)) == list(map(_key, texts))
+    }
     agents: list[dict[str, Any]] = [
         {
             "name": group.label,
@@ -76,8 +78,8 @@ def credit_data(comparison: Comparison) -> dict[str, Any] | None:
         every = [x for agent in agents for line in agent["numbers"].get(name, ()) for x in line]
         if every:
             scales[name] = vars(scale(name, every))
-    kept = ("index", "prompt", "tokens", "score", "group_scores", "stop_reason")
-    shown = [{key: line[key] for key in kept} for line in texts]
+    keys = ("index", "prompt", "tokens", "score", "group_scores", "stop_reason")
+    shown = [{key: line[key] for key in keys} for line in texts]
     return {"texts": shown, "agents": agents, "scales": scales, "words": WORDS, "absent": ABSENT}
 
 
@@ -96,10 +98,10 @@ def credit(comparison: Comparison, data: dict[str, Any] | None) -> str:
     if data is None:
         return "<p>These runs kept no credit.jsonl: they were made before it was written, or had no reference.</p>"
     missing = without_credit(comparison, data)
-    told = ""
+    missing_note = ""
     if missing:
         names = ", ".join(group.label for group in missing)
-        told = f"<p>Not here, since their runs kept no credit.jsonl or one of other texts: {escape(names)}.</p>"
+        missing_note = f"<p>Not here, since their runs kept no credit.jsonl or one of other texts: {escape(names)}.</p>"
     prompts = list(dict.fromkeys(text["prompt"] for text in data["texts"]))
     options = "".join(f'<option value="{place}">{place + 1}</option>' for place in range(len(prompts)))
     radios = "".join(
@@ -114,7 +116,7 @@ def credit(comparison: Comparison, data: dict[str, Any] | None) -> str:
         "NLPO's numbers are of its masked distribution. KL and ratio are one number in two forms."
     )
     return (
-        f'<p class="soft">{escape(note)}</p>{told}<noscript><p>The tokens need JavaScript.</p></noscript>'
+        f'<p class="soft">{escape(note)}</p>{missing_note}<noscript><p>The tokens need JavaScript.</p></noscript>'
         '<form id="credit-form" class="card filters" aria-label="Choose the prompt and the quantity" hidden>'
         f'<label>Prompt <select name="prompt">{options}</select></label>'
         f"<fieldset><legend>Colour by</legend>{radios}</fieldset></form>"

@@ -45,11 +45,11 @@ def comparison_figures(folder: str | Path) -> list[Path]:
         raise ImportError(f"figures need {error.name}: pip install textrl-gym[figures]") from error
 
     (folder / FOLDER).mkdir(exist_ok=True)
-    wanted = list(_wanted(charts(comparison), folder / FOLDER))
+    figures = list(_wanted(charts(comparison), folder / FOLDER))
     # MathJax would be fetched from the network, and no chart has a formula.
     options = {"mathjax": False, "enable_sandbox": os.geteuid() != 0}
     try:
-        kaleido.write_fig_from_object_sync(wanted, cancel_on_error=True, kopts=options)
+        kaleido.write_fig_from_object_sync(figures, cancel_on_error=True, kopts=options)
     except ChromeNotFoundError as error:
         raise OSError(
             "figures need Chromium or Chrome: install it, or name its program in the environment variable BROWSER_PATH"
@@ -59,7 +59,7 @@ def comparison_figures(folder: str | Path) -> list[Path]:
             f"the browser that draws the figures could not be started: {error.args[0]} For other users than root it "
             "runs in its sandbox, which some containers do not allow."
         ) from error
-    return [one["path"] for one in wanted]
+    return [one["path"] for one in figures]
 
 
 def _wanted(drawn: dict[str, Chart], folder: Path) -> Iterator[dict[str, Any]]:

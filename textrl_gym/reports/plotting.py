@@ -99,11 +99,11 @@ def line(group: Group) -> dict[str, Any]:
 
 def axes(x: str, y: str, **layout: object) -> Figure:
     """An empty figure with its axes named."""
-    made = go().Figure()
+    figure = go().Figure()
     titles = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
     # Plotly's own template would put its colours above those that the page's script gives.
-    made.update_layout(template="none", **{"height": 380, **titles, **layout})
-    return made
+    figure.update_layout(template="none", **{"height": 380, **titles, **layout})
+    return figure
 
 
 def between(estimate: Estimate) -> str:

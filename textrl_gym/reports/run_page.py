@@ -186,9 +186,9 @@ def sample_tables(run: Run) -> str:
     rows = []
     for index in list(before)[:SAMPLES_SHOWN]:
         prompt, reference = re.sub(r"\n\s*\n", "\n", before[index]["prompt"].strip()), before[index].get("reference")
-        wanted = f'<div class="marks">reference: {escape(reference.strip())}</div>' if reference else ""
+        reference_mark = f'<div class="marks">reference: {escape(reference.strip())}</div>' if reference else ""
         rows.append(
-            f'<tr><td><div class="text prompt">{escape(prompt)}</div>{wanted}</td>'
+            f'<tr><td><div class="text prompt">{escape(prompt)}</div>{reference_mark}</td>'
             f"{_completion(before[index])}{_completion(after.get(index))}</tr>"
         )
     if not rows:
@@ -204,8 +204,8 @@ def setting_tables(run: Run) -> str:
     """What the run was started with, folded away."""
     if not run.state:
         return ""
-    kept = {k: run.state[k] for k in ("agent", "task", "model", "seed", "config", "env") if k in run.state}
-    return f"<details><summary>Settings</summary><pre>{escape(json.dumps(kept, indent=1))}</pre></details>"
+    settings = {k: run.state[k] for k in ("agent", "task", "model", "seed", "config", "env") if k in run.state}
+    return f"<details><summary>Settings</summary><pre>{escape(json.dumps(settings, indent=1))}</pre></details>"
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

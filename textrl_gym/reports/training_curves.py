@@ -28,14 +28,14 @@ def learning_curves(comparison: Comparison, key: str, x_key: str, x_name: str) -
 
 def drifts(comparison: Comparison) -> list[Chart]:
     """How the texts change through training, of each number that was measured."""
-    made = []
+    charts = []
     for key, entry in METRICS.items():
         if entry.drift is None:
             continue
         words = ("timesteps", "generated tokens", entry.heading)
         chart = over_training(comparison, f"drift-{key}", key, words, entry.drift.title, entry.drift.note)
-        made += [chart] if chart is not None else []
-    return made
+        charts += [chart] if chart is not None else []
+    return charts
 
 
 def over_training(
@@ -54,7 +54,7 @@ def over_training(
     ends = [curve.x[-1] for curve in curves.values() if curve is not None]
     if not ends:
         return None
-    made = axes(x_name, y_name)
+    chart = axes(x_name, y_name)
     # Many bands over each other would hide the lines.
     faint = 0.18 if len(groups) <= 6 else 0.07
     rows = []
@@ -63,19 +63,19 @@ def over_training(
         if curve is None:  # nothing was trained: a level
             level = level_of(group, y_key)
             if level is not None:
-                made.add_scatter(x=[0, max(ends)], y=[level, level], mode="lines", line=line(group), **look(group))
+                chart.add_scatter(x=[0, max(ends)], y=[level, level], mode="lines", line=line(group), **look(group))
                 rows.append((group.label, str(len(group.runs)), short(level), short(level), "-"))
             continue
         band = {"fill": "toself", "hoverinfo": "skip", "showlegend": False, "mode": "none"}
         if len(group.runs) > 1:
             # One closed outline: two lines with a fill between them would be two entries for the mouse to find.
             x, y = curve.x + curve.x[::-1], curve.high + curve.low[::-1]
-            made.add_scatter(x=x, y=y, **look(group, meta={"fill": faint}, **band))
-        made.add_scatter(x=curve.x, y=curve.mean, mode="lines", line=line(group), **look(group))
+            chart.add_scatter(x=x, y=y, **look(group, meta={"fill": faint}, **band))
+        chart.add_scatter(x=curve.x, y=curve.mean, mode="lines", line=line(group), **look(group))
         spread = f"{short(curve.low[-1])} to {short(curve.high[-1])}" if len(group.runs) > 1 else "-"
         rows.append((group.label, str(len(group.runs)), short(curve.mean[0]), short(curve.mean[-1]), spread))
     head = ("agent", "seeds", "first", "last", "lowest and highest seed at the end")
-    return Chart(key, title, note, made, head, rows)
+    return Chart(key, title, note, chart, head, rows)
 
 
 def level_of(group: Group, key: str) -> float | None:
@@ -104,7 +104,7 @@ def length_chart(comparison: Comparison) -> Chart | None:
     ]
     if not trends:
         return None
-    made = axes("completion, tokens", "score that was trained on")
+    chart = axes("completion, tokens", "score that was trained on")
     rows, buckets = [], []
     for group, key, trend in trends:
         name = "gold" if key == "gold" else "score"
@@ -118,7 +118,7 @@ def length_chart(comparison: Comparison) -> Chart | None:
             y = [bucket.mean_score for bucket in trend.buckets]
             hover = [f"{b.shortest:g} to {b.longest:g} tokens, {b.texts} texts" for b in trend.buckets]
             drawn = {"mode": "lines+markers", "line": line(group), "marker": marker(group), "hovertext": hover}
-            made.add_scatter(x=x, y=y, **look(group, **drawn))
+            chart.add_scatter(x=x, y=y, **look(group, **drawn))
     note = (
         "Mean score of each tenth of an agent's answers, from the shortest to the longest. A slope is no proof "
         "that the reward likes length, for longer answers may be better. It is by least squares over all answers of "
@@ -126,7 +126,7 @@ def length_chart(comparison: Comparison) -> Chart | None:
     )
     head = ("agent", "of", "slope per token", "correlation")
     by_length = Table("Score by length", ("agent", "of", "tokens", "texts", "mean"), buckets)
-    return Chart("lengths", "Length and score", note, made, head, rows, by_length)
+    return Chart("lengths", "Length and score", note, chart, head, rows, by_length)
 
 
 def quality(comparison: Comparison) -> Table | None:

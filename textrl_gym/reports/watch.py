@@ -52,11 +52,13 @@ HEADERS = {
 
 def version(folder: Path) -> str:
     """Changes when a run has ended, in success or failure, is tried again, and when the plan does."""
-    kept = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{worker.RESULT}"))]
+    files = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{worker.RESULT}"))]
     # By time and size and not by content: it is asked for every few seconds.
-    told = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in kept]
-    told += sorted(str(file) for file in (folder / RUNS).glob(f"*/{worker.ERROR}"))  # gone when its run is tried again
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+    stamps = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files]
+    stamps += sorted(
+        str(file) for file in (folder / RUNS).glob(f"*/{worker.ERROR}")
+    )  # gone when its run is tried again
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -232,8 +234,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif asked.path == "/":
             self._send(HTTPStatus.OK, "text/html", self.server.pages(), body)
         elif asked.path == "/status":
-            told = json.dumps(status(self.server.pages.folder), allow_nan=False).encode()
-            self._send(HTTPStatus.OK, "application/json", told, body)
+            payload = json.dumps(status(self.server.pages.folder), allow_nan=False).encode()
+            self._send(HTTPStatus.OK, "application/json", payload, body)
         else:
             self._send(HTTPStatus.NOT_FOUND, "text/plain", b"not found\n", body)
 

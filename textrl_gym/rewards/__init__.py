@@ -124,12 +124,12 @@ def _load_named(spec: str, given: dict[str, Any]) -> Callable[..., Any]:
         where = f": there is no such folder in {Path.cwd()}" if "/" in spec else ""
         raise ValueError(f"unknown reward {spec!r}{where}; allowed: {_allowed()}")
     try:
-        found = registry.load_object(spec)
+        reward = registry.load_object(spec)
     except ValueError as error:
         raise ValueError(f"unknown reward {spec!r}: {error}; allowed: {_allowed()}") from error
-    if not callable(found):
-        raise ValueError(f"reward {spec!r} is {found!r}, not a callable f(prompts, completions, **columns)")
-    return found
+    if not callable(reward):
+        raise ValueError(f"reward {spec!r} is {reward!r}, not a callable f(prompts, completions, **columns)")
+    return reward
 
 
 def _allowed() -> str:

@@ -131,9 +131,13 @@ def read(folder: Path) -> dict[str, Any]:
     file = folder / ENSEMBLE_FILE
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} is no ensemble of reward models: it holds no {ENSEMBLE_FILE}")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or set(found) != {"members", "combine", "coefficient"} or not found["members"]:
-        wanted = '{"members": [folder, ...], "combine": name, "coefficient": number}'
-        raise ValueError(f"{str(file)!r} must hold {wanted}, it holds {found}")
-    check_combination(found["combine"], found["coefficient"])
-    return found
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if (
+        not isinstance(settings, dict)
+        or set(settings) != {"members", "combine", "coefficient"}
+        or not settings["members"]
+    ):
+        form = '{"members": [folder, ...], "combine": name, "coefficient": number}'
+        raise ValueError(f"{str(file)!r} must hold {form}, it holds {settings}")
+    check_combination(settings["combine"], settings["coefficient"])
+    return settings

@@ -257,9 +257,9 @@ def read_normalisation(path: Path) -> dict[str, Any]:
         return {}
     # Exactly these keys: a bias under another name would silently be 0, and the KL coefficient is tuned to scores of
     # standard deviation 1.
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if set(found) != {"bias", "scale"} or not all(
-        isinstance(v, int | float) and math.isfinite(v) for v in found.values()
+    numbers = json.loads(path.read_text(encoding="utf-8"))
+    if set(numbers) != {"bias", "scale"} or not all(
+        isinstance(v, int | float) and math.isfinite(v) for v in numbers.values()
     ):
-        raise ValueError(f'{str(path)!r} must hold {{"bias": number, "scale": number}}, it holds {found}')
-    return {**found, "appends_eos": True}
+        raise ValueError(f'{str(path)!r} must hold {{"bias": number, "scale": number}}, it holds {numbers}')
+    return {**numbers, "appends_eos": True}

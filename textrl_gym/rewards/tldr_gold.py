@@ -94,11 +94,13 @@ def _bigrams_and_trigrams(words: Sequence[str]) -> Iterator[Ngram]:
 def clauses() -> dict[str, list[list[str]]]:
     """Every clause of the summary grammar, values abstracted, by kind of clause."""
     summary = bank()["summary"]
-    found: dict[str, list[list[str]]] = {"core": list(_cores())}
+    templates_by_kind: dict[str, list[list[str]]] = {"core": list(_cores())}
     for kind in ("left", "feeling", "question", "wonder"):
-        found[kind] = [_words(variant) for template in summary[kind] for variant in _variants(template)]
-    found["amount"] = [_words(template) for templates in summary["amount"].values() for template in templates]
-    return found
+        templates_by_kind[kind] = [_words(variant) for template in summary[kind] for variant in _variants(template)]
+    templates_by_kind["amount"] = [
+        _words(template) for templates in summary["amount"].values() for template in templates
+    ]
+    return templates_by_kind
 
 
 @cache
@@ -168,14 +170,14 @@ def parses(words: Sequence[str]) -> bool:
 @cache
 def roles() -> dict[Ngram, frozenset[str]]:
     """The two words before an amount -> the parts that the amount may play there."""
-    found: dict[Ngram, set[str]] = defaultdict(set)
+    roles_by_ngram: dict[Ngram, set[str]] = defaultdict(set)
     for role, templates in bank()["summary"]["amount"].items():
         for template in templates:
             words = _words(template)
             at = words.index("{amount}")
             for version in (words, _headed(words)):
-                found[tuple(version[at - 2 : at])].add(role)
-    return {before: frozenset(parts) for before, parts in found.items()}
+                roles_by_ngram[tuple(version[at - 2 : at])].add(role)
+    return {before: frozenset(parts) for before, parts in roles_by_ngram.items()}
 
 
 @cache

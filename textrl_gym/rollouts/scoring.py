@@ -90,11 +90,11 @@ def _full_kl(policy: Policy, own_BTD: Tensor, reference: Policy, ref_BTD: Tensor
     # Two distributions for each place: with 50,000 tokens those of a whole micro-batch would be gigabytes.
     size = max(1, CHUNK_NUMBERS // policy.vocab_size)
     chunks = zip(*(hidden_BTD[mask_BT].split(size) for hidden_BTD in (own_BTD, ref_BTD)), strict=True)
-    found = [
+    parts = [
         kl.estimate("full", policy.logits(own_nD).log_softmax(-1), reference.logits(ref_nD).log_softmax(-1))
         for own_nD, ref_nD in chunks
     ]
-    return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT, torch.cat(found).float())
+    return torch.zeros(mask_BT.shape, device=mask_BT.device).masked_scatter(mask_BT, torch.cat(parts).float())
 
 
 def token_rewards(rollout: Rollout, kl_coef: float, missing_eos_penalty: float) -> Tensor:

@@ -230,8 +230,8 @@ def _bootstrap(
     z_quantile(confidence)
     rng = np.random.default_rng(seed)
     settings: dict[str, Any] = {"n_resamples": resamples, "confidence_level": confidence, "rng": rng}
-    found = stats.bootstrap(rows, statistic, vectorized=True, method="percentile", axis=-1, **settings)
-    ends = found.confidence_interval
+    result = stats.bootstrap(rows, statistic, vectorized=True, method="percentile", axis=-1, **settings)
+    ends = result.confidence_interval
     values = np.broadcast_arrays(*np.atleast_1d(statistic(*rows), ends.low, ends.high))
     return [Estimate(*map(float, numbers)) for numbers in zip(*values, strict=True)]
 

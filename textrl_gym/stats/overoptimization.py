@@ -197,13 +197,13 @@ def reward_against_length(
         correlation = float(line.rvalue)
     rank_N = stats.rankdata(length_N) - 0.5  # of equal lengths their mean rank, so that they share a bucket
     bucket_N = (rank_N * buckets / len(length_N)).astype(int)
-    found = []
+    by_length = []
     for number in np.unique(bucket_N):
         inside_N = bucket_N == number
         lengths = length_N[inside_N]
         mean = float(score_N[inside_N].mean())
-        found.append(LengthBucket(float(lengths.min()), float(lengths.max()), int(inside_N.sum()), mean))
-    return LengthTrend(slope, correlation, tuple(found))
+        by_length.append(LengthBucket(float(lengths.min()), float(lengths.max()), int(inside_N.sum()), mean))
+    return LengthTrend(slope, correlation, tuple(by_length))
 
 
 # Texts and runs

@@ -81,21 +81,23 @@ def find_runs(folder: Path) -> list[Path]:
     if (folder / "evaluations.jsonl").is_file():
         return [folder]
     # One level down and no further: a run's best/ and a comparison's runs/NAME lie deeper.
-    found = sorted(path.parent for path in folder.glob("*/evaluations.jsonl"))
-    if not found:
+    runs = sorted(path.parent for path in folder.glob("*/evaluations.jsonl"))
+    if not runs:
         raise ValueError(f"{str(folder)!r} holds no run, and none of its subfolders does: no evaluations.jsonl")
-    return found
+    return runs
 
 
 def read_run(folder: Path) -> Run:
     """Read a run's logs. What was evaluated twice, before and after a resumption, counts once."""
-    found = read_evaluations(folder)
-    if not found:
+    evaluations = read_evaluations(folder)
+    if not evaluations:
         raise ValueError(f"{str(folder)!r} holds no evaluation yet")
     state_file = folder / "agent.json"
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
-    samples = [sample for evaluation in found for sample in evaluation.samples]
-    return Run(folder.resolve().name, [evaluation.row for evaluation in found], read_rollouts(folder), samples, state)
+    samples = [sample for evaluation in evaluations for sample in evaluation.samples]
+    return Run(
+        folder.resolve().name, [evaluation.row for evaluation in evaluations], read_rollouts(folder), samples, state
+    )
 
 
 def read_rollouts(folder: Path) -> list[dict[str, Any]]:

@@ -112,8 +112,8 @@ def _plan(slots: Slots, rng: random.Random) -> list[tuple[str, list[str]]]:
         chunks.insert(rng.randint(0, len(chunks) - 1), ("other", [rng.choice(distractor[kinds])]))
     fillers = rng.sample(post["fillers"], 3)
     words = sum(len(sentence.split()) for _, sentences in chunks for sentence in sentences)
-    wanted = rng.randint(55, 90)
-    while fillers and words < wanted:
+    num_words = rng.randint(55, 90)
+    while fillers and words < num_words:
         filler = fillers.pop()
         words += len(filler.split())
         chunks.insert(rng.randint(1, len(chunks)), ("", [filler]))
@@ -126,7 +126,7 @@ def _plan(slots: Slots, rng: random.Random) -> list[tuple[str, list[str]]]:
 
 def _tell(slots: Slots, rng: random.Random) -> str:
     """The body of a post. Keeps track of who was spoken of last, so that pronouns point at the right person."""
-    told: list[str] = []
+    sentences: list[str] = []
     last = ""
     for about, templates in _plan(slots, rng):
         for template in templates:
@@ -136,10 +136,10 @@ def _tell(slots: Slots, rng: random.Random) -> str:
             if about == "ask" and last == "other" and re.search(r" (her|him)\b", slots["ask"]):
                 lowered = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
                 sentence = f"When it comes to {slots['name']}, {lowered}"
-            told.append(sentence)
+            sentences.append(sentence)
             names_one = re.search(r"\{(s|S|name)\}", template) or about == "other"
             last = about if names_one else last
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 class TLDRCorpus:
@@ -228,9 +228,9 @@ def mediocre_summary(
         detail: Probability, for each of when, where, amount and feeling, that it is told.
     """
     slots = slots_of(row["facts"])
-    told = {"who": 1 - generic, "event": 1.0, "ask": ask}
+    probabilities = {"who": 1 - generic, "event": 1.0, "ask": ask}
     for kind in KINDS:
-        if rng.random() >= told.get(kind, detail):
+        if rng.random() >= probabilities.get(kind, detail):
             _drop(slots, kind)
         elif rng.random() < swap:
             _swap(slots, kind, rng.choice(row["distractors"][kind]))
@@ -291,9 +291,9 @@ def _post_sentences(row: Post) -> list[str]:
 
 
 def _copied(row: Post, rng: random.Random) -> str:
-    told = _post_sentences(row)
-    at = rng.randrange(len(told))
-    return "".join(told[at : at + rng.choice((1, 2, 3))]).strip()
+    sentences = _post_sentences(row)
+    at = rng.randrange(len(sentences))
+    return "".join(sentences[at : at + rng.choice((1, 2, 3))]).strip()
 
 
 def _padded(row: Post, rng: random.Random) -> str:
