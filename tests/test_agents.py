@@ -347,7 +347,7 @@ def test_bad_settings_name_themselves() -> None:
         PPO("CopyText-v0", temperature=0.0)
     with pytest.raises(ValueError, match=r"kl_estimator 'k9'.*k1, k2, k3, full"):
         PPO("CopyText-v0", kl_estimator="k9")
-    with pytest.raises(ValueError, match="unknown agent 'pppo'; allowed: "):
+    with pytest.raises(ValueError, match=r"unknown agent 'pppo' \(did you mean 'ppo'\?\); allowed: "):
         registry.load_agent_class("pppo")
     with pytest.raises(ValueError, match="no setting 'eval_evry'"):
         PPO("CopyText-v0").learn(10, eval_evry=1)

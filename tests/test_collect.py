@@ -19,6 +19,7 @@ from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
+from textrl_gym.rollouts import sampler
 from textrl_gym.rollouts.batching import micro_batches
 from textrl_gym.rollouts.collect import collect
 
@@ -318,3 +319,26 @@ def test_stepping_tells_the_components_of_a_mixture() -> None:
     single = TextEnv(task=Letters, reward="length")
     single.reset(seed=1)
     assert "components" not in single.step(EOS_ID)[4]
+
+
+def test_sampling_copies_tokens_to_the_host_only_for_stop_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each copy waits for a GPU, once a token. What collect() does after sampling may copy.
+    policy = Policy(make_model(next(iter(CONFIGS))))
+    copies = []
+    tolist, generate = torch.Tensor.tolist, sampler.generate
+
+    def counting(tensor: torch.Tensor) -> Any:
+        copies.append(tuple(tensor.shape))
+        return tolist(tensor)
+
+    def watched(*args: Any, **kwargs: Any) -> sampler.Completions:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", counting)
+            return generate(*args, **kwargs)
+
+    monkeypatch.setattr(sampler, "generate", watched)
+    collect(make_env(6), policy, uniform_BT=uniforms(6))
+    assert copies == []
+    collect(make_env(6, stop=["a b c d e f g"]), policy, uniform_BT=uniforms(6))
+    # Of one token a row at a time, and not of all tokens so far, which would be quadratic.
+    assert copies and all(len(shape) == 1 for shape in copies)

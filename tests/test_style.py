@@ -3,7 +3,7 @@
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
@@ -24,12 +24,18 @@ def functions(source: str) -> Iterator[Function]:
             yield node
 
 
-def is_bare_any(annotation: ast.expr | None) -> bool:
-    return annotation is not None and ast.unparse(annotation) in ("Any", "typing.Any")
+def aliases_of_any(source: str) -> set[str]:
+    """Names that a module gives to Any: they are no less bare."""
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return {ast.unparse(node.targets[0]) for node in assigned if ast.unparse(node.value) == "Any"}
 
 
-def bare_any(source: str) -> tuple[list[bool], list[bool]]:
+def bare_any(source: str, aliases: Collection[str] = ()) -> tuple[list[bool], list[bool]]:
     """For each annotated parameter, and for each annotated return, whether it is a bare Any."""
+
+    def is_bare_any(annotation: ast.expr | None) -> bool:
+        return annotation is not None and ast.unparse(annotation) in {"Any", *aliases}
+
     parameters, returns = [], []
     for function in functions(source):
         of = function.args
@@ -79,8 +85,9 @@ def test_few_parameters_and_returns_are_any(root: Path) -> None:
     parameters: list[bool] = []
     returns: list[bool] = []
     worst: dict[str, int] = {}
+    aliases = set().union(*map(aliases_of_any, sources(root).values()))
     for path, source in sources(root).items():
-        of_parameters, of_returns = bare_any(source)
+        of_parameters, of_returns = bare_any(source, aliases)
         worst[path] = sum(of_parameters) + sum(of_returns)
         parameters, returns = parameters + of_parameters, returns + of_returns
     message = f"most in {sorted(worst.items(), key=lambda item: -item[1])[:8]}"
@@ -109,6 +116,11 @@ def test_bare_any_is_counted() -> None:
     source = "def f(a: Any, b: int, *c: Any, **d: dict[str, Any]) -> Any: ...\ndef g(e: str) -> None: ...\n"
     # a, b, *c, **d of f; e of g
     assert bare_any(source) == ([True, False, True, False, False], [True, False])
+
+
+def test_an_alias_of_any_is_counted() -> None:
+    source = "Batch = Any\ndef f(a: Batch) -> int: ...\n"
+    assert bare_any(source, aliases_of_any(source)) == ([True], [False])
 
 
 def test_comments_are_counted() -> None:

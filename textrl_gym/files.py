@@ -112,6 +112,18 @@ def finish_folder(folder: str | Path) -> None:
     whole.rmdir()
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON; the error names the file.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+
+
 def read_state(folder: str | Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
@@ -122,7 +134,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / STATE_FILE
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} is no saved agent: it holds no {STATE_FILE}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

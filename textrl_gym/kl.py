@@ -112,6 +112,7 @@ class KLPenalty:
     estimator: str = "k1"
     """Of the per-token KL that a rollout carries, and that is in the reward: k1, k2, k3 or full."""
     where: Literal["reward", "loss"] = "reward"
+    """In the rewards of a rollout, or a term of the agent's loss."""
     target: float | None = None
     """Nats per sequence that the coefficient steers to; None keeps it fixed."""
     horizon: int = 10_000

@@ -89,7 +89,7 @@ def load_agent_class(name: str) -> type[Any]:
     if ":" in name:
         return cast(type[Any], load_object(name))
     if name not in names("agents"):
-        raise ValueError(f"unknown agent {name!r}; allowed: {', '.join(names('agents'))}, or package.module:Class")
+        raise unknown("agent", name, names("agents"), ", or module:Class")
     module = importlib.import_module(f"textrl_gym.agents.{name}")
     return class_in(module, "update")
 
@@ -121,7 +121,6 @@ def text_envs() -> dict[str, Any]:
 
 def find_env(name: str) -> str:
     """A registered id; "module:ID" imports the module that registers it, as gymnasium.make does."""
-
     module, _, env_id = name.rpartition(":")
     if module:
         importlib.import_module(module)

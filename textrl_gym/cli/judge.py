@@ -201,9 +201,9 @@ def judge_command(args: Sequence[str]) -> int:
 def _reader(environment: str) -> Reader:
     """What the comparison's task knows of its prompts; nothing where it is not registered here."""
     from textrl_gym.experiments.win_rates import Reader
-    from textrl_gym.mdp.task import load_task
+    from textrl_gym.mdp.task import load_env_task
 
     if environment not in text_envs():
         return Reader()
-    task = load_task(text_envs()[environment])
+    task = load_env_task(environment)
     return Reader(task, task.load_tokenizer(), task.rows("validation"), task.max_prompt_tokens)

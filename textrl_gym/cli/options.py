@@ -198,8 +198,6 @@ def find_agent(name: str) -> type[Agent]:
     from textrl_gym import registry
     from textrl_gym.training.agent import Agent
 
-    if ":" not in name and name not in registry.names("agents"):
-        raise unknown("agent", name, registry.names("agents"), ", or module:Class")
     agent_class = registry.load_agent_class(name)
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)):
         raise ValueError(f"{name!r} is {agent_class!r}, not a subclass of textrl_gym.agents.Agent")

@@ -113,7 +113,7 @@ def resume(args: Sequence[str]) -> int:
     saved = {}
     if folder is not None and (folder / RUN_FILE).is_file():
         # Options of the first call hold on unless this one says otherwise.
-        saved = renamed(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["options"])
+        saved = renamed(files.read_json(folder / RUN_FILE)["options"])
     more = "tokens more than now; None: up to the run's own total"
     parts: list[Part] = [
         ("resume", flag(Path, "the run's folder")),

@@ -255,10 +255,7 @@ def load_preferences(
         raise ValueError(f"{where} is empty: it has no rows")
     # Of all rows, in order: a row of jsonl may lack a column that is empty in it.
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    schema = next((s for s in PREFERENCE_SCHEMAS if set(s.columns) <= set(columns)), None)
-    if schema is None:
-        known = "; or ".join(f"{', '.join(s.columns)} (as {s.name})" for s in PREFERENCE_SCHEMAS)
-        raise ValueError(f"{where} has the columns {', '.join(map(str, columns))}; expected: {known}")
+    schema = sources.match_schema(PREFERENCE_SCHEMAS, columns, where)
     preference_rows: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for number, row in enumerate(rows):

@@ -147,10 +147,7 @@ def _to_rows(raw: list[Any], where: str, schemas: Sequence[PromptSchema]) -> lis
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}, row {number} is no object with columns but {str(row)[:60]!r}")
     columns = list(dict.fromkeys(name for row in raw for name in row))
-    schema = next((s for s in schemas if set(s.columns) <= set(columns)), None)
-    if schema is None:
-        expected = "; or ".join(f"{', '.join(s.columns)} (as {s.name})" for s in schemas)
-        raise ValueError(f"{where} has the columns {', '.join(map(str, columns))}; expected: {expected}")
+    schema = sources.match_schema(schemas, columns, where)
     rows = []
     for number, row in enumerate(raw):
         for name in schema.columns:

@@ -11,9 +11,9 @@ import gzip
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 SPLITS = ("train", "validation", "test")
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
@@ -191,3 +191,32 @@ def hub_errors(name: str, split: str) -> Iterator[None]:
 def _require(package: str, what: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ImportError(f"{what} needs the package {package}: pip install textrl-gym[hub]")
+
+
+class Schema(Protocol):
+    """A published form of rows: its name, and the columns that tell it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def columns(self) -> Sequence[str]: ...
+
+
+S = TypeVar("S", bound=Schema)
+
+
+def match_schema(schemas: Sequence[S], columns: Sequence[str], where: str) -> S:
+    """The first schema all of whose columns are there.
+
+    Args:
+        where: the data, in the words of the error.
+
+    Raises:
+        ValueError: none fits; the error names the columns and those of each schema.
+    """
+    schema = next((s for s in schemas if set(s.columns) <= set(columns)), None)
+    if schema is None:
+        expected = "; or ".join(f"{', '.join(s.columns)} (as {s.name})" for s in schemas)
+        raise ValueError(f"{where} has the columns {', '.join(map(str, columns))}; expected: {expected}")
+    return schema

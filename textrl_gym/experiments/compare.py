@@ -21,7 +21,7 @@ from textrl_gym import files, registry
 from textrl_gym.evaluation import reward_hacking
 from textrl_gym.experiments import worker
 from textrl_gym.experiments.progress import LiveTable
-from textrl_gym.mdp.task import load_task
+from textrl_gym.mdp.task import load_env_task
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import parse_reward
 from textrl_gym.training.run_folder import EVALUATIONS, read_rows, renamed
@@ -152,7 +152,7 @@ def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
             file.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(file, json.dumps(spec, indent=1) + "\n")
             continue
-        before = renamed(json.loads(file.read_text(encoding="utf-8")))
+        before = renamed(files.read_json(file))
         # The device may change: a comparison that was begun on a CPU may end on a GPU, whose numbers differ by
         # rounding.
         other = [key for key in spec if key != "device" and before.get(key) != json.loads(json.dumps(spec[key]))]
@@ -256,12 +256,10 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
         ValueError: an unknown agent, environment, reward or gold score, a wrong setting, a folder with another
             comparison.
     """
-    import gymnasium
-
     from textrl_gym.judges.judge import load_scorer
     from textrl_gym.rewards import load_reward
 
-    task = load_task(gymnasium.spec(environment).kwargs["task"])
+    task = load_env_task(environment)
     # Both are made again in each worker: an object with a model cannot be handed to another process.
     if config.gold is not None:  # a wrong name is told before any run begins
         load_scorer(config.gold, task=task)
@@ -306,13 +304,13 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
     for folder in sorted((out / RUNS).iterdir()):
         if not (folder / worker.RESULT).is_file():
             continue
-        spec = json.loads((folder / worker.SPEC).read_text(encoding="utf-8"))
+        spec = files.read_json(folder / worker.SPEC)
         agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
         shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
         # What was evaluated both before and after a stop counts once.
         for evaluation in reward_hacking.evaluations(read_rows(folder / EVALUATIONS), []):
             yield {**shared, "final": False, **evaluation.row}
-        last = renamed(json.loads((folder / worker.RESULT).read_text(encoding="utf-8")))
+        last = renamed(files.read_json(folder / worker.RESULT))
         yield {**shared, "final": True, **last}
 
 

@@ -7,7 +7,6 @@ is computed here but the alarms of textrl_gym.evaluation.reward_hacking.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +118,6 @@ class Comparison:
         return "gold" if all("gold" in run.final for run in self.runs) else "score"
 
     @property
-    def gold_name(self) -> str:
-        return "gold" if self.gold == "gold" else "score"
-
-    @property
     def runs(self) -> list[Result]:
         return [run for group in self.groups for run in group.runs]
 
@@ -135,7 +130,7 @@ def read_comparison(folder: Path) -> Comparison:
     """
     if not (folder / PLAN).is_file():
         raise ValueError(f"{str(folder)!r} holds no comparison: no {PLAN}")
-    plan = _json(folder / PLAN)
+    plan = files.read_json(folder / PLAN)
     results: list[Result] = []
     failed: dict[str, str] = {}
     unfinished: dict[str, str] = {}
@@ -153,7 +148,7 @@ def read_comparison(folder: Path) -> Comparison:
             failed[run.name] = (run / worker.ERROR).read_text(encoding="utf-8").strip()
         else:
             done = progress(run).get("time/total_timesteps", 0)
-            unfinished[run.name] = f"{int(done):,} of {_json(file)['total_timesteps']:,} tokens"
+            unfinished[run.name] = f"{int(done):,} of {files.read_json(file)['total_timesteps']:,} tokens"
     if not results:
         others = [f"{name} ({why})" for name, why in (failed | unfinished).items()]
         reasons = "; ".join(others[:3]) + (f"; and {len(others) - 3} more" if len(others) > 3 else "")
@@ -166,26 +161,19 @@ def read_comparison(folder: Path) -> Comparison:
 
 def _read_result(folder: Path) -> Result:
     evaluations = read_evaluations(folder)
-    state = _json(folder / "agent.json") if (folder / "agent.json").is_file() else {}
+    state = files.read_json(folder / files.STATE_FILE) if (folder / files.STATE_FILE).is_file() else {}
     return Result(
         folder.name,
-        renamed(_json(folder / worker.SPEC)),
-        renamed(_json(folder / worker.RESULT)),
+        renamed(files.read_json(folder / worker.SPEC)),
+        renamed(files.read_json(folder / worker.RESULT)),
         [evaluation.row for evaluation in evaluations],
         reward_hacking.last_alarms(evaluations),
         read_rows(folder / worker.EPISODES),
         {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
         read_rollouts(folder),
         files.read_json_lines(folder / worker.CREDIT),
-        _json(folder / worker.FLOPS) if (folder / worker.FLOPS).is_file() else {},
+        files.read_json(folder / worker.FLOPS) if (folder / worker.FLOPS).is_file() else {},
     )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
 
 
 def _groups(runs: list[Result], named: list[str]) -> tuple[Group, ...]:

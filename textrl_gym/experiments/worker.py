@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textrl_gym import files
+from textrl_gym import files, registry
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import EnvSettings, make_env
 from textrl_gym.training.run_folder import renamed
@@ -50,7 +50,7 @@ def main(folder: Path) -> int:
     _end_with_parent()
     with _alone(folder):
         try:
-            run(folder, renamed(json.loads((folder / SPEC).read_text(encoding="utf-8"))))
+            run(folder, renamed(files.read_json(folder / SPEC)))
         except KeyboardInterrupt:
             return 130
     return 0
@@ -81,18 +81,15 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
 
 def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
     """The agent of a saved folder, or the one that training ends with."""
-    from textrl_gym import registry
-    from textrl_gym.registry import load_agent
-
     if Path(spec["agent"]).is_dir():
-        return load_agent(spec["agent"], device=spec["device"])
+        return registry.load_agent(spec["agent"], device=spec["device"])
     agent_class = registry.load_agent_class(spec["agent"])
     # A kill while a checkpoint was moved into place leaves it whole under another name.
     files.finish_folder(folder)
     # SB3's rows are in the middle of texts at a checkpoint, so that its runs cannot go on exactly: they begin anew.
     goes_on = (folder / files.STATE_FILE).is_file() and agent_class.resumes
     if goes_on:
-        agent = load_agent(folder, device=spec["device"], out=folder)
+        agent = registry.load_agent(folder, device=spec["device"], out=folder)
         cut_logs(folder, agent.num_timesteps)
     else:
         begin_anew(folder)

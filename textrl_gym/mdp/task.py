@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, ClassVar, cast
 
-import gymnasium
 import torch
 from torch import nn
 
@@ -78,12 +77,9 @@ def load_task(task: Task | type[Task] | str) -> Task:
 
 
 def load_env_task(env_id: str) -> Task:
-    """The task of a registered environment id ("TLDRSummarize-v0").
+    """The task of a registered environment id ("TLDRSummarize-v0", or module:ID).
 
     Raises:
         ValueError: there is no such environment of text.
     """
-    spec = gymnasium.registry.get(env_id)
-    if spec is None or "task" not in spec.kwargs:
-        raise ValueError(f"unknown environment {env_id!r}; allowed: {', '.join(sorted(registry.env_ids()))}")
-    return load_task(spec.kwargs["task"])
+    return load_task(registry.text_envs()[registry.find_env(env_id)])

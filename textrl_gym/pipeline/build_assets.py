@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
+from textrl_gym import files
 from textrl_gym.envs import tldr_summarize
 from textrl_gym.models import loading
 from textrl_gym.pipeline.reward_data import RewardModelConfig
@@ -103,7 +104,7 @@ def store(folder: Path, record_file: str, **measured: float) -> dict[str, Any]:
     cast("PreTrainedModel", loaded).half().save_pretrained(folder)  # textrl_gym.models.loading loads them as float32
     (folder / "generation_config.json").unlink(missing_ok=True)
     path = folder / record_file
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = files.read_json(path)
     record["measured"] |= measured
     # Where the build happened to stand says nothing to anyone.
     record["config"] |= {name: None for name in ("model", "policy", "dataset") if name in record["config"]}

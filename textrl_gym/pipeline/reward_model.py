@@ -253,7 +253,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     file = folder / TRAINING_RECORD
     if not file.is_file():
         return None
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = files.read_json(file)
     for part in ("config", "measured"):
         record[part] = {RENAMED.get(name, name): value for name, value in record[part].items()}
     return record

@@ -236,7 +236,8 @@ class Trunk:
             # The model's own forward first: it knows of capped or scaled logits. The output embeddings alone are for
             # models that reach past their body (OPT calls model.decoder), for which the stand-in is not asked.
             for head in (_Head(self.model), output_embeddings):
-                if torch.allclose(head(hidden_LD), logits_LV, rtol=1e-4, atol=1e-4):
+                # In reversed order: a head that adds something of the position is no function of the hidden state.
+                if torch.allclose(head(hidden_LD.flip(0)).flip(0), logits_LV, rtol=1e-4, atol=1e-4):
                     return head
         raise ValueError(f"the logits of {type(self.model).__name__} are no function of its last hidden state")
 

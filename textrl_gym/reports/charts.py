@@ -22,7 +22,7 @@ def charts(comparison: Comparison) -> dict[str, Chart]:
 def frontier(comparison: Comparison) -> Chart:
     """Every run a point; the mean of each coefficient joined to the agent's next."""
     gold = comparison.gold
-    chart = axes("KL to the reference, nats per sequence", comparison.gold_name)
+    chart = axes("KL to the reference, nats per sequence", comparison.gold)
     rows = []
     for agent in dict.fromkeys(group.agent for group in comparison.groups):
         own = [group for group in comparison.groups if group.agent == agent]
@@ -51,9 +51,7 @@ def frontier(comparison: Comparison) -> Chart:
             f" Best-of-n stands at log n - (n - 1)/n nats ({values}): a bound that its KL to what it samples from does "
             "not exceed, and lies under where scores tie."
         )
-    return Chart(
-        "frontier", "What the KL buys", note, chart, ("run", "KL coefficient", "KL", comparison.gold_name), rows
-    )
+    return Chart("frontier", "What the KL buys", note, chart, ("run", "KL coefficient", "KL", comparison.gold), rows)
 
 
 def matrix(comparison: Comparison) -> Chart | None:
@@ -90,14 +88,14 @@ def matrix(comparison: Comparison) -> Chart | None:
         "numbers; a tie is half a win. Mean over all pairs of seeds; the intervals of win rates are over prompts, and "
         "those of the difference and of the chance that a run is better also over seeds."
     )
-    head = ("agent", "against", "win rate", f"mean difference in {comparison.gold_name}", "chance that a run is better")
+    head = ("agent", "against", "win rate", f"mean difference in {comparison.gold}", "chance that a run is better")
     return Chart("matrix", "Who beats whom", note, chart, head, rows)
 
 
 def profile_chart(comparison: Comparison) -> Chart:
     """Share of runs above each threshold."""
     thresholds, shares = numbers.score_profile(comparison)
-    chart = axes(f"threshold of {comparison.gold_name}", "share of runs above it")
+    chart = axes(f"threshold of {comparison.gold}", "share of runs above it")
     chart.update_layout(yaxis={"range": [-0.03, 1.03], "tickformat": ".0%"})
     # More than six bands over each other would be one grey.
     faint = 0.12 if len(comparison.groups) <= 6 else 0.05

@@ -202,7 +202,7 @@ def lead(comparison: Comparison, live: bool = False) -> str:
 
 def summary(comparison: Comparison) -> str:
     """The table, and what it says in sentences."""
-    gold = comparison.gold_name
+    gold = comparison.gold
     has_gold = comparison.gold == "gold"
     head = ["agent", "KL coefficient", "seeds", f"{gold}, IQM (95%)", *(["score"] if has_gold else [])]
     head += ["win rate against the start (95%)", "win rate at equal length (95%)", "KL, nats per sequence"]

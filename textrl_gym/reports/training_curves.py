@@ -14,7 +14,7 @@ from textrl_gym.reports.plotting import Chart, Table, axes, between, line, look,
 
 def learning_curves(comparison: Comparison, key: str, x_key: str, x_name: str) -> Chart | None:
     """The score at the evaluations of training."""
-    name = comparison.gold_name
+    name = comparison.gold
     note = (
         f"Mean {name} over seeds at the evaluations of training, with fewer held-out prompts than the summary's, as "
         "far as all seeds go. The band runs from the lowest seed to the highest. A level line is an agent that was not "

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from textrl_gym import files
 from textrl_gym.experiments import worker
 from textrl_gym.experiments.compare import PLAN, RUNS
 from textrl_gym.experiments.progress import progress, state_of
@@ -68,7 +69,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def _status_of(run: Path) -> dict[str, Any]:
-    total = json.loads((run / worker.SPEC).read_text(encoding="utf-8"))["total_timesteps"]
+    total = files.read_json(run / worker.SPEC)["total_timesteps"]
     state, row = state_of(run, running(run)), progress(run)
     done = int(row.get("time/total_timesteps", 0))
     spent = sum(row.get(f"time/{phase}_seconds", 0.0) for phase in ("collect", "update", "evaluate"))

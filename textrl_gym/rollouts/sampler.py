@@ -58,6 +58,7 @@ def generate(
     """
     device, rows = policy.device, len(source_B)
     written = _Written.empty(rows, max_new_tokens, device)
+    texts: list[list[int]] = [[] for _ in range(rows)]  # on the host, and only where stop strings are sought
 
     # 1. Prefill each unique prompt once.
     decoder = policy.decoder(prompt_UP, prompt_mask_UP.bool(), source_B, max_new_tokens)
@@ -72,8 +73,7 @@ def generate(
         written.append_(row_b, t, alive_b, token_b, logp_bV.gather(1, token_b[:, None]).squeeze(1), value_b)
 
         # 3. Who ended with this token?
-        so_far = written.token_BT[row_b, : t + 1].tolist()
-        hit_b = None if stopped is None else torch.tensor(stopped(so_far), device=device)
+        hit_b = None if stopped is None else _stop_hits(stopped, texts, row_b, token_b)
         length_b = torch.full_like(token_b, t + 1)
         written.end_(row_b, alive_b, length_b, stop_reasons(token_b, length_b, hit_b, max_new_tokens, eos_id))
         if t == max_new_tokens - 1:
@@ -92,6 +92,16 @@ def generate(
 
         hidden_bD = decoder.step(token_b)  # 5. One more position for each row.
     return written.completions()
+
+
+def _stop_hits(
+    stopped: Callable[[list[list[int]]], list[bool]], texts: list[list[int]], row_b: Tensor, token_b: Tensor
+) -> Tensor:
+    """Append each row's token to its text, and ask which texts complete a stop string. bool [b]."""
+    running = row_b.tolist()
+    for row, token in zip(running, token_b.tolist(), strict=True):
+        texts[row].append(token)
+    return torch.tensor(stopped([texts[row] for row in running]), device=token_b.device)
 
 
 @dataclass

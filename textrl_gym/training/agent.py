@@ -59,7 +59,7 @@ class Agent:
         env: an id, a text environment, or a text vector environment (its rows are then the rollout's episodes). The
             agent steps a copy of its own, so the given one is not changed.
         model: a Hub id, a folder, or a loaded causal LM to start from; None: the task's own.
-        reference: the model that KL is measured to; None: a frozen copy of the start.
+        reference: the model that KL is measured to; None: a frozen copy of the initial policy.
         seed: of prompts, sampling and shuffling.
         device: "auto", "cpu", "cuda".
         out: folder for logs, samples and checkpoints; None: a new one under runs/, made by learn().
@@ -156,10 +156,10 @@ class Agent:
             kl_estimator=self._agreed("kl_estimator", given.kl_estimator, "k1"),
             missing_eos_penalty=self._agreed("missing_eos_penalty", given.missing_eos_penalty, 0.0),
         )
-        # The copy goes on where the given environment's prompts stand, where it has as many rows: each has a stream.
-        own.reset(seed=self.seed)
-        if given.streams() and given.num_envs == rows:
+        if given.streams() and given.num_envs == rows:  # each row has a stream of prompts, which the copy goes on with
             own.restore_streams(given.streams())
+        else:
+            own.reset(seed=self.seed)
         return own
 
     def _check_size(self, name: str, size: int) -> None:
@@ -228,7 +228,7 @@ class Agent:
         return lora.freeze_lower(model, config.frozen_layers) if config.frozen_layers else model
 
     def _make_value_model(self, mdp: TextVectorEnv, model: torch.nn.Module) -> torch.nn.Module | None:
-        """A separate trunk for the critic; none unless a subclass says so."""
+        """A separate model for the critic; none unless a subclass says so."""
         return None
 
     # -- Stable-Baselines3's names ------------------------------------------------------------------------------------
@@ -266,9 +266,8 @@ class Agent:
             raise ValueError(
                 f"kl_coef={self.kl.coef} of {type(self).__name__} and kl_coef={mdp.kl_coef} of the environment differ"
             )
-        self.config = dataclasses.replace(
-            self.config, rollout_episodes=mdp.num_envs, group_size=mdp.group_size
-        )  # what is saved is what was used
+        # What is saved is what was used.
+        self.config = dataclasses.replace(self.config, rollout_episodes=mdp.num_envs, group_size=mdp.group_size)
         self.env: TextVectorEnv = mdp
 
     def learn(
@@ -313,7 +312,7 @@ class Agent:
         deterministic: bool = False,
     ) -> tuple[np.ndarray, State]:
         """Action of a single or batched observation; deterministic takes the most likely token."""
-        # Stable-Baselines3's predict takes both, and evaluate_policy relies on it.
+        # Both kinds, as Stable-Baselines3's predict takes them: its evaluate_policy relies on it.
         single = np.ndim(observation["input_ids"]) == 1
         if single:
             observation = {k: torch.as_tensor(v)[None] for k, v in observation.items()}

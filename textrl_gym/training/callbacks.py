@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from textrl_gym import files
 from textrl_gym.evaluation.reward_hacking import GOLD_ALARM, Alarm, Bounds, Evaluation, alarms, best
-from textrl_gym.training.run_folder import ALARMS, BEST
+from textrl_gym.training.run_folder import BEST, append_alarm
 
 
 class EvaluationCallback(BaseCallback):
@@ -99,8 +98,7 @@ class RewardHackingMonitor(EvaluationCallback):
 
     def _log(self, timesteps: int, alarm: Alarm) -> None:
         self.tell(f"reward hacking? {alarm.words}")
-        line = {"timesteps": timesteps, "measure": alarm.measure, "before": alarm.before, "now": alarm.now}
-        files.append_json_lines(self._out / ALARMS, [line | {"words": alarm.words}])
+        append_alarm(self._out, timesteps, alarm)
 
     def _where_best(self) -> str:
         if self.best is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from textrl_gym import files, registry
 from textrl_gym.kl import KLPenalty
-from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
@@ -158,7 +158,8 @@ def load(
             device=str(loading.resolve_device(device)),
             **(state["env"] | {"tokenizer": str(folder / "model"), "array": "torch"}),
         )
-    model, reference = _models(folder, state, vector_env(env).task)
+    task = load_env_task(env) if isinstance(env, str) else vector_env(env).task
+    model, reference = _models(folder, state, task)
     make: Any = cls  # a protocol has no constructor
     agent: SavedT = make(env, model, reference, seed=state["seed"], device=device, out=out, **config)
     agent.model_spec, agent.reference_spec = state["model"], state["reference"]

@@ -21,7 +21,6 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
-from textrl_gym import files
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import health
 from textrl_gym.evaluation.evaluator import Evaluator, Player
@@ -29,7 +28,7 @@ from textrl_gym.kl import KLPenalty
 from textrl_gym.rollouts.phases import phase
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
 from textrl_gym.training.config import Clock
-from textrl_gym.training.run_folder import EVALUATIONS, SAMPLES, earlier_evaluations
+from textrl_gym.training.run_folder import append_evaluation, earlier_evaluations
 
 T = TypeVar("T")
 
@@ -293,8 +292,7 @@ class _Run:
         metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent, greedy=greedy))
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
         row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
-        files.append_json_lines(self.out / EVALUATIONS, [row])
-        files.append_json_lines(self.out / SAMPLES, [{"timesteps": agent.num_timesteps} | s for s in samples])
+        append_evaluation(self.out, row, samples)
         if self.options.show_samples:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
         answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]

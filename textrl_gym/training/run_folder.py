@@ -1,4 +1,4 @@
-"""A run's folder: what training writes into it, and the one reader of it.
+"""A run's folder: the one writer and the one reader of what training logs in it.
 
 progress*.json          a row for each logged update (of a resumed run, one file for each call)
 evaluations.jsonl       a row for each evaluation
@@ -11,7 +11,6 @@ best/                   the checkpoint of the best gold score, where a run may b
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,10 @@ from textrl_gym.evaluation import reward_hacking
 from textrl_gym.evaluation.reward_hacking import Alarm, Evaluation
 
 EVALUATIONS = "evaluations.jsonl"
-
 SAMPLES = "samples.jsonl"
-
 ALARMS = "alarms.jsonl"
-
 BEST = "best"
 """Folder of the checkpoint with the best gold score."""
-
-
 RENAMED = {"judge": "gold", "judge_greedy": "gold_greedy", "forward_passes": "model_calls"}
 """Keys of version 0.1 -> what they are called now."""
 
@@ -43,6 +37,17 @@ def renamed(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(row.get("start"), dict):  # of an episode: the initial policy's completion
         row["start"] = renamed(row["start"])
     return row
+
+
+def append_evaluation(folder: Path, row: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    """Append an evaluation's metrics (with `timesteps`) and its completions to their logs."""
+    files.append_json_lines(folder / EVALUATIONS, [row])
+    files.append_json_lines(folder / SAMPLES, [{"timesteps": row["timesteps"]} | sample for sample in samples])
+
+
+def append_alarm(folder: Path, timesteps: int, alarm: Alarm) -> None:
+    """Append an alarm that was raised at an evaluation."""
+    files.append_json_lines(folder / ALARMS, [{"timesteps": timesteps} | dataclasses.asdict(alarm)])
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -78,12 +83,12 @@ def find_runs(folder: Path) -> list[Path]:
     Raises:
         ValueError: there is no run.
     """
-    if (folder / "evaluations.jsonl").is_file():
+    if (folder / EVALUATIONS).is_file():
         return [folder]
     # One level down and no further: a run's best/ and a comparison's runs/NAME lie deeper.
-    runs = sorted(path.parent for path in folder.glob("*/evaluations.jsonl"))
+    runs = sorted(path.parent for path in folder.glob(f"*/{EVALUATIONS}"))
     if not runs:
-        raise ValueError(f"{str(folder)!r} holds no run, and none of its subfolders does: no evaluations.jsonl")
+        raise ValueError(f"{str(folder)!r} holds no run, and none of its subfolders does: no {EVALUATIONS}")
     return runs
 
 
@@ -92,8 +97,8 @@ def read_run(folder: Path) -> Run:
     evaluations = read_evaluations(folder)
     if not evaluations:
         raise ValueError(f"{str(folder)!r} holds no evaluation yet")
-    state_file = folder / "agent.json"
-    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
+    state_file = folder / files.STATE_FILE
+    state = files.read_json(state_file) if state_file.is_file() else {}
     samples = [sample for evaluation in evaluations for sample in evaluation.samples]
     return Run(
         folder.resolve().name, [evaluation.row for evaluation in evaluations], read_rollouts(folder), samples, state
@@ -117,4 +122,4 @@ def alarms(run: Run) -> list[Alarm]:
 
 def earlier_evaluations(folder: Path, timesteps: int) -> list[Evaluation]:
     """Those of a run that goes on, up to the timesteps of its checkpoint."""
-    return [found for found in read_evaluations(folder) if found.row["timesteps"] <= timesteps]
+    return [evaluation for evaluation in read_evaluations(folder) if evaluation.row["timesteps"] <= timesteps]
