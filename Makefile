@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export GOMP_SPINCOUNT = 1000
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test lint types check docs assets clean
+.PHONY: help install demo test reliability lint types check docs assets clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -27,7 +27,10 @@ demo: $(STAMP)  ## Compare PPO, GRPO and best-of-n on the embedded corpus: runs/
 	$(BIN)/python examples/demo.py --out runs/demo
 
 test: $(STAMP)  ## Run the tests: two workers, one thread each.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+reliability: $(STAMP)  ## Run the long tests: learning to known optima, real models, hacked rewards.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 lint: $(STAMP)  ## Check style and format.
 	$(BIN)/ruff check .

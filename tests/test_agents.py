@@ -158,7 +158,7 @@ def test_micro_batches_are_one_batch(cls: type[Agent], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cls", "env", "timesteps"),
     [(cls, "CopyText-v0", 150 if cls is SB3TRPO else 600) for cls in AGENTS]
-    + [(cls, "TLDRSummarize-v0", 150) for cls in (PPO, GRPO)],
+    + [pytest.param(cls, "TLDRSummarize-v0", 150, marks=pytest.mark.slow) for cls in (PPO, GRPO)],
 )
 def test_same_seed_same_weights_and_another_seed_others(
     cls: type[Agent], env: str, timesteps: int, tmp_path: Path
@@ -242,7 +242,12 @@ MAXIMISERS: dict[str, dict[str, Any]] = {
 """Settings by which an agent maximises the KL-shaped return and nothing else."""
 
 
-@pytest.mark.parametrize("name", MAXIMISERS)
+QUICK = ("ppo", "grpo")
+"""The agents that learn in every test run; the others learn in `make reliability`."""
+LEARNERS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MAXIMISERS]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
 def test_known_optimum_is_reached(name: str, tmp_path: Path) -> None:
     cls, settings = registry.load_agent_class(name), MAXIMISERS[name]
     agent = cls("KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path, **settings)
@@ -255,6 +260,7 @@ def test_known_optimum_is_reached(name: str, tmp_path: Path) -> None:
     assert after < 0.03
 
 
+@pytest.mark.slow
 def test_dapo_reaches_the_optimum_of_its_own_objective(tmp_path: Path) -> None:
     # Overlong shaping is a part of the reward: with a share of 2/3 and a penalty of 0.6, 0.3 off for two tokens and
     # 0.6 off for three.
@@ -276,6 +282,7 @@ def test_dapo_reaches_the_optimum_of_its_own_objective(tmp_path: Path) -> None:
         assert float((logp_Y.exp() * (logp_Y - plain_Y)).sum()) > 0.05  # another optimum
 
 
+@pytest.mark.slow
 def test_nlpo_reaches_the_optimum_of_its_own_objective(tmp_path: Path) -> None:
     # While the mask policy is the start, all texts but those whose every token is in the start's top-p set are
     # impossible, and of the policies on these texts pi_ref exp(r / beta), made to sum to 1, is the best.
@@ -324,7 +331,7 @@ def test_optimum_is_the_best_of_all_policies() -> None:
             assert objective(other_Y) < objective(best_Y)
 
 
-@pytest.mark.parametrize("name", MAXIMISERS)
+@pytest.mark.parametrize("name", LEARNERS)
 def test_copy_text_is_solved(name: str, tmp_path: Path) -> None:
     agent = registry.load_agent_class(name)(
         "CopyText-v0", seed=0, learning_rate=3e-3, out=tmp_path, **MAXIMISERS[name]

@@ -146,6 +146,7 @@ def test_bench_vs_generate(example: Path, spread: list[str], capsys: pytest.Capt
     assert "ours / generate = " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_length_bias(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = [
         "--prompts",

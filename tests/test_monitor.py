@@ -262,6 +262,7 @@ def test_wrong_settings_name_themselves() -> None:
 # -- in training ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_is_paid_by_length_stops(tmp_path: Path) -> None:
     """Longer texts repeat themselves and end in mid-sentence: the gold score falls while the reward rises."""
     env = gym.make("TLDRSummarize-v0", reward="length")

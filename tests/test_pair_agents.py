@@ -263,6 +263,7 @@ def test_copy_text_is_learnt(cls: type[Agent], score: float, tmp_path: Path) -> 
         assert metrics["score_greedy"] == 1.0
 
 
+@pytest.mark.slow
 def test_raft_reaches_the_known_optimum(tmp_path: Path) -> None:
     # Where pi is proportional to pi_ref exp(score / beta), score - beta log(pi / pi_ref) is the same for all
     # completions: none is better than another, and nothing moves any more.
@@ -275,6 +276,7 @@ def test_raft_reaches_the_known_optimum(tmp_path: Path) -> None:
     assert known_optimum.distance(agent.policy, reference, agent.kl.coef) < 0.03
 
 
+@pytest.mark.slow
 def test_online_dpo_with_bradley_terry_labels_reaches_the_known_optimum(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"labels": "bradley_terry", "rollout_episodes": 256, "learning_rate": 5e-4}
     agent = OnlineDPO("KnownOptimum-v0", seed=0, out=tmp_path, **settings)
@@ -328,6 +330,7 @@ def best_log_ratios(pairs: list[tuple[int, int]], beta: float, completions: int)
     return ratio_Y.detach()
 
 
+@pytest.mark.slow
 def test_dpo_reaches_the_optimum_of_a_fixed_set_of_pairs(tmp_path: Path) -> None:
     judged = write_pairs(tmp_path / "pairs")
     agent = DPO(

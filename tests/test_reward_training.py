@@ -248,6 +248,7 @@ def test_the_bundled_numbers_are_what_is_promised() -> None:
     assert reward["gold_agreement_samples"] >= 0.8  # between samples of one policy: harder, and not promised
 
 
+@pytest.mark.slow
 def test_the_bundled_assets_still_do_what_was_measured() -> None:
     task = TLDRSummarize()
     tokenizer = task.load_tokenizer()

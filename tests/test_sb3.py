@@ -465,6 +465,7 @@ def test_resumed_agent_goes_on(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.zip")) + list(tmp_path.rglob("*.pkl")) + list(tmp_path.rglob("*.pt"))
 
 
+@pytest.mark.slow
 def test_copy_text_is_solved_by_sb3s_ppo(tmp_path: Path) -> None:
     agent = SB3PPO("CopyText-v0", seed=0, learning_rate=3e-3, out=tmp_path)
     agent.learn(16_000, **QUIET)
@@ -473,6 +474,7 @@ def test_copy_text_is_solved_by_sb3s_ppo(tmp_path: Path) -> None:
     assert metrics["score"] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "timesteps"), [(SB3PPO, 30_000), (SB3A2C, 45_000), (SB3TRPO, 20_000)])
 def test_known_optimum_is_approached(cls: Any, timesteps: int, tmp_path: Path) -> None:
     agent = cls("KnownOptimum-v0", seed=0, rollout_episodes=256, learning_rate=3e-3, out=tmp_path)
