@@ -15,8 +15,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from textrl_gym.experiments import worker
-from textrl_gym.experiments.compare import CompareConfig, compare, lay_out, print_finals, tidy
+from textrl_gym.experiments.compare import CompareConfig, compare, prepare, print_finals
+from textrl_gym.experiments.results import CREDIT, EPISODES, FLOPS, LOG, RESULT, SPEC, tidy
+from textrl_gym.experiments.worker import cut_logs
 from textrl_gym.registry import load_agent
 
 ENV = "CopyText-v0"
@@ -50,7 +51,7 @@ def test_the_table_has_a_row_an_evaluation(done: Path) -> None:
     assert start["score"].nunique() == 1  # one start, the same prompts and the same random numbers for all
     assert table[table["final"]]["score"].nunique() > 1
     assert (done / "results.csv").is_file() and (done / "results.parquet").is_file()
-    episodes = [json.loads(line) for line in (done / "runs" / "grpo-0" / worker.EPISODES).read_text().splitlines()]
+    episodes = [json.loads(line) for line in (done / "runs" / "grpo-0" / EPISODES).read_text().splitlines()]
     assert len(episodes) == 8
     # The start's answers are beside the agent's: the win rate is the share of prompts on which these are better.
     ahead = [(e["score"] > e["start"]["score"]) + 0.5 * (e["score"] == e["start"]["score"]) for e in episodes]
@@ -63,8 +64,8 @@ def test_credit_is_of_the_same_texts_and_the_work_is_counted(done: Path) -> None
     told = {}
     for agent in ("reinforce", "grpo"):
         run = done / "runs" / f"{agent}-0"
-        told[agent] = [json.loads(line) for line in (run / worker.CREDIT).read_text().splitlines()]
-        counted = json.loads((run / worker.FLOPS).read_text())
+        told[agent] = [json.loads(line) for line in (run / CREDIT).read_text().splitlines()]
+        counted = json.loads((run / FLOPS).read_text())
         first = json.loads((run / "progress.json").read_text().splitlines()[0])
         assert counted["tokens"] == first["time/total_timesteps"]
         # Forward passes of sampling, reference and update and a backward pass: 2 + 2 + 2 + 4 for each weight of a
@@ -88,11 +89,11 @@ def test_what_is_finished_is_not_run_again(done: Path, monkeypatch: pytest.Monke
 def test_another_comparison_in_the_folder_is_refused(done: Path) -> None:
     other = dataclasses.replace(SMALL, total_timesteps=500)
     with pytest.raises(ValueError, match=r"holds the run reinforce-0 with total_timesteps=400, not 500"):
-        lay_out(done, ENV, other)
+        prepare(done, ENV, other)
     more = dataclasses.replace(SMALL, seeds=3)
-    assert len(lay_out(done, ENV, more)) == 6  # more runs are welcome
+    assert len(prepare(done, ENV, more)) == 6  # more runs are welcome
     for name in ("reinforce-2", "grpo-2"):
-        (done / "runs" / name / worker.SPEC).unlink()
+        (done / "runs" / name / SPEC).unlink()
         (done / "runs" / name).rmdir()
 
 
@@ -114,7 +115,7 @@ def test_a_failed_run_takes_no_other_down_and_a_saved_agent_is_only_evaluated(
     config = dataclasses.replace(SMALL, agents=("broken_agents:Broken", str(saved)), seeds=1, set=())
     with pytest.warns(UserWarning, match=r"1 of 2 runs failed: broken_agents.Broken-0: RuntimeError: the loss is NaN"):
         table = compare(ENV, config, tmp_path / "out", progress_bar=False)
-    assert "Traceback" in (tmp_path / "out" / "runs" / "broken_agents.Broken-0" / worker.LOG).read_text()
+    assert "Traceback" in (tmp_path / "out" / "runs" / "broken_agents.Broken-0" / LOG).read_text()
     last = tidy(done)
     expected = last[last["final"] & (last["run"] == "grpo-0")]["score"].item()
     assert table["score"].tolist() == [expected]
@@ -128,7 +129,7 @@ def test_all_are_trained_on_the_reward_that_is_named(tmp_path: Path) -> None:
     log = (tmp_path / "out" / "runs" / "reinforce-0" / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(log[-1])["score"] > json.loads(log[0])["score"]  # it was also learnt
     with pytest.raises(ValueError, match=r"holds the run reinforce-0 with reward='length=-0.5', not None"):
-        lay_out(tmp_path / "out", ENV, dataclasses.replace(config, reward=None))
+        prepare(tmp_path / "out", ENV, dataclasses.replace(config, reward=None))
 
 
 def test_wrong_settings_name_themselves(tmp_path: Path) -> None:
@@ -143,14 +144,14 @@ def test_wrong_settings_name_themselves(tmp_path: Path) -> None:
         ({"set": ("grpo.group_size=1",)}, "group_size must be at least 2, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            lay_out(tmp_path / "out", ENV, dataclasses.replace(SMALL, **change))
+            prepare(tmp_path / "out", ENV, dataclasses.replace(SMALL, **change))
     assert not (tmp_path / "out").exists()
 
 
 def test_logs_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0}\n{"timesteps": 40}\n{"timesteps": 80}\n')
     (tmp_path / "progress.json").write_text('{"time/total_timesteps": 40}\n{"time/total_timesteps": 60}\n{"time/tot')
-    worker.cut_logs(tmp_path, 40)
+    cut_logs(tmp_path, 40)
     assert (tmp_path / "evaluations.jsonl").read_text() == '{"timesteps": 0}\n{"timesteps": 40}\n'
     assert (tmp_path / "progress.json").read_text() == '{"time/total_timesteps": 40}\n'
 
@@ -171,7 +172,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(done: Path, tmp_pa
     process.wait()
     with (run / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the run has ended with it
-    assert not (run / worker.RESULT).is_file(), "it was over before it could be killed"
+    assert not (run / RESULT).is_file(), "it was over before it could be killed"
     subprocess.run(command, check=True, capture_output=True)
     expected = tidy(done)
     expected = expected[expected["run"] == "reinforce-0"].reset_index(drop=True)
@@ -186,11 +187,11 @@ def test_a_judge_of_ones_own_judges_every_evaluation(tmp_path: Path) -> None:
     table = compare(ENV, config, tmp_path / "out", progress_bar=False)
     assert table["gold"].notna().all() and len(table) > 2  # those of training, too
     run = tmp_path / "out" / "runs" / "grpo-0"
-    assert json.loads((run / worker.SPEC).read_text())["gold"] == "length"
-    episodes = [json.loads(line) for line in (run / worker.EPISODES).read_text().splitlines()]
+    assert json.loads((run / SPEC).read_text())["gold"] == "length"
+    episodes = [json.loads(line) for line in (run / EPISODES).read_text().splitlines()]
     assert table["gold"].iloc[-1] == pytest.approx(sum(e["gold"] for e in episodes) / 8, abs=1e-6, rel=0)
     with pytest.raises(ValueError, match=r"holds the run grpo-0 with gold='length', not None"):
-        lay_out(tmp_path / "out", ENV, dataclasses.replace(config, gold=None))
+        prepare(tmp_path / "out", ENV, dataclasses.replace(config, gold=None))
 
 
 @pytest.mark.parametrize(
@@ -212,13 +213,13 @@ def test_a_wrong_judge_or_reward_is_told_before_any_run(wrong: dict[str, Any], m
 def test_a_comparison_of_version_0_1_goes_on_with_its_own_gold_score(tmp_path: Path) -> None:
     """0.1 wrote `judge` where cell.json has `gold` now: the same one goes on, another is refused."""
     config = dataclasses.replace(SMALL, agents=("grpo",), seeds=1, set=SMALL.set[1:], gold="length")
-    (folder,) = lay_out(tmp_path, ENV, config).values()
-    spec = json.loads((folder / worker.SPEC).read_text())
+    (folder,) = prepare(tmp_path, ENV, config).values()
+    spec = json.loads((folder / SPEC).read_text())
     spec["judge"] = spec.pop("gold")
-    (folder / worker.SPEC).write_text(json.dumps(spec))
-    assert list(lay_out(tmp_path, ENV, config).values()) == [folder]
+    (folder / SPEC).write_text(json.dumps(spec))
+    assert list(prepare(tmp_path, ENV, config).values()) == [folder]
     with pytest.raises(ValueError, match=r"holds the run grpo-0 with gold='length', not None"):
-        lay_out(tmp_path, ENV, dataclasses.replace(config, gold=None))
+        prepare(tmp_path, ENV, dataclasses.replace(config, gold=None))
 
 
 def test_the_terminal_shows_numbers_that_the_registry_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:

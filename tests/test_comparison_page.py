@@ -19,8 +19,7 @@ import pytest
 
 from textrl_gym.cli import main
 from textrl_gym.cli.compare import show_page
-from textrl_gym.experiments.compare import tidy
-from textrl_gym.experiments.results import read_comparison
+from textrl_gym.experiments.results import read_comparison, tidy
 from textrl_gym.reports import analysis as numbers
 from textrl_gym.reports import run_page
 from textrl_gym.reports.charts import charts

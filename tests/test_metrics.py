@@ -10,8 +10,8 @@ from textrl_gym.core import Rollout
 from textrl_gym.evaluation import metrics
 from textrl_gym.evaluation.evaluator import Evaluator
 from textrl_gym.evaluation.metrics import METRICS, Drift, Metric, Samples
-from textrl_gym.experiments.compare import CompareConfig, print_finals, tidy
-from textrl_gym.experiments.results import read_comparison
+from textrl_gym.experiments.compare import CompareConfig, print_finals
+from textrl_gym.experiments.results import read_comparison, tidy
 from textrl_gym.experiments.worker import run
 from textrl_gym.reports import run_page
 from textrl_gym.reports.comparison_page import comparison_report

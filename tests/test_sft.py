@@ -1,5 +1,6 @@
 """Supervised training: the loss counts completion tokens only, packing changes nothing, the seed decides everything."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -112,9 +113,18 @@ def test_the_curriculum_lowers_the_copying_loss() -> None:
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
-def test_the_seed_decides_the_weights_and_the_folder_is_complete(tmp_path: Path) -> None:
-    for name in "ab":
-        sft.sft("TLDRSummarize-v0", TINY, tmp_path / name)
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> SFTConfig:
+    """TINY on 60 of the task's rows: a tokenizer learns from 4,000 of them for ten seconds."""
+    rows = TLDRSummarize().demonstrations("train")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(rows[i]) for i in range(60)))
+    return dataclasses.replace(TINY, dataset=str(file))
+
+
+def test_the_seed_decides_the_weights_and_the_folder_is_complete(tmp_path: Path, tiny_config: SFTConfig) -> None:
+    sft.sft("TLDRSummarize-v0", tiny_config, tmp_path / "a")
+    sft.sft("TLDRSummarize-v0", tiny_config, str(tmp_path / "b"))  # a path may be a string
     a, b = (loading.load_model(tmp_path / name) for name in "ab")
     for key, value in a.state_dict().items():
         assert torch.equal(value, b.state_dict()[key]), key
@@ -124,11 +134,11 @@ def test_the_seed_decides_the_weights_and_the_folder_is_complete(tmp_path: Path)
     assert loading.load_tokenizer(tmp_path / "a").eos_token == EOS
 
 
-def test_a_users_file_and_a_given_model(tmp_path: Path) -> None:
+def test_a_users_file_and_a_given_model(tmp_path: Path, tiny_config: SFTConfig) -> None:
     file = tmp_path / "mine.jsonl"
     rows = [{"prompt": f"Say {i}.\n\nTL;DR:", "completion": f" {i}"} for i in range(8)]
     file.write_text("\n".join(map(json.dumps, rows)))
-    sft.sft("TLDRSummarize-v0", TINY, tmp_path / "first")
+    sft.sft("TLDRSummarize-v0", tiny_config, tmp_path / "first")
     config = SFTConfig(model=str(tmp_path / "first"), dataset=str(file), steps=30, batch_size=4, learning_rate=1e-2)
     record = sft.sft("TLDRSummarize-v0", config, tmp_path / "second")
     assert record["measured"]["heldout_loss"] < 4.0  # ln 2048 = 7.6 nats before

@@ -13,7 +13,7 @@ from textrl_gym.registry import find_env
 def compare_command(args: Sequence[str]) -> int:
     """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
     from textrl_gym.experiments import compare as home
-    from textrl_gym.experiments import worker
+    from textrl_gym.experiments.results import ERROR, RUNS
 
     parts: list[Part] = [
         ("env", positional("ENV", str, "an environment id, or module:ID")),
@@ -32,7 +32,7 @@ def compare_command(args: Sequence[str]) -> int:
         print(f"go on with the same command, --out {parsed.out}", file=sys.stderr)
         raise
     home.print_finals(table)
-    failed = [path.parent.name for path in sorted((parsed.out / home.RUNS).glob(f"*/{worker.ERROR}"))]
+    failed = [path.parent.name for path in sorted((parsed.out / RUNS).glob(f"*/{ERROR}"))]
     if not table.empty:
         show_page(parsed.out)
     print(f"saved in {parsed.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
@@ -58,10 +58,10 @@ def report_command(args: Sequence[str]) -> int:
         ("figures", flag(bool, about), False),
     ]
     parsed = parse_flags("report", report_command.__doc__, parts, args)
-    from textrl_gym.experiments import compare as comparison
+    from textrl_gym.experiments.results import PLAN
     from textrl_gym.reports import run_page as home
 
-    if (parsed.folder / comparison.PLAN).is_file():
+    if (parsed.folder / PLAN).is_file():
         from textrl_gym.reports.comparison_page import comparison_report
         from textrl_gym.reports.export_figures import comparison_figures
 

@@ -13,28 +13,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files, registry
-from textrl_gym.evaluation import reward_hacking
-from textrl_gym.experiments import worker
 from textrl_gym.experiments.progress import LiveTable
+from textrl_gym.experiments.results import ERROR, LOG, PLAN, RESULT, RUNS, SPEC, TABLE, tidy
 from textrl_gym.mdp.task import load_env_task
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import parse_reward
-from textrl_gym.training.run_folder import EVALUATIONS, read_rows, renamed
+from textrl_gym.training.run_folder import renamed
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-PLAN = "compare.json"
-RUNS = "runs"
-TABLE = "results"
-"""Of the tidy table's files: results.csv, and results.parquet where pyarrow is installed."""
 RUN_COLUMNS = frozenset({"run", "agent", "seed", "kl_coef", "final"})
-"""Of that table: which evaluation a row is of, and no result of it."""
+"""Of the tidy table: which evaluation a row is of, and no result of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +112,7 @@ def settings_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
     return settings_by_agent
 
 
-def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
+def run_specs(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
     """Name of each run -> what textrl_gym.experiments.worker needs to know."""
     apart = {"agents", "seeds", "kl_coef", "set", "workers"}
     shared = {name: value for name, value in dataclasses.asdict(config).items() if name not in apart}
@@ -138,16 +133,16 @@ def cells(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
     return specs
 
 
-def lay_out(out: Path, environment: str, config: CompareConfig) -> dict[str, Path]:
+def prepare(out: Path, environment: str, config: CompareConfig) -> dict[str, Path]:
     """Write the plan and a folder for each run; returns name -> folder.
 
     Raises:
         ValueError: the folder holds a comparison with which this one cannot go on, naming what differs.
     """
-    specs = cells(environment, config)
+    specs = run_specs(environment, config)
     out.mkdir(parents=True, exist_ok=True)
     for name, spec in specs.items():
-        file = out / RUNS / name / worker.SPEC
+        file = out / RUNS / name / SPEC
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(file, json.dumps(spec, indent=1) + "\n")
@@ -191,9 +186,9 @@ def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Callable
     Ctrl-C reaches the runs too: each finishes its update, saves and ends, and then it is raised here.
     """
     # The results' files are the state: nothing else has to be kept in step with them.
-    waiting = [name for name, folder in folders.items() if not (folder / worker.RESULT).is_file()]
+    waiting = [name for name, folder in folders.items() if not (folder / RESULT).is_file()]
     for name in waiting:
-        (folders[name] / worker.ERROR).unlink(missing_ok=True)  # what failed before is tried again
+        (folders[name] / ERROR).unlink(missing_ok=True)  # what failed before is tried again
     slots: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
     try:
         while waiting or slots:
@@ -213,7 +208,7 @@ def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Callable
             process.wait()
         raise
     show(set())
-    errors = {name: folder / worker.ERROR for name, folder in folders.items()}
+    errors = {name: folder / ERROR for name, folder in folders.items()}
     return {name: file.read_text(encoding="utf-8").strip() for name, file in errors.items() if file.is_file()}
 
 
@@ -225,7 +220,7 @@ def _start(folder: Path, slot: int, workers: int, gpus: int) -> subprocess.Popen
     environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)  # where module:Class was found
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-    with (folder / worker.LOG).open("ab") as log:
+    with (folder / LOG).open("ab") as log:
         command = [sys.executable, "-W", "ignore", "-m", "textrl_gym.experiments.worker", str(folder)]
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
@@ -235,9 +230,9 @@ def _note_death(folder: Path, code: int) -> None:
     # 130: stopped by Ctrl-C after saving, so it is unfinished and has not failed.
     if code in (0, 130):
         return
-    log_lines = (folder / worker.LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = log_lines[-1] if code == 1 and log_lines else f"the process ended with exit code {code}; see {worker.LOG}"
-    files.write_text(folder / worker.ERROR, last + "\n")
+    log_lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = log_lines[-1] if code == 1 and log_lines else f"the process ended with exit code {code}; see {LOG}"
+    files.write_text(folder / ERROR, last + "\n")
 
 
 def compare(environment: str, config: CompareConfig, out: str | Path, progress_bar: bool = True) -> DataFrame:
@@ -266,7 +261,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     if config.reward is not None:
         load_reward(parse_reward(config.reward), task=task)
     out = Path(out)
-    folders = lay_out(out, environment, config)
+    folders = prepare(out, environment, config)
     gpus = 0
     if config.device != "cpu":
         import torch
@@ -284,34 +279,6 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     table_of_runs = tidy(out)
     _save(table_of_runs, out)
     return table_of_runs
-
-
-# -- the tidy table ---------------------------------------------------------------------------------------------------
-
-
-def tidy(out: str | Path) -> DataFrame:
-    """A DataFrame with a row for each evaluation of each finished run.
-
-    Columns: run, agent, seed, kl_coef (NaN: the agent's own), timesteps, final (the last evaluation, on eval_episodes
-    prompts; the others are those of training, on 64), and the metrics of textrl_gym.evaluation.evaluator.
-    """
-    import pandas as pd
-
-    return pd.DataFrame(list(_rows(Path(out))))
-
-
-def _rows(out: Path) -> Iterator[dict[str, Any]]:
-    for folder in sorted((out / RUNS).iterdir()):
-        if not (folder / worker.RESULT).is_file():
-            continue
-        spec = files.read_json(folder / worker.SPEC)
-        agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
-        shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
-        # What was evaluated both before and after a stop counts once.
-        for evaluation in reward_hacking.evaluations(read_rows(folder / EVALUATIONS), []):
-            yield {**shared, "final": False, **evaluation.row}
-        last = renamed(files.read_json(folder / worker.RESULT))
-        yield {**shared, "final": True, **last}
 
 
 def _save(table: DataFrame, out: Path) -> None:

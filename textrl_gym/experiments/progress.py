@@ -5,32 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from textrl_gym import files
-from textrl_gym.experiments import worker
+from textrl_gym.experiments.results import ERROR, progress, state_of
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-def state_of(folder: Path, running: bool) -> str:
-    """ "done", "failed", "running" or "waiting"."""
-    if (folder / worker.RESULT).is_file():
-        return "done"
-    if running:
-        return "running"
-    return "failed" if (folder / worker.ERROR).is_file() else "waiting"
-
-
-def progress(folder: Path) -> dict[str, Any]:
-    """The last row of a run's log; empty before the first."""
-    # A resumed run has a log for each call, and the newest may be empty still.
-    logs = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
-    for file in reversed(logs):
-        if row := files.last_json_line(file):
-            return row
-    return {}
 
 
 class LiveTable:
@@ -76,7 +56,7 @@ class LiveTable:
         if state == "failed":
             from rich.markup import escape
 
-            return f"[red]failed: {escape((folder / worker.ERROR).read_text(encoding='utf-8').strip()[:80])}"
+            return f"[red]failed: {escape((folder / ERROR).read_text(encoding='utf-8').strip()[:80])}"
         return {"done": "[green]done", "running": "[bold]running", "waiting": "[dim]waiting"}[state]
 
     def _left(self, name: str, state: str, done: int) -> str:

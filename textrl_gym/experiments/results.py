@@ -1,27 +1,48 @@
-"""What a comparison's folder holds, read for its page: finished runs by agent and KL coefficient, others by name.
+"""A comparison's folder: the names of its files, and its results read for the page, the tables and the live view.
 
-Read is what compare and its runs wrote: compare.json, and of each run cell.json, evaluation.json, evaluations.jsonl,
-samples.jsonl, episodes.jsonl, agent.json, the log, and, of runs that have them, credit.jsonl and flops.json. Nothing
-is computed here but the alarms of textrl_gym.evaluation.reward_hacking.
+`read_comparison` gives finished runs by agent and KL coefficient, and the others by name; `tidy` a row for each
+evaluation; `progress` and `state_of` how far a run is. Nothing is computed here but the alarms of
+textrl_gym.evaluation.reward_hacking.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from textrl_gym import files
 from textrl_gym.evaluation import reward_hacking
-from textrl_gym.experiments import worker
-from textrl_gym.experiments.compare import PLAN, RUNS
-from textrl_gym.experiments.progress import progress
 from textrl_gym.stats.estimates import Array
-from textrl_gym.training.run_folder import read_evaluations, read_rollouts, read_rows, renamed
+from textrl_gym.training.run_folder import EVALUATIONS, read_evaluations, read_rollouts, read_rows, renamed
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+PLAN = "compare.json"
+"""What was asked for, in the folder of a comparison."""
+RUNS = "runs"
+"""The subfolder with a folder for each run."""
+TABLE = "results"
+"""The tidy table, as .csv and .parquet."""
+SPEC = "cell.json"
+"""What one run was asked for; the name is the one that 0.1 wrote."""
+RESULT = "evaluation.json"
+"""The last evaluation. A run is finished when this file is there."""
+EPISODES = "episodes.jsonl"
+"""The completions of the last evaluation."""
+CREDIT = "credit.jsonl"
+"""What the agent says of each token of some texts of the reference; see textrl_gym.evaluation.token_credit."""
+FLOPS = "flops.json"
+"""The floating-point operations of the first rollout and update, and that rollout's tokens."""
+ERROR = "error.txt"
+"""Why a run failed, written by the comparison when its process has ended."""
+LOG = "log.txt"
+"""What a run printed."""
 KEPT_STATE = ("agent", "task", "model", "reference", "seed", "kl_coef", "total_timesteps", "config", "env", "num_envs")
 """Of agent.json; the rest is the state of random streams."""
 
@@ -134,9 +155,9 @@ def read_comparison(folder: Path) -> Comparison:
     results: list[Result] = []
     failed: dict[str, str] = {}
     unfinished: dict[str, str] = {}
-    for file in sorted((folder / RUNS).glob(f"*/{worker.SPEC}")):
+    for file in sorted((folder / RUNS).glob(f"*/{SPEC}")):
         run = file.parent
-        if (run / worker.RESULT).is_file():
+        if (run / RESULT).is_file():
             result = _read_result(run)
             # A collapsed run may end with nan: no mean over seeds can take it in, so it is named among the failed ones.
             bad = [key for key in ("gold", "score") if not math.isfinite(result.final.get(key, 0.0))]
@@ -144,8 +165,8 @@ def read_comparison(folder: Path) -> Comparison:
                 failed[run.name] = f"its last evaluation has {bad[0]} {result.final[bad[0]]}"
             else:
                 results.append(result)
-        elif (run / worker.ERROR).is_file():
-            failed[run.name] = (run / worker.ERROR).read_text(encoding="utf-8").strip()
+        elif (run / ERROR).is_file():
+            failed[run.name] = (run / ERROR).read_text(encoding="utf-8").strip()
         else:
             done = progress(run).get("time/total_timesteps", 0)
             unfinished[run.name] = f"{int(done):,} of {files.read_json(file)['total_timesteps']:,} tokens"
@@ -164,15 +185,15 @@ def _read_result(folder: Path) -> Result:
     state = files.read_json(folder / files.STATE_FILE) if (folder / files.STATE_FILE).is_file() else {}
     return Result(
         folder.name,
-        renamed(files.read_json(folder / worker.SPEC)),
-        renamed(files.read_json(folder / worker.RESULT)),
+        renamed(files.read_json(folder / SPEC)),
+        renamed(files.read_json(folder / RESULT)),
         [evaluation.row for evaluation in evaluations],
         reward_hacking.last_alarms(evaluations),
-        read_rows(folder / worker.EPISODES),
+        read_rows(folder / EPISODES),
         {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
         read_rollouts(folder),
-        files.read_json_lines(folder / worker.CREDIT),
-        files.read_json(folder / worker.FLOPS) if (folder / worker.FLOPS).is_file() else {},
+        files.read_json_lines(folder / CREDIT),
+        files.read_json(folder / FLOPS) if (folder / FLOPS).is_file() else {},
     )
 
 
@@ -194,3 +215,53 @@ def _groups(runs: list[Result], named: list[str]) -> tuple[Group, ...]:
             seeds = tuple(sorted(members[agent, coef], key=lambda run: run.spec["seed"]))
             groups.append(Group(label, agent, coef, color, variant, seeds))
     return tuple(groups)
+
+
+# -- how far runs are ----------------------------------------------------------------------------------------------
+
+
+def state_of(folder: Path, running: bool) -> str:
+    """ "done", "failed", "running" or "waiting"."""
+    if (folder / RESULT).is_file():
+        return "done"
+    if running:
+        return "running"
+    return "failed" if (folder / ERROR).is_file() else "waiting"
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    """The last row of a run's log; empty before the first."""
+    # A resumed run has a log for each call, and the newest may be empty still.
+    logs = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
+    for file in reversed(logs):
+        if row := files.last_json_line(file):
+            return row
+    return {}
+
+
+# -- the tidy table ---------------------------------------------------------------------------------------------------
+
+
+def tidy(out: str | Path) -> DataFrame:
+    """A DataFrame with a row for each evaluation of each finished run.
+
+    Columns: run, agent, seed, kl_coef (NaN: the agent's own), timesteps, final (the last evaluation, on eval_episodes
+    prompts; the others are those of training, on 64), and the metrics of textrl_gym.evaluation.evaluator.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(list(_rows(Path(out))))
+
+
+def _rows(out: Path) -> Iterator[dict[str, Any]]:
+    for folder in sorted((out / RUNS).iterdir()):
+        if not (folder / RESULT).is_file():
+            continue
+        spec = files.read_json(folder / SPEC)
+        agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
+        shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
+        # What was evaluated both before and after a stop counts once.
+        for evaluation in reward_hacking.evaluations(read_rows(folder / EVALUATIONS), []):
+            yield {**shared, "final": False, **evaluation.row}
+        last = renamed(files.read_json(folder / RESULT))
+        yield {**shared, "final": True, **last}

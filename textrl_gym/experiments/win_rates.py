@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textrl_gym.core import PromptSource, Row, StopReason
-from textrl_gym.experiments import worker
-from textrl_gym.experiments.results import Comparison, Group, Result
+from textrl_gym.experiments.results import EPISODES, Comparison, Group, Result
 from textrl_gym.judges.judge import Answer, Judge
 from textrl_gym.registry import unknown
 from textrl_gym.stats import pairwise
@@ -206,7 +205,7 @@ def judge_runs(comparison: Comparison, judge: Judge, against: str, reader: Reade
 
 def _pairs(run: Result, opponent: Group | None, against: str, reader: Reader) -> Pairs:
     if not run.episodes:
-        raise ValueError(f"the run {run.name} holds no answers: no {worker.EPISODES}")
+        raise ValueError(f"the run {run.name} holds no answers: no {EPISODES}")
     if opponent is not None:
         # The same seed where there is one, so that no opponent is chosen for its luck.
         other = next((r for r in opponent.runs if r.spec["seed"] == run.spec["seed"]), opponent.runs[0])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files, registry
+from textrl_gym.experiments.results import CREDIT, EPISODES, ERROR, FLOPS, LOG, RESULT, SPEC
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import EnvSettings, make_env
 from textrl_gym.training.run_folder import renamed
@@ -31,16 +32,6 @@ if TYPE_CHECKING:  # the names of files are needed by those who load no torch
     from textrl_gym.training.agent import Agent
     from textrl_gym.training.config import AgentConfig
 
-SPEC = "cell.json"
-RESULT = "evaluation.json"
-EPISODES = "episodes.jsonl"
-CREDIT = "credit.jsonl"
-"""What the agent says of each token of some texts of the start; see textrl_gym.evaluation.token_credit."""
-FLOPS = "flops.json"
-"""The floating-point operations of the first rollout and update, and that rollout's tokens."""
-ERROR = "error.txt"
-"""Written by the comparison when the process has failed."""
-LOG = "log.txt"
 OURS = frozenset({SPEC, LOG, ERROR, ".lock"})
 """What is kept of a folder when its run begins anew."""
 

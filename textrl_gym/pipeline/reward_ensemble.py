@@ -34,12 +34,13 @@ CompletionScores = list[list[float]]
 """Of each completion of each prompt."""
 
 
-def train_rewards(env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:
+def train_rewards(env_id: str, config: RewardModelConfig, out: str | Path) -> dict[str, Any]:
     """A single reward model, or an ensemble where config.ensemble says so; returns the record of the work.
 
     Raises:
         ValueError: as of either; or the folder holds the other kind.
     """
+    out = Path(out)
     kind, train, other = "a reward model", train_reward_model, ensemble.ENSEMBLE_FILE
     if config.ensemble:
         kind, train, other = "an ensemble", train_ensemble, reward_model.NORMALISATION_FILE
@@ -49,7 +50,7 @@ def train_rewards(env_id: str, config: RewardModelConfig, out: Path) -> dict[str
     return train(env_id, config, out)
 
 
-def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:
+def train_ensemble(env_id: str, config: RewardModelConfig, out: str | Path) -> dict[str, Any]:
     """Train the members that are missing, and write `ensemble.json` and `ensemble_training.json`.
 
     Args:
@@ -59,6 +60,7 @@ def train_ensemble(env_id: str, config: RewardModelConfig, out: Path) -> dict[st
     Raises:
         ValueError: as of `train_reward_model`; or the folder holds another training's members.
     """
+    out = Path(out)
     data_seed = config.seed if config.data_seed is None else config.data_seed
     single = dataclasses.replace(config, ensemble=0, combine="mean", coefficient=ensemble.COEFFICIENT)
     members = {

@@ -172,7 +172,7 @@ def measure_curve(initial: PreTrainedModel, data: RewardData, config: RewardMode
     return rows
 
 
-def train_reward_model(env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:
+def train_reward_model(env_id: str, config: RewardModelConfig, out: str | Path) -> dict[str, Any]:
     """Train a reward model and save it with its tokenizer, `reward_model.json` and `reward_training.json`.
 
     Args:
@@ -185,7 +185,7 @@ def train_reward_model(env_id: str, config: RewardModelConfig, out: Path) -> dic
     Raises:
         ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
     """
-    return train_on(gather(env_id, config), env_id, config, out)
+    return train_on(gather(env_id, config), env_id, config, Path(out))
 
 
 def train_on(data: RewardData, env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:

@@ -230,7 +230,7 @@ class Pairer:
             )
 
 
-def make_preferences(env_id: str, config: PreferenceConfig, out: Path) -> dict[str, Any]:
+def make_preferences(env_id: str, config: PreferenceConfig, out: str | Path) -> dict[str, Any]:
     """Sample, label and write pairs; the file appears when it is whole.
 
     Args:
@@ -243,6 +243,7 @@ def make_preferences(env_id: str, config: PreferenceConfig, out: Path) -> dict[s
     Raises:
         ValueError: an unknown environment, model or label; a file that is there already; or too few pairs.
     """
+    out = Path(out)
     if out.suffix != ".jsonl":
         raise ValueError(f"out must be a file *.jsonl, got {str(out)!r}")
     if out.exists():

@@ -201,7 +201,7 @@ def load_initial(
     return new_model(config, tokenizer, task.max_prompt_tokens + task.max_new_tokens), tokenizer
 
 
-def sft(env_id: str, config: SFTConfig, out: Path) -> dict[str, Any]:
+def sft(env_id: str, config: SFTConfig, out: str | Path) -> dict[str, Any]:
     """Train on the rows of a task and save the model, its tokenizer and `sft.json` (settings and measurements).
 
     Args:
@@ -214,6 +214,7 @@ def sft(env_id: str, config: SFTConfig, out: Path) -> dict[str, Any]:
     Raises:
         ValueError: an unknown environment, or rows without completions.
     """
+    out = Path(out)
     task = load_env_task(env_id)
     torch.manual_seed(config.seed)
     source, heldout = (demonstrations(task, split, config.dataset) for split in ("train", "validation"))

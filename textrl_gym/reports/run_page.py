@@ -274,7 +274,7 @@ def run_html(runs: Sequence[Run]) -> str:
     )
 
 
-def report(dirs: Sequence[Path], out: Path) -> Path:
+def report(dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write one HTML file about the runs in some folders.
 
     Args:
@@ -284,6 +284,7 @@ def report(dirs: Sequence[Path], out: Path) -> Path:
     Raises:
         ValueError: a folder holds no run.
     """
+    out = Path(out)
     runs = [read_run(path) for folder in dirs for path in find_runs(Path(folder))]
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(out, run_html(runs))

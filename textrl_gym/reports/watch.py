@@ -28,9 +28,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from textrl_gym import files
-from textrl_gym.experiments import worker
-from textrl_gym.experiments.compare import PLAN, RUNS
-from textrl_gym.experiments.progress import progress, state_of
+from textrl_gym.experiments.results import ERROR, PLAN, RESULT, RUNS, SPEC, progress, state_of
 from textrl_gym.reports.comparison_page import asset, live_page
 from textrl_gym.reports.plotting import go
 
@@ -53,23 +51,21 @@ HEADERS = {
 
 def version(folder: Path) -> str:
     """Changes when a run has ended, in success or failure, is tried again, and when the plan does."""
-    files = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{worker.RESULT}"))]
+    files = [folder / PLAN, *sorted((folder / RUNS).glob(f"*/{RESULT}"))]
     # By time and size and not by content: it is asked for every few seconds.
     stamps = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files]
-    stamps += sorted(
-        str(file) for file in (folder / RUNS).glob(f"*/{worker.ERROR}")
-    )  # gone when its run is tried again
+    stamps += sorted(str(file) for file in (folder / RUNS).glob(f"*/{ERROR}"))  # gone when its run is tried again
     return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
 
 
 def status(folder: Path) -> dict[str, Any]:
     """The page's version, and of each run its state, tokens, score, KL and the seconds that are left."""
-    runs = [_status_of(file.parent) for file in sorted((folder / RUNS).glob(f"*/{worker.SPEC}"))]
+    runs = [_status_of(file.parent) for file in sorted((folder / RUNS).glob(f"*/{SPEC}"))]
     return {"version": version(folder), "runs": runs}
 
 
 def _status_of(run: Path) -> dict[str, Any]:
-    total = files.read_json(run / worker.SPEC)["total_timesteps"]
+    total = files.read_json(run / SPEC)["total_timesteps"]
     state, row = state_of(run, running(run)), progress(run)
     done = int(row.get("time/total_timesteps", 0))
     spent = sum(row.get(f"time/{phase}_seconds", 0.0) for phase in ("collect", "update", "evaluate"))
@@ -114,7 +110,7 @@ class Pages:
             return self._made[1]
 
     def _make(self, now: str) -> str:
-        if not any((self.folder / RUNS).glob(f"*/{worker.RESULT}")):
+        if not any((self.folder / RUNS).glob(f"*/{RESULT}")):
             # The page asks again by itself, so that it may be opened as soon as a comparison starts.
             return waiting_page(now, "No run has finished yet. The page comes with the first.")
         try:
