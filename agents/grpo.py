@@ -7,15 +7,17 @@ For a prompt x with G completions y_i of score R_i, one advantage for all tokens
     rho_it = pi(y_it | x, y_i<t) / pi_old(y_it | x, y_i<t)
 
 Departures from the paper, each a setting:
-    * The loss is averaged over all tokens of the batch (aggregation="token", as DAPO), since the paper's mean per
-      sequence favours short right and long wrong answers; aggregation="sequence" is the paper's.
-    * kl_in="reward" folds -beta KL into R_i before the group's mean is taken, as RLOO does.
-    * kl_loss="k2" (default) has, on-policy, the expected gradient of KL(pi || pi_ref) at the sampled states; the
-      paper's "k3" estimates its value without bias, but has the expected gradient of KL(pi_ref || pi). Both leave out
-      what a token does to later states (relative error of k2: 0.08 at 0.009 nats a sequence, 1.04 at 0.8 nats);
-      kl_loss="sequence" and kl_in="reward" have the gradient of the sequence KL. Neither gave better policies over five
-      seeds (see docs/kl.md).
-    * scale_by_std=False leaves the division out (Dr. GRPO, Liu et al. 2025).
+
+- The loss is averaged over all tokens of the batch (aggregation="token", as DAPO), since the paper's mean per
+  sequence favours short right and long wrong answers; aggregation="sequence" is the paper's.
+- kl_in="reward" folds -beta KL into R_i before the group's mean is taken, as RLOO does.
+- kl_loss="k2" (default) has, on-policy, the expected gradient of KL(pi || pi_ref) at the sampled states; the
+  paper's "k3" estimates its value without bias, but has the expected gradient of KL(pi_ref || pi). Both leave out
+  what a token does to later states (relative error of k2: 0.08 at 0.009 nats a sequence, 1.04 at 0.8 nats);
+  kl_loss="sequence" and kl_in="reward" have the gradient of the sequence KL. Neither gave better policies over five
+  seeds (see docs/kl.md).
+- scale_by_std=False leaves the division out (Dr. GRPO, Liu et al. 2025).
+
 No value network is built. The std is the unbiased one, as in TRL and verl.
 """
 

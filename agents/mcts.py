@@ -14,11 +14,13 @@ N(s) is 1 + sum_a N(s, a). The mean of the returns is the paper's Q = r + V-bar 
 the child's own evaluation and its edges by visits. With one simulation q is the policy's most likely token.
 
 Departures from the authors' code (liujch1998/ppo-mcts; the paper's own text could not be read here):
-    * r has the log-ratio, which PPO's penalty has; the code has the difference of the probabilities.
-    * A finished text is worth the critic's value before its last token, or with end_value="score" its score; in theirs
-      the critic's value after it, or its score. Here V after the end is 0 and no state that the critic has learnt.
-    * A node that is over has no children.
-    * No temperature of the prior, no top-p, no annealing of visit_temperature; the discount is 1.
+
+- r has the log-ratio, which PPO's penalty has; the code has the difference of the probabilities.
+- A finished text is worth the critic's value before its last token, or with end_value="score" its score; in theirs
+  the critic's value after it, or its score. Here V after the end is 0 and no state that the critic has learnt.
+- A node that is over has no children.
+- No temperature of the prior, no top-p, no annealing of visit_temperature; the discount is 1.
+
 A tree holds no chance, so q is the distribution of each token given the text so far: logp_BT is log q, and the mean of
 sum(logp - ref_logp) the KL of this agent. Paths are computed anew below the root's cache: they are a few tokens long.
 """

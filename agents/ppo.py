@@ -13,12 +13,13 @@ clipping; a zero-initialised value head; Adam's eps 1e-5; linear decay of the le
 unclamped, fixed or adaptive by the sequence's sum; log-probabilities recomputed by the training forward below float32.
 
 Absent, with the reason:
-    * A critic initialised from the reward model: the reward model may be any function. `separate_value_model` starts it
-      from the policy's own weights instead.
-    * EOS forbidden and texts cut after sampling (lm-human-preferences): here EOS ends the episode, as in an MDP.
-    * TensorFlow's bias correction in Adam: PyTorch's takes larger first steps; target_kl and a smaller learning rate
-      are the practical replacement.
-    * Dual clipping for negative advantages: the ratio's gradient is bounded by target_kl here.
+
+- A critic initialised from the reward model: the reward model may be any function. `separate_value_model` starts it
+  from the policy's own weights instead.
+- EOS forbidden and texts cut after sampling (lm-human-preferences): here EOS ends the episode, as in an MDP.
+- TensorFlow's bias correction in Adam: PyTorch's takes larger first steps; target_kl and a smaller learning rate
+  are the practical replacement.
+- Dual clipping for negative advantages: the ratio's gradient is bounded by target_kl here.
 """
 
 from __future__ import annotations

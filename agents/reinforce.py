@@ -7,9 +7,10 @@ Its gradient is that of -E[sum_t r_t] but for the division by the number of toke
 depend on the action.
 
 Departures from the paper, each a setting:
-    * baseline="running" (default) is an exponential mean of past batches' returns, as the paper's reinforcement
-      comparison; "batch" is the mean of this batch's own, which biases the gradient by 1 / tokens; "none" is none.
-    * One step a rollout, so that no ratio is needed: the samples are the policy's own.
+
+- baseline="running" (default) is an exponential mean of past batches' returns, as the paper's reinforcement
+  comparison; "batch" is the mean of this batch's own, which biases the gradient by 1 / tokens; "none" is none.
+- One step a rollout, so that no ratio is needed: the samples are the policy's own.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 The loop and the loss are SB3's; see integrations/sb3_agent.py for what is around them. It is here as the ground that
 agents/ppo.py stands on: the same algorithm with no knowledge of text. What differs from agents/ppo.py:
 
-    * a rollout is a fixed number of tokens of each row and cuts texts; the rest of one is estimated by V;
-    * a minibatch holds single tokens of many texts, so that nearly every text is computed again in each;
-    * advantages are scaled within a minibatch, by the unbiased variance; the value loss has no 1/2;
-    * the KL penalty comes with the environment's rewards, step by step.
+- a rollout is a fixed number of tokens of each row and cuts texts; the rest of one is estimated by V;
+- a minibatch holds single tokens of many texts, so that nearly every text is computed again in each;
+- advantages are scaled within a minibatch, by the unbiased variance; the value loss has no 1/2;
+- the KL penalty comes with the environment's rewards, step by step.
 
 Departures from SB3's defaults: a smaller vf_coef, since the critic shares the LM's trunk; fewer epochs and larger
 minibatches, since a text's cost is shared by its tokens in the same minibatch.

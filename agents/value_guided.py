@@ -8,10 +8,11 @@ behind (Liu et al. 2023, arXiv:2309.15028) for their prefix scorer. weight 0 and
 from the policy.
 
 Departures:
-    * Their prefix scorer learns the score alone; PPO's critic has the KL penalty in it. The penalty of a itself is not:
-      pi is where q starts, and `weight` says how far it may go.
-    * Candidates are the top_k tokens, each of which costs one evaluation of the critic; theirs are all of them.
-    * V after the end of a text means nothing to a critic that was never asked there: see `end_value`.
+
+- Their prefix scorer learns the score alone; PPO's critic has the KL penalty in it. The penalty of a itself is not:
+  pi is where q starts, and `weight` says how far it may go.
+- Candidates are the top_k tokens, each of which costs one evaluation of the critic; theirs are all of them.
+- V after the end of a text means nothing to a critic that was never asked there: see `end_value`.
 """
 
 from __future__ import annotations

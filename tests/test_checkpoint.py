@@ -124,6 +124,13 @@ def test_a_checkpoint_of_another_version_is_refused(root: Path, tmp_path: Path) 
         GRPO.load(tmp_path)
 
 
+@pytest.mark.parametrize(("old", "new"), [("memory", "extra_state"), ("remember", "load_extra_state")])
+def test_a_method_with_its_name_of_0_1_is_refused(old: str, new: str) -> None:
+    with pytest.raises(TypeError, match=rf"Old\.{old}\(\) is called {new}\(\) since 0\.2: rename the method"):
+        type("Old", (GRPO,), {old: lambda self: {}})
+    type("Both", (GRPO,), {old: lambda self: {}, new: lambda self: {}})  # the old one is its own business then
+
+
 def test_an_agents_own_state_and_files_are_saved(tmp_path: Path) -> None:
     agent = MyGRPO("CopyText-v0", rollout_episodes=16, out=tmp_path)
     agent.number = 7

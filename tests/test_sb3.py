@@ -311,6 +311,9 @@ def test_penalty_is_the_policys_own() -> None:
     observation = venv.reset()
     with pytest.raises(ValueError, match="PolicyLogprob has no policy yet"):
         venv.step(np.ones(8, int))
+    logprob.policy = sb3.PPO("MultiInputPolicy", venv, **FAST).policy
+    with pytest.raises(ValueError, match="PolicyLogprob needs a CausalLMPolicy, got a MultiInputActorCriticPolicy"):
+        venv.step(np.ones(8, int))
     logprob.policy = model.policy
     policy: Any = model.policy
     reference, plain = Policy(tiny.gpt2(5, 5, seed=9)), Policy(policy.lm.model)

@@ -52,6 +52,10 @@ class PolicySettings(TypedDict):
     cuda_graphs: bool
 
 
+RENAMED_METHODS = {"memory": "extra_state", "remember": "load_extra_state"}
+"""Methods of 0.1 that a subclass could override, and their names since."""
+
+
 class Agent:
     """A policy that learns on a text environment.
 
@@ -83,6 +87,13 @@ class Agent:
     """Whether the fresh policy is its reference, so that the health card wants a KL of 0."""
     kl_where: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is in the rollout's rewards or in the loss."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        # Methods of 0.1 that nothing would call: the state of such an agent would be lost in silence.
+        for old, new in RENAMED_METHODS.items():
+            if old in vars(cls) and new not in vars(cls):
+                raise TypeError(f"{cls.__name__}.{old}() is called {new}() since 0.2: rename the method")
 
     def __init__(
         self,
