@@ -8,7 +8,7 @@ At the reference its gradient is -beta/2 times the difference of the completions
 other functions of the same difference (textrl_gym.training.preference_pairs has them, with their sources).
 
 The pairs come from `pairs=`, a file or a Hub id in any schema of data.preferences; or, where none is given, two
-completions of a prompt are sampled from the reference (which is the start, unless another is given) and labelled by the
+completions of a prompt are sampled from the reference (the initial policy, unless another is given) and labelled by the
 environment's own reward, as section 4 of the paper has it. They are sampled as they are first needed, num_pairs at
 most, and never again: nothing that the trained policy writes is ever seen. Then, or where a file ends, the next pass
 over the same pairs begins, in another order.
@@ -39,7 +39,7 @@ from textrl_gym.data.ranked import read_preferences
 from textrl_gym.functional import pad
 from textrl_gym.mdp.transition import stop_reasons
 from textrl_gym.rollouts.collect import collect
-from textrl_gym.rollouts.scoring import token_logprobs
+from textrl_gym.rollouts.scoring import rollout_logprobs
 from textrl_gym.training.agent import Agent, EnvLike, ModelLike
 from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
 
@@ -106,8 +106,8 @@ class DPO(Agent):
         assert self.policy.reference is not None
         return dataclasses.replace(
             rollout,
-            logp_BT=token_logprobs(rollout, self.policy),
-            ref_logp_BT=token_logprobs(rollout, self.policy.reference),
+            logp_BT=rollout_logprobs(rollout, self.policy),
+            ref_logp_BT=rollout_logprobs(rollout, self.policy.reference),
         )
 
     def _order(self, number: int, size: int) -> np.ndarray:

@@ -11,7 +11,7 @@ What the authors' code does (allenai/RL4LMs at 01477e4, 0e3a809 and a45ab3e, rea
 rollout are kept and applied in the update too; the KL in the reward is of the unmasked policy; special tokens and, by
 default, the 100 most likely ones are always allowed. Its refresh replaces the policy's `_mask_model`, while the logits
 processor of the sampler keeps the model that it was made with, so that, as read, rollouts go on being masked by the
-policy of the start.
+initial policy.
 
 What is done here: log-probabilities, ratio, entropy and KL are all of the masked distribution, which is what was
 sampled from, so the first ratio is 1 and the penalty is the KL of the text that is written. The set is the top-p one

@@ -15,7 +15,7 @@ from torch import Tensor
 from textrl_gym.core import Rollout
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
-from textrl_gym.training.agent import Agent, EnvLike, Indices, ModelLike, Observation, State
+from textrl_gym.training.agent import Agent, EnvLike, Indices, ModelLike, Observation, PredictState
 
 
 class UniformPolicy(Policy):
@@ -37,10 +37,10 @@ class Random(Agent):
     def predict(
         self,
         observation: Observation,
-        state: State = None,
+        state: PredictState = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
-    ) -> tuple[np.ndarray, State]:
+    ) -> tuple[np.ndarray, PredictState]:
         return super().predict(observation, state, episode_start)
 
     def play(

@@ -1,4 +1,4 @@
-"""The start itself, which no agent of a comparison may fall below: the model as it is given, sampled as it is."""
+"""The initial policy: the model as it is given, sampled as it is. No agent of a comparison may fall below it."""
 
 from __future__ import annotations
 

@@ -248,8 +248,8 @@ def test_the_summary_holds_the_numbers_of_statistics(made: tuple[str, Page]) -> 
     assert row["gold, IQM (95%)"].startswith("0.500 |")  # of three runs it is the mean
     # Against START: seed 0 wins, ties, wins, wins; seeds 1 and 2 win all. Means over seeds: 1, 2.5/3, 1, 1.
     outcome_N = np.array([1, 2.5 / 3, 1, 1])
-    assert row["win rate against the start (95%)"] == shown(pairwise.win_rate(outcome_N))
-    assert row["win rate against the start (95%)"].startswith("0.958 |")  # (3 + 5/6) / 4
+    assert row["win rate against the initial policy (95%)"] == shown(pairwise.win_rate(outcome_N))
+    assert row["win rate against the initial policy (95%)"].startswith("0.958 |")  # (3 + 5/6) / 4
     longer_N = np.array([2, 3, 4, 5]) - 3
     controlled = pairwise.length_controlled_win_rate(outcome_N, longer_N).win_rate
     assert row["win rate at equal length (95%)"] == shown(controlled)
@@ -512,7 +512,7 @@ def test_starts_that_were_not_kept(tmp_path: Path) -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in kept))
     _, page = read(tmp_path)
     row = page.row("Summary", "alpha")
-    assert row["win rate against the start (95%)"] == "0.750"  # the runs' own number, which has no interval
+    assert row["win rate against the initial policy (95%)"] == "0.750"  # the runs' own number, which has no interval
     assert row["win rate at equal length (95%)"] == "-"
     assert "Length and score" not in page.tables
 

@@ -363,7 +363,7 @@ def test_wrong_words_for_judge(comparison: Path, capsys: pytest.CaptureFixture[s
     file.write_text("".join(json.dumps({**line, "prompt": "b b"}) + "\n" for line in lines))
     assert "answered different prompts" in one_error(capsys, *by_length, "--against", "grpo")
     file.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "start"}) + "\n" for line in lines))
-    assert "the run ppo-0 has not kept the start's answers" in one_error(capsys, *by_length)
+    assert "the run ppo-0 has not kept the initial policy's completions" in one_error(capsys, *by_length)
 
 
 def test_a_comparison_of_a_task_that_is_not_registered_is_judged_by_its_texts(comparison: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import metrics
 from textrl_gym.evaluation.evaluator import Evaluator
-from textrl_gym.evaluation.metrics import METRICS, Drift, Metric, Samples
+from textrl_gym.evaluation.metrics import METRICS, Drift, Metric
+from textrl_gym.evaluation.text_metrics import Samples
 from textrl_gym.experiments.compare import CompareConfig, print_finals
 from textrl_gym.experiments.results import read_comparison, tidy
 from textrl_gym.experiments.worker import run

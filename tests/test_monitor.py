@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import CallbackList
 
 from textrl_gym.agents import GRPO, Reinforce
 from textrl_gym.evaluation import reward_hacking
-from textrl_gym.evaluation.reward_hacking import Bounds, Evaluation
+from textrl_gym.evaluation.reward_hacking import AlarmBounds, Evaluation
 from textrl_gym.registry import load_agent
 from textrl_gym.reports import run_page
 from textrl_gym.training.callbacks import RewardHackingMonitor
@@ -42,7 +42,7 @@ START = evaluation(0)
 
 
 def found(now: Evaluation, top: Evaluation = START, start: Evaluation = START, **bounds: float) -> dict[str, Any]:
-    alarms = reward_hacking.alarms(start, top, now, Bounds(**bounds))
+    alarms = reward_hacking.alarms(start, top, now, AlarmBounds(**bounds))
     assert all(alarm.words for alarm in alarms)
     return {alarm.measure: (alarm.before, alarm.now) for alarm in alarms}
 
@@ -136,11 +136,11 @@ def test_short_texts_say_nothing_by_their_form() -> None:
 
 def test_bounds_are_checked() -> None:
     with pytest.raises(ValueError, match=r"kl must be >= 0, got -1"):
-        Bounds(kl=-1)
+        AlarmBounds(kl=-1)
     with pytest.raises(ValueError, match=r"length_ratio must be >= 1, got 0.5"):
-        Bounds(length_ratio=0.5)
+        AlarmBounds(length_ratio=0.5)
     with pytest.raises(ValueError, match=r"gold_fall must be >= 0, got nan"):
-        Bounds(gold_fall=math.nan)
+        AlarmBounds(gold_fall=math.nan)
 
 
 def test_what_was_evaluated_twice_counts_as_the_last_time() -> None:
@@ -281,7 +281,7 @@ def test_a_run_that_is_paid_by_length_stops(tmp_path: Path) -> None:
 
 def test_a_monitor_of_ones_own_takes_the_place_of_the_usual_one(tmp_path: Path) -> None:
     told: list[str] = []
-    strict = RewardHackingMonitor("stop", Bounds(kl=0.02), told.append)
+    strict = RewardHackingMonitor("stop", AlarmBounds(kl=0.02), told.append)
     agent = Reinforce("CopyText-v0", seed=0, out=tmp_path, rollout_episodes=16)
     agent.learn(2000, CallbackList([strict]), progress_bar=False, eval_every=2, eval_episodes=8, show_samples=0)
     kl = [one.row["kl_sequence"] for one in earlier_evaluations(agent.out, agent.num_timesteps)]

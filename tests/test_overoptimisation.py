@@ -178,7 +178,7 @@ def test_collapse() -> None:
         (lambda: overoptimization.reward_against_length([1, 2, 3], [1, 2, 3, 4]), "got 4 and 3"),
         (lambda: overoptimization.reward_against_length([1, 2, 3], [1, 2, 3], 0), "buckets must be at least 1, got 0"),
         (lambda: overoptimization.distinct_n(["a"], 0), "n must be at least 1, got 0"),
-        (lambda: overoptimization.collapsed(math.nan, [1]), "start's gold must be finite"),
+        (lambda: overoptimization.collapsed(math.nan, [1]), "initial policy's gold must be finite"),
     ],
 )
 def test_bad_input(call: Callable[[], object], message: str) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from textrl_gym.evaluation.metrics import METRICS, Samples
+from textrl_gym.evaluation.metrics import METRICS
+from textrl_gym.evaluation.text_metrics import Samples
 
 
 def text_metrics(completions: Sequence[str], references: Sequence[str | None]) -> dict[str, float]:

@@ -20,6 +20,6 @@ __getattr__ = lazy(
         "evaluate": "evaluator",
         "METRICS": "metrics",
         "HealthError": "health",
-        "Bounds": "reward_hacking",
+        "AlarmBounds": "reward_hacking",
     },
 )

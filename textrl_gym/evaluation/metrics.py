@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from textrl_gym.evaluation import text_metrics
+from textrl_gym.evaluation.text_metrics import Samples
 
 if TYPE_CHECKING:  # pages and help read this registry, and need no torch
     from torch import Tensor
 
     from textrl_gym.core import Rollout
-
-Samples = Sequence[Mapping[str, Any]]
-"""Completions of an evaluation: prompt, completion, reference, tokens, score and others, one for each prompt."""
 
 
 @dataclass(frozen=True)

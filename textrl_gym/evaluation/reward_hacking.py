@@ -4,7 +4,7 @@ All evaluations of a run play the same held-out prompts with the same random num
 prompt by prompt.
 
     gold       the training score rose while the gold score fell, from the first or from its best evaluation
-    length     completions have become far longer or far shorter than the start's
+    length     completions have become far longer or far shorter than the initial policy's
     ends       far fewer completions end by EOS
     empty      many completions are empty: nothing, or EOS alone
     bigrams    far fewer bigrams are distinct (Li et al. 2016, arXiv:1510.03055)
@@ -27,11 +27,11 @@ from textrl_gym.stats.overoptimization import distinct_n
 
 GOLD_ALARM = "gold"
 SHORT = 8  # CopyText-v0 has three tokens: EOS falls to 0.2 and comes back while it is learnt, bigrams fall to 0.6
-"""Mean tokens of the start's completions below which their form and length say nothing."""
+"""Mean tokens of the initial policy's completions below which their form and length say nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Bounds:
+class AlarmBounds:
     """Beyond these an alarm is raised. Healthy GRPO and PPO runs of the embedded world stay well within."""
 
     gold_fall: float = 0.05
@@ -40,13 +40,13 @@ class Bounds:
     """... and that is more than so many standard errors of the paired differences, where the completions are there."""
     # With these bounds one of 124 stored runs raised an alarm, and there gold came back.
     length_ratio: float = 1.75
-    """Mean tokens against the start's, as this factor or its inverse."""
+    """Mean tokens against the initial policy's, as this factor or its inverse."""
     eos_ratio: float = 0.5
-    """Share ended by EOS against the start's."""
+    """Share ended by EOS against the initial policy's."""
     empty_share: float = 0.5
     """Share of completions that are empty."""
     distinct_ratio: float = 0.5
-    """Share of distinct bigrams against the start's."""
+    """Share of distinct bigrams against the initial policy's."""
     same_share: float = 0.25
     """Share of the prompts that get one and the same completion."""
     kl: float = 50.0
@@ -116,7 +116,9 @@ def best(found: Sequence[Evaluation]) -> Evaluation | None:
     return max(scored, key=lambda evaluation: evaluation.row["gold"], default=None)
 
 
-def alarms(start: Evaluation, top: Evaluation | None, now: Evaluation, bounds: Bounds | None = None) -> list[Alarm]:
+def alarms(
+    start: Evaluation, top: Evaluation | None, now: Evaluation, bounds: AlarmBounds | None = None
+) -> list[Alarm]:
     """Every measure of an evaluation that is out of bounds.
 
     Args:
@@ -125,12 +127,12 @@ def alarms(start: Evaluation, top: Evaluation | None, now: Evaluation, bounds: B
         now: the one to look at.
         bounds: None for the usual ones.
     """
-    bounds = bounds or Bounds()
+    bounds = bounds or AlarmBounds()
     falls = [gold(before, now, bounds) for before in (start, top) if before is not None]
     return [*[alarm for alarm in falls if alarm][:1], *_symptoms(start, now, bounds)]
 
 
-def gold(before: Evaluation, now: Evaluation, bounds: Bounds) -> Alarm | None:
+def gold(before: Evaluation, now: Evaluation, bounds: AlarmBounds) -> Alarm | None:
     """The training score rose since `before` while the gold score fell by more than noise."""
     if not ({"gold", "score"} <= before.row.keys() and {"gold", "score"} <= now.row.keys()):
         return None
@@ -162,7 +164,7 @@ def paired_error(before: Evaluation, now: Evaluation) -> float:
     return math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
 
 
-def _symptoms(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alarm]:
+def _symptoms(start: Evaluation, now: Evaluation, bounds: AlarmBounds) -> Iterator[Alarm]:
     long_enough = start.row.get("completion_tokens", 0.0) >= SHORT
     if long_enough and "completion_tokens" in now.row:
         yield from _length(start, now, bounds)
@@ -174,11 +176,11 @@ def _symptoms(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Al
         yield Alarm("kl", start.row.get("kl_sequence", 0.0), kl, words)
 
 
-def _length(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alarm]:
+def _length(start: Evaluation, now: Evaluation, bounds: AlarmBounds) -> Iterator[Alarm]:
     before, tokens = start.row["completion_tokens"], now.row["completion_tokens"]
     ratio = tokens / before
     if not 1 / bounds.length_ratio <= ratio <= bounds.length_ratio:
-        words = f"Completions have {tokens:.1f} tokens, {ratio:.2f} times the start's {before:.1f}."
+        words = f"Completions have {tokens:.1f} tokens, {ratio:.2f} times the initial policy's {before:.1f}."
         yield Alarm("length", before, tokens, words)
     if "eos_share" in start.row and "eos_share" in now.row:
         before, share = start.row["eos_share"], now.row["eos_share"]
@@ -186,7 +188,7 @@ def _length(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alar
             yield Alarm("ends", before, share, f"EOS ends {share:.0%} of the completions; at the start {before:.0%}.")
 
 
-def _form(start: Evaluation, now: Evaluation, bounds: Bounds) -> Iterator[Alarm]:
+def _form(start: Evaluation, now: Evaluation, bounds: AlarmBounds) -> Iterator[Alarm]:
     before, empty = _empty_share(start.texts), _empty_share(now.texts)
     # At least as bad as at the start: a start that writes nothing half of the time is no sign of hacking.
     if empty > max(bounds.empty_share, before):

@@ -11,6 +11,7 @@ from textrl_gym.stats.overoptimization import distinct_n, repetition
 REPEATED = 4  # words in a run that counts as repeated: single words and pairs come back in any text
 
 Samples = Sequence[Mapping[str, Any]]
+"""Completions of an evaluation: prompt, completion, reference, tokens, score and others, one for each prompt."""
 
 
 def _texts(samples: Samples) -> list[str]:

@@ -8,7 +8,7 @@ Each quantity is of the action that was taken, float32 [B, T], 0 outside the mas
     value      the critic's V before the action, of agents that have one
     advantage  what the agent's loss would weigh the action by, of agents that have such a weight (Agent.advantages)
 
-The texts are the start's: groups of completions of held-out prompts by the reference, sampled with random numbers that
+The texts are the reference's: groups of its completions of held-out prompts, sampled with random numbers that
 depend on the seed alone, so that all agents of a comparison meet the same ones. Each agent reads them teacher-forced,
 as if it had written them; its KL penalty is its own. Advantages that are centred or scaled are so over these texts.
 
@@ -52,7 +52,7 @@ class CreditedPlayer(Player, Protocol):
     def advantages(self, rollout: Rollout) -> Tensor | None: ...
 
 
-class Decoder(Protocol):
+class TokenDecoder(Protocol):
     """What is used of a tokenizer."""
 
     def decode(
@@ -99,7 +99,7 @@ def start_texts(agent: Player, mdp: TextVectorEnv, indices: Sequence[int], seed:
     return rollout_of(groups, reference, rows, prompt_ids, complete(groups, reference, prompt_ids, uniform_BT))
 
 
-def pieces(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
+def pieces(tokenizer: TokenDecoder, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text of all; put together they are the text, without special tokens.
 
     A token that is a part of a character adds nothing, and the last one of it the character.

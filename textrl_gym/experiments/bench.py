@@ -194,7 +194,7 @@ class Timing:
     """Seconds of all iterations by phase."""
 
 
-def measure(agent: Agent, iterations: int) -> Timing:
+def time_iterations(agent: Agent, iterations: int) -> Timing:
     """Time iterations of collect and update, after one that is not counted."""
     watch = Stopwatch(agent.device)
     tokens, seconds = [], []
@@ -224,7 +224,7 @@ def bench(config: BenchConfig, **settings: object) -> dict[str, Any]:
     agent = make_agent(config, **settings)
     device = agent.device
     before = peak_bytes(device)
-    timing = measure(agent, config.iterations)
+    timing = time_iterations(agent, config.iterations)
     peak = peak_bytes(device) - before
     # An iteration of its own, and after the timed ones: the counter sees each operation in Python, which takes time.
     with flops.counter() as counter:

@@ -47,7 +47,7 @@ class CompareConfig:
     set: tuple[str, ...] = ()
     """Settings as agent.setting=value, the value in JSON or plain: ppo.learning_rate=1e-4."""
     model: str | None = None
-    """The start of all: a Hub id or a folder; None: the task's own."""
+    """The initial policy of all runs: a Hub id or a folder; None: the task's own."""
     reward: str | None = None
     """What all are trained on, as `train --env.reward` names it; None: the task's own. Saved agents keep their own."""
     gold: str | None = None

@@ -76,7 +76,7 @@ class Result:
         return np.array([episode[key] for episode in self.episodes], float)
 
     def start(self, key: str) -> Array | None:
-        """The same of the start's answers; None where they were not kept. [N]"""
+        """The same of the initial policy's completions; None where they were not kept. [N]"""
         if not all(key in episode.get("start", ()) for episode in self.episodes):
             return None
         return np.array([episode["start"][key] for episode in self.episodes], float)

@@ -213,7 +213,7 @@ def _pairs(run: Result, opponent: Group | None, against: str, reader: Reader) ->
     if against == HUMAN:
         return against_references(run.episodes, reader)
     if not all("start" in episode for episode in run.episodes):
-        raise ValueError(f"the run {run.name} has not kept the start's answers: judge it against an agent")
+        raise ValueError(f"the run {run.name} has not kept the initial policy's completions: judge it against an agent")
     return against_answers(run.episodes, [{**e["start"], "prompt": e["prompt"]} for e in run.episodes], reader)
 
 

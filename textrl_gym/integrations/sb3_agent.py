@@ -30,7 +30,7 @@ from textrl_gym.integrations.sb3_env import TextVecEnv
 from textrl_gym.integrations.sb3_policy import CausalLMPolicy, PolicyLogprob
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rollouts.scoring import token_logprobs
+from textrl_gym.rollouts.scoring import rollout_logprobs
 from textrl_gym.training.agent import Agent, EnvLike
 from textrl_gym.training.config import AgentConfig
 
@@ -246,6 +246,6 @@ class _Episodes(BaseCallback):
             },
         ).trim()
         assert policy.reference is not None
-        ref_logp_BT = token_logprobs(rollout, policy.reference)
+        ref_logp_BT = rollout_logprobs(rollout, policy.reference)
         kl_BT = (rollout.logp_BT - ref_logp_BT) * rollout.mask_BT
         return dataclasses.replace(rollout, ref_logp_BT=ref_logp_BT, kl_BT=kl_BT)

@@ -1,6 +1,6 @@
 """LoRA and frozen layers: which parameters of a model are trained (Hu et al. 2021, arXiv:2106.09685, by peft).
 
-A reference that is the start of training costs no copy of what is not trained: under a LoRA it is the same model with
+A reference that is the initial policy costs no copy of what is not trained: under a LoRA it is the same model with
 the adapter switched off, and frozen layers are held once for both.
 """
 

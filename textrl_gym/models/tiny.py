@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-EOS = "<eos>"
+SYMBOLS_EOS = "<eos>"
 
 
 def symbol_tokenizer(symbols: Sequence[str]) -> Any:
@@ -15,10 +15,10 @@ def symbol_tokenizer(symbols: Sequence[str]) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {token: i for i, token in enumerate([EOS, *symbols])}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token=EOS))
+    vocab = {token: i for i, token in enumerate([SYMBOLS_EOS, *symbols])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token=SYMBOLS_EOS))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=SYMBOLS_EOS)
 
 
 def llama(

@@ -36,7 +36,7 @@ class Summary:
     gold: Number
     """Interquartile mean over seeds."""
     win_rate: Number
-    """Against the start, on the same prompts."""
+    """Against the initial policy, on the same prompts."""
     length_controlled: Number
     collapsed: tuple[int, int] | None
     """How many runs, of how many that were evaluated at their start and their end."""
@@ -61,9 +61,10 @@ def iqm_of_seeds(scores: Sequence[float]) -> Number:
 
 
 def against_start(group: Group, gold: str) -> tuple[Number, Number]:
-    """Win rate against the start, and the same at equal lengths. The runs' outcomes are averaged for each prompt.
+    """Win rate against the initial policy, and the same at equal lengths.
 
-    So the intervals are about other prompts, and not about other seeds.
+    The runs' outcomes are averaged for each prompt, so the intervals are about other prompts and not
+    about other seeds.
     """
     pairs = [(run.column(gold), run.start(gold)) for run in group.runs if run.episodes]
     won = [estimates.outcomes(own_N, start_N) for own_N, start_N in pairs if start_N is not None]

@@ -144,7 +144,7 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
         chart.add_scatter(x=way.kl, y=way.proxy, mode="markers", marker=dots, **lower)
         row = [group.label, *(f"{short(gold)} at {short(kl)}" for kl, gold in (way.best, way.end))]
         if way.fit is not None:
-            # From 0, where the form is the start's gold exactly, to the last KL that was seen and no further.
+            # From 0, where the form is the initial policy's gold exactly, to the last KL that was seen and no further.
             x = np.linspace(0, max(way.kl), 60)
             curve = {"mode": "lines", "line": line(group), "showlegend": False, "hoverinfo": "skip"}
             chart.add_scatter(x=x.tolist(), y=(way.start + way.fit.gold(x)).tolist(), **look(group, **curve))

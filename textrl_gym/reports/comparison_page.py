@@ -205,7 +205,7 @@ def summary(comparison: Comparison) -> str:
     gold = comparison.gold
     has_gold = comparison.gold == "gold"
     head = ["agent", "KL coefficient", "seeds", f"{gold}, IQM (95%)", *(["score"] if has_gold else [])]
-    head += ["win rate against the start (95%)", "win rate at equal length (95%)", "KL, nats per sequence"]
+    head += ["win rate against the initial policy (95%)", "win rate at equal length (95%)", "KL, nats per sequence"]
     head += ["tokens", "ended by EOS", "seconds", "collapsed runs"]
     rows = [_summary_row(numbers.summarise(comparison, group), has_gold) for group in comparison.groups]
     first, rest = numbers.verdicts(comparison)
@@ -303,13 +303,13 @@ def text_quality(comparison: Comparison, drawn: dict[str, Chart]) -> str:
 
 
 def sample_section(comparison: Comparison) -> str:
-    """Answers to the same prompts side by side: of each agent's first seed, and of the start."""
+    """Answers to the same prompts side by side: of each agent's first seed, and of the initial policy."""
     groups, _ = numbers.same_prompts(comparison)
     if not groups or not groups[0].runs[0].episodes:
         return "<p>No completions were kept.</p>"
     first = groups[0].runs[0]
     with_start = all("start" in episode for episode in first.episodes)
-    names = [*(["the start"] if with_start else []), *(group.label for group in groups)]
+    names = [*(["initial policy"] if with_start else []), *(group.label for group in groups)]
     boxes = "".join(
         f'<label><input type="checkbox" name="agent" value="{place}" checked>{escape(name)}</label>'
         for place, name in enumerate(names)
@@ -317,7 +317,7 @@ def sample_section(comparison: Comparison) -> str:
     count = min(SAMPLES_SHOWN, len(first.episodes))
     prompts = []
     for number, asked in enumerate(first.episodes[:count]):
-        answers: list[tuple[str, Group | None, Any]] = [("the start", None, asked["start"])] if with_start else []
+        answers: list[tuple[str, Group | None, Any]] = [("initial policy", None, asked["start"])] if with_start else []
         answers += [(g.label, g, g.runs[0].episodes[number]) for g in groups]
         cards = "".join(_answer(place, *answer) for place, answer in enumerate(answers))
         prompts.append(

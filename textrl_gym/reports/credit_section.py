@@ -109,10 +109,10 @@ def credit(comparison: Comparison, data: dict[str, Any] | None) -> str:
         for place, name in enumerate(data["scales"])
     )
     note = (
-        "Completions of held-out prompts by the start, two of each group of eight. Each agent, as its first finished "
-        "seed ended, reads the same texts as if it had written them. Advantages are what its loss would take: of PPO "
-        "one for each token, of GRPO and its relatives one for a whole completion, against its group; where an "
-        "algorithm scales them, over these texts. Of agents that only decode, the policy that they decode with. "
+        "Completions of held-out prompts by the initial policy, two of each group of eight. Each agent, as its first "
+        "finished seed ended, reads the same texts as if it had written them. Advantages are what its loss would "
+        "take: of PPO one for each token, of GRPO and its relatives one for a whole completion, against its group; "
+        "where an algorithm scales them, over these texts. Of agents that only decode, the policy that they decode with. "
         "NLPO's numbers are of its masked distribution. KL and ratio are one number in two forms."
     )
     return (

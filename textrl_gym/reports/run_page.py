@@ -195,7 +195,7 @@ def sample_tables(run: Run) -> str:
         return ""
     return (
         f"<h3>Samples</h3><p class=muted>The first {len(rows)} held-out prompts, not picked; one sample of each.</p>"
-        f'<div class="wide"><table class="samples"><thead><tr><th>prompt</th><th>at the start</th>'
+        f'<div class="wide"><table class="samples"><thead><tr><th>prompt</th><th>initial policy</th>'
         f"<th>after {run.end['timesteps']:,} tokens</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

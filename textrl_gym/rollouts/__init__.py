@@ -18,7 +18,7 @@ __getattr__ = lazy(
         "complete": "collect",
         "generate": "sampler",
         "Completions": "sampler",
-        "token_logprobs": "scoring",
+        "rollout_logprobs": "scoring",
         "token_entropy": "scoring",
         "rescore": "scoring",
         "micro_batches": "batching",

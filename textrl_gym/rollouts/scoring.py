@@ -26,7 +26,7 @@ def rescore(policy: Policy, rollout: Rollout, mdp: TextVectorEnv, *, kl_coef: fl
 
 
 @torch.no_grad()
-def token_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
+def rollout_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
     """log pi of a rollout's actions by teacher-forced passes without gradients. float32 [B, T], 0 outside the mask."""
     logp_BT = torch.zeros_like(rollout.logp_BT)
     for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):

@@ -31,7 +31,7 @@ class GoldCurve:
 
     form: Form
     alpha: float
-    """Best-of-n: gold per root nat near the start. RL: gold at d = 1."""
+    """Best-of-n: gold per root nat near the initial policy. RL: gold at d = 1."""
     beta: float
     """How soon the proxy's gain stops being gold. 0 or less: no over-optimisation is seen."""
     r2: float
@@ -48,8 +48,8 @@ def fit_gold_curve(kl_N: ArrayLike, gold_N: ArrayLike, form: Form) -> GoldCurve:
     """Gao et al.'s two forms by least squares: both are linear in alpha and beta.
 
     Args:
-        kl_N: of each policy to the start, in nats per sequence, at least 0.
-        gold_N: gold of each policy minus that of the start, so that it is 0 where the KL is.
+        kl_N: of each policy to the initial policy, in nats per sequence, at least 0.
+        gold_N: gold of each policy minus that of the initial policy, so that it is 0 where the KL is.
         form: "best_of_n", or "rl".
     """
     if form not in get_args(Form):
@@ -59,7 +59,7 @@ def fit_gold_curve(kl_N: ArrayLike, gold_N: ArrayLike, form: Form) -> GoldCurve:
         raise ValueError(f"there must be one gold score for each KL, got {len(gold_N)} and {len(kl_N)}")
     if kl_N.min() < 0:
         raise ValueError(f"a KL must be at least 0, got {kl_N.min():g}")
-    # No constant term: the start itself has neither KL nor a gain of gold.
+    # No constant term: the initial policy itself has neither KL nor a gain of gold.
     (alpha, beta), _, rank, _ = np.linalg.lstsq(_terms(kl_N, form), gold_N, rcond=None)
     if rank < 2:
         raise ValueError(f"two different KLs above 0 are needed, got {np.unique(kl_N).tolist()}")
@@ -74,7 +74,7 @@ def _terms(kl_N: Array, form: Form) -> Array:
     from scipy import special
 
     d_N = np.sqrt(kl_N)
-    # xlogy: 0 log 0 is 0 here, where log alone would make the start's row nan.
+    # xlogy: 0 log 0 is 0 here, where log alone would make the initial policy's row nan.
     return np.stack([d_N, -(d_N**2) if form == "best_of_n" else -special.xlogy(d_N, d_N)], -1)
 
 
@@ -246,5 +246,5 @@ def collapsed(start_gold: ArrayLike, final_gold_R: ArrayLike) -> NDArray[np.bool
     """
     start_gold, final_gold_R = np.asarray(start_gold, float), np.asarray(final_gold_R, float)
     if not np.isfinite(start_gold).all():
-        raise ValueError(f"the start's gold must be finite, got {start_gold.tolist()}")
+        raise ValueError(f"the initial policy's gold must be finite, got {start_gold.tolist()}")
     return ~np.isfinite(final_gold_R) | (final_gold_R < start_gold)

@@ -36,7 +36,7 @@ ModelLike = str | torch.nn.Module | None
 Indices = Sequence[int] | np.ndarray | None
 """Which prompts, one for each row; None: the environment draws them."""
 Observation = Mapping[str, Tensor | np.ndarray]
-State = tuple[np.ndarray, ...] | None
+PredictState = tuple[np.ndarray, ...] | None
 """Of Stable-Baselines3's recurrent policies; handed through."""
 
 
@@ -318,10 +318,10 @@ class Agent:
     def predict(
         self,
         observation: Observation,
-        state: State = None,
+        state: PredictState = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
-    ) -> tuple[np.ndarray, State]:
+    ) -> tuple[np.ndarray, PredictState]:
         """Action of a single or batched observation; deterministic takes the most likely token."""
         # Both kinds, as Stable-Baselines3's predict takes them: its evaluate_policy relies on it.
         single = np.ndim(observation["input_ids"]) == 1

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from textrl_gym.evaluation.reward_hacking import GOLD_ALARM, Alarm, Bounds, Evaluation, alarms, best
+from textrl_gym.evaluation.reward_hacking import GOLD_ALARM, Alarm, AlarmBounds, Evaluation, alarms, best
 from textrl_gym.training.run_folder import BEST, append_alarm
 
 
@@ -45,13 +45,13 @@ class RewardHackingMonitor(EvaluationCallback):
     def __init__(
         self,
         on_hacking: Literal["warn", "stop"] = "warn",
-        bounds: Bounds | None = None,
+        bounds: AlarmBounds | None = None,
         tell: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
         if on_hacking not in ("warn", "stop"):
             raise ValueError(f"on_hacking must be 'warn' or 'stop', got {on_hacking!r}")
-        self.on_hacking, self.bounds, self.tell = on_hacking, bounds or Bounds(), tell
+        self.on_hacking, self.bounds, self.tell = on_hacking, bounds or AlarmBounds(), tell
         self._forget()
 
     def _forget(self) -> None:

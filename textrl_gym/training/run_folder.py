@@ -61,7 +61,7 @@ class Run:
 
     name: str
     evaluations: list[dict[str, Any]]
-    """By timesteps; the first is the start."""
+    """By timesteps; the first is of the initial policy."""
     rollouts: list[dict[str, Any]]
     """Rows of the log, of training rollouts."""
     samples: list[dict[str, Any]]
