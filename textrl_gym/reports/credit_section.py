@@ -112,8 +112,8 @@ def credit(comparison: Comparison, data: dict[str, Any] | None) -> str:
         "Completions of held-out prompts by the initial policy, two of each group of eight. Each agent, as its first "
         "finished seed ended, reads the same texts as if it had written them. Advantages are what its loss would "
         "take: of PPO one for each token, of GRPO and its relatives one for a whole completion, against its group; "
-        "where an algorithm scales them, over these texts. Of agents that only decode, the policy that they decode with. "
-        "NLPO's numbers are of its masked distribution. KL and ratio are one number in two forms."
+        "where an algorithm scales them, over these texts. Of agents that only decode, the policy that "
+        "they decode with. NLPO's numbers are of its masked distribution. KL and ratio are one number in two forms."
     )
     return (
         f'<p class="soft">{escape(note)}</p>{missing_note}<noscript><p>The tokens need JavaScript.</p></noscript>'
