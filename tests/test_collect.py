@@ -26,7 +26,7 @@ from textrl_gym.rollouts.collect import collect
 SYMBOLS = ("a", "b", "c", "d", "e", "f", "g")
 EOS_ID = 0
 P, T = 5, 9
-ATOL = 1e-5  # float32 sums in another order
+ATOL = 5e-5  # float32 sums in another order; without vector instructions a logprob differs by 1.1e-5
 
 
 def spread(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

@@ -162,7 +162,7 @@ def test_best_of_n_is_drawn_from_its_exact_distribution() -> None:
     assert rollout.score_B.mean() > (logp_Y.exp() * score_Y).sum() + 0.1
     # what the rollout says of its KL is the bound, in every row; the exact one is less
     bound = best_of_n_kl_bound(4)
-    torch.testing.assert_close(kl_of(rollout), torch.full((2_000,), bound), atol=1e-5, rtol=0)
+    torch.testing.assert_close(kl_of(rollout), torch.full((2_000,), bound), atol=5e-5, rtol=0)
     assert best_of_n_kl_exact(logp_Y, score_Y, 4) < bound
     assert rollout.model_calls_B is not None  # 4 completions of at most 3 tokens for each answer
     assert (rollout.model_calls_B >= rollout.mask_BT.sum(1) + 3).all() and (rollout.model_calls_B <= 12).all()
@@ -236,7 +236,7 @@ def test_looking_gives_the_states_of_the_full_pass_and_forgets_them(
                 (opinion.ref_logp_BV.gather(1, at)[:, 0], ref_BT[rows, t]),
                 (opinion.value_B, value_BT[rows, t]),
             ):
-                torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+                torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
 
         everyone = [0, 1, 2, 3, 4]
         check(states.now, everyone, 0)
@@ -250,7 +250,7 @@ def test_looking_gives_the_states_of_the_full_pass_and_forgets_them(
                     value_B=said.value_B[row : row + 1],
                 )
                 check(one, [row], t)
-            torch.testing.assert_close(states.values(token_BT[:, 0]), value_BT[:, 1], atol=1e-5, rtol=0)
+            torch.testing.assert_close(states.values(token_BT[:, 0]), value_BT[:, 1], atol=5e-5, rtol=0)
         states.keep(torch.tensor([0, 3]))
         states.step(token_BT[[0, 3], 0])
         check(states.now, [0, 3], 1)
@@ -280,7 +280,7 @@ def test_weight_0_is_the_policy(which: str, request: pytest.FixtureRequest) -> N
         assert torch.equal(found.token_BT, expected.token_BT)
         for name in ("logp_BT", "ref_logp_BT", "value_BT", "reward_BT"):
             if name == "value_BT" or not greedy:
-                torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=0)
+                torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=5e-5, rtol=0)
 
 
 def test_a_larger_weight_prefers_the_critics_tokens(ppo: Path) -> None:
@@ -351,7 +351,7 @@ def test_what_is_over_has_no_children() -> None:
     tree = search(root, grow, 20, c_puct=4.0)
     assert tree.visits_BMK[0, 0].sum() == 20
     assert (tree.child_BMK[0] >= 0).sum() == 2
-    torch.testing.assert_close(tree.total_BMK[0, 0], tree.visits_BMK[0, 0] * torch.tensor([1.0, 0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tree.total_BMK[0, 0], tree.visits_BMK[0, 0] * torch.tensor([1.0, 0]), atol=5e-5, rtol=0)
 
 
 def test_one_simulation_is_the_policys_most_likely_token(ppo: Path) -> None:
@@ -379,7 +379,7 @@ def test_rows_are_searched_as_if_each_were_alone(ppo: Path) -> None:
     for row in range(6):
         one = alone.play(alone.env, greedy=True, prompt_indices=[row])
         assert one.completions == [together.completions[row]]
-        torch.testing.assert_close(one.logp_BT[0], together.logp_BT[row, : one.logp_BT.shape[1]], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.logp_BT[0], together.logp_BT[row, : one.logp_BT.shape[1]], atol=5e-5, rtol=0)
 
 
 class Enumerated:

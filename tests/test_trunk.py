@@ -131,7 +131,7 @@ def test_shared_prompts_give_the_numbers_and_gradients_of_each_row_alone(
         (found.logp_BT.square() + found.entropy_BT + found.value_BT).sum().backward()
     for (where, mine), theirs in zip(shared.named_parameters(), apart.parameters(), strict=True):
         assert mine.grad is not None and theirs.grad is not None, where
-        assert (mine.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm() + 1e-12, where
+        assert (mine.grad - theirs.grad).norm() <= 5e-5 * theirs.grad.norm() + 1e-12, where
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma2", "mistral"])
@@ -193,7 +193,7 @@ def test_fixed_shapes_change_no_token() -> None:
         prompts = (r.prompt_BP[[0, 2, 3]], r.prompt_mask_BP[[0, 2, 3]], SOURCE)
         done.append(generate(pi, *prompts, uniform_BT, max_new_tokens=30, eos_id=3))
     assert torch.equal(done[0].token_BT, done[1].token_BT)
-    torch.testing.assert_close(done[0].logp_BT, done[1].logp_BT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(done[0].logp_BT, done[1].logp_BT, atol=5e-5, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
@@ -243,7 +243,7 @@ def test_compaction_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     without = sample()
     assert torch.equal(with_compaction.token_BT, without.token_BT)
     assert torch.equal(with_compaction.mask_BT, without.mask_BT)
-    torch.testing.assert_close(with_compaction.logp_BT, without.logp_BT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(with_compaction.logp_BT, without.logp_BT, atol=5e-5, rtol=0)
 
 
 def test_a_model_that_cannot_share_says_so_once_and_stays_right() -> None:
@@ -314,14 +314,14 @@ def test_chunked_logprobs_are_plain_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(policy, "CHUNK_NUMBERS", 30 * 7)  # 7 places at a time
     found = chunked.response(r, entropy=True)
     assert expected.entropy_BT is not None and found.entropy_BT is not None
-    torch.testing.assert_close(found.logp_BT, expected.logp_BT, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.entropy_BT, expected.entropy_BT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.logp_BT, expected.logp_BT, atol=5e-5, rtol=0)
+    torch.testing.assert_close(found.entropy_BT, expected.entropy_BT, atol=5e-5, rtol=0)
     for response in (expected, found):
         assert response.entropy_BT is not None
         (response.logp_BT.square().sum() + response.entropy_BT.sum()).backward()
     for one, two in zip(whole.parameters(), chunked.parameters(), strict=True):
         assert one.grad is not None and two.grad is not None
-        assert (one.grad - two.grad).norm() <= 1e-5 * one.grad.norm() + 1e-9
+        assert (one.grad - two.grad).norm() <= 5e-5 * one.grad.norm() + 1e-9
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> tuple[int, int]:
@@ -376,5 +376,5 @@ def test_a_copied_policy_has_a_head_of_its_own() -> None:
     with torch.no_grad():
         copied.model.get_output_embeddings().weight.zero_()
     # all logits are 0: each of V tokens has probability 1 / V
-    torch.testing.assert_close(copied.logprobs(r), -math.log(V) * r.mask_BT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(copied.logprobs(r), -math.log(V) * r.mask_BT, atol=5e-5, rtol=0)
     assert torch.equal(pi.logprobs(r), before)

@@ -109,7 +109,7 @@ def test_vector_is_singles(mode: AutoresetMode, stop: list[str], tokens: list[li
 
 @pytest.mark.parametrize("mode", MODES)
 def test_vector_is_singles_under_a_penalty(mode: AutoresetMode) -> None:
-    """Here to 1e-5: the reference's forward sums its floats in another order for another batch size."""
+    """Here to 5e-5: the reference's forward sums its floats in another order for another batch size."""
     penalty: dict[str, Any] = {"kl_coef": 0.3, "reference": Policy(tiny.llama(V, scale=0.3))}
     envs = make(mode=mode, **penalty)
     singles = SyncVectorEnv([lambda: TextEnv(**KEYWORDS, **penalty)] * 3, autoreset_mode=mode)
@@ -119,13 +119,13 @@ def test_vector_is_singles_under_a_penalty(mode: AutoresetMode) -> None:
     for t in range(25):
         action = {"token": rng.integers(0, V, 3), "logprob": -rng.random(3).astype(np.float32)}
         (_, one_B, _, _, one), (_, two_B, terminated_B, truncated_B, two) = envs.step(action), singles.step(action)
-        np.testing.assert_allclose(one_B, two_B, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(one_B, two_B, atol=5e-5, rtol=0)
         assert set(one) == set(two), t
         for key in {"kl", "ref_logprob"} & set(one):
             np.testing.assert_array_equal(one[f"_{key}"], two[f"_{key}"])
-            np.testing.assert_allclose(one[key], two[key], atol=1e-5, rtol=0)
+            np.testing.assert_allclose(one[key], two[key], atol=5e-5, rtol=0)
         if "final_info" in one:
-            np.testing.assert_allclose(one["final_info"]["kl"], two["final_info"]["kl"], atol=1e-5, rtol=0)
+            np.testing.assert_allclose(one["final_info"]["kl"], two["final_info"]["kl"], atol=5e-5, rtol=0)
         ended_B = terminated_B | truncated_B
         if mode is AutoresetMode.DISABLED and ended_B.any():
             for env in (envs, singles):
@@ -161,7 +161,7 @@ def test_rewards_by_hand() -> None:
         np.testing.assert_allclose(infos["kl"], kl_B, atol=1e-6, rtol=0)
         # row 0 ends with "a" for prompt "a": 1 + 1 * ord("a") = 98
         score_B = np.where(terminated_B, [98.0, 0.0, 0.0], 0.0)
-        np.testing.assert_allclose(reward_B, score_B - 0.1 * kl_B, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(reward_B, score_B - 0.1 * kl_B, atol=5e-5, rtol=0)
     assert steps[1][2].tolist() == [True, False, False]
 
 
@@ -447,7 +447,7 @@ def test_action_and_callable_agree_and_the_single_env_with_them(estimator: str) 
         _, two_B, *_ = called.step(np.array(tokens))
         _, three, *_ = single.step(tokens[0])
         np.testing.assert_allclose(one_B, two_B, atol=1e-6, rtol=0)
-        np.testing.assert_allclose(one_B[0], float(three), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(one_B[0], float(three), atol=5e-5, rtol=0)
         assert (np.abs(infos["kl"]) > 1e-4).all()
 
 
