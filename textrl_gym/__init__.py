@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from textrl_gym.policy.policy import Policy as Policy
     from textrl_gym.rollouts.collect import collect as collect
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOME = {
     "check_env": "evaluation.check_env",
