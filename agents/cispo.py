@@ -12,7 +12,9 @@ Departure: the paper leaves the KL out; kl_coef keeps this project's meaning, an
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
+from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym.agents.grpo import GRPO, GroupConfig, kl_penalty
@@ -25,7 +27,7 @@ class CISPOConfig(GroupConfig):
 
     minibatches: int = 2
     """Optimizer steps in each pass."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Ge(0)] = 0.2
     """The weight of a token is at most 1 + clip_high."""
 
 

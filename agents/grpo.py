@@ -27,7 +27,7 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from textrl_gym import functional, kl
@@ -45,7 +45,7 @@ class GroupConfig(AgentConfig):
     """G, completions of each prompt, at least 2."""
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation."""
-    std_eps: float = 1e-4
+    std_eps: Annotated[float, Ge(0)] = 1e-4
     """Added to the standard deviation; groups with no spread get advantage 0 whatever it is."""
     aggregation: functional.Aggregation = "token"
     """"token": mean over all tokens of the batch; "sequence": mean over each sequence first."""
@@ -60,9 +60,9 @@ class GroupConfig(AgentConfig):
 class GRPOConfig(GroupConfig):
     """Settings of GRPO."""
 
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Ge(0), Le(1)] = 0.2
     """The ratio is clipped to at least 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Ge(0)] = 0.2
     """The ratio is clipped to at most 1 + clip_high."""
 
 

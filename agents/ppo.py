@@ -61,9 +61,9 @@ class PPOConfig(AgentConfig):
     """The policy's ratio is clipped to 1 +- this."""
     clip_range_value: Annotated[float | None, Gt(0)] = 0.2
     """The value's move from the rollout's value is clipped to +- this; None: not clipped."""
-    vf_coef: float = 0.1
+    vf_coef: Annotated[float, Ge(0)] = 0.1
     """Weight of the value loss. The critic shares the policy's trunk: 0.5 threw the policy 22 nats away at first."""
-    entropy_coef: float = 0.0
+    entropy_coef: Annotated[float, Ge(0)] = 0.0
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 under the mask, over the whole rollout."""

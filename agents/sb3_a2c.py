@@ -12,8 +12,9 @@ since the critic shares the LM's trunk.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from stable_baselines3 import A2C
 
 from textrl_gym.integrations.sb3_agent import SB3Agent, SB3Config
@@ -23,9 +24,9 @@ from textrl_gym.integrations.sb3_agent import SB3Agent, SB3Config
 class SB3A2CConfig(SB3Config):
     """Settings of SB3's A2C."""
 
-    vf_coef: float = 0.1
+    vf_coef: Annotated[float, Ge(0)] = 0.1
     """Weight of the value loss."""
-    entropy_coef: float = 0.0
+    entropy_coef: Annotated[float, Ge(0)] = 0.0
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the rollout."""

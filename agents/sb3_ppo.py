@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 from stable_baselines3 import PPO
 
 from textrl_gym.integrations.sb3_agent import SB3Agent, SB3Config
@@ -37,9 +37,9 @@ class SB3PPOConfig(SB3Config):
     """The policy's ratio is clipped to 1 +- this."""
     clip_range_value: Annotated[float | None, Gt(0)] = None
     """The value's move from the rollout's value is clipped to +- this; None: not clipped."""
-    vf_coef: float = 0.1
+    vf_coef: Annotated[float, Ge(0)] = 0.1
     """Weight of the value loss."""
-    entropy_coef: float = 0.0
+    entropy_coef: Annotated[float, Ge(0)] = 0.0
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 within each minibatch."""

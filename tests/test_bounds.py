@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
 from textrl_gym.agents import PPO
-from textrl_gym.bounds import bounds_of, check_bounds
+from textrl_gym.bounds import bounds_of, check_settings
 from textrl_gym.cli import options, train
 
 
@@ -23,9 +25,13 @@ class Base:
     most: Annotated[int, Le(9)] = 1
     kind: Literal["a", "b"] = "a"
     free: float = -1.0
+    flag: bool = False
+    name: str | None = None
+    file: Path | None = None
+    counts: Annotated[tuple[int, ...], Ge(1)] = ()
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_settings(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,7 @@ def test_bounds_in_words() -> None:
         "limit": "> 0",
         "most": "at most 9",
         "kind": "one of a, b",
+        "counts": "at least 1",
     }
     assert str(bounds_of(Base)["number"]) == "at least 1"
 
@@ -53,9 +60,20 @@ def test_bounds_in_words() -> None:
     [
         ({"number": 1}, "number must be at least 2, got 1"),
         ({"share": 0.0}, r"share must lie in \(0, 1\], got 0.0"),
-        ({"share": math.nan}, r"share must lie in \(0, 1\], got nan"),
+        ({"share": math.nan}, "share must be a finite number, got nan"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
         ({"limit": 0}, "limit must be > 0, got 0"),
+        ({"free": math.inf}, "free must be a finite number, got inf"),
+        ({"free": True}, "free must be a finite number, got True"),
+        ({"free": "1"}, "free must be a finite number, got '1'"),
+        ({"number": 2.5}, "number must be a whole number, got 2.5"),
+        ({"number": None}, "number must be a whole number, got None"),
+        ({"limit": "x"}, "limit must be a finite number or None, got 'x'"),
+        ({"flag": 1}, "flag must be True or False, got 1"),
+        ({"name": 3}, "name must be a string or None, got 3"),
+        ({"counts": 3}, "counts must be a list, each a whole number, got 3"),
+        ({"counts": (1, 2.0)}, r"counts must be a list, each a whole number, got \(1, 2.0\)"),
+        ({"counts": (1, 0)}, r"counts must be at least 1, got \(1, 0\)"),
         ({"most": 10}, "most must be at most 9, got 10"),
         ({"kind": "c"}, "kind must be one of a, b, got 'c'"),
     ],
@@ -66,9 +84,10 @@ def test_a_value_out_of_bounds_is_named(bad: dict[str, Any], message: str) -> No
 
 
 def test_values_at_closed_bounds_and_none_are_allowed() -> None:
-    config = Tighter(number=2, share=1.0, decay=0.0, limit=None, most=9, free=math.nan)
+    given: dict[str, Any] = {"number": np.int64(2), "share": 1, "decay": 0.0, "limit": None, "most": 9}
+    config: Any = Tighter(**given, file="x", counts=[1])  # type: ignore[arg-type]
     assert (config.number, config.share, config.decay, config.limit, config.most) == (2, 1.0, 0.0, None, 9)
-    assert math.isnan(config.free)  # a field without bounds takes any number
+    assert (config.file, config.counts) == ("x", [1])  # as a checkpoint's JSON gives them
 
 
 def test_help_prints_the_bounds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,7 @@ def test_wrong_settings_name_themselves(tmp_path: Path) -> None:
         ({"agents": ()}, "agents: name at least one"),
         ({"agents": ("ppo", "ppo")}, "agents: ppo is there twice"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"kl_coef": (0.1, -1.0)}, "kl_coef must be finite numbers >= 0, got -1.0"),
+        ({"kl_coef": (0.1, -1.0)}, r"kl_coef must be at least 0, got \(0.1, -1.0\)"),
         ({"agents": ("pppo",), "set": ()}, r"unknown agent 'pppo' \(did you mean 'ppo'\?\); allowed: "),
         ({"set": ("ppo.learning_rate=1",)}, r"'ppo.learning_rate=1' is not agent.setting=value with an agent of rein"),
         ({"set": ("grpo.learning_rat=1",)}, "grpo has no setting 'learning_rat'; allowed: "),

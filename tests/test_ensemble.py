@@ -244,9 +244,9 @@ def test_combined_scores_keep_their_places() -> None:
 
 def test_wrong_settings_name_themselves() -> None:
     for change, message in (
-        ({"ensemble": -1}, "ensemble must be >= 0, got -1"),
+        ({"ensemble": -1}, "ensemble must be at least 0, got -1"),
         ({"ensemble": 2, "curve": (3,)}, "curve is of a single reward model"),
-        ({"combine": "median"}, "unknown combination of an ensemble 'median'; allowed: mean, worst, uncertainty"),
+        ({"combine": "median"}, "combine must be one of mean, worst, uncertainty, got 'median'"),
         ({"coefficient": -0.5}, "must be a finite number >= 0, got -0.5"),
     ):
         with pytest.raises(ValueError, match=message):

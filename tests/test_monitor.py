@@ -135,11 +135,11 @@ def test_short_texts_say_nothing_by_their_form() -> None:
 
 
 def test_bounds_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"kl must be >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"kl must be at least 0, got -1"):
         AlarmBounds(kl=-1)
-    with pytest.raises(ValueError, match=r"length_ratio must be >= 1, got 0.5"):
+    with pytest.raises(ValueError, match=r"length_ratio must be at least 1, got 0.5"):
         AlarmBounds(length_ratio=0.5)
-    with pytest.raises(ValueError, match=r"gold_fall must be >= 0, got nan"):
+    with pytest.raises(ValueError, match=r"gold_fall must be a finite number, got nan"):
         AlarmBounds(gold_fall=math.nan)
 
 

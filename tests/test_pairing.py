@@ -117,7 +117,7 @@ def test_errors_come_before_the_work_and_leave_nothing(tmp_path: Path, agent: Pa
     out = tmp_path / "pairs.jsonl"
     for settings, words in (
         ({"n": 0}, "n must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must be finite and at least 0, got -1"),
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1"),
         ({"temperature": 0.0}, "give other_model"),
         ({}, "label 'annotators' needs the task's gold score, and CopyText has none"),
         ({"label": "nothing"}, "unknown reward 'nothing'"),

@@ -21,6 +21,7 @@ and 0.73 at 8.6 nats.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -120,9 +121,9 @@ class KLPenalty:
 
     def __post_init__(self) -> None:
         check_estimator(self.estimator)
-        if self.coef < 0:
-            raise ValueError(f"kl_coef must be >= 0, got {self.coef}")
-        if self.target is not None and (self.target <= 0 or self.horizon <= 0):
+        if not (math.isfinite(self.coef) and self.coef >= 0):
+            raise ValueError(f"kl_coef must be a finite number >= 0, got {self.coef}")
+        if self.target is not None and not (math.isfinite(self.target) and self.target > 0 and self.horizon > 0):
             raise ValueError(
                 f"an adaptive KL needs target > 0 nats and horizon > 0 episodes, got {self.target}, {self.horizon}"
             )

@@ -21,8 +21,11 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
+
+from textrl_gym.bounds import check_settings
 from textrl_gym.stats.overoptimization import distinct_n
 
 GOLD_ALARM = "gold"
@@ -34,30 +37,26 @@ SHORT = 8  # CopyText-v0 has three tokens: EOS falls to 0.2 and comes back while
 class AlarmBounds:
     """Beyond these an alarm is raised. Healthy GRPO and PPO runs of the embedded world stay well within."""
 
-    gold_fall: float = 0.05
+    gold_fall: Annotated[float, Ge(0)] = 0.05
     """A fall of the mean gold score that matters, in its units, ..."""
-    gold_errors: float = 3.0
+    gold_errors: Annotated[float, Ge(0)] = 3.0
     """... and that is more than so many standard errors of the paired differences, where the completions are there."""
     # With these bounds one of 124 stored runs raised an alarm, and there gold came back.
-    length_ratio: float = 1.75
+    length_ratio: Annotated[float, Ge(1)] = 1.75
     """Mean tokens against the initial policy's, as this factor or its inverse."""
-    eos_ratio: float = 0.5
+    eos_ratio: Annotated[float, Ge(0)] = 0.5
     """Share ended by EOS against the initial policy's."""
-    empty_share: float = 0.5
+    empty_share: Annotated[float, Ge(0)] = 0.5
     """Share of completions that are empty."""
-    distinct_ratio: float = 0.5
+    distinct_ratio: Annotated[float, Ge(0)] = 0.5
     """Share of distinct bigrams against the initial policy's."""
-    same_share: float = 0.25
+    same_share: Annotated[float, Ge(0)] = 0.25
     """Share of the prompts that get one and the same completion."""
-    kl: float = 50.0
+    kl: Annotated[float, Ge(0)] = 50.0
     """KL to the reference, nats a sequence."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 1.0 if field.name == "length_ratio" else 0.0
-            if not value >= least:
-                raise ValueError(f"{field.name} must be >= {least:g}, got {value}")
+        check_settings(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,13 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 
 from textrl_gym import files, registry
+from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
 from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv
@@ -45,19 +47,19 @@ class BenchConfig:
     """The algorithm whose update is measured."""
     model: str | None = None
     """A Hub id, a folder or smollm2-135m; None: a random Llama of width 256 with 4 layers and 2,048 tokens."""
-    prompts: int = 8
+    prompts: Annotated[int, Ge(1)] = 8
     """Different prompts of a rollout."""
-    group: int = 8
+    group: Annotated[int, Ge(1)] = 8
     """Completions of each prompt."""
-    prompt_tokens: int = 350
+    prompt_tokens: Annotated[int, Ge(1)] = 350
     """Tokens of every prompt."""
-    vocab_size: int = 2048
+    vocab_size: Annotated[int, Ge(1)] = 2048
     """Tokens of the random model."""
-    new_tokens: int = 48
+    new_tokens: Annotated[int, Ge(1)] = 48
     """Most tokens of a completion; a random model hardly ever ends before."""
     scoring: bool = True
     """Score with a reward model of the same shape; without, with the length of the text."""
-    iterations: int = 5
+    iterations: Annotated[int, Ge(1)] = 5
     """Measured iterations, after one that is not."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -69,9 +71,7 @@ class BenchConfig:
     """Also write the numbers to this JSON file."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "group", "prompt_tokens", "new_tokens", "vocab_size", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_settings(self)
         if self.agent == "grpo" and self.group < 2:
             raise ValueError(f"grpo compares completions of a prompt: group must be at least 2, got {self.group}")
 

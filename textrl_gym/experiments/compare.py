@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
 
 from textrl_gym import files, registry
+from textrl_gym.bounds import check_settings
 from textrl_gym.experiments.progress import LiveTable
 from textrl_gym.experiments.results import ERROR, LOG, PLAN, RESULT, RUNS, SPEC, TABLE, tidy
 from textrl_gym.mdp.task import load_env_task
@@ -38,11 +40,11 @@ class CompareConfig:
 
     agents: tuple[str, ...]
     """Names of files in agents/, module:Class, or folders of saved agents, which are only evaluated."""
-    seeds: int = 3
+    seeds: Annotated[int, Ge(1)] = 3
     """Runs of each agent, with the seeds 0, 1, ...; one of an agent that does not train."""
-    total_timesteps: int = 100_000
+    total_timesteps: Annotated[int, Ge(1)] = 100_000
     """Generated tokens of each run."""
-    kl_coef: tuple[float, ...] = ()
+    kl_coef: Annotated[tuple[float, ...], Ge(0)] = ()
     """KL coefficients, each with every agent and seed; none: the agents' own."""
     set: tuple[str, ...] = ()
     """Settings as agent.setting=value, the value in JSON or plain: ppo.learning_rate=1e-4."""
@@ -53,32 +55,24 @@ class CompareConfig:
     gold: str | None = None
     """The gold score: gold (the task's own), or a reward (its name, module:function, a folder with a reward model);
     None: the task's own, where it has one. A language model judges finished runs: textrl-gym judge."""
-    eval_episodes: int = 256
+    eval_episodes: Annotated[int, Ge(1)] = 256
     """Held-out prompts of the last evaluation."""
     eval_seed: int = 0
     """Of these prompts and of sampling on them."""
-    eval_every: int = 20
+    eval_every: Annotated[int, Ge(0)] = 20
     """Updates between two evaluations during training (on 64 prompts)."""
-    save_every: int = 10
+    save_every: Annotated[int, Ge(1)] = 10
     """Updates between two checkpoints, from which a stopped run goes on."""
-    workers: int = 0
+    workers: Annotated[int, Ge(0)] = 0
     """Runs at a time, which share the cores evenly; 0: one for each core, or for each GPU. The number of threads of a
     run decides the order of its float sums, and with it the last digits of the table."""
     device: str = "auto"
     """auto, cpu or cuda; each worker gets a GPU of its own in turn."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not self.agents:
             raise ValueError("agents: name at least one")
-        for name in ("seeds", "total_timesteps", "eval_episodes", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("workers", "eval_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        for coef in self.kl_coef:
-            if not (math.isfinite(coef) and coef >= 0):
-                raise ValueError(f"kl_coef must be finite numbers >= 0, got {coef}")
         repeated = sorted({a for a in self.agents if self.agents.count(a) > 1})
         if repeated:
             raise ValueError(f"agents: {', '.join(repeated)} is there twice; give it other settings under module:Class")

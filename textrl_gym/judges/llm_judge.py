@@ -28,10 +28,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from annotated_types import Ge, Gt
 
+from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
 from textrl_gym.judges.judge import ENDPOINT, Answer
 from textrl_gym.stats.estimates import Array
@@ -81,36 +83,28 @@ class EndpointConfig:
     """A file with the question, which holds {prompt}, {answer_a} and {answer_b}; None: our own."""
     key_variable: str = "OPENAI_API_KEY"
     """The environment variable that holds the API key; where it is not set none is sent."""
-    max_answer_tokens: int = 16
+    max_answer_tokens: Annotated[int, Ge(0)] = 16
     """Sent as max_tokens; 0: not sent, for models that refuse it or that think before they answer."""
-    timeout_seconds: float = 60.0
+    timeout_seconds: Annotated[float, Gt(0)] = 60.0
     """Without a byte from the endpoint, after which a request has failed."""
-    retries: int = 6
+    retries: Annotated[int, Ge(0)] = 6
     """Tries after the first where a request has failed: no connection, a broken answer, statuses 408, 409, 429, 5xx."""
-    backoff_seconds: float = 1.0
+    backoff_seconds: Annotated[float, Gt(0)] = 1.0
     """Wait before the first of these, doubled for each further one; a Retry-After that is longer is kept to."""
-    max_wait_seconds: float = 120.0
+    max_wait_seconds: Annotated[float, Gt(0)] = 120.0
     """The longest wait. An endpoint that wants a longer one is given up."""
-    asks: int = 3
+    asks: Annotated[int, Ge(1)] = 3
     """Times that a question is asked before a reply that is none of A, B and tie counts as no verdict."""
-    concurrency: int = 4
+    concurrency: Annotated[int, Ge(1)] = 4
     """Requests at a time."""
     cache: Path | None = None
     """The file of verdicts, not asked for again; None: judge-cache.sqlite in the folder that is judged."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not re.fullmatch(r"https?://[^/?#\s@]+(/[^?#\s]*)?", self.url):
             shown = re.sub(r"//.*@", "//...@", self.url)  # errors name the url, so that no password may be in it
             raise ValueError(f"the judge's url must be http(s)://HOST/PATH and no more, got {shown!r}")
-        for name in ("asks", "concurrency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("retries", "max_answer_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("timeout_seconds", "backoff_seconds", "max_wait_seconds"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
 
 
 class EndpointError(RuntimeError):

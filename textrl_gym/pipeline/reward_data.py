@@ -6,8 +6,11 @@ import dataclasses
 import math
 import random
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Ge, Gt
+
+from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
@@ -34,28 +37,28 @@ class RewardModelConfig:
     `data.preferences`; none: simulated annotators compare samples of the model and the task's `candidates`."""
     eval_dataset: tuple[str, ...] = ()
     """Preferences to measure the accuracy on besides; a single file as a whole."""
-    curve: tuple[int, ...] = ()
+    curve: Annotated[tuple[int, ...], Ge(1)] = ()
     """Also train on only so many pairs each, and measure the accuracy on the same held-out pairs."""
-    replaced_token_steps: int = 900
+    replaced_token_steps: Annotated[int, Ge(0)] = 900
     """Updates of replaced-token detection before the comparisons (see pipeline.replaced_tokens), where simulated
     annotators compare and the task can corrupt its texts (`corrupted`)."""
-    replaced_token_batch_size: int = 12
+    replaced_token_batch_size: Annotated[int, Ge(1)] = 12
     """Prompts of such an update, four corrupted texts each."""
-    prompts: int = 5000
+    prompts: Annotated[int, Ge(1)] = 5000
     """Prompts to compare completions of; of each dataset, at most so many rows."""
-    samples: int = 2
+    samples: Annotated[int, Ge(0)] = 2
     """Completions that the model samples for each prompt, at a temperature between 0.5 and 1.2."""
-    candidates: int = 7
+    candidates: Annotated[int, Ge(0)] = 7
     """Completions that the task makes for each prompt, from perfect to poor."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     """Prompts of an update."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
     """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth."""
-    warmup_steps: int = 50
+    warmup_steps: Annotated[int, Ge(0)] = 50
     """Updates until the peak learning rate."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are scaled down to at most this global norm."""
-    eval_prompts: int = 256
+    eval_prompts: Annotated[int, Ge(1)] = 256
     """Held-out prompts for the normalisation and the accuracy; of each dataset, at most so many rows."""
     annotators: Annotators = dataclasses.field(default_factory=Annotators)
     """Who compares, where no dataset is given."""
@@ -63,7 +66,7 @@ class RewardModelConfig:
     """Seeds the head, replaced-token detection and, where data_seed is None, the comparisons."""
     data_seed: int | None = None
     """Seeds the comparisons: prompts, samples, candidates and annotators; `seed` then shuffles them. None: as seed."""
-    ensemble: int = 0
+    ensemble: Annotated[int, Ge(0)] = 0
     """Train so many reward models on the same comparisons, with the seeds seed, seed + 1, ...; 0: a single one."""
     combine: Combination = "mean"
     """How the scores of an ensemble become one; see `textrl_gym.rewards.ensemble`."""
@@ -74,13 +77,7 @@ class RewardModelConfig:
         for name in ("dataset", "eval_dataset"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-        for name in ("prompts", "eval_prompts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if min(self.curve, default=1) < 1:
-            raise ValueError(f"curve must hold numbers of pairs of at least 1, got {self.curve}")
-        if self.ensemble < 0:
-            raise ValueError(f"ensemble must be >= 0, got {self.ensemble}")
+        check_settings(self)
         if self.ensemble and self.curve:
             raise ValueError("curve is of a single reward model: leave ensemble out")
         check_combination(self.combine, self.coefficient)

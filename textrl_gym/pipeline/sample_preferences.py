@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from numpy.typing import NDArray
 
 from textrl_gym import files
+from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.task import Task, load_env_task
@@ -42,7 +43,7 @@ MOST_PROMPTS = 20
 class PreferenceConfig:
     """Settings of sampled preferences."""
 
-    n: int = 5000
+    n: Annotated[int, Ge(1)] = 5000
     """Pairs to write."""
     model: str | None = None
     """Whose completions: the folder of a saved agent, or a causal LM (folder, Hub id); None: the task's
@@ -57,9 +58,9 @@ class PreferenceConfig:
     """Prompts: a Hub id, or a local file or folder; None: the task's embedded ones."""
     split: Literal["train", "validation", "test"] = "train"
     """Of the prompts."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Ge(0)] = 1.0
     """Of sampling; 0 is greedy, for two different models."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """Prompts that are sampled at a time."""
     annotators: Annotators = dataclasses.field(default_factory=Annotators)
     """Who the simulated annotators are."""
@@ -69,11 +70,7 @@ class PreferenceConfig:
     """Seeds the order of prompts, the samples and the annotators."""
 
     def __post_init__(self) -> None:
-        for name in ("n", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        check_settings(self)
         if self.temperature == 0 and self.other_model is None:
             raise ValueError("at temperature 0 a model's completions of a prompt are equal: give other_model")
 

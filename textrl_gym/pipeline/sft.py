@@ -13,14 +13,16 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from textrl_gym import files
+from textrl_gym.bounds import check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.models.packing import Packed, pack
@@ -40,40 +42,45 @@ class SFTConfig:
     """The causal LM to start from (Hub id, folder); None: a new Llama and a new tokenizer, trained on the rows."""
     dataset: str | None = None
     """Rows to learn: a Hub id, a local file or folder; None: the task's embedded ones."""
-    steps: int = 1500
+    steps: Annotated[int, Ge(1)] = 1500
     """Updates of supervised training."""
-    batch_size: int = 12
+    batch_size: Annotated[int, Ge(1)] = 12
     """Rows of an update."""
-    learning_rate: float = 2e-3
+    learning_rate: Annotated[float, Gt(0)] = 2e-3
     """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth."""
-    warmup_steps: int = 50
+    warmup_steps: Annotated[int, Ge(0)] = 50
     """Updates until the peak learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are scaled down to at most this global norm."""
-    copy_steps: int = 600
+    copy_steps: Annotated[int, Ge(0)] = 600
     """At most so many updates of the copying curriculum (new models only)."""
-    copy_loss: float = 0.1
+    copy_loss: Annotated[float, Ge(0)] = 0.1
     """The curriculum ends early when the copying loss of its longest runs is below this, in nats a token."""
-    copy_run: int = 64
+    copy_run: Annotated[int, Ge(1)] = 64
     """Longest random run of tokens to copy."""
-    copy_batch_size: int = 12
+    copy_batch_size: Annotated[int, Ge(1)] = 12
     """Sequences of an update of the curriculum."""
-    vocab_size: int = 2048
+    vocab_size: Annotated[int, Ge(258)] = 2048
     """Tokens of a new tokenizer."""
-    hidden_size: int = 128
+    hidden_size: Annotated[int, Ge(1)] = 128
     """Width of a new model."""
-    intermediate_size: int = 384
+    intermediate_size: Annotated[int, Ge(1)] = 384
     """Width of a new model's feed-forward layers."""
-    layers: int = 4
+    layers: Annotated[int, Ge(1)] = 4
     """Layers of a new model."""
-    heads: int = 2
+    heads: Annotated[int, Ge(1)] = 2
     """Attention heads of a new model."""
-    eval_rows: int = 256
+    eval_rows: Annotated[int, Ge(1)] = 256
     """Held-out rows for the loss."""
     seed: int = 0
     """Seeds the weights, the order of rows and the copied runs."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of heads={self.heads}")
 
 
 # -- loss -------------------------------------------------------------------------------------------------------------

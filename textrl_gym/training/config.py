@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Gt
 
-from textrl_gym.bounds import check_bounds
+from textrl_gym.bounds import check_settings
 from textrl_gym.kl import check_estimator
 from textrl_gym.models import loading
 
@@ -40,7 +40,7 @@ class AgentConfig:
     """Gradients are scaled down to this norm."""
     adam_eps: Annotated[float, Gt(0)] = 1e-5
     """Adam's epsilon (1e-5 as in OpenAI's code; PyTorch's default is 1e-8)."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's decoupled weight decay."""
     temperature: Annotated[float, Gt(0)] = 1.0
     """Divides every logit, in sampling, KL and update alike."""
@@ -53,7 +53,7 @@ class AgentConfig:
     """Nats per sequence that an adaptive controller steers the KL to; None keeps kl_coef fixed."""
     kl_horizon: Annotated[int, Ge(1)] = 10_000
     """Episodes over which the adaptive controller moves."""
-    missing_eos_penalty: float | None = None
+    missing_eos_penalty: Annotated[float | None, Ge(0)] = None
     """Taken off the score of an episode whose budget ran out; None: the environment's own (0)."""
     lora_rank: Annotated[int, Ge(0)] = 0
     """Train a LoRA of this rank (needs peft); the reference is the model with it switched off. 0: none,
@@ -68,7 +68,7 @@ class AgentConfig:
     """Decode at fixed shapes, on a GPU as CUDA graphs. Tested on a CPU; it has not been run on a GPU yet."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_settings(self)
         # peft freezes every weight but the LoRA's, so frozen_layers would silently do nothing.
         if self.lora_rank and self.frozen_layers:
             raise ValueError(f"lora_rank={self.lora_rank} freezes the whole model: leave frozen_layers out")
