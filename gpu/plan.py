@@ -10,7 +10,20 @@ GRACE_SECONDS = 2
 
 SHAPE = ("--shape", "smollm2-135m", "--dtype", "bfloat16", "--prompts", "32", "--group", "8")
 LENGTHS = ("--prompt-tokens", "350", "--new-tokens", "64")
-TINY = ("--shape", "tiny", "--prompts", "2", "--group", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--turns", "1")
+TINY = (
+    "--shape",
+    "tiny",
+    "--prompts",
+    "2",
+    "--group",
+    "2",
+    "--prompt-tokens",
+    "8",
+    "--new-tokens",
+    "4",
+    "--turns",
+    "1",
+)
 
 
 @dataclasses.dataclass(frozen=True)

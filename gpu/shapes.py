@@ -48,7 +48,8 @@ def make(shape: str, dtype: torch.dtype = torch.float32, device: str | torch.dev
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=0, pad_token_id=0)
     torch.manual_seed(0)
     with torch.device(device):  # made where it is used: 0.5B random numbers take a CPU seconds
-        return LlamaForCausalLM(config).to(dtype).eval()
+        model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).eval()
 
 
 def save(shape: str, folder: Path) -> None:

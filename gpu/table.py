@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULT = ROOT / "docs" / "data" / "gpu.json"
 BEGIN, END = "<!-- gpu: written by python -m gpu.table -->", "<!-- gpu: end -->"
-NOT_RUN = """**Not run yet.** `make gpu` measures what this section is for, in nine minutes, and `python -m gpu.table` writes it here.
-Until then no number and no claim about a GPU stands on this page."""
+NOT_RUN = """**Not run yet.** `make gpu` measures what this section is for, in nine minutes, and
+`python -m gpu.table` writes it here. Until then no number of a GPU stands on this page."""
 SIDES = {
     "ours": "textrl-gym, step by step",
     "graphs": "textrl-gym, CUDA graphs",

@@ -12,11 +12,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA = torch.device("cuda", 0)
@@ -48,7 +49,7 @@ class PretendedTensor(Tensor):
     @staticmethod
     def __new__(cls, real: Tensor) -> PretendedTensor:
         assert type(real) is Tensor, type(real)
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(
             cls,
             real.size(),
             strides=real.stride(),
@@ -64,8 +65,8 @@ class PretendedTensor(Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return CUDA
 
-    is_cuda = True  # type: ignore[assignment]
-    is_cpu = False  # type: ignore[assignment]
+    is_cuda = True
+    is_cpu = False
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PretendedTensor({self.held})"
@@ -73,7 +74,7 @@ class PretendedTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         _check_devices(func, args, kwargs)
         _count_waits(func, args)
@@ -108,6 +109,18 @@ def _count_waits(func: Any, args: Any) -> None:
             waits["mask as index"] += 1
 
 
+class _InBackward(TorchDispatchMode):
+    """Puts the zeros that autograd makes in place of gradients that are not there where a GPU would have them.
+
+    Autograd makes them in C++, by the device that it believes a tensor to be on: that of the tensor it holds.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made_of_none = not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        return PretendedTensor(out) if made_of_none and type(out) is Tensor and out.ndim else out
+
+
 class _Placing(TorchFunctionMode):
     """Makes what is made with device="cuda" a pretended tensor, and moves tensors between the two.
 
@@ -125,6 +138,9 @@ class _Placing(TorchFunctionMode):
             return to_cpu(args[0])
         if func is Tensor.numpy and isinstance(args[0], PretendedTensor):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if func is Tensor.backward:
+            with _InBackward():
+                return func(*args, **kwargs)
         wanted, args = _take_device(func, args, kwargs)
         if wanted is None:
             return func(*args, **kwargs)
@@ -195,7 +211,13 @@ def pretend_(module: nn.Module) -> None:
 def watching() -> Iterator[Counter[str]]:
     """Inside, "cuda" is the pretended device; gives what the host would have waited for so far."""
     waits.clear()
-    with _Placing():
+    generator = torch.Generator
+
+    def on_cpu(device: object = None) -> torch.Generator:
+        return generator()
+
+    # A build of PyTorch without CUDA makes no generator there; the numbers are drawn on the CPU in any case.
+    with _Placing(), mock.patch.object(torch, "Generator", on_cpu):
         yield waits
 
 

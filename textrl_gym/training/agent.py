@@ -449,6 +449,10 @@ class Agent:
         """Go back to where `rng_state` was taken (with env=False, not the environment's prompts)."""
         self.num_timesteps = numbers["num_timesteps"]
         self.shuffler.bit_generator.state = numbers["shuffler"]
-        self.generator.set_state(generator)
+        if generator.shape == self.generator.get_state().shape:
+            self.generator.set_state(generator)
+        else:
+            # Saved on another kind of device, whose generator is another: no state of this one gives its numbers.
+            self.generator.manual_seed(self.seed + self.num_timesteps)
         if env:
             self.env.restore_streams(numbers["env"])
