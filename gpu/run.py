@@ -97,7 +97,9 @@ def run_step(step: Step, machine: Mapping[str, Any], seconds: float, out: Path) 
     numbers, log = out / f"{step.name}.json", out / f"{step.name}.log"
     numbers.unlink(missing_ok=True)  # of an earlier run into the same folder
     begin = time.monotonic()
-    code = run_limited([sys.executable, *(word.format(out=numbers) for word in arguments)], seconds, log)
+    code = run_limited(
+        [sys.executable, *(str(numbers) if word == "{out}" else word for word in arguments)], seconds, log
+    )
     status: Status = "timed out" if code is None else "ok" if code == 0 else "failed"
     reason = "" if machine["cuda"] or not step.why_not else f"small form: {step.why_not}"
     if status == "timed out":

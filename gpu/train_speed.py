@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers.add(work=sizes | {"shape": args.shape, "dtype": args.dtype, "iterations": args.iterations}, device=device)
     speeds: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     failed: dict[str, str] = {}
-    if importlib.util.find_spec("trl") is None:
-        numbers.add(trl="not installed: its side was skipped")
+    missing = [name for name in ("trl", "datasets", "pyarrow") if importlib.util.find_spec(name) is None]
+    if missing:
+        numbers.add(trl=f"its side was skipped: {', '.join(missing)} not installed")
         del speeds["trl_grpo"]
     with tempfile.TemporaryDirectory() as folder:
         shapes.save(args.shape, Path(folder))

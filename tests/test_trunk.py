@@ -52,7 +52,9 @@ def make_model(name: str, **changes: Any) -> Any:
     config = config_class(**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        # Eager: some versions of transformers give Gemma 2 to PyTorch's attention, which ignores its caps.
+        how = {"attn_implementation": "eager"} if name == "gemma2" else {}
+        model = transformers.AutoModelForCausalLM.from_config(config, **how).eval()
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -271,6 +273,16 @@ def test_layers_of_an_unknown_kind_are_not_shared(kind: str) -> None:
     trunk = Trunk(model)
     with pytest.warns(UserWarning, match=f"layers of the kind {kind}"):
         assert not trunk.shares_prompts
+
+
+def test_caps_hold_where_a_model_was_given_to_an_attention_without_them(refuse: Callable[[], None]) -> None:
+    refuse()
+    capped, given = (Policy(make_model("gemma2")) for _ in range(2))
+    for config in given.trunk.configs:
+        config._attn_implementation = "sdpa"  # as transformers 5.17 does
+    expected_BT = capped.logprobs(rollout())
+    torch.testing.assert_close(given.logprobs(rollout()), expected_BT, atol=1e-5, rtol=0)
+    assert {config._attn_implementation for config in given.trunk.configs} == {"sdpa"}  # and the model is as it was
 
 
 def test_a_model_whose_numbers_would_change_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
