@@ -10,6 +10,7 @@ GRACE_SECONDS = 2
 
 SHAPE = ("--shape", "smollm2-135m", "--dtype", "bfloat16", "--prompts", "32", "--group", "8")
 LENGTHS = ("--prompt-tokens", "350", "--new-tokens", "64")
+LARGER = ("--shape", "qwen2.5-0.5b", "--sides", "graphs", "graphs_bf16", "dynamic", "--turns", "2")
 TINY = (
     "--shape",
     "tiny",
@@ -49,7 +50,7 @@ PLAN = (
     Step(
         "tests",
         "the CUDA paths are right",
-        110,
+        105,
         ("-m", "gpu.tests", "--device", "cuda", "--out", "{out}"),
         ("-m", "gpu.tests", "--device", "cpu", "--out", "{out}"),
         "the same test bodies on the CPU; CUDA graphs and the watch for host synchronisation need a GPU",
@@ -57,16 +58,16 @@ PLAN = (
     Step(
         "decode",
         "tokens a second beside transformers.generate and beside the roofline",
-        50,
-        ("-m", "gpu.decode_speed", *SHAPE, *LENGTHS, "--out", "{out}"),
+        70,
+        ("-m", "gpu.decode_speed", *SHAPE, *LENGTHS, "--turns", "3", "--out", "{out}"),
         ("-m", "gpu.decode_speed", *TINY, "--out", "{out}"),
         "a tiny shape; kernel launches are counted on a GPU only",
     ),
     Step(
         "train",
         "GRPO and PPO end to end beside TRL's GRPO, in turns, with peak memory",
-        100,
-        ("-m", "gpu.train_speed", *SHAPE, *LENGTHS, "--turns", "2", "--out", "{out}"),
+        95,
+        ("-m", "gpu.train_speed", *SHAPE, *LENGTHS, "--seconds", "85", "--out", "{out}"),
         ("-m", "gpu.train_speed", *TINY, "--iterations", "1", "--out", "{out}"),
         "a tiny shape; TRL's side only where TRL is installed",
     ),
@@ -81,8 +82,8 @@ PLAN = (
     Step(
         "decode-compiled",
         "transformers.generate with a static cache and torch.compile, beside ours",
-        60,
-        ("-m", "gpu.decode_speed", *SHAPE, *LENGTHS, "--sides", "ours", "compiled", "--turns", "2", "--out", "{out}"),
+        65,
+        ("-m", "gpu.decode_speed", *SHAPE, *LENGTHS, "--sides", "graphs", "compiled", "--turns", "2", "--out", "{out}"),
         None,
         "transformers compiles its decoding on a GPU only",
     ),
@@ -90,14 +91,14 @@ PLAN = (
         "decode-0.5b",
         "the same as decode with the shape of Qwen2.5-0.5B",
         40,
-        ("-m", "gpu.decode_speed", *SHAPE, *LENGTHS, "--shape", "qwen2.5-0.5b", "--turns", "2", "--out", "{out}"),
+        ("-m", "gpu.decode_speed", *SHAPE, *LENGTHS, *LARGER, "--out", "{out}"),
         None,
         "a model of that size takes minutes on a CPU",
     ),
     Step(
         "real-posts",
         "200 updates on real posts with the weights that TEXTRL_GYM_WEIGHTS names",
-        60,
+        45,
         ("-m", "gpu.tldr", "--dtype", "bfloat16", "--real", "--cuda-graphs", "--out", "{out}"),
         None,
         "a real model takes minutes an update on a CPU",

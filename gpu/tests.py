@@ -13,8 +13,9 @@ import pytest
 from gpu.numbers import Numbers
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = {"cuda": ["tests"], "cpu": ["tests/test_devices.py"]}
-"""On a GPU every test that carries the mark; without one, the bodies that are written for both."""
+FILES = {"cuda": ["tests/test_devices.py", "tests/test_rewards.py"], "cpu": ["tests/test_devices.py"]}
+"""On a GPU the files with tests that carry the mark (importing all others would take half a minute of the nine);
+without one, the bodies that are written for both."""
 
 
 class Listener:

@@ -144,6 +144,18 @@ def test_gradients_are_those_of_each_row_alone(name: str, device: str, refuse: A
     assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_optimizer_is_one_kernel_on_a_gpu(device: str, tmp_path: Path) -> None:
+    one = agent("grpo", device, tmp_path)
+    assert one.optimizer.defaults["fused"] is (device == "cuda")
+    before = [p.detach().clone() for p in one.policy.parameters()]
+    one.update(one.collect())
+    one.save(tmp_path)
+    again = type(one).load(tmp_path, device=device)
+    assert again.optimizer.state_dict()["state"][0]["step"] == 1
+    assert not all(torch.equal(*pair) for pair in zip(before, again.policy.parameters(), strict=True))
+
+
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 

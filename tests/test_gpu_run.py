@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,17 @@ def test_the_commands_are_understood(one: Step, monkeypatch: pytest.MonkeyPatch,
             with pytest.raises(Stop):
                 module.main(command[2:])
         assert parsed[0][1] == [], f"unknown: {parsed[0][1]}"
+
+
+def test_every_file_with_a_test_for_a_gpu_is_run_there(root: Path) -> None:
+    from gpu import tests as step_tests
+
+    marked = {
+        f"tests/{path.name}"
+        for path in (root / "tests").glob("test_*.py")
+        if re.search(r"^(@pytest\.mark\.gpu|from devices import)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert marked == set(step_tests.FILES["cuda"])
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -276,7 +288,6 @@ def test_wheels_over_the_limit_are_left_out_in_their_order_and_named(tmp_path: P
 
 def test_wheels_are_what_the_project_needs_beyond_the_machine(root: Path) -> None:
     """Every dependency of the project is either one that such a machine has, or collected."""
-    import re
     import tomllib
 
     machine = {"torch", "transformers", "accelerate", "peft", "tensorboard", "numpy", "tokenizers", "safetensors"}
