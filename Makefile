@@ -9,10 +9,10 @@ export OMP_WAIT_POLICY = PASSIVE
 export GOMP_SPINCOUNT = 1000
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test reliability lint types check docs assets clean
+.PHONY: help install demo test reliability lint types check docs assets gpu gpu-wheels clean
 
 help:  ## Show this list.
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 install: $(STAMP)  ## Make the virtual environment (once; again only where the files it is made from change).
 
@@ -46,6 +46,15 @@ check: lint types docs test  ## All that CI holds.
 
 assets: $(STAMP)  ## Rebuild the embedded tokenizer, language model and reward model.
 	$(BIN)/python -m textrl_gym.pipeline.build_assets
+
+# Without the virtual environment too: a machine with a GPU has a Python of its own, whose torch is to be used.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:  ## Prove, measure and write down what a GPU gives, in nine minutes: runs/gpu/result.json.
+	$(GPU_PYTHON) -m gpu.run --out runs/gpu $(ARGS)
+
+gpu-wheels:  ## Collect what a machine with a GPU and torch alone lacks: .whl/
+	$(GPU_PYTHON) -m gpu.wheels --out .whl $(ARGS)
 
 clean:  ## Remove what the other targets write, except the virtual environment and runs/.
 	rm -rf build dist site *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,8 @@ Equal on both sides: a random Llama (width 256, 4 layers, 2,048 tokens), prompts
 new tokens, one epoch, one optimizer step, KL coefficient, temperature 1 and no top-k; float32, no gradient
 checkpointing, no logging. For GRPO the reward is the length of the text; for PPO both sides score with a reward model
 of the same shape. TRL's PPO always has a critic with a trunk of its own; ours, by default, is a head on the policy's
-trunk, and with --separate-critic as TRL's.
+trunk, and with --separate-critic as TRL's. With --model both sides take a model from a folder, and with --device cuda
+both run on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ KL_COEF = 0.04
 WARMUP = 1  # iterations that are not measured
 
 
-def peak_bytes() -> int:
+def peak_bytes(device: str) -> int:
+    """Most memory so far: of the process on a CPU, allocated on a GPU. (TRL's side has no textrl-gym to ask.)"""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -44,6 +50,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, float]:
 
     config = bench.BenchConfig(
         agent=args.agent,
+        model=args.model,
         prompts=args.prompts,
         group=args.group,
         prompt_tokens=args.prompt_tokens,
@@ -51,7 +58,9 @@ def run_ours(args: argparse.Namespace) -> dict[str, float]:
         vocab_size=args.vocab_size,
         iterations=args.iterations,
         scoring=args.agent == "ppo",
-        device="cpu",
+        device=args.device,
+        dtype=args.dtype,
+        cuda_graphs=args.device == "cuda",
     )
     measured = bench.bench(config, **({"separate_value_model": True} if args.separate_critic else {}))["measured"]
     return {"tokens_per_second": measured["completion_tokens_per_second"], "peak_bytes": measured["peak_memory_bytes"]}
@@ -64,13 +73,27 @@ def make_parts(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Model, tokenizer and a data set of random prompts, as textrl_gym.experiments.bench makes them."""
     import torch
     from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = args.model or random_model(args, tempfile.mkdtemp())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    ids = torch.randint(1, len(tokenizer), (4096, args.prompt_tokens)).tolist()
+    rows = Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in row) for row in ids], "input_ids": ids})
+    # From a folder: TRL loads the reference from where the model came from.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, rows
+
+
+def random_model(args: argparse.Namespace, folder: str) -> str:
+    """Write the model and tokenizer that textrl_gym.experiments.bench makes; returns the folder."""
+    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     vocab = {"<eos>": 0} | {f"t{i}": i for i in range(1, args.vocab_size)}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=args.vocab_size,
@@ -84,11 +107,8 @@ def make_parts(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         pad_token_id=0,
         tie_word_embeddings=False,
     )
-    ids = torch.randint(1, args.vocab_size, (4096, args.prompt_tokens)).tolist()
-    rows = Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in row) for row in ids], "input_ids": ids})
-    folder = tempfile.mkdtemp()
-    LlamaForCausalLM(config).save_pretrained(folder)  # TRL loads the reference from where the model came from
-    return LlamaForCausalLM.from_pretrained(folder), tokenizer, rows
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def grpo_trainer(args: argparse.Namespace, common: dict[str, Any], callback: Any) -> Any:
@@ -149,26 +169,30 @@ def ppo_trainer(args: argparse.Namespace, common: dict[str, Any], callback: Any)
 
 
 def run_trl(args: argparse.Namespace) -> dict[str, float]:
+    import torch
     from transformers import TrainerCallback
 
     marks: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if args.device == "cuda":  # which works on while Python goes on
+                torch.cuda.synchronize()
             marks.append(time.perf_counter())
 
     rows = args.prompts * args.group
-    common: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": rows, "use_cpu": True}
+    common: dict[str, Any] = {"output_dir": tempfile.mkdtemp(), "use_cpu": args.device == "cpu"}
+    common |= {"per_device_train_batch_size": rows // args.accumulate, "gradient_accumulation_steps": args.accumulate}
     common |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False}
-    common |= {"learning_rate": 1e-6, "logging_strategy": "no", "bf16": False}
+    common |= {"learning_rate": 1e-6, "logging_strategy": "no", "bf16": args.dtype == "bfloat16"}
     trainer = {"grpo": grpo_trainer, "ppo": ppo_trainer}[args.agent](args, common, Clock())
-    before = peak_bytes()
+    before = peak_bytes(args.device)
     trainer.train()
     seconds = marks[-1] - marks[WARMUP - 1]
     # A random model ends one row in fifty early; the full budget is counted, in TRL's favour.
     return {
         "tokens_per_second": rows * args.new_tokens * args.iterations / seconds,
-        "peak_bytes": peak_bytes() - before,
+        "peak_bytes": peak_bytes(args.device) - before,
     }
 
 
@@ -191,6 +215,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=350)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--model", help="a folder of transformers for both sides; without, a random Llama")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="by autocast")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts in which TRL computes its update")
     parser.add_argument("--separate-critic", action="store_true", help="our PPO's critic gets a trunk of its own too")
     parser.add_argument("--iterations", type=int, default=3, help="measured in each turn")
     parser.add_argument("--turns", type=int, default=3)

@@ -118,7 +118,7 @@ def step_through(env: TextVectorEnv, policy: Policy, uniform_BT: torch.Tensor, s
     return said
 
 
-def assert_same(rollout: Rollout, said: dict[str, Any]) -> None:
+def assert_same(rollout: Rollout, said: dict[str, Any], atol: float = ATOL) -> None:
     width = rollout.token_BT.shape[1]
     prompts = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_BP, rollout.prompt_mask_BP, strict=True)]
     assert prompts == said["prompt"]
@@ -128,10 +128,10 @@ def assert_same(rollout: Rollout, said: dict[str, Any]) -> None:
     assert rollout.completions == said["completion"]
     assert rollout.score_B.tolist() == [np.float32(s) for s in said["score"]]
     for name, fast_BT in {"reward": rollout.reward_BT, "logp": rollout.logp_BT}.items():
-        torch.testing.assert_close(fast_BT, said[name][:, :width], atol=ATOL, rtol=0)
+        torch.testing.assert_close(fast_BT, said[name][:, :width], atol=atol, rtol=0)
     if said["kl"].any():
-        torch.testing.assert_close(rollout.kl_BT, said["kl"][:, :width], atol=ATOL, rtol=0)
-        torch.testing.assert_close(rollout.ref_logp_BT, said["ref_logp"][:, :width], atol=ATOL, rtol=0)
+        torch.testing.assert_close(rollout.kl_BT, said["kl"][:, :width], atol=atol, rtol=0)
+        torch.testing.assert_close(rollout.ref_logp_BT, said["ref_logp"][:, :width], atol=atol, rtol=0)
     assert not rollout.token_BT[~rollout.mask_BT].any()
 
 

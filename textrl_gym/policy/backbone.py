@@ -24,7 +24,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from textrl_gym.models import lora, onednn
-from textrl_gym.policy.prefix_attention import LAYERS, Prefix, StopAtLastLayer, attached, configs, prompt_cache
+from textrl_gym.policy.prefix_attention import LAYERS, Prefix, StopAtLastLayer, attached, capped, configs, prompt_cache
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -137,7 +137,7 @@ class Trunk:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Around every pass: the precision, and the fastest linear layers that this processor has."""
-        with self._precision(), onednn.fast(), self._without():
+        with self._precision(), onednn.fast(), self._without(), capped(self.configs):
             yield
 
     def run(self, **inputs: object) -> ModelOutput:
@@ -209,7 +209,7 @@ class Trunk:
         """How many layers keep keys and values."""
         # Not num_hidden_layers: some layers of some families keep none, or share another layer's.
         cache = DynamicCache()
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self._precision(), capped(self.configs):
             fill(self.body, self._some_tokens()[None], torch.ones_like(self._some_tokens())[None], cache)
         return len(cache.layers)
 
@@ -230,7 +230,7 @@ class Trunk:
         """
         ids_1L = self._some_tokens()[None]
         output_embeddings = self.model.get_output_embeddings()
-        with torch.no_grad(), self._without():
+        with torch.no_grad(), self._without(), capped(self.configs):
             hidden_LD = self.body(input_ids=ids_1L, use_cache=False)[0][0]
             logits_LV = self.model(input_ids=ids_1L, use_cache=False).logits[0]
             # The model's own forward first: it knows of capped or scaled logits. The output embeddings alone are for

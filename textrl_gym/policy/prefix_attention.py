@@ -304,6 +304,26 @@ def configs(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 @contextlib.contextmanager
+def capped(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+    """Inside, models that cap their attention's logits do so: by eager attention, where theirs would be PyTorch's own.
+
+    PyTorch's attention knows no caps, and transformers before 5.18 gave Gemma 2 to it all the same.
+    """
+    uncapped = [
+        config
+        for config in configs
+        if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa"
+    ]
+    try:
+        for config in uncapped:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config in uncapped:
+            config._attn_implementation = "sdpa"
+
+
+@contextlib.contextmanager
 def attached(configs: Sequence[PreTrainedConfig], prefix: Prefix) -> Iterator[None]:
     """Inside, attention is this one and goes on from these prompts; afterwards it is as before."""
     # Models read the name from their configurations at each forward. It is set for the pass only: set once, the model's

@@ -123,6 +123,8 @@ class Agent:
             lr=self.config.learning_rate,
             eps=self.config.adam_eps,
             weight_decay=self.config.weight_decay,
+            # One kernel for all parameters; on a CPU the plain loop, whose last digits earlier runs have.
+            fused=self.device.type == "cuda",
         )
         # torch.rand takes a generator of the device that it fills.
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -460,6 +462,10 @@ class Agent:
         """Go back to where `rng_state` was taken (with env=False, not the environment's prompts)."""
         self.num_timesteps = numbers["num_timesteps"]
         self.shuffler.bit_generator.state = numbers["shuffler"]
-        self.generator.set_state(generator)
+        if generator.shape == self.generator.get_state().shape:
+            self.generator.set_state(generator)
+        else:
+            # Saved on another kind of device, whose generator is another: no state of this one gives its numbers.
+            self.generator.manual_seed(self.seed + self.num_timesteps)
         if env:
             self.env.restore_streams(numbers["env"])
