@@ -18,6 +18,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
@@ -113,6 +114,9 @@ class Agent:
             eps=self.config.adam_eps,
             weight_decay=self.config.weight_decay,
         )
+        # Hooks and not lines of step(): Stable-Baselines3 and agents of users call the optimizer themselves.
+        self.optimizer.register_step_pre_hook(_require_finite_gradients)
+        self.optimizer.register_step_post_hook(_require_finite_weights)
         # torch.rand takes a generator of the device that it fills.
         self.generator = torch.Generator(self.device).manual_seed(seed)
         # A stream apart from the sampler's, so that another number of epochs does not change what is sampled.
@@ -378,10 +382,16 @@ class Agent:
                 yield Minibatch.of(rollout.select(rows), self.config.micro_batch_tokens)
 
     def step(self) -> float:
-        """Take an optimizer step on the gradients so far at the current learning rate; returns their norm unclipped."""
+        """Take an optimizer step on the gradients so far at the current learning rate; returns their norm unclipped.
+
+        Raises:
+            NonFiniteError: the norm is NaN or infinite; no step is taken.
+        """
         # The learning rate is set here and not by a scheduler of PyTorch, whose count of steps would have to be saved,
         # and would stand still where an agent skips a step.
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        # Before the hook's check: clipping by an infinite norm has made all gradients 0.
+        functional.require_finite("the gradient norm", norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
@@ -452,3 +462,16 @@ class Agent:
         self.generator.set_state(generator)
         if env:
             self.env.restore_streams(numbers["env"])
+
+
+def _require_finite_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    functional.require_finite("the gradient norm", torch.nn.utils.get_total_norm(gradients))
+
+
+def _require_finite_weights(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    # A finite gradient is no guarantee: a learning rate of 1e30 takes the weights to infinity all the same.
+    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    functional.require_finite(
+        "the norm of the weights after the optimizer step", torch.nn.utils.get_total_norm(weights)
+    )

@@ -21,6 +21,7 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import health
 from textrl_gym.evaluation.evaluator import Evaluator, Player
@@ -211,7 +212,7 @@ class _Run:
                 # resumption.
                 self.before_rollout = agent.rng_state()
                 self.callback.on_rollout_start()
-                rollout = self._timed("collect", agent.collect)
+                rollout = self._timed("collect", self._collect)
                 if agent.num_updates == 0:
                     # Before any update, where the ratio must be 1 and the KL 0; later they may differ for good reasons.
                     self._check_health(rollout)
@@ -223,7 +224,7 @@ class _Run:
                 if not goes_on:
                     break
                 # 2. Update.
-                metrics = self._timed("update", functools.partial(agent.update, rollout))
+                metrics = self._timed("update", functools.partial(self._update, rollout))
                 agent.num_updates += 1
                 self.before_rollout = None
                 # 3. Adapt the KL coefficient.
@@ -257,6 +258,26 @@ class _Run:
             result = work()
         self.seconds[name] += time.perf_counter() - begin
         return result
+
+    def _collect(self) -> Rollout:
+        rollout = self.agent.collect()
+        # The first rollout's health card has more to say of the same faults.
+        if self.agent.num_updates:
+            with self._naming_update():
+                require_finite_rollout(rollout)
+        return rollout
+
+    def _update(self, rollout: Rollout) -> dict[str, float]:
+        with self._naming_update():
+            return self.agent.update(rollout)
+
+    @contextlib.contextmanager
+    def _naming_update(self) -> Iterator[None]:
+        try:
+            yield
+        except functional.NonFiniteError as error:
+            number = self.agent.num_updates + 1
+            raise functional.NonFiniteError(f"update {number}: {error}; nothing is learnt from it") from error
 
     def _check_health(self, rollout: Rollout) -> None:
         agent = self.agent
@@ -297,6 +318,19 @@ class _Run:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
         answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]
         return all(answers)
+
+
+def require_finite_rollout(rollout: Rollout) -> None:
+    """Raise NonFiniteError where a score, reward, value or log-probability of a rollout is NaN or infinite."""
+    mask_BT = rollout.mask_BT
+    functional.require_finite("the score of a completion", rollout.score_B)
+    for name, values_BT in {
+        "the log-probability of a token": rollout.logp_BT,
+        "the reference's log-probability of a token": rollout.ref_logp_BT,
+        "the reward of a token": rollout.reward_BT,
+        "the value of a state": rollout.value_BT,
+    }.items():
+        functional.require_finite(name, values_BT[mask_BT])
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
