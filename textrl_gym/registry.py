@@ -131,7 +131,11 @@ def find_env(name: str) -> str:
 
 def load_agent(folder: str | Path, env: object = None, **settings: Any) -> Any:
     """The agent saved in a folder, whatever its class."""
-    return load_agent_class(files.read_state(folder)["agent"]).load(folder, env, **settings)
+    folder = files.whole_checkpoint(folder)
+    state = files.read_state(folder)
+    if not isinstance(state.get("agent"), str):
+        raise ValueError(f"{str(folder / files.STATE_FILE)!r} is damaged: it names no agent")
+    return load_agent_class(state["agent"]).load(folder, env, **settings)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str], more: str = "") -> ValueError:
