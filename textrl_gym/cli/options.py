@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -79,8 +80,11 @@ def _check_table(table: dict[str, Any], classes: tuple[type[Any], ...], where: s
             raise ValueError(f"{where}: {unknown('key', key, hints)}")
         if key == "reward" and isinstance(value, dict):
             # As a flag would say it, so that a table of weights takes the same way as --env.reward.
-            value = ",".join(f"{name}={weight}" for name, weight in value.items())
-            parse_reward(value)
+            value = json.dumps(value, default=str)
+            try:
+                parse_reward(value)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
         if not matches(value, hints[key]):
             raise ValueError(f"{where}: {key} must be {describe(hints[key])}, got {value!r}")
         checked[key] = tuple(value) if isinstance(value, list) else value
