@@ -108,6 +108,8 @@ class Agent:
         self.set_env(env)
         self.kl = self._make_kl(self.env)
         self.policy = self._make_policy(self.env, model, reference)
+        # By its settings a loaded agent's environment would take the model of its tokenizer: the trained policy.
+        self.env.use_reference(self.policy.reference)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             [p for p in self.policy.parameters() if p.requires_grad],
             lr=self.config.learning_rate,
@@ -121,6 +123,10 @@ class Agent:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         # A stream apart from the sampler's, so that another number of epochs does not change what is sampled.
         self.shuffler = np.random.default_rng(seed)
+        self.home: Path | None = None
+        """The folder whose run this is: where learn() has trained it, or where it was loaded from to go on there."""
+        self.finished = False
+        """Whether the last learn() came to its end, the last evaluation included."""
         self.num_timesteps = 0
         self.num_updates = 0
         self.clock = Clock()
@@ -270,6 +276,8 @@ class Agent:
             raise ValueError(
                 f"kl_coef={self.kl.coef} of {type(self).__name__} and kl_coef={mdp.kl_coef} of the environment differ"
             )
+        if hasattr(self, "policy"):
+            mdp.use_reference(self.policy.reference)
         # What is saved is what was used.
         self.config = dataclasses.replace(self.config, rollout_episodes=mdp.num_envs, group_size=mdp.group_size)
         self.env: TextVectorEnv = mdp

@@ -46,6 +46,8 @@ class Saved(Protocol):
     clock: Clock
     seed: int
     out: Path | None
+    home: Path | None
+    finished: bool
     device: torch.device
     model_spec: str | None
     reference_spec: str | None
@@ -116,6 +118,7 @@ def _state(agent: Saved) -> dict[str, Any]:
         "reference": agent.reference_spec,
         "total_timesteps": agent.total_timesteps,
         "num_updates": agent.num_updates,
+        "finished": agent.finished,
         "kl_coef": agent.kl.coef,
         "seconds": agent.seconds,
         "extra_state": agent.extra_state(),
@@ -174,6 +177,9 @@ def load(
     make: Any = cls  # a protocol has no constructor
     agent: SavedT = make(env, model, reference, seed=state["seed"], device=device, out=out, **config)
     agent.model_spec, agent.reference_spec = state["model"], state["reference"]
+    run = folder.parent if folder.name == files.PREVIOUS else folder
+    if agent.out is not None and agent.out.resolve() == run.resolve():
+        agent.home = run.resolve()
     agent.rebuilds_reference = not (folder / "reference").is_dir()
     agent.rebuilds_model = not (folder / lora.BASE).is_dir()
     try:
@@ -263,6 +269,8 @@ def _restore(agent: Saved, folder: Path, state: dict[str, Any], env_streams: boo
     agent.num_updates, agent.kl.coef, agent.seconds = state["num_updates"], state["kl_coef"], state["seconds"]
     if agent.total_timesteps > 0:
         agent.clock = Clock(agent.num_updates + 1, agent.num_timesteps / agent.total_timesteps)
+    # Versions that did not say it saved at the end, or when the run was stopped before it.
+    agent.finished = bool(state.get("finished", agent.num_timesteps >= agent.total_timesteps))
     agent.load_extra_state(state["extra_state"])
     agent.load_extra(folder)
 
