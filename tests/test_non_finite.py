@@ -128,3 +128,11 @@ def test_a_model_folder_with_nan_is_refused_by_the_tensor(tmp_path: Path) -> Non
         loading.load_model(tmp_path / "model")
     with pytest.raises(ValueError, match=name):
         GRPO("CopyText-v0", model=str(tmp_path / "model"))
+
+
+def test_a_value_head_with_nan_is_refused(tmp_path: Path) -> None:
+    PPO("CopyText-v0", seed=0, rollout_episodes=8).save(tmp_path)
+    file = tmp_path / "value_head.safetensors"
+    save_file({name: value * math.nan for name, value in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"value_head\.safetensors': the tensor 'weight' has NaN or infinity"):
+        PPO.load(tmp_path)

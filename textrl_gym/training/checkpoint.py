@@ -258,7 +258,9 @@ def _models(folder: Path, state: dict[str, Any], task: Task) -> tuple[Any, Any]:
 def _restore(agent: Saved, folder: Path, state: dict[str, Any], env_streams: bool) -> None:
     policy = agent.policy
     if policy.value_head is not None:
-        policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors", str(agent.device)))
+        file = folder / "value_head.safetensors"
+        policy.value_head.load_state_dict(load_file(file, str(agent.device)))
+        loading.check_finite(policy.value_head, file)
     if policy.value_model is not None:
         saved = folder / "value_model"
         lora.restore_(policy.value_model, saved, lambda: loading.load_model(str(saved)))
