@@ -23,6 +23,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.integrations.sb3_agent import SB3Agent, SB3Config
 from textrl_gym.models import onednn
@@ -78,6 +79,8 @@ class _OnePassTRPO(TRPO):
         actor = [p for p, _ in used]
         grads = torch.autograd.grad(policy_objective, actor, retain_graph=True)
         kl_grad_X, grad_X = (torch.cat([g.reshape(-1) for g in of]) for of in ([g for _, g in used], grads))
+        # TRPO moves the policy without an optimizer, whose hook would look.
+        functional.require_finite("the gradient norm", grad_X.norm())
         return actor, grad_X, kl_grad_X, [p.shape for p in actor]
 
 

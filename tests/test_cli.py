@@ -13,7 +13,9 @@ import pytest
 
 from textrl_gym import files
 from textrl_gym.cli import main
+from textrl_gym.cli.options import read_toml
 from textrl_gym.registry import load_agent, text_envs
+from textrl_gym.training.env_settings import EnvSettings, parse_reward
 
 TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
 
@@ -168,7 +170,7 @@ def test_toml_and_the_command_line_wins(capsys: pytest.CaptureFixture[str], tmp_
         ("[agent]\nepochs = true", "[agent]: epochs must be an integer, got True"),
         ("[agent]\nkl_in = 'x'", "[agent]: kl_in must be one of 'loss', 'reward', got 'x'"),
         ("[env]\nstop = 'x'", "[env]: stop must be a list, each item a string, got 'x'"),
-        ("[env.reward]\nlength = 'x'", "NAME=WEIGHT"),
+        ("[env.reward]\nlength = 'x'", "the weight of reward 'length' must be a finite number"),
         ("[train]\nconfig = 'x'", "[train]: unknown key 'config'"),
         ("[agents]\nepochs = 1", "unknown table 'agents' (did you mean 'agent'?); allowed: agent, env, train"),
         ("seed = 1", "unknown table 'seed'"),
@@ -180,8 +182,56 @@ def test_toml_errors(text: str, words: str, capsys: pytest.CaptureFixture[str], 
     file.write_text(text)
     line = one_error(capsys, "train", "grpo", "CopyText-v0", *TINY, "--config", file)
     assert words in line
-    if "NAME" not in words:
-        assert str(file) in line
+    assert str(file) in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rouge", "rouge"),
+        ("rouge=1.0,length=-0.01", {"rouge": 1.0, "length": -0.01}),
+        ("length=-0.01", {"length": -0.01}),
+        # An argument may hold "=" and ",".
+        ("regex:the=1", "regex:the=1"),
+        ("regex:answer=42", "regex:answer=42"),
+        ("regex:a,b=1", "regex:a,b=1"),
+        (r"regex:x{1,3}=\d+", r"regex:x{1,3}=\d+"),
+        ("regex:x=1,y=2", "regex:x=1,y=2"),  # y is no reward
+        ("regex:x=1,length=-0.1", {"regex:x": 1.0, "length": -0.1}),
+        ("reward_model:rm=0.1", "reward_model:rm=0.1"),
+        ("my_rewards:chars=0.5", {"my_rewards:chars": 0.5}),  # no name in Python holds "="
+        ("my_rewards:chars=0.5,length=1", {"my_rewards:chars": 0.5, "length": 1.0}),
+        # A folder by what is there; one that is not there is named as it was typed.
+        ("runs/lr=0.001", "runs/lr=0.001"),
+        ("runs/lr=0.001=0.5", {"runs/lr=0.001": 0.5}),
+        ("lr=0.1,x=2", "lr=0.1,x=2"),
+        ("runs/none=0.001", "runs/none=0.001"),
+        ("reward_model:runs/lr=0.001=2,length=1", {"reward_model:runs/lr=0.001": 2.0, "length": 1.0}),
+        ('{"regex:the=1": 0.5, "length": -1}', {"regex:the=1": 0.5, "length": -1.0}),
+    ],
+)
+def test_a_reward_with_an_equals_sign_is_what_it_says(
+    text: str, expected: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "lr=0.001").mkdir(parents=True)
+    (tmp_path / "lr=0.1,x=2").mkdir()
+    assert parse_reward(text) == expected
+
+
+def test_a_toml_table_of_weights_keeps_names_with_equals_signs(tmp_path: Path) -> None:
+    file = tmp_path / "mix.toml"
+    file.write_text('[env.reward]\n"regex:the=1" = 0.5\n')
+    table = read_toml(file, {"env": (EnvSettings,)})["env"]
+    assert EnvSettings(**table).keywords()["reward"] == {"regex:the=1": 0.5}
+
+
+@pytest.mark.parametrize(
+    "text", ["length=x", "length=1,length=2", "=1", "length=inf", '{"a": true}', "{a: 1}", "[1=2,"]
+)
+def test_a_mixture_with_a_bad_weight_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="reward"):
+        parse_reward(text)
 
 
 def test_toml_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

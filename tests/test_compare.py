@@ -17,8 +17,8 @@ import pytest
 
 from textrl_gym.experiments.compare import CompareConfig, compare, prepare, print_finals
 from textrl_gym.experiments.results import CREDIT, EPISODES, FLOPS, LOG, RESULT, SPEC, tidy
-from textrl_gym.experiments.worker import cut_logs
 from textrl_gym.registry import load_agent
+from textrl_gym.training import run_folder
 
 ENV = "CopyText-v0"
 SMALL = CompareConfig(
@@ -151,7 +151,7 @@ def test_wrong_settings_name_themselves(tmp_path: Path) -> None:
 def test_logs_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0}\n{"timesteps": 40}\n{"timesteps": 80}\n')
     (tmp_path / "progress.json").write_text('{"time/total_timesteps": 40}\n{"time/total_timesteps": 60}\n{"time/tot')
-    cut_logs(tmp_path, 40)
+    run_folder.cut_logs(tmp_path, updates=2, timesteps=40)
     assert (tmp_path / "evaluations.jsonl").read_text() == '{"timesteps": 0}\n{"timesteps": 40}\n'
     assert (tmp_path / "progress.json").read_text() == '{"time/total_timesteps": 40}\n'
 

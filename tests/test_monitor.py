@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from textrl_gym.registry import load_agent
 from textrl_gym.reports import run_page
 from textrl_gym.training.callbacks import RewardHackingMonitor
 from textrl_gym.training.loop import TrainOptions
-from textrl_gym.training.run_folder import ALARMS, BEST, alarms, earlier_evaluations, read_run
+from textrl_gym.training.run_folder import ALARMS, BEST, alarms, read_evaluations, read_run
 
 ROW = {"timesteps": 0, "updates": 0, "score": -1.9, "gold": 0.4, "kl_sequence": 0.0, "completion_tokens": 24.0}
 ROW |= {"eos_share": 1.0}
@@ -248,14 +247,13 @@ def test_a_monitor_that_goes_on_is_as_one_that_never_stopped(tmp_path: Path) -> 
 
 def test_a_line_that_a_kill_has_torn_is_no_evaluation(tmp_path: Path) -> None:
     (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0, "gold": 0.5}\n{"timesteps": 64, "jud')
-    agent = types.SimpleNamespace(out=tmp_path, num_timesteps=100)
-    assert [found.row["timesteps"] for found in earlier_evaluations(agent.out, agent.num_timesteps)] == [0]
+    assert [found.row["timesteps"] for found in read_evaluations(tmp_path)] == [0]
 
 
 def test_wrong_settings_name_themselves() -> None:
     with pytest.raises(ValueError, match=r"on_hacking must be 'warn' or 'stop', got 'off'"):
         RewardHackingMonitor("off")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"on_hacking must be 'off', 'warn' or 'stop', got 'maybe'"):
+    with pytest.raises(ValueError, match=r"on_hacking must be one of off, warn, stop, got 'maybe'"):
         TrainOptions(on_hacking="maybe")  # type: ignore[arg-type]
 
 
@@ -270,7 +268,7 @@ def test_a_run_that_is_paid_by_length_stops(tmp_path: Path) -> None:
     agent.learn(200_000, progress_bar=False, on_hacking="stop", eval_every=4, eval_episodes=32, show_samples=0)
     assert agent.num_timesteps < 100_000
     assert agent.out is not None
-    last = earlier_evaluations(agent.out, agent.num_timesteps)[-1]
+    last = read_evaluations(agent.out)[-1]
     alarm = next(json.loads(line) for line in (tmp_path / ALARMS).read_text().splitlines() if '"gold"' in line)
     assert alarm["now"] < alarm["before"] - 0.05
     assert last.row["score"] > 30
@@ -284,7 +282,7 @@ def test_a_monitor_of_ones_own_takes_the_place_of_the_usual_one(tmp_path: Path) 
     strict = RewardHackingMonitor("stop", AlarmBounds(kl=0.02), told.append)
     agent = Reinforce("CopyText-v0", seed=0, out=tmp_path, rollout_episodes=16)
     agent.learn(2000, CallbackList([strict]), progress_bar=False, eval_every=2, eval_episodes=8, show_samples=0)
-    kl = [one.row["kl_sequence"] for one in earlier_evaluations(agent.out, agent.num_timesteps)]
+    kl = [one.row["kl_sequence"] for one in read_evaluations(agent.out)]
     assert kl[-1] > 0.02 >= max(kl[:-1])  # it ended at the first evaluation that was too far away
     assert agent.num_timesteps < 2000
     assert told[-1] == "stopped by kl"

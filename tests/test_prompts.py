@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -185,11 +186,61 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
-def test_a_single_file_of_any_format_is_every_split(tmp_path: Path, extension: str) -> None:
+def test_a_single_file_of_any_format_is_parted(tmp_path: Path, extension: str) -> None:
     path = write(tmp_path / f"data.{extension}", ROWS)
+    parts = [prompts.load_rows(path, split) for split in sources.SPLITS]
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert sorted(str(row) for part in parts for row in part) == sorted(map(str, ROWS))
+    assert prompts.load_rows(str(path), "train") == parts[0]
+
+
+def posts(number: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"post {i}", "completion": f"summary {i}"} for i in range(number)]
+
+
+def test_a_single_file_is_its_own_held_out_set_no_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Two rows a prompt, apart from each other: both are in one split.
+    path = write(tmp_path / "posts.jsonl", [*posts(1000), *posts(1000)])
+    parts = {split: prompts.load_rows(path, split) for split in sources.SPLITS}
+    texts = {split: {row["prompt"] for row in part} for split, part in parts.items()}
+    assert sum(len(part) for part in parts.values()) == 2000
+    assert (
+        not texts["train"] & texts["validation"] | texts["train"] & texts["test"] | texts["validation"] & texts["test"]
+    )
+    # Binomial(1000, 0.1): a standard deviation of 9.5.
+    assert all(70 < len(texts[split]) < 130 for split in ("validation", "test"))
+    assert len(parts["train"]) == 2 * len(texts["train"])
+    said = capsys.readouterr().err
+    assert said.count("is one file, parted by a hash of the prompts") == 1
+    assert (
+        f"{len(parts['train']):,} train, {len(parts['validation']):,} validation, {len(parts['test']):,} test" in said
+    )
+    # Other rows beside it change no prompt's split, and the hash is that of every machine.
+    more = prompts.part_by_prompt([*reversed(posts(3000))])
     for split in sources.SPLITS:
-        assert prompts.load_rows(path, split) == ROWS
-    assert prompts.load_rows(str(path), "train") == ROWS
+        assert {row["prompt"] for row in more[split]} & {f"post {i}" for i in range(1000)} == texts[split]
+    digest = hashlib.blake2b(b"post 0", digest_size=8).hexdigest()
+    share = int(digest, 16) / 16**16
+    assert ("post 0" in texts["train"]) == (share < 0.8)
+
+
+@pytest.mark.parametrize("number", [3, 4, 5, 12])
+def test_no_split_of_a_small_file_is_empty(number: int) -> None:
+    parts = prompts.part_by_prompt(posts(number))
+    assert all(parts.values())
+    assert sum(map(len, parts.values())) == number
+
+
+def test_too_few_prompts_to_hold_any_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "two.jsonl", ROWS[:2])
+    assert all(prompts.load_rows(path, split) == ROWS[:2] for split in sources.SPLITS)
+    assert "evaluations are on the prompts that are trained on" in capsys.readouterr().err
+
+
+def test_a_folder_without_validation_takes_test(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS[:1])
+    write(tmp_path / "test.jsonl", ROWS[1:])
+    assert prompts.load_rows(tmp_path, "validation") == prompts.load_rows(tmp_path, "test") == ROWS[1:]
 
 
 def test_the_filtered_schema_gives_the_published_prompt_and_keeps_its_columns(tmp_path: Path) -> None:

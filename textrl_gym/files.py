@@ -7,15 +7,37 @@ that line, and the next process that appends to the log removes it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 STATE_FILE = "agent.json"
 """The JSON part of an agent's checkpoint folder."""
+MANIFEST = "checkpoint.json"
+"""Names the files of a checkpoint."""
+PREVIOUS = ".previous"
+"""Folder in a run's folder with the checkpoint before the newest."""
+WHOLE = ".checkpoint.whole"
+"""Where a checkpoint stands from when it is complete until its parts are moved."""
+RETIRED = ".checkpoint.retired"
+"""Takes the parts of the checkpoint before, while they are moved away."""
+UNLISTED = (
+    "model",
+    "base",
+    "reference",
+    "value_model",
+    "mask_model",
+    "value_head.safetensors",
+    "pairs.safetensors",
+    "training.safetensors",
+    STATE_FILE,
+)
+"""The parts of checkpoints of version 0.1, which wrote no manifest."""
 
 
 @contextlib.contextmanager
@@ -73,42 +95,215 @@ def append_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
         log.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def write_folder(folder: str | Path, fill: Callable[[Path], object]) -> None:
-    """Fill a new folder by `fill(path)` and put it in place, so that a crash at any moment leaves a whole checkpoint.
+# -- checkpoints: folders that are written whole, with the one before kept ---------------------------------------------
 
-    Until the new folder is full the old checkpoint stands; from then on the new one counts, and whoever reads it
-    finishes moving it. What else lies in the folder (logs, a report) stays.
+
+def write_folder(folder: str | Path, fill: Callable[[Path], object], keep_previous: bool = False) -> None:
+    """Fill a new folder by `fill(path)` and put its parts in place of the ones written before, at any moment whole.
+
+    Until the new parts are complete the old ones stand; from then on the new ones count, and whoever reads the folder
+    finishes moving them. Afterwards the folder holds what was filled and nothing of the checkpoint before. What else
+    lies in it (logs, a report) stays.
+
+    Args:
+        keep_previous: keep the parts before in `.previous`, for the case that the new ones are damaged later.
     """
     final = Path(folder)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    final.mkdir(parents=True, exist_ok=True)
     finish_folder(final)
-    fresh = final.with_name(f".{final.name}.{os.getpid()}.new")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a killed process that had the same number
-    fresh.mkdir()
-    fill(fresh)
-    # A name that says that it is whole: before, a kill between two moves left half of a new checkpoint on half of an
-    # old one.
-    os.replace(fresh, _whole(final))
+    remove_half_made(final)
+    # Inside, since beside it may be another file system (a mounted volume, a link), or no folder at all (".").
+    fresh = final / f".checkpoint.{os.getpid()}.new"
+    try:
+        fresh.mkdir()
+        fill(fresh)
+        listed = sorted(path.relative_to(fresh).as_posix() for path in fresh.rglob("*") if path.is_file())
+        (fresh / MANIFEST).write_text(json.dumps({"files": [*listed, MANIFEST]}, indent=1) + "\n", encoding="utf-8")
+        # A damaged one would push the last good one out.
+        if keep_previous and damage(final) is None and checkpoint_parts(final):
+            (final / RETIRED).mkdir(exist_ok=True)
+        # A name that says that it is whole: before, a kill between two moves left half of a new checkpoint on half of
+        # an old one.
+        os.replace(fresh, final / WHOLE)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # else it would keep a full disk full
     finish_folder(final)
-
-
-def _whole(final: Path) -> Path:
-    """Where a checkpoint stands from when it is complete until it is moved."""
-    return final.with_name(f".{final.name}.whole")
+    if not keep_previous:
+        shutil.rmtree(final / PREVIOUS, ignore_errors=True)
 
 
 def finish_folder(folder: str | Path) -> None:
     """Move a complete checkpoint into place, where a crash has left one."""
     final = Path(folder)
-    whole = _whole(final)
-    if not whole.is_dir():
+    _finish_of_0_1(final)
+    whole = final / WHOLE
+    with _only_one(whole) as found:
+        if not found:
+            return
+        retired = final / RETIRED
+        if retired.is_dir():
+            _move(checkpoint_parts(final), final, retired)
+            shutil.rmtree(final / PREVIOUS, ignore_errors=True)
+            os.replace(retired, final / PREVIOUS)
+        parts = checkpoint_parts(whole)
+        if parts:  # else all of it has been moved: the manifest goes last
+            for stale in set(checkpoint_parts(final)) - set(parts):
+                _remove(final / stale)
+            _move(parts, whole, final)
+        whole.rmdir()
+
+
+def checkpoint_parts(folder: Path) -> list[str]:
+    """The files and folders that a checkpoint is made of, its manifest last; none where there is no checkpoint."""
+    if (folder / MANIFEST).is_file():
+        with contextlib.suppress(ValueError):  # damaged: taken for one of an earlier version
+            return list(dict.fromkeys(name.partition("/")[0] for name in _listed(folder)))
+    # Without a manifest it is one of an earlier version.
+    found = [name for name in (*UNLISTED, MANIFEST) if (folder / name).exists()]
+    return found if STATE_FILE in found or MANIFEST in found else []
+
+
+def damage(folder: str | Path) -> str | None:
+    """What is wrong with the files of a checkpoint, in words; None where all are there and whole."""
+    file = folder = Path(folder)
+    try:
+        for name in _listed(folder):
+            file = folder / name
+            if not file.is_file():
+                return f"{str(file)!r} is missing"
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            if file.suffix == ".safetensors":
+                _check_length(file)
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+        return reason if str(folder) in reason else f"{str(file)!r} is no JSON: {error}"
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def whole_checkpoint(folder: str | Path) -> Path:
+    """Where to load a checkpoint from: the folder or, where the newest one is damaged, the one before in it.
+
+    Raises:
+        ValueError: the newest is damaged, and there is no whole one before it.
+    """
+    folder = Path(folder)
+    finish_folder(folder)
+    if not checkpoint_parts(folder) and not (folder / PREVIOUS).is_dir():
+        return folder  # the reader says that nothing is there
+    wrong = damage(folder) if checkpoint_parts(folder) else f"{str(folder / STATE_FILE)!r} is missing"
+    if wrong is None:
+        return folder
+    previous = folder / PREVIOUS
+    if not previous.is_dir() or (before := damage(previous)):
+        other = f"; the one before it too: {before}" if previous.is_dir() else ""
+        raise ValueError(f"the checkpoint in {str(folder)!r} is damaged: {wrong}{other}")
+    print(f"the newest checkpoint in {str(folder)!r} is damaged ({wrong}): taking the one before it", file=sys.stderr)
+    return previous
+
+
+def remove_half_made(folder: Path) -> None:
+    """Remove what processes that no longer run were writing into a folder when they were killed."""
+    for path in [*folder.glob(".*.new"), *folder.absolute().parent.glob(f".{folder.absolute().name}.*.new")]:
+        number = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
+        # Of this process's number: of an earlier one that had it, as in a container that is started again.
+        if number.isdecimal() and (int(number) == os.getpid() or not _runs(int(number))):
+            _remove(path)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    """Move files and folders in order; those that an earlier call has moved are left out."""
+    for name in names:
+        if not (source / name).exists():
+            continue
+        if (target / name).is_dir():  # os.replace overwrites files, but no folder that holds something
+            shutil.rmtree(target / name)
+        os.replace(source / name, target / name)
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[bool]:
+    """Only one process at a time is inside; whether the folder is (still) there."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        yield False
+        return
+    try:
+        with contextlib.suppress(OSError):  # some network file systems know no locks of folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # The one before may have moved it away in the meantime, and another may stand under its name by now.
+        yield folder.is_dir() and os.path.samestat(os.fstat(descriptor), folder.stat())
+    finally:
+        os.close(descriptor)
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files of a checkpoint, relative to its folder."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        parts = [folder / name for name in UNLISTED if (folder / name).exists()]
+        inside = [file for part in parts for file in (part.rglob("*") if part.is_dir() else [part]) if file.is_file()]
+        return [file.relative_to(folder).as_posix() for file in inside]
+    listed = read_json(manifest).get("files")
+    # A checkpoint is data that may come from others: what it lists is moved and removed, and must lie inside.
+    if not isinstance(listed, list) or not all(isinstance(name, str) and _inside(name) for name in listed):
+        raise ValueError(f"{str(manifest)!r} must list files of its folder under 'files'")
+    return listed
+
+
+def _inside(name: str) -> bool:
+    parts = name.split("/")
+    return (
+        bool(name) and not any(part in ("", ".", "..") for part in parts) and parts[0] not in (WHOLE, RETIRED, PREVIOUS)
+    )
+
+
+def _check_length(file: Path) -> None:
+    """Hold that a safetensors file is as long as its header says.
+
+    Raises:
+        ValueError: it is not, or has no header.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length)) if length < size else {}
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0) == size
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{str(file)!r} is no whole safetensors file: it has {size:,} bytes")
+
+
+def _finish_of_0_1(final: Path) -> None:
+    """Move a complete checkpoint that 0.1 has left beside its folder into place."""
+    whole = final.absolute().with_name(f".{final.absolute().name}.whole") if final.absolute().name else None
+    if whole is None or not whole.is_dir():
         return
     final.mkdir(exist_ok=True)
-    for item in whole.iterdir():
-        target = final / item.name
-        if target.is_dir():  # os.replace overwrites files, but no folder that holds something
-            shutil.rmtree(target)
-        os.replace(item, target)
+    _move([item.name for item in whole.iterdir()], whole, final)
     whole.rmdir()
 
 
@@ -116,12 +311,15 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object of a JSON file.
 
     Raises:
-        ValueError: it is no JSON; the error names the file.
+        ValueError: it is no JSON, or no object; the error names the file.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
         raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(file)!r} must hold an object, not {type(value).__name__}")
+    return value
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:

@@ -15,6 +15,19 @@ from torch import Tensor
 Aggregation = Literal["token", "sequence"]
 
 
+class NonFiniteError(RuntimeError):
+    """NaN or infinity where training needs a number: no optimizer step is taken from it."""
+
+
+def require_finite(name: str, values: Tensor | float) -> None:
+    """Raise NonFiniteError, with the name and the first bad value, unless all values are finite numbers."""
+    flat_N = torch.as_tensor(values).flatten()
+    bad_N = flat_N[~flat_N.isfinite()]
+    if len(bad_N):
+        of = "" if len(flat_N) == 1 else f" at {len(bad_N):,} of {len(flat_N):,} places"
+        raise NonFiniteError(f"{name} is {float(bad_N[0])}{of}")
+
+
 def masked_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean over the places inside the mask; 0 where there are none. Scalar."""
     assert x_BT.shape == mask_BT.shape, (x_BT.shape, mask_BT.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,9 +21,12 @@ VECTOR_ENTRY = "textrl_gym.mdp.text_env:TextVectorEnv"
 
 def folder(kind: str) -> list[Path]:
     """The plug-in files of kind "envs", "agents" or "rewards", sorted by name."""
-    # By the package's path and not by this file's: installed in editable mode the folders are links to elsewhere.
-    package = importlib.import_module(f"textrl_gym.{kind}")
-    root = Path(next(iter(package.__path__)))
+    # By the package's path and not by this file's: installed in editable mode the folders are links to elsewhere. Found
+    # and not imported, which would load torch.
+    package = importlib.util.find_spec(f"textrl_gym.{kind}")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError(f"the package textrl_gym has no folder {kind!r}")
+    root = Path(next(iter(package.submodule_search_locations)))
     return sorted(p for p in root.glob("*.py") if not p.name.startswith("_"))
 
 
@@ -131,7 +135,11 @@ def find_env(name: str) -> str:
 
 def load_agent(folder: str | Path, env: object = None, **settings: Any) -> Any:
     """The agent saved in a folder, whatever its class."""
-    return load_agent_class(files.read_state(folder)["agent"]).load(folder, env, **settings)
+    folder = files.whole_checkpoint(folder)
+    state = files.read_state(folder)
+    if not isinstance(state.get("agent"), str):
+        raise ValueError(f"{str(folder / files.STATE_FILE)!r} is damaged: it names no agent")
+    return load_agent_class(state["agent"]).load(folder, env, **settings)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str], more: str = "") -> ValueError:

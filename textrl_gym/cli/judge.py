@@ -92,8 +92,9 @@ def evaluate_command(args: Sequence[str]) -> int:
     from textrl_gym.evaluation.evaluator import Evaluator
     from textrl_gym.evaluation.metrics import metric, metric_names, number
 
-    files.read_state(parsed.folder)
-    agent = _agent(parsed.folder, parsed)
+    folder = files.whole_checkpoint(parsed.folder)
+    files.read_state(folder)
+    agent = _agent(folder, parsed)
     evaluator = Evaluator(agent.env, parsed.episodes, parsed.seed, parsed.split)
     flags, against, judge = parsed.judging, parsed.judging.against or "start", None
     if (

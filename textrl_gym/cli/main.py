@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(8, len(os.sched_getaffinity(0))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads above are all there are to share
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses that are not ours
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -27,7 +28,7 @@ from textrl_gym.registry import find_env, text_envs, unknown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0; 1 for a failed check; 2 for a wrong input; 130 for Ctrl-C."""
+    """Run one command and return its exit code: 0; 1 for a failed check; 2 for a wrong input; 128 + N for signal N."""
     given = list(sys.argv[1:] if argv is None else argv)
     args = [arg for arg in given if arg != "--debug"]
     if not args or args[0] in ("-h", "--help"):
@@ -39,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise unknown("command", args[0], COMMANDS)
         return COMMANDS[args[0]](args[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(stopped, "number", signal.SIGINT)  # as shells count: 130 for Ctrl-C, 143 for SIGTERM
     except SystemExit as stopped:  # tyro has printed the help, or what is wrong with a flag
         return stopped.code if isinstance(stopped.code, int) else 2
     except (ValueError, ImportError, OSError, RuntimeError) as error:

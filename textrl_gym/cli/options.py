@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -79,8 +80,11 @@ def _check_table(table: dict[str, Any], classes: tuple[type[Any], ...], where: s
             raise ValueError(f"{where}: {unknown('key', key, hints)}")
         if key == "reward" and isinstance(value, dict):
             # As a flag would say it, so that a table of weights takes the same way as --env.reward.
-            value = ",".join(f"{name}={weight}" for name, weight in value.items())
-            parse_reward(value)
+            value = json.dumps(value, default=str)
+            try:
+                parse_reward(value)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
         if not matches(value, hints[key]):
             raise ValueError(f"{where}: {key} must be {describe(hints[key])}, got {value!r}")
         checked[key] = tuple(value) if isinstance(value, list) else value
@@ -141,7 +145,7 @@ Part = tuple[str, object] | tuple[str, object, object]
 
 def parse_flags(command: str, about: str | None, parts: Sequence[Part], args: Sequence[str]) -> types.SimpleNamespace:
     """Read a command's flags with tyro; returns an object with the parts' names as attributes."""
-    cls: type[Any] = dataclasses.make_dataclass("Arguments", parts, kw_only=True)
+    cls: type[Any] = dataclasses.make_dataclass("Arguments", map(_bounded_default, parts), kw_only=True)
     parsed = tyro.cli(cls, prog=f"textrl-gym {command}", args=list(args), description=about)
     return types.SimpleNamespace(**{name: _without_bounds(value) for name, value in vars(parsed).items()})
 
@@ -165,6 +169,18 @@ def with_bounds(cls: type[Any]) -> type[Any]:
     namespace = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__bounded__": True}
     frozen = cls.__dataclass_params__.frozen
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), namespace=namespace, frozen=frozen)
+
+
+def _bounded_default(part: Part) -> Part:
+    """An argument whose default is of the class that its type was made from, by `with_bounds`."""
+    if len(part) == 2:
+        return part
+    name, kind, default = part
+    cls = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if not isinstance(cls, type) or "__bounded__" not in vars(cls) or type(default) is not cls.__base__:
+        return part
+    values: Any = default
+    return name, kind, cls(**{field.name: getattr(values, field.name) for field in dataclasses.fields(values)})
 
 
 def _without_bounds(value: object) -> object:

@@ -8,13 +8,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files
 from textrl_gym.cli.options import Part, RunSettings, as_arguments, find_agent, flag, flat, parse_flags, read_toml
-from textrl_gym.registry import find_env
+from textrl_gym.registry import find_env, load_agent
 from textrl_gym.training.env_settings import EnvSettings, make_env
-from textrl_gym.training.run_folder import renamed
+from textrl_gym.training.run_folder import alone, holds_run, renamed
 
 if TYPE_CHECKING:
     from textrl_gym.training.agent import Agent
@@ -65,9 +65,13 @@ def train_command(args: Sequence[str]) -> int:
     if agent_class.trains and run.total_timesteps is None:
         raise ValueError(f"{names[0]} trains: give --total-timesteps N, the generated tokens to train for")
     out = run.out or Path("runs") / f"{names[0].rpartition(':')[2]}-{env_id}-seed{run.seed}"
-    refuse_used(out)
     # Every setting is handed over, defaults too, so that the checkpoint and run.json say what was used.
     config = dataclasses.asdict(parsed.agent)
+    settings = {"agent": names[0], "environment": env_id, "model": run.model, "seed": run.seed}
+    settings |= {"total_timesteps": run.total_timesteps, "config": config, "env": dataclasses.asdict(parsed.env)}
+    if holds_run(out):
+        check_same(out, args, settings)
+        return go_on(load_agent(out, device=run.device, out=out), parsed.options)
     agent = agent_class(
         make_env(env_id, parsed.env, run.model, run.device, config),
         run.model,
@@ -76,20 +80,67 @@ def train_command(args: Sequence[str]) -> int:
         out=out,
         **config,
     )
-    out.mkdir(parents=True, exist_ok=True)
     record = {"command": list(args), "environment": env_id, "options": dataclasses.asdict(parsed.options)}
-    files.write_text(out / RUN_FILE, json.dumps(record, indent=1) + "\n")
+    with alone(out):  # another process that trains there goes on with its own
+        files.write_text(out / RUN_FILE, json.dumps(record | {"settings": settings}, indent=1) + "\n")
     return learn(agent, run.total_timesteps or 0, parsed.options, goes_on=False)
 
 
-def refuse_used(out: Path) -> None:
-    """Raise where a folder holds a run already: two runs' logs would mix."""
-    if any((out / name).exists() for name in ("agent.json", "evaluations.jsonl")):
-        raise ValueError(f"{str(out)!r} holds a run already: go on with --resume {out}, or name another --out")
+def check_same(out: Path, args: Sequence[str], settings: dict[str, Any]) -> None:
+    """Hold that a folder's run was started by the same command; what only says where and how to show it may differ.
+
+    Raises:
+        ValueError: naming the first setting that differs.
+    """
+    record = read_record(out)
+    words = f"{str(out)!r} holds a run already"
+    advice = f"go on with --resume {out}, or name another --out"
+    if "settings" not in record:  # of 0.1, or of a run from Python
+        if record.get("command") != list(args):
+            raise ValueError(f"{words}: {advice}")
+        return
+    before, now = _flattened(record["settings"]), _flattened(json.loads(json.dumps(settings)))
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name):
+            raise ValueError(f"{words}, with {name}={before.get(name)!r}, not {now.get(name)!r}: {advice}")
+
+
+def _flattened(settings: dict[str, Any]) -> dict[str, Any]:
+    flat = {name: value for name, value in settings.items() if name not in ("config", "env")}
+    return flat | settings.get("config", {}) | {f"env.{k}": v for k, v in settings.get("env", {}).items()}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """How a folder's run was started; empty where no command has started it.
+
+    Raises:
+        ValueError: run.json is no JSON, or does not hold what it should.
+    """
+    file = folder / RUN_FILE
+    if not file.is_file():
+        return {}
+    record = files.read_json(file)
+    kinds = {"command": list, "options": dict, "settings": dict}
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name, kind()), kind):
+            raise ValueError(f"{str(file)!r} is damaged: {name!r} must be a {kind.__name__}, got {record[name]!r}")
+    for name in ("config", "env"):
+        if not isinstance(record.get("settings", {}).get(name, {}), dict):
+            raise ValueError(f"{str(file)!r} is damaged: {name!r} in 'settings' must be a dict")
+    return record
+
+
+def go_on(agent: Agent, options: TrainOptions) -> int:
+    """Train a loaded agent as far as its run's own total; a run that is finished is left as it is."""
+    if agent.finished:
+        done = f"{agent.num_timesteps:,} of {agent.total_timesteps:,} tokens"
+        print(f"{agent.out} is finished: it has {done}; plots: textrl-gym report {agent.out}")
+        return 0
+    return learn(agent, agent.total_timesteps - agent.num_timesteps, options, goes_on=True)
 
 
 def learn(agent: Agent, timesteps: int, options: TrainOptions, goes_on: bool) -> int:
-    """Train and say where the results are; Ctrl-C leaves a checkpoint."""
+    """Train and say where the results are; Ctrl-C and other signals leave a checkpoint."""
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()  # what may be downloaded is here; a checkpoint's bar breaks into training's own
@@ -107,29 +158,33 @@ def resume(args: Sequence[str]) -> int:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--resume", type=Path, nargs="?")
     folder = peek.parse_known_args(args)[0].resume
-    from textrl_gym.registry import load_agent
     from textrl_gym.training.loop import TrainOptions
 
-    saved = {}
-    if folder is not None and (folder / RUN_FILE).is_file():
-        # Options of the first call hold on unless this one says otherwise.
-        saved = renamed(files.read_json(folder / RUN_FILE)["options"])
+    # Options of the first call hold on unless this one says otherwise.
+    record = {} if folder is None else read_record(folder)
+    try:
+        saved = TrainOptions(**renamed(record.get("options", {})))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(folder / RUN_FILE)!r} is damaged: {error}") from error
     more = "tokens more than now; None: up to the run's own total"
     parts: list[Part] = [
         ("resume", flag(Path, "the run's folder")),
         ("total_timesteps", flag(int | None, more), None),
         ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
-        ("options", flat(TrainOptions), TrainOptions(**saved)),
+        ("options", flat(TrainOptions), saved),
     ]
     parsed = parse_flags("train", resume.__doc__, parts, args)
-    total = files.read_state(parsed.resume)["total_timesteps"]
-    agent = load_agent(parsed.resume, device=parsed.device, out=parsed.resume)
+    folder = parsed.resume
+    if not holds_run(folder) and record.get("command"):
+        # Stopped before the first update: there is nothing to go on from but the command.
+        return train_command([*map(str, record["command"]), "--out", str(folder)])
+    agent = load_agent(folder, device=parsed.device, out=folder)
     if not agent.trains:
-        raise ValueError(
-            f"{str(parsed.resume)!r} holds {type(agent).__name__}, which does not train: nothing to resume"
-        )
-    left = total - agent.num_timesteps if parsed.total_timesteps is None else parsed.total_timesteps
-    if left < 1:
-        done = f"{str(parsed.resume)!r} has {agent.num_timesteps:,} of {total:,} tokens"
+        raise ValueError(f"{str(folder)!r} holds {type(agent).__name__}, which does not train: nothing to resume")
+    given = parsed.total_timesteps
+    left = agent.total_timesteps - agent.num_timesteps if given is None else given
+    # Below 1 without --total-timesteps: stopped between its last update and its last evaluation, which is left.
+    if left < 1 and (agent.finished or given is not None):
+        done = f"{str(folder)!r} has {agent.num_timesteps:,} of {agent.total_timesteps:,} tokens"
         raise ValueError(f"{done}: give --total-timesteps N, at least 1, to train for N more")
     return learn(agent, left, parsed.options, goes_on=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -128,8 +130,8 @@ def load_rows(dataset: str | Path, split: str, schemas: Sequence[PromptSchema] =
 
     Args:
         dataset: a file (.jsonl, .jsonl.gz, .json, .csv, .parquet), a folder with a file for each split (train.jsonl,
-            or shards as train-00000-of-00002.parquet), or a Hub id. A single file has no splits: it is every split,
-            and who wants held-out rows gives a folder.
+            or shards as train-00000-of-00002.parquet), or a Hub id. The prompts of a single file are parted by a hash
+            of their texts (`part_by_prompt`). A folder's validation split is its test split where it has no other.
         split: train, validation or test.
         schemas: the forms that are understood; the first whose columns are all there is taken.
 
@@ -137,7 +139,58 @@ def load_rows(dataset: str | Path, split: str, schemas: Sequence[PromptSchema] =
         ValueError: no such data or split, no rows, columns of no schema, or a row with something else than a text.
         ImportError: a Hub id or a parquet file without the extra "hub".
     """
-    return _to_rows(sources.read_rows(dataset, split), f"dataset {str(dataset)!r}, split {split!r}", schemas)
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        split = sources.held_out_split(path, split)
+    rows = _to_rows(sources.read_rows(dataset, split), f"dataset {str(dataset)!r}, split {split!r}", schemas)
+    if not path.is_file():
+        return rows
+    parts = part_by_prompt(rows)
+    _say_parts(str(dataset), parts)
+    return parts[split]
+
+
+def part_by_prompt(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each split: of the prompts, 80% to train on, 10% for validation and 10% for test, by their hashes.
+
+    By the prompt and not by the row: what is said of a prompt in training must not be asked in an evaluation. A
+    prompt's split depends on its text only, whatever stands beside it; except that a split without prompts gets one of
+    the largest. With fewer than three prompts nothing can be held out: all are in every split.
+    """
+    shares = {prompt: _share(prompt) for prompt in dict.fromkeys(row["prompt"] for row in rows)}
+    if len(shares) < len(sources.SPLITS):
+        return {split: list(rows) for split in sources.SPLITS}
+    split_of = {
+        prompt: "train" if share < 0.8 else "validation" if share < 0.9 else "test" for prompt, share in shares.items()
+    }
+    for split in sources.SPLITS:
+        if split not in split_of.values():
+            donor = max(sources.SPLITS, key=list(split_of.values()).count)
+            moved = max((prompt for prompt in shares if split_of[prompt] == donor), key=shares.__getitem__)
+            split_of[moved] = split
+    return {split: [row for row in rows if split_of[row["prompt"]] == split] for split in sources.SPLITS}
+
+
+def _share(prompt: str) -> float:
+    """A number in [0, 1) that is the same for a text on every machine, as Python's own hash is not."""
+    digest = hashlib.blake2b(prompt.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+_told: set[str] = set()
+
+
+def _say_parts(dataset: str, parts: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Say once in a process how a file is parted."""
+    if dataset in _told:
+        return
+    _told.add(dataset)
+    if parts["train"] == parts["test"]:
+        said = "has too few prompts to hold any out: evaluations are on the prompts that are trained on"
+    else:
+        counts = ", ".join(f"{len(rows):,} {split}" for split, rows in parts.items())
+        said = f"is one file, parted by a hash of the prompts: {counts} rows; give a folder for other splits"
+    print(f"dataset {dataset!r} {said}", file=sys.stderr)
 
 
 def _to_rows(raw: list[Any], where: str, schemas: Sequence[PromptSchema]) -> list[dict[str, Any]]:

@@ -53,6 +53,12 @@ def read_rows(dataset: str | Path, split: str, hub: Callable[[str, str], list[An
     return (hub or _read_hub_split)(str(dataset), split)
 
 
+def held_out_split(folder: Path, split: str) -> str:
+    """The split of a folder to read: "test" stands in for "validation" where it has no other held-out split."""
+    names = {file.name.split(".")[0].split("-")[0] for file in folder.iterdir()}
+    return "test" if split == "validation" and "validation" not in names and "test" in names else split
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -132,11 +138,7 @@ def read_preference_rows(dataset: str, split: str) -> tuple[list[Any], bool]:
     """A split of preference data as it is written, and whether the data set has held-out rows of its own."""
     path = Path(dataset).expanduser()
     if path.is_dir():
-        # "test" stands in for "validation" where a folder has no other held-out split.
-        names = {file.name.split(".")[0].split("-")[0] for file in path.iterdir()}
-        if split == "validation" and "validation" not in names and "test" in names:
-            split = "test"
-        return read_rows(dataset, split), True
+        return read_rows(dataset, held_out_split(path, split)), True
     if path.is_file():
         return read_rows(dataset, split), False
     has_held_out: list[bool] = []

@@ -91,14 +91,17 @@ class Alarm:
 
 
 def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> list[Evaluation]:
-    """A run's evaluations from the lines of its two files, by timesteps.
+    """A run's evaluations from the lines of its two files, by updates.
 
     What was evaluated twice at one place, before and after a stop, counts once: as it was the last time.
     """
-    times, last = Counter(row["timesteps"] for row in rows), {row["timesteps"]: row for row in rows}
+    # By updates: timesteps begin anew with each learn(), and the later run may be the shorter one. 0.1 wrote samples
+    # by timesteps only.
+    key = "updates" if all("updates" in row for row in (*rows, *samples)) else "timesteps"
+    times, last = Counter(row[key] for row in rows), {row[key]: row for row in rows}
     written: dict[int, list[dict[str, Any]]] = {at: [] for at in last}
     for sample in samples:
-        written.setdefault(sample["timesteps"], []).append(sample)
+        written.setdefault(sample[key], []).append(sample)
     # Samples have no number of their evaluation, but all evaluations at one place have equally many.
     counts = {at: len(written[at]) // times[at] for at in last}
     return [Evaluation(last[at], written[at][len(written[at]) - counts[at] :]) for at in sorted(last)]

@@ -42,7 +42,7 @@ def main(folder: Path) -> int:
     with _alone(folder):
         try:
             run(folder, renamed(files.read_json(folder / SPEC)))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # of SIGTERM and SIGHUP too
             return 130
     return 0
 
@@ -81,7 +81,6 @@ def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
     goes_on = (folder / files.STATE_FILE).is_file() and agent_class.resumes
     if goes_on:
         agent = registry.load_agent(folder, device=spec["device"], out=folder)
-        cut_logs(folder, agent.num_timesteps)
     else:
         begin_anew(folder)
         settings = dict(spec["settings"])
@@ -148,15 +147,6 @@ def begin_anew(folder: Path) -> None:
     for item in folder.iterdir():
         if item.name not in OURS:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
-
-
-def cut_logs(folder: Path, timesteps: int) -> None:
-    """Take out what was logged after the checkpoint that the run goes on from: it will be logged again."""
-    # Between the last checkpoint and a kill, updates were logged that are now done again.
-    for file in (*folder.glob("progress*.json"), *folder.glob("*.jsonl")):
-        rows = files.read_json_lines(file)
-        earlier = [row for row in rows if row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps]
-        files.write_text(file, "".join(json.dumps(row) + "\n" for row in earlier))
 
 
 @contextmanager

@@ -181,6 +181,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             self._reference = spec
         return self._reference
 
+    def use_reference(self, reference: Policy | None) -> None:
+        """Measure the KL to this policy from now on, in place of what the settings name."""
+        self._reference = self._reference_spec = reference
+
     # -- reset --------------------------------------------------------------------------------------------------------
 
     def reset(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -119,13 +120,31 @@ def _load(
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
         model, info = loaded
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(_cannot_load(what, spec, error)) from error
     # transformers only warns and makes up random weights.
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{str(spec)!r} is no whole {what}: it has no weights for {', '.join(missing[:5])}")
+    check_finite(model, spec)
     return model.to(place).eval()
+
+
+def check_finite(model: nn.Module, spec: str | Path) -> None:
+    """Hold that all weights are numbers: a model with NaN would be found by its nonsense only, hours later.
+
+    Args:
+        spec: where they come from, in the words of the error.
+
+    Raises:
+        ValueError: naming the first tensor with NaN or infinity.
+    """
+    for name, weight in model.named_parameters():
+        bad = weight.numel() - int(weight.isfinite().sum())
+        if bad:
+            raise ValueError(
+                f"{str(spec)!r}: the tensor {name!r} has NaN or infinity at {bad:,} of {weight.numel():,} places"
+            )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from textrl_gym.models import loading
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -127,7 +129,9 @@ def load(base: nn.Module, folder: Path) -> PeftModel:
     from peft import PeftModel
 
     with _no_future():
-        return PeftModel.from_pretrained(cast("PreTrainedModel", base), str(folder), is_trainable=True)
+        model = PeftModel.from_pretrained(cast("PreTrainedModel", base), str(folder), is_trainable=True)
+    loading.check_finite(model, folder)
+    return model
 
 
 def restore_(model: nn.Module, folder: Path, loaded: Callable[[], nn.Module]) -> None:

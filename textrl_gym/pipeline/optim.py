@@ -8,6 +8,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from textrl_gym.functional import require_finite
+
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW over all parameters."""
@@ -19,12 +21,19 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> 
 def descend(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, max_norm: float = 1.0
 ) -> None:
-    """Take one optimiser step on a loss: gradients clipped to a global norm, at the given learning rate."""
+    """Take one optimiser step on a loss: gradients clipped to a global norm, at the given learning rate.
+
+    Raises:
+        NonFiniteError: the loss or the gradient norm is NaN or infinite; no step is taken.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate
+    update = 1 + max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    require_finite(f"update {update}: the loss", loss.detach())
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    require_finite(f"update {update}: the gradient norm", norm)
     optimizer.step()
 
 

@@ -18,6 +18,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
@@ -118,6 +119,8 @@ class Agent:
         self.set_env(env)
         self.kl = self._make_kl(self.env)
         self.policy = self._make_policy(self.env, model, reference)
+        # By its settings a loaded agent's environment would take the model of its tokenizer: the trained policy.
+        self.env.use_reference(self.policy.reference)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             [p for p in self.policy.parameters() if p.requires_grad],
             lr=self.config.learning_rate,
@@ -126,10 +129,17 @@ class Agent:
             # One kernel for all parameters; on a CPU the plain loop, whose last digits earlier runs have.
             fused=self.device.type == "cuda",
         )
+        # Hooks and not lines of step(): Stable-Baselines3 and agents of users call the optimizer themselves.
+        self.optimizer.register_step_pre_hook(_require_finite_gradients)
+        self.optimizer.register_step_post_hook(_require_finite_weights)
         # torch.rand takes a generator of the device that it fills.
         self.generator = torch.Generator(self.device).manual_seed(seed)
         # A stream apart from the sampler's, so that another number of epochs does not change what is sampled.
         self.shuffler = np.random.default_rng(seed)
+        self.home: Path | None = None
+        """The folder whose run this is: where learn() has trained it, or where it was loaded from to go on there."""
+        self.finished = False
+        """Whether the last learn() came to its end, the last evaluation included."""
         self.num_timesteps = 0
         self.num_updates = 0
         self.clock = Clock()
@@ -279,6 +289,8 @@ class Agent:
             raise ValueError(
                 f"kl_coef={self.kl.coef} of {type(self).__name__} and kl_coef={mdp.kl_coef} of the environment differ"
             )
+        if hasattr(self, "policy"):
+            mdp.use_reference(self.policy.reference)
         # What is saved is what was used.
         self.config = dataclasses.replace(self.config, rollout_episodes=mdp.num_envs, group_size=mdp.group_size)
         self.env: TextVectorEnv = mdp
@@ -391,10 +403,16 @@ class Agent:
                 yield Minibatch.of(rollout.select(rows), self.config.micro_batch_tokens)
 
     def step(self) -> float:
-        """Take an optimizer step on the gradients so far at the current learning rate; returns their norm unclipped."""
+        """Take an optimizer step on the gradients so far at the current learning rate; returns their norm unclipped.
+
+        Raises:
+            NonFiniteError: the norm is NaN or infinite; no step is taken.
+        """
         # The learning rate is set here and not by a scheduler of PyTorch, whose count of steps would have to be saved,
         # and would stand still where an agent skips a step.
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        # Before the hook's check: clipping by an infinite norm has made all gradients 0.
+        functional.require_finite("the gradient norm", norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
@@ -469,3 +487,16 @@ class Agent:
             self.generator.manual_seed(self.seed + self.num_timesteps)
         if env:
             self.env.restore_streams(numbers["env"])
+
+
+def _require_finite_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    functional.require_finite("the gradient norm", torch.nn.utils.get_total_norm(gradients))
+
+
+def _require_finite_weights(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    # A finite gradient is no guarantee: a learning rate of 1e30 takes the weights to infinity all the same.
+    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    functional.require_finite(
+        "the norm of the weights after the optimizer step", torch.nn.utils.get_total_norm(weights)
+    )

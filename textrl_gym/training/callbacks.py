@@ -80,7 +80,7 @@ class RewardHackingMonitor(EvaluationCallback):
         evaluation = Evaluation(row, samples)
         new = self._see(evaluation)
         for alarm in new:
-            self._log(row["timesteps"], alarm)
+            self._log(row, alarm)
         if self.on_hacking == "warn":
             return True
         if self.best is evaluation and row["updates"]:
@@ -96,9 +96,9 @@ class RewardHackingMonitor(EvaluationCallback):
     def _out(self) -> Path:
         return Path(self.model.out)  # type: ignore[attr-defined] # an agent of this project
 
-    def _log(self, timesteps: int, alarm: Alarm) -> None:
+    def _log(self, row: dict[str, Any], alarm: Alarm) -> None:
         self.tell(f"reward hacking? {alarm.words}")
-        append_alarm(self._out, timesteps, alarm)
+        append_alarm(self._out, row, alarm)
 
     def _where_best(self) -> str:
         if self.best is None:

@@ -1,11 +1,13 @@
 """Checkpoints: safetensors and JSON in a folder, nothing pickled.
 
+checkpoint.json         the names of the files that belong to it; what else lies in the folder does not
 agent.json              the version that wrote it, which agent, its config and environment, counters, random streams
 model/                  the language model and tokenizer, as transformers saves them
 value_head.safetensors, value_model/      the critic, where there is one
 base/                   the model under a LoRA, only where it cannot be loaded again by name; model/ has the LoRA then
 reference/              only where the reference cannot be loaded again by name
 training.safetensors    the optimizer's moments and the sampler's generator
+.previous/              the checkpoint before, in the folder of a run
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import gymnasium as gym
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,6 +45,9 @@ class Saved(Protocol):
     kl: KLPenalty
     clock: Clock
     seed: int
+    out: Path | None
+    home: Path | None
+    finished: bool
     device: torch.device
     model_spec: str | None
     reference_spec: str | None
@@ -70,7 +76,9 @@ SavedT = TypeVar("SavedT", bound=Saved)
 
 def save(agent: Saved, folder: str | Path) -> None:
     """Write a checkpoint folder that `load` goes on from as if training had never stopped."""
-    files.write_folder(folder, functools.partial(_fill, agent))
+    # In the run's own folder the newest may be damaged by what stops the run, and the one before is kept.
+    own = agent.out is not None and Path(folder).resolve() == agent.out.resolve()
+    files.write_folder(folder, functools.partial(_fill, agent), keep_previous=own)
 
 
 def _fill(agent: Saved, folder: Path) -> None:
@@ -110,6 +118,7 @@ def _state(agent: Saved) -> dict[str, Any]:
         "reference": agent.reference_spec,
         "total_timesteps": agent.total_timesteps,
         "num_updates": agent.num_updates,
+        "finished": agent.finished,
         "kl_coef": agent.kl.coef,
         "seconds": agent.seconds,
         "extra_state": agent.extra_state(),
@@ -138,8 +147,13 @@ def load(
         ValueError: the folder holds no agent, another class's, or one of a version that is not read; or the environment
             had settings that cannot be written down (a callable reward, say), and no env was given.
     """
-    folder = Path(folder)
-    state = upgraded(files.read_state(folder), str(folder))
+    folder = files.whole_checkpoint(folder)
+    file = folder / files.STATE_FILE
+    try:
+        state = upgraded(files.read_state(folder), str(folder))
+    except (KeyError, TypeError, AttributeError) as error:  # of 0.1's keys
+        raise ValueError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+    _check_state(state, file)
     # PPO.load on GRPO's folder would go on with another loss on settings that happen to have the same names.
     if registry.load_agent_class(state["agent"]) is not cls:
         raise ValueError(f"{str(folder)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
@@ -163,10 +177,46 @@ def load(
     make: Any = cls  # a protocol has no constructor
     agent: SavedT = make(env, model, reference, seed=state["seed"], device=device, out=out, **config)
     agent.model_spec, agent.reference_spec = state["model"], state["reference"]
+    run = folder.parent if folder.name == files.PREVIOUS else folder
+    if agent.out is not None and agent.out.resolve() == run.resolve():
+        agent.home = run.resolve()
     agent.rebuilds_reference = not (folder / "reference").is_dir()
     agent.rebuilds_model = not (folder / lora.BASE).is_dir()
-    _restore(agent, folder, state, env_streams=not env_given)
+    try:
+        _restore(agent, folder, state, env_streams=not env_given)
+    except (SafetensorError, OSError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the checkpoint in {str(folder)!r} does not fit its agent.json: {reason}") from error
     return agent
+
+
+FIELDS: dict[str, tuple[type, ...]] = {
+    "agent": (str,),
+    "task": (str,),
+    "env": (dict,),
+    "env_not_saved": (list,),
+    "num_envs": (int,),
+    "config": (dict,),
+    "seed": (int,),
+    "model": (str, type(None)),
+    "reference": (str, type(None)),
+    "total_timesteps": (int,),
+    "num_updates": (int,),
+    "kl_coef": (int, float),
+    "seconds": (dict,),
+    "extra_state": (dict,),
+    "rng_state": (dict,),
+}
+"""What agent.json holds."""
+
+
+def _check_state(state: dict[str, Any], file: Path) -> None:
+    for name, kinds in FIELDS.items():
+        if name not in state:
+            raise ValueError(f"{str(file)!r} is damaged: it has no {name!r}")
+        if not isinstance(state[name], kinds):
+            allowed = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{str(file)!r} is damaged: {name!r} must be {allowed}, got {state[name]!r}")
 
 
 def upgraded(state: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -208,7 +258,9 @@ def _models(folder: Path, state: dict[str, Any], task: Task) -> tuple[Any, Any]:
 def _restore(agent: Saved, folder: Path, state: dict[str, Any], env_streams: bool) -> None:
     policy = agent.policy
     if policy.value_head is not None:
-        policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors", str(agent.device)))
+        file = folder / "value_head.safetensors"
+        policy.value_head.load_state_dict(load_file(file, str(agent.device)))
+        loading.check_finite(policy.value_head, file)
     if policy.value_model is not None:
         saved = folder / "value_model"
         lora.restore_(policy.value_model, saved, lambda: loading.load_model(str(saved)))
@@ -219,6 +271,8 @@ def _restore(agent: Saved, folder: Path, state: dict[str, Any], env_streams: boo
     agent.num_updates, agent.kl.coef, agent.seconds = state["num_updates"], state["kl_coef"], state["seconds"]
     if agent.total_timesteps > 0:
         agent.clock = Clock(agent.num_updates + 1, agent.num_timesteps / agent.total_timesteps)
+    # Versions that did not say it saved at the end, or when the run was stopped before it.
+    agent.finished = bool(state.get("finished", agent.num_timesteps >= agent.total_timesteps))
     agent.load_extra_state(state["extra_state"])
     agent.load_extra(folder)
 

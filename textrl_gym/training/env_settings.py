@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from textrl_gym import registry
 
 if TYPE_CHECKING:  # loads no torch
     from gymnasium.vector import VectorEnv
@@ -23,7 +26,8 @@ class EnvSettings:
     """A Hub id or a folder; None: the model's."""
     reward: str | None = None
     """A name, name:argument, package.module:name or a folder with a reward model; or a weighted sum of such, as
-    rouge=1.0,length=-0.01 (in a TOML file a table)."""
+    rouge=1.0,length=-0.01, or as JSON {"rouge": 1.0} (in a TOML file a table). An argument may hold "=": regex:the=1 is
+    the pattern the=1."""
     max_prompt_tokens: int | None = None
     """Longer prompts are cut at the end of their body."""
     max_new_tokens: int | None = None
@@ -45,23 +49,72 @@ class EnvSettings:
 
 
 def parse_reward(text: str) -> str | dict[str, float]:
-    """The reward that a flag names: "rouge" as it is, "rouge=1.0,length=-0.01" as a mapping of names to weights."""
-    if Path(text).is_dir():
-        return text  # a folder's name may hold "=" too
-    # From the right: a reward's argument may hold "=" itself.
+    """The reward that a flag names: "rouge" as it is, "rouge=1.0,length=-0.01" as a mapping of names to weights.
+
+    "=" and "," may stand in a name too, so the rule is:
+
+    1. A JSON object, {"regex:the=1": 0.5, "length": -0.01}, is a mixture: nothing in it is ambiguous.
+    2. A folder that exists is a name; so is a path (with "/") of which the part before its last "=" is no reward.
+    3. What begins with a reward and its argument ("regex:the=1") is a name, unless it is a list, parted by commas, of
+       rewards that each have a weight ("regex:the=1,length=-0.01").
+    4. All else with a "=" is a mixture.
+
+    Raises:
+        ValueError: a mixture with a part that has no name or no finite weight, or with one name twice.
+    """
+    if text.lstrip().startswith("{"):
+        return _json_mixture(text)
     parts = [part.rpartition("=") for part in text.split(",")]
-    if not any(equals for _, equals, _ in parts):
+    if "=" not in text or _is_folder(text) or _is_argument(text, parts):
         return text
-    mixture: dict[str, float] = {}
-    for name, _, weight in parts:
-        try:
-            value = float(weight)
-        except ValueError:
-            value = math.nan
-        if not name or name in mixture or not math.isfinite(value):
-            raise ValueError(f"reward {text!r} must be a name, or NAME=WEIGHT,NAME=WEIGHT,... with each name once")
-        mixture[name] = value
+    if len(parts) == 1 and "/" in text and not _names_reward(parts[0][0]):
+        return text  # load_reward says that there is no such folder
+    mixture = {name: float(weight) for name, _, weight in parts if name and _finite(weight)}
+    if len(mixture) < len(parts):
+        raise ValueError(f"reward {text!r} must be a name, or NAME=WEIGHT,NAME=WEIGHT,... with each name once")
     return mixture
+
+
+def _json_mixture(text: str) -> dict[str, float]:
+    try:
+        mixture = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"reward {text!r} is no JSON object of names and weights: {error}") from error
+    for name, weight in mixture.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(
+                f'the weight of reward {name!r} must be a finite number, as in {{"NAME": WEIGHT}}: {weight!r}'
+            )
+    return {name: float(weight) for name, weight in mixture.items()}
+
+
+def _is_folder(text: str) -> bool:
+    return Path(text).expanduser().is_dir()
+
+
+def _names_reward(name: str) -> bool:
+    """Whether a text can be a reward's name: of a file, an existing folder, or module:name."""
+    kind, colon, attribute = name.partition(":")
+    if kind in registry.names("rewards") or _is_folder(name):
+        return True
+    return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in kind.split("."))
+
+
+def _is_argument(text: str, parts: list[tuple[str, str, str]]) -> bool:
+    """Whether the "=" stands in the argument of a reward that the text begins with."""
+    kind, colon, _ = text.partition(":")
+    if not colon or kind not in registry.names("rewards"):
+        return False
+    return len(parts) == 1 or not (
+        all(_finite(weight) for _, _, weight in parts) and all(_names_reward(name) for name, _, _ in parts)
+    )
+
+
+def _finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def make_env(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
+import torch
+from annotated_types import Ge
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,14 +20,18 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
+from textrl_gym import functional
+from textrl_gym.bounds import check_settings
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import health
 from textrl_gym.evaluation.evaluator import Evaluator, Player
+from textrl_gym.evaluation.reward_hacking import Evaluation
 from textrl_gym.kl import KLPenalty
 from textrl_gym.rollouts.phases import phase
+from textrl_gym.training import recovery, run_folder
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
 from textrl_gym.training.config import Clock
-from textrl_gym.training.run_folder import append_evaluation, earlier_evaluations
+from textrl_gym.training.run_folder import append_evaluation
 
 T = TypeVar("T")
 
@@ -37,6 +40,8 @@ class Learner(Player, Protocol):
     """An agent, as the training loop sees it. The loop stands below the agents and imports none."""
 
     out: Path | None
+    home: Path | None
+    finished: bool
     num_timesteps: int
     num_updates: int
     total_timesteps: int
@@ -57,12 +62,18 @@ class Learner(Player, Protocol):
     @property
     def learning_rate(self) -> float: ...
     @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+    @property
+    def config(self) -> Any: ...
+    @property
     def logger(self) -> Logger: ...
 
     def set_logger(self, logger: Logger | None) -> None: ...
     def collect(self) -> Rollout: ...
     def update(self, rollout: Rollout) -> dict[str, float]: ...
     def save(self, path: str | Path) -> None: ...
+    def extra_state(self) -> dict[str, Any]: ...
+    def load_extra_state(self, state: dict[str, Any]) -> None: ...
     def rng_state(self) -> tuple[dict[str, Any], Tensor]: ...
     def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None: ...
 
@@ -71,17 +82,20 @@ class Learner(Player, Protocol):
 class TrainOptions:
     """What happens around the updates."""
 
-    eval_every: int = 20
+    eval_every: Annotated[int, Ge(0)] = 20
     """Updates between two evaluations on the validation split; 0 for none but the first and the last."""
-    eval_episodes: int = 64
+    eval_episodes: Annotated[int, Ge(1)] = 64
     """Held-out prompts of an evaluation during training."""
     gold: str | None = None
     """The gold score of the evaluations: gold (the task's own), or a reward (its name, module:function, a folder with a
     reward model); None: the task's own, where it has one."""
-    show_samples: int = 2
+    show_samples: Annotated[int, Ge(0)] = 2
     """Sample completions printed at each evaluation; all of them are in samples.jsonl."""
-    save_every: int = 0
-    """Updates between two checkpoints; 0 saves only at the end, and when interrupted."""
+    save_every: Annotated[int, Ge(0)] = 0
+    """Updates between two checkpoints, beside those by time; 0 for none. One is written at the end and whenever the run
+    is stopped, by a signal or an error, too."""
+    save_every_minutes: Annotated[float, Ge(0)] = 5.0
+    """Minutes between two checkpoints: what a power cut may cost; 0 for none by time."""
     on_bad_health: Literal["stop", "warn"] = "stop"
     """What to do when a line of the health card fails before the first update."""
     on_hacking: Literal["off", "warn", "stop"] = "warn"
@@ -89,13 +103,7 @@ class TrainOptions:
     when the gold score falls while the score rises, and keeps the checkpoint of the best gold score in OUT/best."""
 
     def __post_init__(self) -> None:
-        for name in ("eval_every", "show_samples", "save_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.on_bad_health not in ("stop", "warn"):
-            raise ValueError(f"on_bad_health must be 'stop' or 'warn', got {self.on_bad_health!r}")
-        if self.on_hacking not in ("off", "warn", "stop"):
-            raise ValueError(f"on_hacking must be 'off', 'warn' or 'stop', got {self.on_hacking!r}")
+        check_settings(self)
 
 
 def train(
@@ -110,45 +118,36 @@ def train(
     """Train an agent until its num_timesteps reach its total; see Agent.learn for the arguments.
 
     Writes into agent.out: progress.json (a JSON object a line), TensorBoard's files, evaluations.jsonl, samples.jsonl
-    and, at the end or on Ctrl-C, a checkpoint.
+    and checkpoints: before the first update, by time, at the end, and of the last whole update when the run is stopped
+    by a signal or an error.
 
     Raises:
+        ValueError: agent.out cannot be written, holds another run, or another process trains in it.
         health.HealthError: a line of the health card failed and options.on_bad_health is "stop".
+        functional.NonFiniteError: a number that training needs is NaN or infinite.
+        recovery.Terminated: SIGTERM or SIGHUP came.
     """
     options = options or TrainOptions()
-    run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
-    try:
-        # A signal may come between backward() and step(); an update that is cut there could not be resumed exactly.
-        with _finish_first() as stop:
-            run.loop(stop)
-    except KeyboardInterrupt:
-        if run.before_rollout is not None:  # collected but not learnt from: go back, so that resuming collects it again
-            agent.load_rng_state(*run.before_rollout)
-        run.console.print(f"\ninterrupted after {agent.num_updates} updates: saving a checkpoint to {run.out}")
-        agent.save(run.out)
-        raise
-    finally:
-        run.close()
-
-
-@contextlib.contextmanager
-def _finish_first() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that the update under way is finished and its checkpoint whole; twice stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach only the main thread
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        # The next Ctrl-C is Python's own again, for those who do not want to wait.
-        stop.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+    out = agent.out = agent.out or _new_folder(agent)
+    with run_folder.alone(out):
+        if agent.home != out.resolve():
+            if run_folder.holds_run(out):
+                raise ValueError(f"{str(out)!r} holds a run already: load it to go on, or name another folder (out)")
+            run_folder.clear_logs(out)
+        elif agent.num_updates:
+            run_folder.cut_logs(out, agent.num_updates, agent.num_timesteps)
+        else:
+            run_folder.clear_logs(out)
+        agent.home = out.resolve()
+        run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
+        try:
+            with recovery.hearing_signals() as stop:
+                run.loop(stop)
+        except BaseException as error:
+            run.rescue(error)
+            raise
+        finally:
+            run.close()
 
 
 class _Run:
@@ -165,8 +164,8 @@ class _Run:
     ) -> None:
         self.agent, self.options, self.log_interval = agent, options, log_interval
         self.console = Console(stderr=True, quiet=not progress_bar)
-        self.out = agent.out = agent.out or _new_folder(agent)
-        self.out.mkdir(parents=True, exist_ok=True)
+        assert agent.out is not None
+        self.out = agent.out
         if not hasattr(agent, "logger"):  # one that set_logger() gave is kept, as in Stable-Baselines3
             agent.set_logger(_new_logger(self.out / tb_log_name if tb_log_name else self.out))
         self.callback = _callback(callback)
@@ -175,7 +174,10 @@ class _Run:
             self.callback = CallbackList([self.callback, RewardHackingMonitor(options.on_hacking, tell=tell)])
         # One evaluator for the whole run: it keeps the reference's completions, which the win rate is against.
         self.evaluator = Evaluator(agent.env, options.eval_episodes, gold=options.gold)
-        self.before_rollout: tuple[dict[str, Any], Tensor] | None = None
+        self.last = recovery.LastUpdate(agent)
+        self.saved_at: int | None = agent.num_updates if agent.num_updates else None
+        """Updates of the checkpoint in the folder; None: there is none of this run."""
+        self.saved_time = time.monotonic()
         self.seconds = agent.seconds  # kept by the agent, so that a resumed run goes on counting
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -189,29 +191,26 @@ class _Run:
             disable=not progress_bar,
         )
 
-    def loop(self, stop: threading.Event) -> None:
+    def loop(self, stop: recovery.Stop) -> None:
         agent, total = self.agent, self.agent.total_timesteps if self.agent.trains else 0
+        agent.finished = False
         self.callback.init_callback(agent)  # type: ignore[arg-type] # an agent has what callbacks use of SB3's algorithms
         self.callback.on_training_start(locals(), globals())
+        earlier = run_folder.read_evaluations(self.out) if agent.num_updates else []
         for watcher in self._watchers():
-            watcher.remember_evaluations(
-                earlier_evaluations(self.out, agent.num_timesteps) if agent.num_updates else []
-            )
+            watcher.remember_evaluations(earlier)
         with self.bar:
             task = self.bar.add_task(type(agent).__name__, total=total, completed=agent.num_timesteps, note="")
-            if agent.num_updates == 0 and agent.trains:
-                self._evaluate(greedy=True)
-            while agent.num_timesteps < total:
-                if stop.is_set():
-                    raise KeyboardInterrupt
+            goes_on = self._begin(earlier, total)
+            while goes_on and agent.num_timesteps < total:
+                stop.check()
                 # The clock counts from before the rollout: with it the last update of every run had learning rate 0.
                 agent.clock = Clock(agent.num_updates + 1, agent.num_timesteps / total)
                 # 1. Collect.
-                # Kept until the update is done, since a rollout that is not learnt from is collected again after a
-                # resumption.
-                self.before_rollout = agent.rng_state()
+                # A rollout that is not learnt from is collected again after a resumption.
+                self.last.before_rollout()
                 self.callback.on_rollout_start()
-                rollout = self._timed("collect", agent.collect)
+                rollout = self._timed("collect", self._collect)
                 if agent.num_updates == 0:
                     # Before any update, where the ratio must be 1 and the KL 0; later they may differ for good reasons.
                     self._check_health(rollout)
@@ -223,9 +222,10 @@ class _Run:
                 if not goes_on:
                     break
                 # 2. Update.
-                metrics = self._timed("update", functools.partial(agent.update, rollout))
+                stop.check()
+                metrics = self._timed("update", functools.partial(self._update, rollout))
                 agent.num_updates += 1
-                self.before_rollout = None
+                self.last.done()
                 # 3. Adapt the KL coefficient.
                 # Not inside the update: an agent that overrides it would have to remember to do this.
                 facts = rollout_metrics(rollout)
@@ -236,18 +236,76 @@ class _Run:
                 note = f"score {facts['rollout/score']:.3f}  KL {facts['rollout/kl_sequence']:.2f} nats/seq"
                 self.bar.update(task, completed=min(agent.num_timesteps, total), note=note)
                 # 5. Evaluate and save.
-                # The last evaluation comes behind the loop, with greedy decoding too, and would be done twice
-                # otherwise.
-                due = self.options.eval_every and agent.num_updates % self.options.eval_every == 0
-                if due and agent.num_timesteps < total and not self._evaluate():
-                    break
-                if self.options.save_every and agent.num_updates % self.options.save_every == 0:
-                    agent.save(self.out)
-            self._evaluate(greedy=True)
+                if self._evaluation_due(total):
+                    goes_on = self._evaluate()
+                self._save_if_due()
+            self._evaluate_at_end(earlier)
         self.callback.on_training_end()
-        agent.save(self.out)
+        agent.finished = True
+        self._save()
+
+    def _begin(self, earlier: list[Evaluation], total: int) -> bool:
+        """What comes before the first update of this call; whether all who watch want to go on."""
+        agent = self.agent
+        if agent.num_updates:
+            # Stopped between an update and its evaluation, which is made up for.
+            owed = self._evaluation_due(total) and not _evaluated(earlier, agent.num_updates)
+            return self._evaluate() if owed else True
+        if agent.trains:
+            self._evaluate(greedy=True)
+            if agent.num_timesteps < total:
+                # What cannot be saved is found out now, and not after hours of training.
+                self._save()
+        return True
+
+    def _evaluation_due(self, total: int) -> bool:
+        # The last evaluation comes behind the loop, with greedy decoding too, and would be done twice otherwise.
+        every = self.options.eval_every
+        return bool(every) and self.agent.num_updates % every == 0 and self.agent.num_timesteps < total
+
+    def _evaluate_at_end(self, earlier: list[Evaluation]) -> None:
+        # A kill may have come between the last evaluation and the last checkpoint.
+        done = [row for row in earlier if row.row["updates"] == self.agent.num_updates and "score_greedy" in row.row]
+        if not (done and self.agent.num_updates):
+            self._evaluate(greedy=True)
+
+    def _save_if_due(self) -> None:
+        updates, minutes = self.options.save_every, self.options.save_every_minutes
+        by_updates = bool(updates) and self.agent.num_updates % updates == 0
+        by_time = bool(minutes) and time.monotonic() - self.saved_time >= 60 * minutes
+        if by_updates or by_time:
+            self._save()
+
+    def _save(self) -> None:
+        self.agent.save(self.out)
+        self.saved_at, self.saved_time = self.agent.num_updates, time.monotonic()
+
+    def rescue(self, error: BaseException) -> None:
+        """Save the last whole update before the run ends by an error or a signal. Raises nothing."""
+        agent = self.agent
+        if not agent.trains:
+            return
+        whole = self.last.restore()
+        if agent.num_updates == 0 and self.saved_at is None:
+            return  # nothing was trained, and the folder stays free
+        if not whole:
+            said = (
+                f"update {agent.num_updates + 1} was broken off in its middle: {self.out} keeps what was saved before"
+            )
+        elif self.saved_at == agent.num_updates:
+            said = f"{self.out} has the checkpoint of update {agent.num_updates}"
+        else:
+            try:
+                self._save()
+                said = f"saved the checkpoint of update {agent.num_updates} in {self.out}"
+            except Exception as failed:  # noqa: BLE001 - the error that ends the run is the one to raise
+                said = f"the checkpoint of update {agent.num_updates} could not be saved in {self.out}: {failed}"
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            self.console.print(f"\n{why}: {said}", markup=False, highlight=False)
 
     def close(self) -> None:
+        self.last.close()
         self.agent.logger.close()
         self.agent.set_logger(None)  # a later learn() goes on in new files beside these
 
@@ -257,6 +315,27 @@ class _Run:
             result = work()
         self.seconds[name] += time.perf_counter() - begin
         return result
+
+    def _collect(self) -> Rollout:
+        rollout = self.agent.collect()
+        # The first rollout's health card has more to say of the same faults.
+        if self.agent.num_updates:
+            with self._naming_update():
+                require_finite_rollout(rollout)
+        return rollout
+
+    def _update(self, rollout: Rollout) -> dict[str, float]:
+        self.last.before_update()
+        with self._naming_update():
+            return self.agent.update(rollout)
+
+    @contextlib.contextmanager
+    def _naming_update(self) -> Iterator[None]:
+        try:
+            yield
+        except functional.NonFiniteError as error:
+            number = self.agent.num_updates + 1
+            raise functional.NonFiniteError(f"update {number}: {error}; nothing is learnt from it") from error
 
     def _check_health(self, rollout: Rollout) -> None:
         agent = self.agent
@@ -297,6 +376,24 @@ class _Run:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
         answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]
         return all(answers)
+
+
+def _evaluated(evaluations: list[Evaluation], updates: int) -> bool:
+    """Whether there is an evaluation after so many updates."""
+    return any(evaluation.row["updates"] == updates for evaluation in evaluations)
+
+
+def require_finite_rollout(rollout: Rollout) -> None:
+    """Raise NonFiniteError where a score, reward, value or log-probability of a rollout is NaN or infinite."""
+    mask_BT = rollout.mask_BT
+    functional.require_finite("the score of a completion", rollout.score_B)
+    for name, values_BT in {
+        "the log-probability of a token": rollout.logp_BT,
+        "the reference's log-probability of a token": rollout.ref_logp_BT,
+        "the reward of a token": rollout.reward_BT,
+        "the value of a state": rollout.value_BT,
+    }.items():
+        functional.require_finite(name, values_BT[mask_BT])
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

@@ -67,5 +67,13 @@ class Minibatch(Rollout):
 
 
 def sum_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The metrics of a minibatch from those of its parts, each of which is the part's share."""
-    return {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+    """The metrics of a minibatch from those of its parts, each of which is the part's share.
+
+    Raises:
+        NonFiniteError: one of them, the loss for one, is NaN or infinite: the step that follows would ruin the weights.
+    """
+    metrics = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+    functional.require_finite("the loss", metrics.get("loss", 0.0))  # the first to be named
+    for name, value in metrics.items():
+        functional.require_finite(f"the metric {name!r}", value)
+    return metrics

@@ -10,7 +10,11 @@ best/                   the checkpoint of the best gold score, where a run may b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,10 @@ from textrl_gym.evaluation.reward_hacking import Alarm, Evaluation
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 ALARMS = "alarms.jsonl"
+EVENTS = "events.out.tfevents*"
+"""TensorBoard's files."""
+LOCK = ".training.lock"
+"""Locked while an agent trains in the folder."""
 BEST = "best"
 """Folder of the checkpoint with the best gold score."""
 RENAMED = {"judge": "gold", "judge_greedy": "gold_greedy", "forward_passes": "model_calls"}
@@ -40,14 +48,97 @@ def renamed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def append_evaluation(folder: Path, row: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    """Append an evaluation's metrics (with `timesteps`) and its completions to their logs."""
+    """Append an evaluation's metrics (with `timesteps` and `updates`) and its completions to their logs."""
+    place = {"timesteps": row["timesteps"], "updates": row["updates"]}
     files.append_json_lines(folder / EVALUATIONS, [row])
-    files.append_json_lines(folder / SAMPLES, [{"timesteps": row["timesteps"]} | sample for sample in samples])
+    files.append_json_lines(folder / SAMPLES, [place | sample for sample in samples])
 
 
-def append_alarm(folder: Path, timesteps: int, alarm: Alarm) -> None:
-    """Append an alarm that was raised at an evaluation."""
-    files.append_json_lines(folder / ALARMS, [{"timesteps": timesteps} | dataclasses.asdict(alarm)])
+def append_alarm(folder: Path, row: dict[str, Any], alarm: Alarm) -> None:
+    """Append an alarm that was raised at an evaluation; row: the evaluation's metrics."""
+    place = {"timesteps": row["timesteps"], "updates": row["updates"]}
+    files.append_json_lines(folder / ALARMS, [place | dataclasses.asdict(alarm)])
+
+
+# -- whose folder it is -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make the folder, and train in it alone.
+
+    Raises:
+        ValueError: it cannot be written, or another process or agent trains in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Opened for writing, as network file systems want it of what is locked; so is found out whether one may write.
+        lock = (folder / LOCK).open("a", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"the folder {str(folder)!r} cannot be written: {error.strerror or error}") from error
+    with lock:
+        try:
+            # The system lets go of it when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process or agent trains in {str(folder)!r}: wait for its end, or name another folder (out)"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        files.remove_half_made(folder)
+        yield
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether something was trained, or an agent that does not train evaluated to the end: what is worth keeping."""
+    files.finish_folder(folder)
+    if not (folder / files.STATE_FILE).is_file():
+        return (folder / files.PREVIOUS / files.STATE_FILE).is_file()
+    try:
+        state = files.read_state(folder)
+    except ValueError:  # a damaged checkpoint may still be mended from the one before
+        return True
+    # 0.1 saved nothing before it had trained.
+    return bool(state.get("num_updates", 1)) or bool(state.get("finished", True))
+
+
+def clear_logs(folder: Path) -> None:
+    """Remove the logs of a run that begins anew."""
+    for file in [folder / EVALUATIONS, folder / SAMPLES, folder / ALARMS, *_progress(folder), *folder.glob(EVENTS)]:
+        file.unlink(missing_ok=True)
+
+
+def cut_logs(folder: Path, updates: int, timesteps: int) -> None:
+    """Take out what was logged after the checkpoint that the run goes on from: it will be logged again.
+
+    Args:
+        updates: of the checkpoint.
+        timesteps: of the checkpoint, for logs of versions that did not write the updates.
+    """
+    # Between the last checkpoint and a kill, updates were logged that are now done again.
+    for file in [folder / EVALUATIONS, folder / SAMPLES, folder / ALARMS, *_progress(folder)]:
+        if not file.is_file():
+            continue
+        rows = files.read_json_lines(file)
+        earlier = [row for row in rows if _logged_by(row, updates, timesteps)]
+        # Also where none is taken out: the unfinished line of a kill goes.
+        files.write_text(file, "".join(json.dumps(row) + "\n" for row in earlier))
+
+
+def _logged_by(row: dict[str, Any], updates: int, timesteps: int) -> bool:
+    number = row.get("updates", row.get("train/updates"))
+    if number is not None:
+        return number <= updates
+    return row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps
+
+
+def _progress(folder: Path) -> list[Path]:
+    """The logs of updates: in the folder, and in one that learn()'s tb_log_name names."""
+    return [*folder.glob("progress*.json"), *folder.glob("*/progress*.json")]
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -118,8 +209,3 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 def alarms(run: Run) -> list[Alarm]:
     """What is out of bounds at the run's end; see textrl_gym.evaluation.reward_hacking."""
     return reward_hacking.last_alarms(reward_hacking.evaluations(run.evaluations, run.samples))
-
-
-def earlier_evaluations(folder: Path, timesteps: int) -> list[Evaluation]:
-    """Those of a run that goes on, up to the timesteps of its checkpoint."""
-    return [evaluation for evaluation in read_evaluations(folder) if evaluation.row["timesteps"] <= timesteps]

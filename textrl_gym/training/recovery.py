@@ -1,0 +1,170 @@
+"""Recovery: what a run does so that no end of its process loses more than the update under way.
+
+A signal is heard between two steps of the loop; an update that is broken off in its middle is undone; and one process
+at a time trains in a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, after the checkpoint was saved; as Ctrl-C for all who catch that."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Stop:
+    """Whether a signal has asked to stop, and which."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt, or Terminated for another signal than Ctrl-C's, if one was heard."""
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.number:
+            raise Terminated(self.number)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Of Ctrl-C, of schedulers and containers that end a job, and of a terminal that is closed."""
+
+
+@contextlib.contextmanager
+def hearing_signals() -> Iterator[Stop]:
+    """A signal is noted, so that the update under way is finished and its checkpoint whole; twice stops at once."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals reach only the main thread
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.number:  # for those who do not want to wait
+            stop.check()
+        stop.number = number
+
+    # One that is ignored stays so: nohup ignores SIGHUP, a shell SIGINT for what it starts in the background.
+    before = {number: old for number in SIGNALS if (old := signal.getsignal(number)) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class Recoverable(Protocol):
+    """What an agent goes back by."""
+
+    num_updates: int
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+    @property
+    def config(self) -> Any: ...
+    def extra_state(self) -> dict[str, Any]: ...
+    def load_extra_state(self, state: dict[str, Any]) -> None: ...
+    def rng_state(self) -> tuple[dict[str, Any], Tensor]: ...
+    def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None: ...
+
+
+class LastUpdate:
+    """What an agent was after its last whole update, to go back to where a rollout or an update is broken off.
+
+    Weights and moments are copied to host memory before each update of several optimizer steps. An update of one step
+    is broken off before that step (its gradients are checked first), or after it, when nothing is left to do.
+    """
+
+    def __init__(self, agent: Recoverable) -> None:
+        self.agent = agent
+        self._streams: tuple[dict[str, Any], Tensor] | None = None
+        self._extra: dict[str, Any] | None = None
+        self._copied = False
+        self._weights: list[Tensor] = []
+        self._moments: dict[tuple[int, str], Tensor] = {}
+        self._steps = 0
+        # After the agent's own hooks, which refuse a step from gradients that are not finite.
+        self._hook = agent.optimizer.register_step_pre_hook(self._count)
+
+    def close(self) -> None:
+        """Listen to the optimizer no longer."""
+        self._hook.remove()
+
+    def _count(self, *_: object) -> None:
+        self._steps += 1
+
+    def before_rollout(self) -> None:
+        """Note where the random streams stand."""
+        self._streams, self._extra = self.agent.rng_state(), None
+        self._steps, self._copied = 0, False
+
+    def before_update(self) -> None:
+        """Copy what an update changes."""
+        # Not before the rollout: what an agent collects (DPO its pairs) is kept beside this state, and stays with it.
+        self._extra = copy.deepcopy(self.agent.extra_state())
+        if self.agent.config.epochs * self.agent.config.minibatches == 1:
+            return
+        weights, state = self._parameters(), self.agent.optimizer.state
+        if not self._weights:
+            self._weights = [_host_copy(p) for p in weights]
+        for kept, p in zip(self._weights, weights, strict=True):
+            kept.copy_(p.detach())
+        # No moments before the first step.
+        for number, p in enumerate(weights):
+            for name, value in state.get(p, {}).items():
+                if (number, name) not in self._moments:
+                    self._moments[number, name] = _host_copy(torch.as_tensor(value))
+                self._moments[number, name].copy_(torch.as_tensor(value))
+        self._copied = True
+
+    def done(self) -> None:
+        """The update is whole: nothing to go back from."""
+        self._streams = None
+
+    def restore(self) -> bool:
+        """Go back to the last whole update; False where its weights are lost."""
+        if self._streams is None:
+            return True
+        if self._steps and not self._copied:
+            return False
+        if self._copied:
+            self._restore_weights()
+        if self._extra is not None:
+            self.agent.load_extra_state(self._extra)
+        self.agent.load_rng_state(*self._streams)
+        self._streams = None
+        return True
+
+    @torch.no_grad()
+    def _restore_weights(self) -> None:
+        optimizer = self.agent.optimizer
+        for number, (kept, p) in enumerate(zip(self._weights, self._parameters(), strict=True)):
+            p.copy_(kept)
+            names = [name for at, name in self._moments if at == number]
+            if not names:
+                optimizer.state.pop(p, None)
+            for name in names:
+                optimizer.state[p][name].copy_(self._moments[number, name])
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.agent.optimizer.param_groups for p in group["params"]]
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    # Pinned memory is copied to several times as fast from a GPU.
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
