@@ -157,7 +157,7 @@ def test_micro_batches_are_one_batch(cls: type[Agent], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("cls", "env", "timesteps"),
-    [(cls, "CopyText-v0", 150 if cls is SB3TRPO else 250) for cls in AGENTS]
+    [(cls, "CopyText-v0", 60 if cls is SB3TRPO else 250) for cls in AGENTS]
     + [pytest.param(cls, "TLDRSummarize-v0", 150, marks=pytest.mark.slow) for cls in (PPO, GRPO)],
 )
 def test_same_seed_same_weights_and_another_seed_others(

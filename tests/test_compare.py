@@ -156,6 +156,7 @@ def test_logs_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "progress.json").read_text() == '{"time/total_timesteps": 40}\n'
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_table(done: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = out / "runs" / "reinforce-0"

@@ -37,6 +37,7 @@ def test_every_example_is_tested(root: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_ablation(root: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(root / "examples" / "bench_ablation.py"), "--turns", "1"]
     command += ["--prompts", "1", "--group", "2", "--prompt-tokens", "6", "--new-tokens", "3", "--iterations", "1"]

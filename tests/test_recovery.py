@@ -73,7 +73,9 @@ def test_an_error_leaves_the_last_whole_update(cls: type[Agent], tmp_path: Path)
     assert not again.finished
 
 
-@pytest.mark.parametrize(("cls", "step"), [(PPO, 10), (Reinforce, 3), (DPO, 3), (PPO, 2)])
+@pytest.mark.parametrize(
+    ("cls", "step"), [pytest.param(PPO, 10, marks=pytest.mark.slow), (Reinforce, 3), (DPO, 3), (PPO, 2)]
+)
 def test_an_update_that_breaks_off_in_its_middle_is_undone(cls: type[Agent], step: int, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"seed": 3, "rollout_episodes": 16, "out": tmp_path / "parted"}
     settings |= {"minibatches": 2, "epochs": 2} if cls is PPO else {"num_pairs": 32} if cls is DPO else {}
@@ -174,7 +176,9 @@ def test_what_cannot_be_saved_is_found_out_before_the_first_update(
 # -- signals and kills ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     number: signal.Signals, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

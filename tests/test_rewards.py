@@ -219,7 +219,9 @@ def test_a_missing_reference_is_an_error(name: str) -> None:
 
 
 def test_rouge_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec
+    missing = {"rouge_score"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name))
     with pytest.raises(ImportError, match="pip install rouge-score"):
         load_reward("rouge")
 
