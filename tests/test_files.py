@@ -1,5 +1,8 @@
 """Files that are whole or not there, and logs with a torn last line."""
 
+import errno
+import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,3 +65,22 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     files.write_text(file, "new")
     assert file.read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_lock_is_had_once_and_its_errors_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "a").open("w") as one, (tmp_path / "a").open("w") as two:
+        assert files.lock(one.fileno())
+        assert not files.lock(two.fileno(), wait=False)
+
+        def fail(number: int) -> None:
+            def flock(*_: object) -> None:
+                raise OSError(number, os.strerror(number))
+
+            monkeypatch.setattr(fcntl, "flock", flock)
+
+        fail(errno.ENOLCK)  # a network file system
+        with pytest.warns(UserWarning, match=r"no lock on this file system \(No locks available\)"):
+            assert files.lock(two.fileno())
+        fail(errno.EIO)
+        with pytest.raises(OSError, match="Input/output error"):
+            files.lock(two.fileno())

@@ -7,11 +7,13 @@ that line, and the next process that appends to the log removes it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -159,8 +161,8 @@ def checkpoint_parts(folder: Path) -> list[str]:
         with contextlib.suppress(ValueError):  # damaged: taken for one of an earlier version
             return list(dict.fromkeys(name.partition("/")[0] for name in _listed(folder)))
     # Without a manifest it is one of an earlier version.
-    found = [name for name in (*UNLISTED, MANIFEST) if (folder / name).exists()]
-    return found if STATE_FILE in found or MANIFEST in found else []
+    parts = [name for name in (*UNLISTED, MANIFEST) if (folder / name).exists()]
+    return parts if STATE_FILE in parts or MANIFEST in parts else []
 
 
 def damage(folder: str | Path) -> str | None:
@@ -240,6 +242,23 @@ def _move(names: Iterable[str], source: Path, target: Path) -> None:
         os.replace(source / name, target / name)
 
 
+def lock(descriptor: int, wait: bool = True) -> bool:
+    """Lock an open file or folder for this process; False where another one has it and `wait` is off.
+
+    A file system that knows no locks (some network ones) is told of by a warning, and counts as locked.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+            raise
+        reason = error.strerror or error
+        warnings.warn(f"no lock on this file system ({reason}): nothing keeps two processes apart", stacklevel=3)
+    return True
+
+
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[bool]:
     """Only one process at a time is inside; whether the folder is (still) there."""
@@ -249,8 +268,7 @@ def _only_one(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        with contextlib.suppress(OSError):  # some network file systems know no locks of folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor)
         # The one before may have moved it away in the meantime, and another may stand under its name by now.
         yield folder.is_dir() and os.path.samestat(os.fstat(descriptor), folder.stat())
     finally:

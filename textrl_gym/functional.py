@@ -22,10 +22,11 @@ class NonFiniteError(RuntimeError):
 def require_finite(name: str, values: Tensor | float) -> None:
     """Raise NonFiniteError, with the name and the first bad value, unless all values are finite numbers."""
     flat_N = torch.as_tensor(values).flatten()
-    bad_N = flat_N[~flat_N.isfinite()]
-    if len(bad_N):
-        of = "" if len(flat_N) == 1 else f" at {len(bad_N):,} of {len(flat_N):,} places"
-        raise NonFiniteError(f"{name} is {float(bad_N[0])}{of}")
+    # One wait for the device; which values are bad is asked only where some are.
+    if not flat_N.isfinite().all():
+        bad_N = flat_N[~flat_N.isfinite()]
+        share = "" if len(flat_N) == 1 else f" at {len(bad_N):,} of {len(flat_N):,} positions"
+        raise NonFiniteError(f"{name} is {float(bad_N[0])}{share}")
 
 
 def masked_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -177,20 +177,21 @@ def _share(prompt: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-_told: set[str] = set()
+_announced: set[str] = set()
+"""Files whose parts this process has printed."""
 
 
 def _say_parts(dataset: str, parts: Mapping[str, list[dict[str, Any]]]) -> None:
     """Say once in a process how a file is parted."""
-    if dataset in _told:
+    if dataset in _announced:
         return
-    _told.add(dataset)
+    _announced.add(dataset)
     if parts["train"] == parts["test"]:
-        said = "has too few prompts to hold any out: evaluations are on the prompts that are trained on"
+        message = "has too few prompts to hold any out: evaluations are on the prompts that are trained on"
     else:
         counts = ", ".join(f"{len(rows):,} {split}" for split, rows in parts.items())
-        said = f"is one file, parted by a hash of the prompts: {counts} rows; give a folder for other splits"
-    print(f"dataset {dataset!r} {said}", file=sys.stderr)
+        message = f"is one file, parted by a hash of the prompts: {counts} rows; give a folder for other splits"
+    print(f"dataset {dataset!r} {message}", file=sys.stderr)
 
 
 def _to_rows(raw: list[Any], where: str, schemas: Sequence[PromptSchema]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ again it ends with the same numbers as if it had never been stopped.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -154,7 +153,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Only one process at a time works in a folder; a second waits for the end of the first."""
     with (folder / ".lock").open("w", encoding="utf-8") as lock:
         # The system lets go of the lock when the process ends, however it ends; a file with a process id would stay.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        files.lock(lock.fileno())
         yield
 
 

@@ -289,20 +289,20 @@ class _Run:
         if agent.num_updates == 0 and self.saved_at is None:
             return  # nothing was trained, and the folder stays free
         if not whole:
-            said = (
+            outcome = (
                 f"update {agent.num_updates + 1} was broken off in its middle: {self.out} keeps what was saved before"
             )
         elif self.saved_at == agent.num_updates:
-            said = f"{self.out} has the checkpoint of update {agent.num_updates}"
+            outcome = f"{self.out} has the checkpoint of update {agent.num_updates}"
         else:
             try:
                 self._save()
-                said = f"saved the checkpoint of update {agent.num_updates} in {self.out}"
+                outcome = f"saved the checkpoint of update {agent.num_updates} in {self.out}"
             except Exception as failed:  # noqa: BLE001 - the error that ends the run is the one to raise
-                said = f"the checkpoint of update {agent.num_updates} could not be saved in {self.out}: {failed}"
+                outcome = f"the checkpoint of update {agent.num_updates} could not be saved in {self.out}: {failed}"
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
         with contextlib.suppress(OSError):  # a terminal that was closed
-            self.console.print(f"\n{why}: {said}", markup=False, highlight=False)
+            self.console.print(f"\n{why}: {outcome}", markup=False, highlight=False)
 
     def close(self) -> None:
         self.last.close()

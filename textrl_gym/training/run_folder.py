@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,15 +76,11 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"the folder {str(folder)!r} cannot be written: {error.strerror or error}") from error
     with lock:
-        try:
-            # The system lets go of it when the process ends, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        # The system lets go of it when the process ends, however it ends.
+        if not files.lock(lock.fileno(), wait=False):
             raise ValueError(
                 f"another process or agent trains in {str(folder)!r}: wait for its end, or name another folder (out)"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+            )
         files.remove_half_made(folder)
         yield
 
