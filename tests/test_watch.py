@@ -123,6 +123,16 @@ def test_a_score_that_is_no_number_is_none(folder: Path) -> None:
         assert json.loads(ask(server, "/status")[2])["runs"][1]["score"] is None
 
 
+@pytest.mark.parametrize(("name", "text"), [("cell.json", "{"), ("cell.json", '{"total_timesteps": "many"}')])
+def test_a_malformed_file_is_an_answer_and_no_closed_connection(folder: Path, name: str, text: str) -> None:
+    run = folder / "runs" / "alpha-0"
+    (run / name).write_text(text)
+    with serving(folder) as server:
+        code, headers, body = ask(server, "/status")
+        assert code == 500 and name in body and headers["Content-Type"].startswith("text/plain")
+        assert ask(server, "/nothing")[0] == 404, "it goes on"
+
+
 def test_a_run_that_ends_makes_a_new_page(folder: Path) -> None:
     with serving(folder) as server:
         versions = [json.loads(ask(server, "/status")[2])["version"]]
@@ -141,7 +151,7 @@ def test_a_run_that_ends_makes_a_new_page(folder: Path) -> None:
         assert "2 finished runs" in ask(server)[2]
         (folder / "runs" / "beta-0" / "evaluation.json").write_text("{")
         versions.append(json.loads(ask(server, "/status")[2])["version"])
-        assert "evaluation.json&#x27; is no JSON" in ask(server)[2]
+        assert "evaluation.json&#39; is no JSON" in ask(server)[2]
         write_run(folder, "beta-0", 0.5)
         assert "2 finished runs" in ask(server)[2], "it goes on"
     assert len(set(versions)) == 4

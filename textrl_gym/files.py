@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -338,6 +338,34 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{str(file)!r} must hold an object, not {type(value).__name__}")
     return value
+
+
+Kinds = dict[str, tuple[type, ...]]
+"""Field -> the types that its value may have."""
+NUMBER = (int, float)
+
+
+def check_fields(row: Mapping[str, Any], where: str | Path, required: Kinds, optional: Kinds | None = None) -> None:
+    """Hold that what was read from a file has the fields, of the types, that it is read for.
+
+    Raises:
+        ValueError: naming the file (or what `where` says), the field, and what is allowed.
+    """
+    for name, kinds in {**required, **(optional or {})}.items():
+        if name in row and not isinstance(row[name], kinds):
+            allowed = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{str(where)!r} is damaged: {name!r} must be {allowed}, got {row[name]!r}")
+        if name not in row and name in required:
+            raise ValueError(f"{str(where)!r} is damaged: it has no {name!r}")
+
+
+def check_numbers(row: Mapping[str, Any], where: str | Path) -> None:
+    """Hold that every value is a number.
+
+    Raises:
+        ValueError: naming the file (or what `where` says) and the field.
+    """
+    check_fields(row, where, dict.fromkeys(row, NUMBER))
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import difflib
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -17,6 +20,7 @@ from textrl_gym import files
 
 ENV_ENTRY = "textrl_gym.mdp.text_env:TextEnv"
 VECTOR_ENTRY = "textrl_gym.mdp.text_env:TextVectorEnv"
+AGENT_BASE = "textrl_gym.training.agent"
 
 
 def folder(kind: str) -> list[Path]:
@@ -63,21 +67,75 @@ def register(env_id: str, task: str) -> None:
     gymnasium.register(id=env_id, entry_point=ENV_ENTRY, vector_entry_point=VECTOR_ENTRY, kwargs={"task": task})
 
 
-def load_object(path: str) -> object:
-    """The object at "package.module:name".
+# -- code that is named by a user or by a file -------------------------------------------------------------------------
+
+
+trust_all = False
+"""Whether every file is trusted: `--trust-code` of the command line sets it."""
+foreign_modules: set[str] = set()
+"""The modules outside textrl_gym that were imported by name: a checkpoint of these runs names them."""
+_reading: contextvars.ContextVar[tuple[str, bool] | None] = contextvars.ContextVar("reading", default=None)
+"""The file whose names are being resolved, and whether it is trusted; None: the names are the user's."""
+
+
+@contextlib.contextmanager
+def named_by(file: str | Path, trust: bool) -> Iterator[None]:
+    """Inside, modules are named by a file and not by the user: only those that the user has imported count.
+
+    A checkpoint may come from somebody else, and may hold Python files beside it. What it names is imported if it is
+    part of textrl_gym, if the user has imported it already, or with `trust` (or `--trust-code`).
+    """
+    outer = _reading.get()
+    token = _reading.set((str(file), trust or trust_all or (outer is not None and outer[1])))
+    try:
+        yield
+    finally:
+        _reading.reset(token)
+
+
+def import_named(module_name: str) -> ModuleType:
+    """Import a module that a user or a file has named.
 
     Raises:
-        ValueError: the path has no colon, the module cannot be found, or it has no such name.
+        ValueError: there is no such module, it is a folder without Python's __init__.py, or a file that is not trusted
+            names it (see `named_by`).
     """
-    module_name, _, name = path.partition(":")
-    if not name:
-        raise ValueError(f"{path!r} is not of the form package.module:name")
+    file, trusted = _reading.get() or ("", True)
+    top = module_name.partition(".")[0]
+    ours = top == __name__.partition(".")[0]
+    # Python's own modules are imported already, and hold functions such as os.system.
+    if not trusted and not ours and (module_name not in sys.modules or top in sys.stdlib_module_names):
+        raise ValueError(
+            f"{file!r} names code of the module {module_name!r}, which is not part of textrl-gym. If you trust that "
+            "code, give --trust-code (in Python trust_code=True, or import the module first)"
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module was found; something that it imports was not
-        raise ValueError(f"{path!r}: there is no module {module_name!r}") from error
+        raise ValueError(f"there is no module {module_name!r}") from error
+    if getattr(module, "__file__", None) is None and module.__name__ not in sys.builtin_module_names:
+        # Python takes any folder on its way for a package, such as one named data in the working directory.
+        raise ValueError(f"{module_name!r} is a folder without Python code of its own (no __init__.py)")
+    if not ours:
+        foreign_modules.add(module_name)
+    return module
+
+
+def load_object(path: str) -> object:
+    """The object at "package.module:name".
+
+    Raises:
+        ValueError: the path has no colon, the module cannot be found or is not trusted, or it has no such name.
+    """
+    module_name, _, name = path.partition(":")
+    if not name or not module_name:
+        raise ValueError(f"{path!r} is not of the form package.module:name")
+    try:
+        module = import_named(module_name)
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from error
     if not hasattr(module, name):
         public = [n for n in vars(module) if not n.startswith("_")]
         raise ValueError(f"{path!r}: module {module_name!r} has no {name!r}; it has {public}")
@@ -127,19 +185,63 @@ def find_env(name: str) -> str:
     """A registered id; "module:ID" imports the module that registers it, as gymnasium.make does."""
     module, _, env_id = name.rpartition(":")
     if module:
-        importlib.import_module(module)
+        import_named(module)
     if env_id not in text_envs():
         raise unknown("environment", env_id, text_envs(), ", or module:ID, where module registers ID")
     return env_id
 
 
-def load_agent(folder: str | Path, env: object = None, **settings: Any) -> Any:
-    """The agent saved in a folder, whatever its class."""
+def registration(env_id: str) -> dict[str, Any] | None:
+    """How an environment of the user was registered, for another process (see `register_again`); None for one of ours.
+
+    Raises:
+        ValueError: another process could not: its task is no class that can be imported, or a keyword is no JSON.
+    """
+    if env_id in env_ids():
+        return None
+    keywords = dict(gymnasium.registry[env_id].kwargs)
+    task = keywords["task"]
+    if isinstance(task, type):
+        keywords["task"] = task = f"{task.__module__}:{task.__qualname__}"
+    if not isinstance(task, str) or task.startswith("__main__:") or "<locals>" in task:
+        raise ValueError(
+            f"{env_id} is registered with the task {task!r}, which a process of its own cannot import: put the class "
+            "into a module and register it as 'module:Class'"
+        )
+    bad = [name for name, value in keywords.items() if not files.jsonable(value)]
+    if bad:
+        raise ValueError(f"{env_id} is registered with {bad[0]}={keywords[bad[0]]!r}, which cannot be written down")
+    return keywords
+
+
+def register_again(env_id: str, keywords: dict[str, Any] | None) -> None:
+    """Register an environment as another process has it, unless it is registered here."""
+    if keywords is None or env_id in gymnasium.registry:
+        return
+    import_named(str(keywords["task"]).partition(":")[0])  # which may register it
+    if env_id not in gymnasium.registry:
+        gymnasium.register(id=env_id, entry_point=ENV_ENTRY, vector_entry_point=VECTOR_ENTRY, kwargs=keywords)
+
+
+def load_agent(folder: str | Path, env: object = None, *, trust_code: bool = False, **settings: Any) -> Any:
+    """The agent saved in a folder, whatever its class.
+
+    Args:
+        trust_code: import what the folder names, though it is not part of textrl_gym; see `named_by`.
+    """
     folder = files.whole_checkpoint(folder)
+    file = folder / files.STATE_FILE
     state = files.read_state(folder)
     if not isinstance(state.get("agent"), str):
-        raise ValueError(f"{str(folder / files.STATE_FILE)!r} is damaged: it names no agent")
-    return load_agent_class(state["agent"]).load(folder, env, **settings)
+        raise ValueError(f"{str(file)!r} is damaged: it names no agent")
+    if isinstance(env, str):
+        find_env(env)  # the caller's, so that its module is imported
+    with named_by(file, trust_code):
+        agent_class = load_agent_class(state["agent"])
+        # By the name of the base, whose module loads torch: other classes have a method called load, too.
+        if not any(base.__module__ == AGENT_BASE for base in getattr(agent_class, "__mro__", ())):
+            raise ValueError(f"{str(file)!r} names {state['agent']!r}, which is no agent")
+        return agent_class.load(folder, env, **settings)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str], more: str = "") -> ValueError:

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from textrl_gym import files
 from textrl_gym.cli.options import Part, flag, flat, parse_flags, positional
 from textrl_gym.cli.terminal import interval, make_table, print_rows, print_tables
-from textrl_gym.registry import find_env, text_envs
+from textrl_gym.registry import find_env, named_by, register_again, text_envs
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,6 @@ def evaluate_command(args: Sequence[str]) -> int:
         *judge_parts(),
     ]
     parsed = parse_flags("evaluate", evaluate_command.__doc__, parts, args)
-    from textrl_gym import files
     from textrl_gym.evaluation.evaluator import Evaluator
     from textrl_gym.evaluation.metrics import metric, metric_names, number
 
@@ -182,7 +182,7 @@ def judge_command(args: Sequence[str]) -> int:
 
     folder, against = parsed.folder, parsed.judging.against or "start"
     comparison = read_comparison(folder)
-    reader = _reader(comparison.environment)
+    reader = _reader(folder, comparison.environment)
     judged_by = parsed.judging.make(parsed.endpoint, folder, reader.task, tokenizer=reader.tokenizer)
     judged = win_rates.judge_runs(comparison, judged_by, against, reader)
     file = folder / win_rates.file_name(judged_by.name, against)
@@ -199,11 +199,14 @@ def judge_command(args: Sequence[str]) -> int:
     return 0
 
 
-def _reader(environment: str) -> Reader:
+def _reader(folder: Path, environment: str) -> Reader:
     """What the comparison's task knows of its prompts; nothing where it is not registered here."""
+    from textrl_gym.experiments.results import PLAN, read_plan
     from textrl_gym.experiments.win_rates import Reader
     from textrl_gym.mdp.task import load_env_task
 
+    with named_by(folder / PLAN, trust=False):
+        register_again(environment, read_plan(folder).get("registered"))
     if environment not in text_envs():
         return Reader()
     task = load_env_task(environment)

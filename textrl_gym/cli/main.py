@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from textrl_gym import registry
 from textrl_gym.cli.compare import compare_command, report_command, watch_command
 from textrl_gym.cli.judge import evaluate_command, judge_command
 from textrl_gym.cli.options import flat, parse_flags, positional
@@ -30,12 +31,13 @@ from textrl_gym.registry import find_env, text_envs, unknown
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0; 1 for a failed check; 2 for a wrong input; 128 + N for signal N."""
     given = list(sys.argv[1:] if argv is None else argv)
-    args = [arg for arg in given if arg != "--debug"]
+    args = [arg for arg in given if arg not in ("--debug", "--trust-code")]
     if not args or args[0] in ("-h", "--help"):
         print(help_text())
         return 0
     if "" not in sys.path:
         sys.path.insert(0, "")  # module:Class may name a file of the folder that the user is in
+    registry.trust_all = "--trust-code" in given
     try:
         if args[0] not in COMMANDS:
             raise unknown("command", args[0], COMMANDS)
@@ -58,7 +60,8 @@ def help_text() -> str:
         "textrl-gym: text generation as Gymnasium environments, and the agents that learn in them.\n\n"
         "usage: textrl-gym COMMAND ...\n\n"
         + "\n".join(rows)
-        + "\n\n`textrl-gym COMMAND --help` lists a command's settings; --debug shows the traceback of an error."
+        + "\n\n`textrl-gym COMMAND --help` lists a command's settings; --debug shows the traceback of an error;\n"
+        "--trust-code imports agents, tasks and rewards that a saved folder names and that are not part of textrl-gym."
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textrl_gym import files
+from textrl_gym import files, registry
 from textrl_gym.cli.options import Part, RunSettings, as_arguments, find_agent, flag, flat, parse_flags, read_toml
 from textrl_gym.registry import find_env, load_agent
 from textrl_gym.training.env_settings import EnvSettings, make_env
@@ -40,6 +40,7 @@ def train_command(args: Sequence[str]) -> int:
     names = [arg for arg in args[:2] if not arg.startswith("-")]
     if len(names) < 2 and not {"-h", "--help"} & set(args):
         raise ValueError("train needs AGENT and ENV first: textrl-gym train AGENT ENV --total-timesteps N --out DIR")
+    from textrl_gym.mdp.task import load_env_task
     from textrl_gym.training.agent import Agent
     from textrl_gym.training.loop import TrainOptions
 
@@ -71,6 +72,9 @@ def train_command(args: Sequence[str]) -> int:
     settings |= {"total_timesteps": run.total_timesteps, "config": config, "env": dataclasses.asdict(parsed.env)}
     if holds_run(out):
         check_same(out, args, settings)
+        # The checkpoint may name the code that this command names, and no other.
+        load_env_task(env_id)
+        parsed.env.import_code()
         return go_on(load_agent(out, device=run.device, out=out), parsed.options)
     agent = agent_class(
         make_env(env_id, parsed.env, run.model, run.device, config),
@@ -147,7 +151,8 @@ def learn(agent: Agent, timesteps: int, options: TrainOptions, goes_on: bool) ->
     try:
         agent.learn(timesteps, reset_num_timesteps=not goes_on, **dataclasses.asdict(options))
     except KeyboardInterrupt:
-        print(f"go on with: textrl-gym train --resume {agent.out}", file=sys.stderr)
+        trust = " --trust-code" if registry.foreign_modules else ""
+        print(f"go on with: textrl-gym train --resume {agent.out}{trust}", file=sys.stderr)
         raise
     print(f"saved in {agent.out}; plots: textrl-gym report {agent.out}")
     return 0
@@ -177,7 +182,8 @@ def resume(args: Sequence[str]) -> int:
     folder = parsed.resume
     if not holds_run(folder) and record.get("command"):
         # Stopped before the first update: there is nothing to go on from but the command.
-        return train_command([*map(str, record["command"]), "--out", str(folder)])
+        with registry.named_by(folder / RUN_FILE, trust=False):
+            return train_command([*map(str, record["command"]), "--out", str(folder)])
     agent = load_agent(folder, device=parsed.device, out=folder)
     if not agent.trains:
         raise ValueError(f"{str(folder)!r} holds {type(agent).__name__}, which does not train: nothing to resume")

@@ -229,6 +229,8 @@ def evaluate(
     episodes: int = 256,
     seed: int = 0,
     split: str = "validation",
+    *,
+    trust_code: bool = False,
 ) -> dict[str, float]:
     """Metrics of an agent on held-out prompts; see Evaluator.run.
 
@@ -239,9 +241,14 @@ def evaluate(
         episodes: prompts, one completion of each.
         seed: of prompts and sampling.
         split: of the dataset.
+        trust_code: import what the agent's folder names, though it is not part of textrl_gym; see Agent.load.
     """
     of_agent = None if isinstance(env, str) else env  # an id is made for the agent, so the agent is loaded first
-    agent: Player = load_agent(agent_or_dir, of_agent) if isinstance(agent_or_dir, str | Path) else agent_or_dir
+    agent: Player
+    if isinstance(agent_or_dir, str | Path):
+        agent = load_agent(agent_or_dir, of_agent, trust_code=trust_code)
+    else:
+        agent = agent_or_dir
     if isinstance(env, str):
         env = vector_env(env, tokenizer=agent.env.tokenizer, device=str(agent.device), array="torch")
     metrics, _ = Evaluator(agent.env if env is None else env, episodes, seed, split).run(agent)

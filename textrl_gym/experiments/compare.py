@@ -110,6 +110,9 @@ def run_specs(environment: str, config: CompareConfig) -> dict[str, dict[str, An
     """Name of each run -> what textrl_gym.experiments.worker needs to know."""
     apart = {"agents", "seeds", "kl_coef", "set", "workers"}
     shared = {name: value for name, value in dataclasses.asdict(config).items() if name not in apart}
+    registered = registry.registration(environment)
+    if registered is not None:
+        shared["registered"] = registered
     specs = {}
     for agent, settings in settings_of(config).items():
         saved = Path(agent).is_dir()
@@ -152,6 +155,9 @@ def prepare(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
                 "that, or name another --out"
             )
     plan = {"environment": environment, "config": dataclasses.asdict(config), "versions": versions()}
+    registered = registry.registration(environment)
+    if registered is not None:
+        plan["registered"] = registered
     files.write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
     return {name: out / RUNS / name for name in specs}
 
@@ -174,7 +180,13 @@ def versions() -> dict[str, str]:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Callable[[set[str]], None]) -> dict[str, str]:
+def run_all(
+    folders: Mapping[str, Path],
+    workers: int,
+    gpus: int,
+    show: Callable[[set[str]], None],
+    trust_code: bool = False,
+) -> dict[str, str]:
     """Run what is not done, so many at a time; returns name -> error of each run that failed.
 
     Ctrl-C reaches the runs too: each finishes its update, saves and ends, and then it is raised here.
@@ -192,7 +204,7 @@ def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Callable
                     _note_death(folders[name], process.returncode)
                 if slot not in slots and waiting:
                     name = waiting.pop(0)
-                    slots[slot] = (name, _start(folders[name], slot, workers, gpus))
+                    slots[slot] = (name, _start(folders[name], slot, workers, gpus, trust_code))
             show({name for name, _ in slots.values()})
             # Polled, since waiting for several processes at once has no portable call; runs take minutes.
             time.sleep(0.2)
@@ -206,7 +218,7 @@ def run_all(folders: Mapping[str, Path], workers: int, gpus: int, show: Callable
     return {name: file.read_text(encoding="utf-8").strip() for name, file in errors.items() if file.is_file()}
 
 
-def _start(folder: Path, slot: int, workers: int, gpus: int) -> subprocess.Popen[bytes]:
+def _start(folder: Path, slot: int, workers: int, gpus: int, trust_code: bool) -> subprocess.Popen[bytes]:
     # Passive waiting: threads that spin slow down severely beside other busy processes (docs/performance.md).
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
@@ -216,6 +228,7 @@ def _start(folder: Path, slot: int, workers: int, gpus: int) -> subprocess.Popen
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
     with (folder / LOG).open("ab") as log:
         command = [sys.executable, "-W", "ignore", "-m", "textrl_gym.experiments.worker", str(folder)]
+        command += ["--trust-code"] if trust_code else []
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
@@ -229,7 +242,14 @@ def _note_death(folder: Path, code: int) -> None:
     files.write_text(folder / ERROR, last + "\n")
 
 
-def compare(environment: str, config: CompareConfig, out: str | Path, progress_bar: bool = True) -> DataFrame:
+def compare(
+    environment: str,
+    config: CompareConfig,
+    out: str | Path,
+    progress_bar: bool = True,
+    *,
+    trust_code: bool = False,
+) -> DataFrame:
     """Run the comparison, or what is left of it.
 
     Args:
@@ -237,6 +257,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
         config: what is compared.
         out: its folder; the same one goes on.
         progress_bar: show a live table.
+        trust_code: import what the folders of saved agents name, though it is not part of textrl_gym; see Agent.load.
 
     Returns:
         the tidy table, a pandas DataFrame; see `tidy`. Runs that failed are not in it, and named in a warning.
@@ -248,6 +269,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     from textrl_gym.judges.judge import load_scorer
     from textrl_gym.rewards import load_reward
 
+    environment = registry.find_env(environment)  # of module:ID the id
     task = load_env_task(environment)
     # Both are made again in each worker: an object with a model cannot be handed to another process.
     if config.gold is not None:  # a wrong name is told before any run begins
@@ -264,7 +286,7 @@ def compare(environment: str, config: CompareConfig, out: str | Path, progress_b
     # The cores that this process may use, and not all of the machine's: containers and taskset give fewer.
     workers = config.workers or gpus or len(os.sched_getaffinity(0))
     with LiveTable(folders, config.total_timesteps, progress_bar) as table:
-        failed = run_all(folders, workers, gpus, table)
+        failed = run_all(folders, workers, gpus, table, trust_code or registry.trust_all)
     if failed:
         import warnings
 

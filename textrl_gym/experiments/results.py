@@ -18,7 +18,15 @@ import numpy as np
 from textrl_gym import files
 from textrl_gym.evaluation import reward_hacking
 from textrl_gym.stats.estimates import Array
-from textrl_gym.training.run_folder import EVALUATIONS, read_evaluations, read_rollouts, read_rows, renamed
+from textrl_gym.training.run_folder import (
+    COMPLETION,
+    COMPLETION_MORE,
+    EVALUATIONS,
+    read_evaluations,
+    read_rollouts,
+    read_rows,
+    renamed,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -43,6 +51,23 @@ ERROR = "error.txt"
 """Why a run failed, written by the comparison when its process has ended."""
 LOG = "log.txt"
 """What a run printed."""
+PLAN_FIELDS: files.Kinds = {"environment": (str,), "config": (dict,)}
+CONFIG_FIELDS: files.Kinds = {"agents": (list,), "total_timesteps": (int,), "eval_episodes": (int,)}
+SPEC_FIELDS: files.Kinds = {
+    "agent": (str,),
+    "seed": (int,),
+    "kl_coef": (*files.NUMBER, type(None)),
+    "total_timesteps": (int,),
+}
+STATE_FIELDS: files.Kinds = {"kl_coef": files.NUMBER, "seconds": (dict,), "num_updates": (int,)}
+CREDIT_FIELDS: files.Kinds = {
+    "index": (int,),
+    "prompt": (str,),
+    "tokens": (list,),
+    "score": files.NUMBER,
+    "group_scores": (list,),
+    "stop_reason": (str,),
+}
 KEPT_STATE = ("agent", "task", "model", "reference", "seed", "kl_coef", "total_timesteps", "config", "env", "num_envs")
 """Of agent.json; the rest is the state of random streams."""
 
@@ -143,15 +168,30 @@ class Comparison:
         return [run for group in self.groups for run in group.runs]
 
 
+def read_plan(folder: Path) -> dict[str, Any]:
+    """What was asked for.
+
+    Raises:
+        ValueError: the folder holds no comparison, or the file not what `compare` writes.
+    """
+    file = folder / PLAN
+    if not file.is_file():
+        raise ValueError(f"{str(folder)!r} holds no comparison: no {PLAN}")
+    plan = files.read_json(file)
+    files.check_fields(plan, file, PLAN_FIELDS, {"versions": (dict,), "registered": (dict,)})
+    files.check_fields(plan["config"], f"{file}, config", CONFIG_FIELDS)
+    if not all(isinstance(agent, str) for agent in plan["config"]["agents"]):
+        raise ValueError(f"{str(file)!r} is damaged: 'agents' must be names, got {plan['config']['agents']!r}")
+    return plan
+
+
 def read_comparison(folder: Path) -> Comparison:
     """Read a folder that `compare` filled.
 
     Raises:
         ValueError: it is no such folder, no run in it is finished, or a file is broken.
     """
-    if not (folder / PLAN).is_file():
-        raise ValueError(f"{str(folder)!r} holds no comparison: no {PLAN}")
-    plan = files.read_json(folder / PLAN)
+    plan = read_plan(folder)
     results: list[Result] = []
     failed: dict[str, str] = {}
     unfinished: dict[str, str] = {}
@@ -169,7 +209,7 @@ def read_comparison(folder: Path) -> Comparison:
             failed[run.name] = (run / ERROR).read_text(encoding="utf-8").strip()
         else:
             done = progress(run).get("time/total_timesteps", 0)
-            unfinished[run.name] = f"{int(done):,} of {files.read_json(file)['total_timesteps']:,} tokens"
+            unfinished[run.name] = f"{int(done):,} of {read_spec(run)['total_timesteps']:,} tokens"
     if not results:
         others = [f"{name} ({why})" for name, why in (failed | unfinished).items()]
         reasons = "; ".join(others[:3]) + (f"; and {len(others) - 3} more" if len(others) > 3 else "")
@@ -180,21 +220,80 @@ def read_comparison(folder: Path) -> Comparison:
     )
 
 
+def read_spec(folder: Path) -> dict[str, Any]:
+    """What a run was asked for.
+
+    Raises:
+        ValueError: the file does not hold what `compare` writes.
+    """
+    spec = renamed(files.read_json(folder / SPEC))
+    files.check_fields(spec, folder / SPEC, SPEC_FIELDS, {"environment": (str,)})
+    return spec
+
+
 def _read_result(folder: Path) -> Result:
     evaluations = read_evaluations(folder)
-    state = files.read_json(folder / files.STATE_FILE) if (folder / files.STATE_FILE).is_file() else {}
     return Result(
         folder.name,
-        renamed(files.read_json(folder / SPEC)),
-        renamed(files.read_json(folder / RESULT)),
+        read_spec(folder),
+        _read_final(folder),
         [evaluation.row for evaluation in evaluations],
         reward_hacking.last_alarms(evaluations),
-        read_rows(folder / EPISODES),
-        {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state},
+        _read_episodes(folder / EPISODES),
+        _read_state(folder / files.STATE_FILE),
         read_rollouts(folder),
-        files.read_json_lines(folder / CREDIT),
-        files.read_json(folder / FLOPS) if (folder / FLOPS).is_file() else {},
+        _read_credit(folder / CREDIT),
+        _read_flops(folder / FLOPS),
     )
+
+
+def _read_final(folder: Path) -> dict[str, Any]:
+    final = renamed(files.read_json(folder / RESULT))
+    files.check_fields(final, folder / RESULT, {"timesteps": (int,)}, {"updates": (int,)})
+    files.check_numbers(final, folder / RESULT)
+    return final
+
+
+def _read_episodes(file: Path) -> list[dict[str, Any]]:
+    episodes = read_rows(file)
+    for number, episode in enumerate(episodes):
+        where = f"{file}, row {number + 1}"
+        files.check_fields(episode, where, COMPLETION, COMPLETION_MORE | {"start": (dict,)})
+        if "start" in episode:  # the initial policy's, of the same prompt
+            start = {"prompt": episode["prompt"]} | episode["start"]
+            files.check_fields(start, f"{where}, start", COMPLETION, COMPLETION_MORE)
+    return episodes
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    state = files.read_json(file) if file.is_file() else {}
+    files.check_fields(state, file, {}, STATE_FIELDS)
+    files.check_numbers(state.get("seconds", {}), f"{file}, seconds")
+    return {key: state[key] for key in (*KEPT_STATE, "seconds", "num_updates") if key in state}
+
+
+def _read_credit(file: Path) -> list[dict[str, Any]]:
+    from textrl_gym.evaluation.token_credit import QUANTITIES  # loads torch, which the names of files do without
+
+    lines = files.read_json_lines(file)
+    for number, line in enumerate(lines):
+        where = f"{file}, row {number + 1}"
+        files.check_fields(line, where, CREDIT_FIELDS, dict.fromkeys(QUANTITIES, (list,)))
+        if not all(isinstance(token, str) for token in line["tokens"]):
+            raise ValueError(f"{where!r} is damaged: 'tokens' must be texts")
+        for name in ("group_scores", *(name for name in QUANTITIES if name in line)):
+            of_tokens = name in QUANTITIES
+            if not all(isinstance(x, (*files.NUMBER, type(None))) for x in line[name]) or (
+                of_tokens and len(line[name]) != len(line["tokens"])
+            ):
+                raise ValueError(f"{where!r} is damaged: {name!r} must be numbers, of {name} one for each token")
+    return lines
+
+
+def _read_flops(file: Path) -> dict[str, Any]:
+    flops = files.read_json(file) if file.is_file() else {}
+    files.check_numbers(flops, file)
+    return flops
 
 
 def _groups(runs: list[Result], named: list[str]) -> tuple[Group, ...]:
@@ -230,12 +329,12 @@ def state_of(folder: Path, running: bool) -> str:
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    """The last row of a run's log; empty before the first."""
+    """The numbers of the last row of a run's log; none before the first."""
     # A resumed run has a log for each call, and the newest may be empty still.
     logs = sorted(folder.glob("progress*.json"), key=lambda file: file.stat().st_mtime)
     for file in reversed(logs):
         if row := files.last_json_line(file):
-            return row
+            return {key: value for key, value in row.items() if isinstance(value, files.NUMBER)}
     return {}
 
 
@@ -257,11 +356,11 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
     for folder in sorted((out / RUNS).iterdir()):
         if not (folder / RESULT).is_file():
             continue
-        spec = files.read_json(folder / SPEC)
+        spec = read_spec(folder)
         agent = folder.name if Path(spec["agent"]).is_dir() else spec["agent"]
         shared = {"run": folder.name, "agent": agent, "seed": spec["seed"], "kl_coef": spec["kl_coef"]}
         # What was evaluated both before and after a stop counts once.
         for evaluation in reward_hacking.evaluations(read_rows(folder / EVALUATIONS), []):
             yield {**shared, "final": False, **evaluation.row}
-        last = renamed(files.read_json(folder / RESULT))
+        last = _read_final(folder)
         yield {**shared, "final": True, **last}

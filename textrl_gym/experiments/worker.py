@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files, registry
 from textrl_gym.experiments.results import CREDIT, EPISODES, ERROR, FLOPS, LOG, RESULT, SPEC
+from textrl_gym.mdp.task import load_env_task
 from textrl_gym.training.config import make_config
 from textrl_gym.training.env_settings import EnvSettings, make_env
 from textrl_gym.training.run_folder import renamed
@@ -48,6 +49,7 @@ def main(folder: Path) -> int:
 
 def run(folder: Path, spec: dict[str, Any]) -> None:
     """Train as far as the spec's total, and evaluate."""
+    registry.register_again(spec["environment"], spec.get("registered"))
     agent = train_or_load(folder, spec)
     from textrl_gym.evaluation import token_credit
     from textrl_gym.evaluation.evaluator import Evaluator
@@ -77,6 +79,9 @@ def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
     # A kill while a checkpoint was moved into place leaves it whole under another name.
     files.finish_folder(folder)
     # SB3's rows are in the middle of texts at a checkpoint, so that its runs cannot go on exactly: they begin anew.
+    # What the comparison names was named by the user, and a checkpoint may name it too.
+    load_env_task(spec["environment"])
+    EnvSettings(reward=spec.get("reward")).import_code()
     goes_on = (folder / files.STATE_FILE).is_file() and agent_class.resumes
     if goes_on:
         agent = registry.load_agent(folder, device=spec["device"], out=folder)
@@ -172,4 +177,5 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    registry.trust_all = "--trust-code" in sys.argv[2:]
     sys.exit(main(Path(sys.argv[1])))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -72,8 +71,11 @@ def load_task(task: Task | type[Task] | str) -> Task:
     loaded: object = task
     if isinstance(task, str):
         # A file of envs/ holds one class with rows(); a user's module may hold several, so that one is named.
-        loaded = registry.load_object(task) if ":" in task else registry.class_in(importlib.import_module(task), "rows")
-    return cast("Task", loaded() if isinstance(loaded, type) else loaded)
+        loaded = registry.load_object(task) if ":" in task else registry.class_in(registry.import_named(task), "rows")
+    # Before it is called: a checkpoint could name any class.
+    if not (isinstance(loaded, Task) or (isinstance(loaded, type) and issubclass(loaded, Task))):
+        raise ValueError(f"{task!r} is no subclass or instance of textrl_gym.Task")
+    return loaded() if isinstance(loaded, type) else loaded
 
 
 def load_env_task(env_id: str) -> Task:

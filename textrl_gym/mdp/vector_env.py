@@ -6,6 +6,7 @@ first P places, so that generated token t always stands at place P + t.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from textrl_gym import registry
 from textrl_gym.core import RewardSpec, Row, StopReason
 from textrl_gym.mdp.actions import Actions, parse_actions, penalty, to_tensor
 from textrl_gym.mdp.infos import final_info, reset_infos, with_finals
@@ -121,7 +123,9 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"dataset {dataset!r} has no rows in split {split!r}")
         self.streams_of_prompts = PromptStreams(self.source, self._encode, num_envs, group_size)
         spec = self.task.reward if reward is None else reward
-        self.reward_model = load_reward(spec, task=self.task, device=self.device, tokenizer=self.tokenizer)
+        # What the task's own code names is trusted as that code is, in a checkpoint that names the task, too.
+        with registry.named_by(type(self.task).__module__, trust=True) if reward is None else contextlib.nullcontext():
+            self.reward_model = load_reward(spec, task=self.task, device=self.device, tokenizer=self.tokenizer)
         self.scorer = Scorer(self.tokenizer, self.stop, self.reward_model, self.device)
         # Who names another model's tokenizer starts from that model; the task's own could not score its ids.
         self._reference_spec = tokenizer if reference is None and isinstance(tokenizer, str) else reference

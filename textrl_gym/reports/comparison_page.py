@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup, escape
 
 from textrl_gym import files
 from textrl_gym.evaluation.metrics import METRICS
@@ -123,12 +124,13 @@ NO_LENGTHS = "<p>No slope: the answers all have one length, or their lengths wer
 # -- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, words: bool = False) -> str:
-    """A table that scrolls by itself where it is too wide; cells are HTML, and the first of each row is its heading."""
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], label: str, words: bool = False) -> str:
+    """A table that scrolls by itself where it is too wide; the first cell of each row is its heading.
+
+    Cells are text, whatever they hold, and HTML only where they are Markup.
+    """
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
+    body = "".join(f'<tr><th scope="row">{escape(first)}</th>{cells(rest)}</tr>' for first, *rest in rows)
     # Columns of words are aligned on the left, those of numbers on the right.
     kind = ' class="words"' if words else ""
     return (
@@ -138,22 +140,25 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, words:
     )
 
 
+def cells(row: Iterable[object]) -> str:
+    """Table cells: text, or HTML where one is Markup."""
+    return "".join(f"<td>{escape(cell)}</td>" for cell in row)
+
+
 def figure_html(chart: Chart) -> str:
     """A chart with its words, and its numbers as a table."""
-    rows = [[escape(cell) for cell in row] for row in chart.rows]
     return (
         f'<figure><h3>{escape(chart.title)}</h3><div class="chart" id="chart-{chart.key}" role="img" '
         f'aria-label="{escape(chart.title)}. The numbers are in the table below."></div><noscript><p>The chart needs '
         f"JavaScript; its numbers are below.</p></noscript><figcaption>{escape(chart.note)}</figcaption>"
         f"<details><summary>The numbers of “{escape(chart.title)}”</summary>"
-        f"{table(chart.head, rows, chart.title)}</details>{folded(chart.more) if chart.more else ''}</figure>"
+        f"{table(chart.head, chart.rows, chart.title)}</details>{folded(chart.more) if chart.more else ''}</figure>"
     )
 
 
 def folded(more: Table) -> str:
     """A further table, folded away."""
-    rows = [[escape(cell) for cell in row] for row in more.rows]
-    return f"<details><summary>{escape(more.title)}</summary>{table(more.head, rows, more.title)}</details>"
+    return f"<details><summary>{escape(more.title)}</summary>{table(more.head, more.rows, more.title)}</details>"
 
 
 def pair_of(drawn: dict[str, Chart], *keys: str) -> str:
@@ -174,7 +179,7 @@ def with_interval(number: numbers.Number, digits: int = 3) -> str:
     if not isinstance(number, Estimate):
         return f"{number:.{digits}f}"
     low, high = f"{number.low:.{digits}f}", f"{number.high:.{digits}f}"
-    return f'{number.value:.{digits}f}<span class="interval">{low} to {high}</span>'
+    return Markup(f'{number.value:.{digits}f}<span class="interval">{low} to {high}</span>')
 
 
 # -- sections ---------------------------------------------------------------------------------------------------------
@@ -237,7 +242,7 @@ def _summary_row(line: numbers.Summary, has_gold: bool) -> list[str]:
 
     group = line.group
     seeds = "-" if group.untrained else str(len(group.runs))
-    row = [escape(group.agent), escape(group.coefficient), seeds, with_interval(line.gold)]
+    row = [group.agent, group.coefficient, seeds, with_interval(line.gold)]
     row += [mean("score")] if has_gold else []
     row += [with_interval(line.win_rate), with_interval(line.length_controlled)]
     row += [mean(key) for key in ("kl_sequence", "completion_tokens", "eos_share")]
@@ -253,7 +258,7 @@ def beaten(comparison: Comparison, chart: Chart | None) -> str:
     if chart is None:
         return f"{missed}<p>It takes two agents on the same prompts.</p>"
     rows = [
-        [escape(r.group.label), f"{r.value:+.0f}", f"{r.low:+.0f} to {r.high:+.0f}"]
+        [r.group.label, f"{r.value:+.0f}", f"{r.low:+.0f} to {r.high:+.0f}"]
         for r in numbers.ratings(comparison, groups)
     ]
     one, several = "95% interval over prompts", "lowest and highest seed"
@@ -297,8 +302,7 @@ def text_quality(comparison: Comparison, drawn: dict[str, Chart]) -> str:
             "completions: it is low where an agent says the same to every prompt, and falls with their number. "
             "Repetition is within a completion. Reference texts are the prompts' own, where they have them."
         )
-        rows = [[escape(cell) for cell in row] for row in quality_table.rows]
-        html = f'{table(quality_table.head, rows, quality_table.title)}<p class="soft small">{note}</p>'
+        html = f'{table(quality_table.head, quality_table.rows, quality_table.title)}<p class="soft small">{note}</p>'
     return html + pair_of(drawn, "drift-entropy_token", "drift-distinct_2", "drift-repetition")
 
 
@@ -381,18 +385,17 @@ def _plain(value: object) -> object:
 def setting_section(comparison: Comparison) -> str:
     """The command, every run, every version, every setting; folded away."""
     listed = [
-        [escape(run.name), escape(group.agent), escape(group.coefficient), str(run.spec["seed"]), "finished"]
+        [run.name, group.agent, group.coefficient, run.spec["seed"], "finished"]
         for group in comparison.groups
         for run in group.runs
     ]
     for what, names in (("failed", comparison.failed), ("not finished", comparison.unfinished)):
-        listed += [[escape(name), "", "", "", what] for name in names]
+        listed += [[name, "", "", "", what] for name in names]
     runs = table(("run", "agent", "KL coefficient", "seed", "state"), listed, "Runs", words=True)
-    versions = [[escape(name), escape(version)] for name, version in comparison.versions.items()]
     parts = [
         ("Runs and seeds", runs),
         ("The comparison", _dump(comparison.config)),
-        ("Versions", table(("of", "version"), versions, "Versions", words=True)),
+        ("Versions", table(("of", "version"), comparison.versions.items(), "Versions", words=True)),
         *((f"Settings of {group.label}", _dump(_of(group))) for group in comparison.groups),
     ]
     folded = "".join(f"<details><summary>{escape(name)}</summary>{html}</details>" for name, html in parts)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
+
+from markupsafe import escape
 
 from textrl_gym.evaluation.token_credit import QUANTITIES
 from textrl_gym.experiments.results import Comparison, Group

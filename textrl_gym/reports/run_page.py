@@ -10,18 +10,18 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from markupsafe import escape
 
 from textrl_gym import files
 from textrl_gym.evaluation.metrics import metric, metric_names, number
 from textrl_gym.training.run_folder import Run, alarms, find_runs, read_run
 
 SAMPLES_SHOWN = 6
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
+# The page has no script: texts of a model in it must be able to run, to load and to send nothing.
+PAGE_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -267,6 +267,7 @@ def run_html(runs: Sequence[Run]) -> str:
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{PAGE_SECURITY_POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
         f"<h1>Training report</h1><p class=muted>{escape(', '.join(run.name for run in runs))}. Held-out prompts; the "
         f"judge is never trained on unless it was named as the reward.</p>{warnings}"

@@ -20,15 +20,15 @@ import secrets
 import socket
 import sys
 import threading
-from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from textrl_gym import files
-from textrl_gym.experiments.results import ERROR, PLAN, RESULT, RUNS, SPEC, progress, state_of
+from markupsafe import escape
+
+from textrl_gym.experiments.results import ERROR, PLAN, RESULT, RUNS, SPEC, progress, read_spec, state_of
 from textrl_gym.reports.comparison_page import asset, live_page
 from textrl_gym.reports.plotting import go
 
@@ -65,7 +65,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def _status_of(run: Path) -> dict[str, Any]:
-    total = files.read_json(run / SPEC)["total_timesteps"]
+    total = read_spec(run)["total_timesteps"]
     state, row = state_of(run, running(run)), progress(run)
     done = int(row.get("time/total_timesteps", 0))
     spent = sum(row.get(f"time/{phase}_seconds", 0.0) for phase in ("collect", "update", "evaluate"))
@@ -225,6 +225,14 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse
 
     def _answer(self, body: bool) -> None:
+        try:
+            self._respond(body)
+        except (ValueError, OSError) as error:  # a file of the comparison is damaged, or cannot be read
+            if isinstance(error, ConnectionError | TimeoutError):  # the browser has left
+                raise
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{error}\n".encode(errors="replace"), body)
+
+    def _respond(self, body: bool) -> None:
         asked = urlsplit(self.path)
         if not self._may_look(parse_qs(asked.query).get("token", [""])[0]):
             self._send(HTTPStatus.FORBIDDEN, "text/plain", b"forbidden\n", body)

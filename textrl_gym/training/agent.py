@@ -440,19 +440,22 @@ class Agent:
         *,
         device: str = "auto",
         out: str | Path | None = None,
+        trust_code: bool = False,
         **settings: object,
     ) -> Self:
         """The agent that `save` wrote, ready to predict or to go on learning; see textrl_gym.training.checkpoint.load.
 
         Args:
             env: another environment; None makes the saved one again.
+            trust_code: import the agent, task and reward that the folder names, though they are not part of textrl_gym
+                and have not been imported. Set it for folders whose origin you know.
             settings: config fields to change.
 
         Raises:
             ValueError: the folder holds no agent, another class's, or one of a version that is not read; or the
                 environment had settings that cannot be written down, and no env was given.
         """
-        return checkpoint.load(cls, path, env, device=device, out=out, **settings)
+        return checkpoint.load(cls, path, env, device=device, out=out, trust_code=trust_code, **settings)
 
     def extra_state(self) -> dict[str, Any]:
         """What a subclass keeps from update to update beside the policy, as JSON can hold it; it is saved."""

@@ -135,25 +135,42 @@ def load(
     *,
     device: str = "auto",
     out: str | Path | None = None,
+    trust_code: bool = False,
     **settings: object,
 ) -> SavedT:
     """The agent that `save` wrote, ready to predict or to go on learning.
 
     Args:
         env: another environment; None makes the saved one again.
+        trust_code: import the agent, task and reward that the folder names, though they are not part of textrl_gym and
+            have not been imported; see textrl_gym.registry.named_by.
         settings: config fields to change.
 
     Raises:
         ValueError: the folder holds no agent, another class's, or one of a version that is not read; or the environment
             had settings that cannot be written down (a callable reward, say), and no env was given.
     """
+    if isinstance(env, str):
+        registry.find_env(env)  # the caller's, so that its module is imported
+    with registry.named_by(Path(folder) / files.STATE_FILE, trust_code):
+        return _load(cls, folder, env, device, out, settings)
+
+
+def _load(
+    cls: type[SavedT],
+    folder: str | Path,
+    env: str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | None,
+    device: str,
+    out: str | Path | None,
+    settings: dict[str, object],
+) -> SavedT:
     folder = files.whole_checkpoint(folder)
     file = folder / files.STATE_FILE
     try:
         state = upgraded(files.read_state(folder), str(folder))
     except (KeyError, TypeError, AttributeError) as error:  # of 0.1's keys
         raise ValueError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
-    _check_state(state, file)
+    files.check_fields(state, file, FIELDS)
     # PPO.load on GRPO's folder would go on with another loss on settings that happen to have the same names.
     if registry.load_agent_class(state["agent"]) is not cls:
         raise ValueError(f"{str(folder)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
@@ -190,7 +207,7 @@ def load(
     return agent
 
 
-FIELDS: dict[str, tuple[type, ...]] = {
+FIELDS: files.Kinds = {
     "agent": (str,),
     "task": (str,),
     "env": (dict,),
@@ -202,21 +219,12 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "reference": (str, type(None)),
     "total_timesteps": (int,),
     "num_updates": (int,),
-    "kl_coef": (int, float),
+    "kl_coef": files.NUMBER,
     "seconds": (dict,),
     "extra_state": (dict,),
     "rng_state": (dict,),
 }
 """What agent.json holds."""
-
-
-def _check_state(state: dict[str, Any], file: Path) -> None:
-    for name, kinds in FIELDS.items():
-        if name not in state:
-            raise ValueError(f"{str(file)!r} is damaged: it has no {name!r}")
-        if not isinstance(state[name], kinds):
-            allowed = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{str(file)!r} is damaged: {name!r} must be {allowed}, got {state[name]!r}")
 
 
 def upgraded(state: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -47,6 +47,14 @@ class EnvSettings:
             given["stop"] = list(self.stop)  # as a checkpoint's JSON gives it back
         return given
 
+    def import_code(self) -> None:
+        """Import the rewards that are named as module:name, so that a checkpoint may name them too."""
+        reward = self.keywords().get("reward", "")
+        for name in [reward] if isinstance(reward, str) else reward:
+            kind, colon, _ = name.partition(":")
+            if colon and kind not in registry.names("rewards") and not _is_folder(name):
+                registry.load_object(name)
+
 
 def parse_reward(text: str) -> str | dict[str, float]:
     """The reward that a flag names: "rouge" as it is, "rouge=1.0,length=-0.01" as a mapping of names to weights.

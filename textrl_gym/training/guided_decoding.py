@@ -224,10 +224,12 @@ class CriticAgent(Agent, abc.ABC):
         *,
         device: str = "auto",
         out: str | Path | None = None,
+        trust_code: bool = False,
         **settings: object,
     ) -> Self:
         """The agent that `save` wrote. Its folder holds policy and critic: the first `ppo` is not needed any more."""
-        return super().load(path, env, device=device, out=out, **(settings | {"ppo": str(path)}))
+        settings |= {"ppo": str(path)}
+        return super().load(path, env, device=device, out=out, trust_code=trust_code, **settings)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 

@@ -163,6 +163,19 @@ class Run:
         return self.evaluations[-1]
 
 
+COMPLETION: files.Kinds = {"prompt": (str,), "completion": (str,), "score": files.NUMBER}
+"""What a completion's line holds."""
+COMPLETION_MORE: files.Kinds = {
+    "index": (int,),
+    "timesteps": (int,),
+    "updates": (int,),
+    "gold": files.NUMBER,
+    "tokens": (int,),
+    "stop_reason": (str,),
+    "reference": (str, type(None)),
+}
+
+
 def find_runs(folder: Path) -> list[Path]:
     """The folder itself if it holds a run, else its subfolders that do.
 
@@ -193,12 +206,26 @@ def read_run(folder: Path) -> Run:
 
 def read_rollouts(folder: Path) -> list[dict[str, Any]]:
     """Rows of a run's log, of training rollouts. A resumed run has several files."""
-    return [row for file in sorted(folder.glob("progress*.json")) for row in files.read_json_lines(file)]
+    rows = [row for file in sorted(folder.glob("progress*.json")) for row in files.read_json_lines(file)]
+    # A logger may be given texts too; what is drawn are numbers.
+    return [{key: value for key, value in row.items() if isinstance(value, files.NUMBER)} for row in rows]
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """A run's evaluations with their completions, by timesteps, from what training wrote into a folder."""
-    return reward_hacking.evaluations(read_rows(folder / EVALUATIONS), read_rows(folder / SAMPLES))
+    """A run's evaluations with their completions, by timesteps, from what training wrote into a folder.
+
+    Raises:
+        ValueError: a line does not hold what training writes.
+    """
+    rows, samples = read_rows(folder / EVALUATIONS), read_rows(folder / SAMPLES)
+    for number, row in enumerate(rows):
+        where = f"{folder / EVALUATIONS}, row {number + 1}"
+        files.check_fields(row, where, {"timesteps": (int,)}, {"updates": (int,)})
+        files.check_numbers(row, where)
+    for number, sample in enumerate(samples):
+        where = f"{folder / SAMPLES}, row {number + 1}"
+        files.check_fields(sample, where, COMPLETION | {"index": (int,), "timesteps": (int,)}, COMPLETION_MORE)
+    return reward_hacking.evaluations(rows, samples)
 
 
 def alarms(run: Run) -> list[Alarm]:
