@@ -17,6 +17,9 @@ from textrl_gym.reports import comparison_page, watch
 from textrl_gym.reports.run_page import report
 
 MARK = """"'></script><hostile src=x onerror=alert(1)>"""
+GONE = object()
+"""In place of a value: the field is missing."""
+GONE = object()
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -32,12 +35,15 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(value: Any, path: tuple[Any, ...], new: object) -> Any:
-    """A copy of some JSON with another value at a place."""
+    """A copy of some JSON with another value at a place, or without it."""
     copy = json.loads(json.dumps(value))
     inner = copy
     for key in path[:-1]:
         inner = inner[key]
-    inner[path[-1]] = new
+    if new is not GONE:
+        inner[path[-1]] = new
+    elif path[-1] in inner or isinstance(path[-1], int):
+        del inner[path[-1]]
     return copy
 
 
@@ -49,7 +55,7 @@ def hostile(folder: Path) -> Iterator[tuple[Path, str, tuple[Any, ...]]]:
         if not lines:
             continue
         for path in places(json.loads(lines[0])):
-            for new in (MARK, [MARK], {MARK: MARK}, 7):
+            for new in (MARK, [MARK], {MARK: MARK}, 7, GONE):
                 first = json.dumps(changed(json.loads(lines[0]), path, new))
                 yield file, "\n".join([first, *lines[1:]]) + "\n", path
 

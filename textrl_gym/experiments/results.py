@@ -59,7 +59,7 @@ SPEC_FIELDS: files.Kinds = {
     "kl_coef": (*files.NUMBER, type(None)),
     "total_timesteps": (int,),
 }
-STATE_FIELDS: files.Kinds = {"kl_coef": files.NUMBER, "seconds": (dict,), "num_updates": (int,)}
+STATE_FIELDS: files.Kinds = {"config": (dict,), "kl_coef": files.NUMBER, "seconds": (dict,), "num_updates": (int,)}
 CREDIT_FIELDS: files.Kinds = {
     "index": (int,),
     "prompt": (str,),
@@ -262,6 +262,12 @@ def _read_episodes(file: Path) -> list[dict[str, Any]]:
         if "start" in episode:  # the initial policy's, of the same prompt
             start = {"prompt": episode["prompt"]} | episode["start"]
             files.check_fields(start, f"{where}, start", COMPLETION, COMPLETION_MORE)
+        # Columns of numbers are made of them.
+        for name in ("gold", "tokens", "start"):
+            if (name in episode) != (name in episodes[0]):
+                raise ValueError(f"{where!r} is damaged: only some rows have {name!r}")
+            if name != "start" and (name in episode.get("start", {})) != (name in episodes[0].get("start", {})):
+                raise ValueError(f"{where!r} is damaged: only some rows have {name!r} in 'start'")
     return episodes
 
 
@@ -292,7 +298,8 @@ def _read_credit(file: Path) -> list[dict[str, Any]]:
 
 def _read_flops(file: Path) -> dict[str, Any]:
     flops = files.read_json(file) if file.is_file() else {}
-    files.check_numbers(flops, file)
+    if flops:
+        files.check_fields(flops, file, {"flop": files.NUMBER, "tokens": (int,)})
     return flops
 
 

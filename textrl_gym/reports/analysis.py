@@ -98,9 +98,9 @@ def count_collapsed(group: Group, gold: str) -> tuple[int, int] | None:
     return int(overoptimization.collapsed(start_R, final_R).sum()), len(ends)
 
 
-def trained(group: Group, gold: str) -> list[list[dict[str, float]]]:
-    """Evaluations with gold of each run that has at least two: those of runs that trained."""
-    rows = [[row for row in run.evaluations if gold in row] for run in group.runs]
+def trained(group: Group, *keys: str) -> list[list[dict[str, float]]]:
+    """Evaluations that have all the numbers, of each run that has at least two: those of runs that trained."""
+    rows = [[row for row in run.evaluations if all(key in row for key in keys)] for run in group.runs]
     return [some for some in rows if len(some) > 1]
 
 
@@ -185,7 +185,7 @@ class Curve:
 
 def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
     """Over the range that all seeds cover, straight between evaluations; None where nothing was trained."""
-    runs = trained(group, gold)
+    runs = trained(group, x_key, gold)
     if not runs:
         return None
     lines = [([row[x_key] for row in rows], [row[gold] for row in rows]) for rows in runs]
@@ -197,7 +197,8 @@ def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
 
 def best_of_n_kls(comparison: Comparison) -> dict[int, float]:
     """n of every agent best_of_n -> the bound of its KL, in nats."""
-    sizes = {run.state["config"]["n"] for run in comparison.runs if run.state.get("agent") == "best_of_n"}
+    configs = [run.state.get("config", {}) for run in comparison.runs if run.state.get("agent") == "best_of_n"]
+    sizes = {config["n"] for config in configs if isinstance(config.get("n"), int) and config["n"] > 0}
     return {n: overoptimization.best_of_n_kl_bound(n) for n in sorted(sizes)}
 
 
@@ -321,7 +322,7 @@ def training(group: Group) -> Training | None:
 
     KLs are estimates and may fall below 0, where the curve is not defined: those count as 0.
     """
-    runs = trained(group, "gold")
+    runs = trained(group, "gold", "score", "kl_sequence")
     if not runs:
         return None
     rows = sorted((row for some in runs for row in some), key=lambda row: row["kl_sequence"])

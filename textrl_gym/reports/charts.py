@@ -28,13 +28,16 @@ def frontier(comparison: Comparison) -> Chart:
         own = [group for group in comparison.groups if group.agent == agent]
         means = []
         for group in own:
-            x, y = group.finals("kl_sequence"), group.finals(gold)
-            hover = [f"{plain(run.name)}, KL coefficient {group.coefficient}" for run in group.runs]
+            runs = [run for run in group.runs if "kl_sequence" in run.final and gold in run.final]
+            if not runs:
+                continue
+            x, y = [run.final["kl_sequence"] for run in runs], [run.final[gold] for run in runs]
+            hover = [f"{plain(run.name)}, KL coefficient {group.coefficient}" for run in runs]
             chart.add_scatter(x=x, y=y, mode="markers", marker=marker(group, 10), hovertext=hover, **look(group))
             means.append((float(np.mean(x)), float(np.mean(y))))
             rows += [
                 (run.name, group.coefficient, short(kl), short(value))
-                for run, kl, value in zip(group.runs, x, y, strict=True)
+                for run, kl, value in zip(runs, x, y, strict=True)
             ]
         if len(own) > 1:
             joined = {"mode": "lines", "hoverinfo": "skip", "showlegend": False, "line": {"width": 2}}
@@ -166,7 +169,11 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
 def cost(comparison: Comparison) -> Chart | None:
     """Seconds by phase, mean over seeds."""
     phases = ("collect", "update", "evaluate")
-    known = [group for group in comparison.groups if all("seconds" in run.state for run in group.runs)]
+    known = [
+        group
+        for group in comparison.groups
+        if all(set(phases) <= run.state.get("seconds", {}).keys() for run in group.runs)
+    ]
     if not known:
         return None
     chart = axes("seconds, mean over seeds", "", barmode="stack")
