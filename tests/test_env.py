@@ -25,6 +25,8 @@ import textrl_gym
 from textrl_gym import registry
 from textrl_gym.core import Row, StopReason
 from textrl_gym.evaluation.check_env import PROPERTIES, check_env
+from textrl_gym.mdp.render import Renderer
+from textrl_gym.mdp.task import load_task
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 
 IDS = sorted(registry.env_ids())
@@ -139,6 +141,28 @@ def test_render_ansi() -> None:
     assert env.render() == "b c a"
     env.step(EOS_ID)
     assert env.render() == "b c a <eos> [EOS]"
+
+
+def test_render_rgb_array() -> None:
+    env: Any = gym.make("TLDRSummarize-v0", render_mode="rgb_array")
+    env.reset(seed=0)
+    first = env.render()
+    assert isinstance(first, np.ndarray) and first.shape == (480, 640, 3) and first.dtype == np.uint8
+    env.step(env.unwrapped.tokenizer(" word")["input_ids"][0])
+    second = env.render()
+    assert isinstance(second, np.ndarray)
+    blue = (second == (0, 70, 140)).all(-1)
+    assert blue.any() and not (first == (0, 70, 140)).all(-1).any(), "the completion has a colour of its own"
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "", " ", "\n\n", "word " * 500, "日本語" * 50, "a\x00\x1b[2Jb"])
+def test_any_text_is_a_picture(text: str) -> None:
+    tokenizer = load_task("textrl_gym.envs.tldr_summarize").load_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    frame = Renderer(tokenizer).picture(ids, ids, StopReason.LENGTH)
+    assert frame.shape == (480, 640, 3)
+    margin = np.concatenate([frame[:, :8].reshape(-1), frame[:, -8:].reshape(-1)])
+    assert (margin == 255).all(), "no line runs out of the picture"
 
 
 def test_render_human(capsys: pytest.CaptureFixture[str]) -> None:

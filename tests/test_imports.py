@@ -19,7 +19,7 @@ import pytest
 # The floors of the house, lowest first: root modules and wings.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"lazy"}),
-    frozenset({"bounds", "core", "functional", "kl", "files", "stats"}),
+    frozenset({"bounds", "console", "core", "functional", "kl", "files", "stats"}),
     frozenset({"registry", "data", "models", "worlds"}),
     frozenset({"policy"}),
     frozenset({"rewards"}),

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import stable_baselines3 as sb3
 import torch
 from gymnasium.vector import AutoresetMode
 from sb3_contrib import TRPO
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.distributions import kl_divergence
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 import textrl_gym
-from textrl_gym.agents import SB3A2C, SB3PPO, SB3TRPO
+from textrl_gym.agents import GRPO, SB3A2C, SB3PPO, SB3TRPO
 from textrl_gym.envs import known_optimum
 from textrl_gym.integrations.sb3_env import TextVecEnv
 from textrl_gym.integrations.sb3_policy import CausalLMPolicy, PolicyLogprob, longest_texts
@@ -355,6 +358,32 @@ def test_other_models_and_temperatures(tmp_path: Path) -> None:
     plain = Policy(policy.lm.model, vocab_size=5, temperature=2.0)
     expected = plain.next_logprobs(obs["input_ids"], obs["attention_mask"])
     torch.testing.assert_close(logits_BV, expected, atol=1e-5, rtol=0)
+
+
+def test_sb3s_own_ways_to_name_an_environment() -> None:
+    # Each asks for render_mode="rgb_array".
+    short: dict[str, Any] = {"n_steps": 6, "batch_size": 6, "n_epochs": 1}
+    sb3.PPO(CausalLMPolicy, "CopyText-v0", **short).learn(12)
+    envs = make_vec_env("CopyText-v0", n_envs=2, seed=0)
+    model = sb3.PPO(CausalLMPolicy, envs, **short).learn(24)
+    sb3.PPO("MultiInputPolicy", "CopyText-v0", **short).learn(12)
+    mean, _ = evaluate_policy(model, envs, n_eval_episodes=4)
+    assert np.isfinite(mean)
+    frame = envs.render()
+    assert isinstance(frame, np.ndarray) and frame.dtype == np.uint8
+
+
+def test_sb3s_eval_callback_in_our_learn(tmp_path: Path) -> None:
+    agent = GRPO("CopyText-v0", rollout_episodes=8, group_size=4, out=tmp_path / "run")
+    envs = VecMonitor(TextVecEnv(gym.make_vec("CopyText-v0", num_envs=2)))
+    log, best = str(tmp_path / "log"), str(tmp_path / "best")
+    callback = EvalCallback(envs, eval_freq=1, n_eval_episodes=4, log_path=log, best_model_save_path=best)
+    with warnings.catch_warnings():
+        # SB3 compares the two environments' types; ours collects in its own, which is no VecEnv.
+        warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
+        agent.learn(60, progress_bar=False, eval_every=0, eval_episodes=4, callback=callback)
+    scores = np.load(tmp_path / "log" / "evaluations.npz")["results"]
+    assert len(scores) == agent.num_updates and np.isfinite(scores).all()
 
 
 def test_bad_arguments_name_themselves() -> None:

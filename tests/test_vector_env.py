@@ -338,7 +338,7 @@ def test_a_reset_mask_before_the_first_reset() -> None:
     [
         ({"kl_estimator": "k4"}, "unknown kl_estimator 'k4'; allowed: k1, k2, k3, full"),
         ({"array": "jax"}, "array must be one of numpy, torch, got 'jax'"),
-        ({"render_mode": "rgb"}, "render_mode must be None or one of ansi, human, got 'rgb'"),
+        ({"render_mode": "rgb"}, "render_mode must be None or one of ansi, human, rgb_array, got 'rgb'"),
         ({"mode": "Sometimes"}, "autoreset_mode must be one of NEXT_STEP, SAME_STEP, DISABLED, got 'Sometimes'"),
         ({"group_size": 2}, "num_envs=3 is no multiple of group_size=2"),
         ({"group_size": 0}, "group_size must be a positive integer, got 0"),

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from textrl_gym.console import plain
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -17,7 +19,7 @@ def show_error(error: Exception) -> int:
     from rich.console import Console
 
     text = str(error) or type(error).__name__
-    Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="bold red", markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(plain(f"error: {text}", style="bold red"), highlight=False)
     # Looked up, not imported: health imports torch, and a mistyped word must not wait seconds for that.
     health = sys.modules.get("textrl_gym.evaluation.health")
     return 1 if health is not None and isinstance(error, health.HealthError) else 2
@@ -37,16 +39,15 @@ def make_table(
         left: the headings of columns that hold words; the others hold numbers and are aligned on the right.
         no_wrap: the headings of columns that are never wrapped.
     """
-    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=None if title is None else escape(title), title_justify="left")
+    table = Table(title=None if title is None else plain(title), title_justify="left")
     for heading in headings:
         table.add_column(
-            heading, justify="left" if heading in left else "right", no_wrap=heading in no_wrap, overflow="fold"
+            plain(heading), justify="left" if heading in left else "right", no_wrap=heading in no_wrap, overflow="fold"
         )
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(plain, row))
     return table
 
 

@@ -20,6 +20,7 @@ from annotated_types import Ge
 
 from textrl_gym import files, registry
 from textrl_gym.bounds import check_settings
+from textrl_gym.console import plain
 from textrl_gym.experiments.progress import LiveTable
 from textrl_gym.experiments.results import ERROR, LOG, PLAN, RESULT, RUNS, SPEC, TABLE, tidy
 from textrl_gym.mdp.task import load_env_task
@@ -313,7 +314,6 @@ def print_finals(table: DataFrame) -> None:
     Shown are the metrics that have a short heading, and those that the registry does not know, by their own names.
     """
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from textrl_gym.evaluation.metrics import METRICS, metric, metric_names, number
@@ -327,10 +327,10 @@ def print_finals(table: DataFrame) -> None:
     shown = Table("agent", *(["coef."] if swept else []), "seeds")
     shown.columns[0].no_wrap = True
     for name in names:
-        shown.add_column(metric(name).short or escape(name), justify="right")
+        shown.add_column(plain(metric(name).short or name), justify="right")
     for (agent, coef), rows in last.groupby(["agent", "kl_coef"], sort=False, dropna=False):
         means = {name: mean for name in names if (mean := rows[name].mean()) == mean}
         numbers = [number(means, name) if name in means else "" for name in names]
         named = [agent, "own" if coef != coef else f"{coef:g}"] if swept else [agent]
-        shown.add_row(*named, str(len(rows)), *numbers)
+        shown.add_row(*map(plain, named), str(len(rows)), *numbers)
     Console().print(shown)

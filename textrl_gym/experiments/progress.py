@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from textrl_gym.console import plain
 from textrl_gym.experiments.results import ERROR, progress, state_of
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 class LiveTable:
@@ -49,15 +51,13 @@ class LiveTable:
             done = int(row.get("time/total_timesteps", 0))
             numbers = [f"{row[key]:.3f}" if key in row else "" for key in ("rollout/score", "rollout/kl_sequence")]
             tokens = f"{min(done / self.total, 1):4.0%}" if done else ""
-            table.add_row(name, self._coloured(state, folder), tokens, *numbers, self._left(name, state, done))
+            table.add_row(plain(name), self._coloured(state, folder), tokens, *numbers, self._left(name, state, done))
         return table
 
-    def _coloured(self, state: str, folder: Path) -> str:
+    def _coloured(self, state: str, folder: Path) -> Text:
         if state == "failed":
-            from rich.markup import escape
-
-            return f"[red]failed: {escape((folder / ERROR).read_text(encoding='utf-8').strip()[:80])}"
-        return {"done": "[green]done", "running": "[bold]running", "waiting": "[dim]waiting"}[state]
+            return plain(f"failed: {(folder / ERROR).read_text(encoding='utf-8').strip()[:80]}", style="red")
+        return plain(state, style={"done": "green", "running": "bold", "waiting": "dim"}[state])
 
     def _left(self, name: str, state: str, done: int) -> str:
         if state != "running":

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
 from torch import Tensor
 
 from textrl_gym.mdp.render import RENDER_MODES
@@ -73,8 +74,8 @@ class TextEnv(gym.Env[Any, Any]):
             _first_info(infos),
         )
 
-    def render(self) -> str | None:
-        """The text of the episode in mode "ansi"; mode "human" prints as the episode goes."""
+    def render(self) -> str | NDArray[np.uint8] | None:
+        """The episode's text in mode "ansi", a picture of it in "rgb_array"; mode "human" prints as it goes."""
         frames = self.vector.render()
         return frames[0] if frames else None
 

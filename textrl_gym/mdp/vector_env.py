@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from textrl_gym import registry
@@ -71,7 +71,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         missing_eos_penalty: taken off the score of an episode whose budget ran out.
         device: where the tensors live: "cpu", "cuda", "auto".
         array: "numpy", or "torch" to keep tensors on the device.
-        render_mode: "ansi", "human" or None.
+        render_mode: "ansi", "human", "rgb_array" (needs Pillow) or None.
         autoreset_mode: Gymnasium's NEXT_STEP, SAME_STEP or DISABLED.
 
     Raises:
@@ -391,8 +391,11 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         tensors = {"input_ids": token_BL, "attention_mask": mask_BL}
         return {k: v.clone() if self.array == "torch" else v.cpu().numpy() for k, v in tensors.items()}
 
-    def render(self) -> tuple[str, ...] | None:
-        """In mode "ansi", the text of every row; "human" prints the first row by itself, as the episode goes."""
+    def render(self) -> tuple[str | NDArray[np.uint8], ...] | None:
+        """Every row's text in mode "ansi", a picture of it in "rgb_array" (uint8 [480, 640, 3], by Pillow).
+
+        Mode "human" prints the first row by itself, as the episode goes.
+        """
         if self._renderer is None:
             gym.logger.warn('render() does nothing without a render_mode: make the environment with render_mode="ansi"')
             return None
@@ -402,6 +405,5 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             return None
         ids = self._completion_ids(np.arange(self.num_envs))
         stops = [StopReason(s) for s in self._state.stop_B.tolist()]
-        return tuple(
-            self._renderer.text(prompt.ids, c, s) for prompt, c, s in zip(self._prompts, ids, stops, strict=True)
-        )
+        show = self._renderer.picture if self.render_mode == "rgb_array" else self._renderer.text
+        return tuple(show(prompt.ids, c, s) for prompt, c, s in zip(self._prompts, ids, stops, strict=True))

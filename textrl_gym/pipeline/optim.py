@@ -66,10 +66,10 @@ class RunningMean:
 def progress_bar() -> Progress:
     """A progress bar: steps done of all, a note such as the loss, the elapsed and the remaining time."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -271,6 +271,9 @@ class Agent:
         """The vector environment that rollouts are collected from."""
         return self.env
 
+    def get_vec_normalize_env(self) -> None:
+        """None: observations are tokens, which nothing normalises. SB3's EvalCallback asks for it."""
+
     def set_env(self, env: EnvLike) -> None:
         """Collect from another environment from now on: an id, a text environment, or a text vector environment.
 

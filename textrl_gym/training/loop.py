@@ -22,6 +22,7 @@ from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.bounds import check_settings
+from textrl_gym.console import plain
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import health
 from textrl_gym.evaluation.evaluator import Evaluator, Player
@@ -180,13 +181,13 @@ class _Run:
         self.saved_time = time.monotonic()
         self.seconds = agent.seconds  # kept by the agent, so that a resumed run goes on counting
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("tokens"),
+            TextColumn("tokens", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             disable=not progress_bar,
         )
@@ -302,7 +303,7 @@ class _Run:
                 outcome = f"the checkpoint of update {agent.num_updates} could not be saved in {self.out}: {failed}"
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
         with contextlib.suppress(OSError):  # a terminal that was closed
-            self.console.print(f"\n{why}: {outcome}", markup=False, highlight=False)
+            self.console.print(plain(f"\n{why}: {outcome}"), highlight=False)
 
     def close(self) -> None:
         self.last.close()
@@ -341,7 +342,7 @@ class _Run:
         agent = self.agent
         fresh = agent.num_timesteps == 0 and agent.starts_at_reference
         lines = health.card(agent.policy, rollout, agent.env.eos_id, fresh=fresh)
-        self.console.print(health.text(lines), highlight=False)
+        self.console.print(plain(health.text(lines)), highlight=False)
         bad = [line for line in lines if not line.ok]
         if bad and self.options.on_bad_health == "stop":
             raise health.HealthError(
@@ -417,14 +418,15 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], timesteps: int) -> Table:
     """A table of completions for the terminal, with the evaluation's means in its title."""
     means = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-    table = Table(title=f"after {timesteps:,} tokens: {means}", title_justify="left", show_lines=True)
+    table = Table(title=plain(f"after {timesteps:,} tokens: {means}"), title_justify="left", show_lines=True)
     table.add_column("prompt (its end)", ratio=3)
     table.add_column("completion", ratio=3)
     table.add_column("score", justify="right")
     table.add_column("gold", justify="right")
     for sample in samples:
         gold = f"{sample['gold']:.2f}" if "gold" in sample else ""
-        table.add_row(sample["prompt"][-300:], sample["completion"].strip(), f"{sample['score']:.2f}", gold)
+        prompt, completion = plain(sample["prompt"][-300:]), plain(sample["completion"].strip())
+        table.add_row(prompt, completion, f"{sample['score']:.2f}", gold)
     return table
 
 

@@ -1,0 +1,47 @@
+"""Texts of users and models in the terminal: brackets are no markup, and nothing steers the terminal."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from textrl_gym.cli.terminal import make_table, show_error
+from textrl_gym.console import plain
+from textrl_gym.experiments.progress import LiveTable
+from textrl_gym.training.loop import samples_table
+
+NASTY = "[INST] say [/INST] [red]not red[/red] [link=http://x]y\\"
+
+
+def printed(*what: object) -> str:
+    console = Console(file=io.StringIO(), width=300, force_terminal=False)
+    console.print(*what)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_brackets_are_shown() -> None:
+    assert printed(plain(NASTY)).strip() == NASTY
+    table = make_table(NASTY, [NASTY], [[NASTY]])
+    assert printed(table).count(NASTY) == 3
+    sample = {"prompt": NASTY, "completion": NASTY, "score": 1.0}
+    assert printed(samples_table([sample], {NASTY: 1.0}, 0)).count(NASTY) == 3
+
+
+def test_the_live_table_shows_brackets(tmp_path: Path) -> None:
+    run = tmp_path / NASTY
+    run.mkdir(parents=True)
+    (run / "error.txt").write_text(NASTY)
+    shown = printed(LiveTable({NASTY: run}, 10, enabled=False)._table(set()))
+    assert shown.count(NASTY) == 2
+
+
+def test_an_error_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    show_error(ValueError(NASTY + "\x1b]0;owned\x07"))
+    err = capsys.readouterr().err
+    assert NASTY in err and "\x1b]0" not in err and "␛]0;owned␇" in err
+
+
+def test_control_characters_are_shown_as_symbols() -> None:
+    assert plain("a\x1b[2Jb\x00c\x7f\x9bd\n\te").plain == "a␛[2Jb␀c␡\ufffdd\n\te"
