@@ -124,6 +124,21 @@ def test_debug_shows_the_traceback() -> None:
         main.main(["--debug", "trian"])
 
 
+@pytest.mark.parametrize("args", [["--help"], ["envs"], ["train", "ppo", "CopyText-v0", "--help"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(args: list[str]) -> None:
+    command = [sys.executable, "-m", "textrl_gym", *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode != 0
+
+
+def test_words_of_an_exit_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(main.COMMANDS, "envs", lambda args: sys.exit("no key in the environment"))
+    assert "no key in the environment" in one_error(capsys, "envs")
+
+
 # -- TOML -------------------------------------------------------------------------------------------------------------
 
 

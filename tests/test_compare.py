@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pandas as pd
 import pytest
 
+from textrl_gym import registry
 from textrl_gym.experiments.compare import CompareConfig, compare, prepare, print_finals
 from textrl_gym.experiments.results import CREDIT, EPISODES, FLOPS, LOG, RESULT, SPEC, tidy
+from textrl_gym.mdp.task import Task
 from textrl_gym.registry import load_agent
 from textrl_gym.training import run_folder
 
@@ -193,6 +196,55 @@ def test_a_judge_of_ones_own_judges_every_evaluation(tmp_path: Path) -> None:
     assert table["gold"].iloc[-1] == pytest.approx(sum(e["gold"] for e in episodes) / 8, abs=1e-6, rel=0)
     with pytest.raises(ValueError, match=r"holds the run grpo-0 with gold='length', not None"):
         prepare(tmp_path / "out", ENV, dataclasses.replace(config, gold=None))
+
+
+TASK = """
+import gymnasium, textrl_gym
+from textrl_gym.envs.copy_text import CopyText
+
+def vowels(completions, **columns):
+    return [float(text.count("a")) for text in completions]
+
+class Mine(CopyText):
+    reward = "their_task:vowels"
+
+gymnasium.register("Mine-v0", "textrl_gym.mdp.text_env:TextEnv",
+    vector_entry_point="textrl_gym.mdp.text_env:TextVectorEnv", kwargs={"task": Mine, "max_new_tokens": 3})
+"""
+
+
+def test_runs_import_the_module_of_a_users_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_task.py").write_text(TASK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = CompareConfig(("grpo",), seeds=1, total_timesteps=60, eval_episodes=4, eval_every=0, save_every=1)
+    out = tmp_path / "out"
+    table = compare("their_task:Mine-v0", config, out, progress_bar=False)
+    assert len(table[table["final"]]) == 1
+    # As it was registered, budget too: it is registered again in the run's process with the same keywords.
+    episodes = [json.loads(line) for line in (out / "runs" / "grpo-0" / EPISODES).read_text().splitlines()]
+    assert max(episode["tokens"] for episode in episodes) <= 3
+    assert all(episode["score"] == episode["completion"].count("a") for episode in episodes)
+    # The folder's checkpoint names the task and its reward; the same call may load it.
+    (out / "runs" / "grpo-0" / RESULT).unlink()
+    assert len(compare("Mine-v0", config, out, progress_bar=False)) == len(table)
+
+
+def test_a_task_that_no_other_process_can_import_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Local(Task):
+        pass
+
+    for task, words in (("__main__:Mine", "'__main__:Mine'"), (Local, "<locals>.Local'"), (Local(), "object at")):
+        registry.register("Local-v0", task)  # type: ignore[arg-type]
+        with pytest.raises(
+            ValueError, match=f"Local-v0 is registered with the task .*{words}.*put the class into a module"
+        ):
+            registry.registration("Local-v0")
+        del gymnasium.registry["Local-v0"]
+    gymnasium.register("Local-v0", registry.ENV_ENTRY, kwargs={"task": "a:B", "reward": len})
+    with pytest.raises(ValueError, match="registered with reward=<built-in function len>"):
+        registry.registration("Local-v0")
+    del gymnasium.registry["Local-v0"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +153,14 @@ def test_a_wrong_part_of_a_mixture_is_named() -> None:
     parts: dict[str, tuple[float, Any]] = {"length": (1.0, load_reward("length")), "mine": (1.0, mine)}
     with pytest.raises(ValueError, match="reward 'mine' gave nan for row 0"):
         RewardFunction("both", parts)(PROMPTS, TEXTS)
+
+
+def test_an_exit_of_a_reward_is_its_error() -> None:
+    def mine(completions: list[str], **columns: Any) -> list[float]:
+        sys.exit("set MY_KEY first")
+
+    with pytest.raises(RuntimeError, match="'mine' raised on row 0, completion 'x': SystemExit: set MY_KEY first"):
+        load_reward(mine)(["p"], ["x"])
 
 
 def test_an_exception_names_the_reward_and_the_row() -> None:

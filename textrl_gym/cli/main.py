@@ -32,23 +32,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0; 1 for a failed check; 2 for a wrong input; 128 + N for signal N."""
     given = list(sys.argv[1:] if argv is None else argv)
     args = [arg for arg in given if arg not in ("--debug", "--trust-code")]
-    if not args or args[0] in ("-h", "--help"):
-        print(help_text())
-        return 0
     if "" not in sys.path:
         sys.path.insert(0, "")  # module:Class may name a file of the folder that the user is in
     registry.trust_all = "--trust-code" in given
     try:
+        try:
+            return _run(args, debug="--debug" in given)
+        finally:
+            sys.stdout.flush()  # here, where an error of it is caught
+    except BrokenPipeError:  # the reader has left, as `head` does
+        # Python flushes once more at its end, into what takes anything.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(args: list[str], debug: bool) -> int:
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(help_text())
+            return 0
         if args[0] not in COMMANDS:
             raise unknown("command", args[0], COMMANDS)
         return COMMANDS[args[0]](args[1:])
     except KeyboardInterrupt as stopped:
         print("interrupted", file=sys.stderr)
         return 128 + getattr(stopped, "number", signal.SIGINT)  # as shells count: 130 for Ctrl-C, 143 for SIGTERM
-    except SystemExit as stopped:  # tyro has printed the help, or what is wrong with a flag
-        return stopped.code if isinstance(stopped.code, int) else 2
+    except SystemExit as stopped:
+        # With a number tyro has printed the help, or what is wrong with a flag; with words nobody has.
+        if isinstance(stopped.code, str):
+            return show_error(RuntimeError(stopped.code))
+        return stopped.code or 0
+    except BrokenPipeError:
+        raise
     except (ValueError, ImportError, OSError, RuntimeError) as error:
-        if "--debug" in given:
+        if debug:
             raise
         return show_error(error)
 

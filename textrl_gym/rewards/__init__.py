@@ -160,7 +160,7 @@ def _checked(name: str, function: Callable[..., Any], batch: dict[str, list[Any]
     """The function's scores as float32 [B] on the CPU, each a finite number."""
     try:
         values = _call(function, batch)  # may be anything: a user's function is checked below, not believed
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that was made a reward may call sys.exit("...")
         raise RuntimeError(_name_row(name, function, batch, error)) from error
     completions = batch["completions"]
     if isinstance(values, Tensor):
@@ -193,7 +193,7 @@ def _number(name: str, row: int, value: Any, completion: str) -> float:
         raise ValueError(f"{_where(name, row, value, completion)}: every row needs a number") from error
 
 
-def _name_row(name: str, function: Callable[..., Any], batch: dict[str, list[Any]], error: Exception) -> str:
+def _name_row(name: str, function: Callable[..., Any], batch: dict[str, list[Any]], error: BaseException) -> str:
     """Words for an exception of a batch, with the first row that raises alone."""
     # A reward may ask a model or a server; after a failure the rows' second call is worth its cost, because "row 37"
     # is what the user needs to know.
@@ -201,7 +201,7 @@ def _name_row(name: str, function: Callable[..., Any], batch: dict[str, list[Any
     for row in range(len(completions)):
         try:
             _call(function, {column: values[row : row + 1] for column, values in batch.items()})
-        except Exception as alone:  # noqa: BLE001 - the caller raises what is said here
+        except (Exception, SystemExit) as alone:  # noqa: BLE001 - the caller raises what is said here
             raised = f"{type(alone).__name__}: {alone}"
             return f"reward {name!r} raised on row {row}, completion {completions[row][:60]!r}: {raised}"
     raised = f"{type(error).__name__}: {error}"
