@@ -44,7 +44,7 @@ NOT_CALLABLE = 3
 
 def test_every_file_is_a_named_reward() -> None:
     assert {"exact_match", "length", "regex", "reward_model", "rouge", "tldr_gold"} <= set(registry.names("rewards"))
-    needs_more = {"regex": "regex:x"}  # no pattern, no reward
+    needs_more = {"regex": "regex:x", "format": "format:x"}  # no pattern, no reward
     for name in registry.names("rewards"):
         if name not in ("reward_model", "ensemble"):  # these need a model: their own tests
             assert load_reward(needs_more.get(name, name)).name.startswith(name)
@@ -93,7 +93,7 @@ def test_a_mixture_is_a_weighted_sum_with_its_parts_at_hand() -> None:
 @pytest.mark.parametrize(
     ("spec", "named"),
     [
-        ("lenght", "unknown reward 'lenght'; allowed: .*exact_match, length.*package.module:name"),
+        ("lenght", "unknown reward 'lenght'; allowed: .*exact_match, format, json_valid, length.*package.module:name"),
         ("runs/rm", "unknown reward 'runs/rm': there is no such folder in /.*; allowed: "),
         ("lenght:3", "unknown reward 'lenght:3'.*no module 'lenght'.*allowed: .*length"),
         ("rouge_score.tokenize:nothing", "has no 'nothing'.*allowed: .*length"),
