@@ -105,7 +105,7 @@ def test_custom_agent_outside_the_package(root: Path, tmp_path: Path) -> None:
     state = json.loads((tmp_path / "runs" / "mine" / "agent.json").read_text())
     assert (state["agent"], state["config"]["decay"]) == ("my_agents:Reinforce", 0.5)
     assert state["extra_state"]["baseline"] != 0
-    assert "KL to the reference" in run("evaluate", "runs/mine", "--episodes", "8")
+    assert "KL to the reference" in run("evaluate", "runs/mine", "--episodes", "8", "--trust-code")
 
 
 def test_demo(example: Path, capsys: pytest.CaptureFixture[str]) -> None:

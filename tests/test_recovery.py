@@ -123,7 +123,7 @@ def test_a_sentinel_reward_keeps_the_last_good_checkpoint(tmp_path: Path, capsys
     assert "saved the checkpoint of update 3" in process.stderr
     sys.path.insert(0, str(tmp_path))
     try:
-        agent = load_agent(tmp_path / "run")
+        agent = load_agent(tmp_path / "run", trust_code=True)
     finally:
         sys.path.remove(str(tmp_path))
     assert agent.num_updates == 3
