@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from textrl_gym.core import StopReason as StopReason
     from textrl_gym.evaluation.check_env import check_env as check_env
     from textrl_gym.evaluation.evaluator import evaluate as evaluate
+    from textrl_gym.mdp.env_settings import EnvSettings as EnvSettings
     from textrl_gym.mdp.task import Task as Task
     from textrl_gym.mdp.text_env import TextEnv as TextEnv
     from textrl_gym.mdp.text_env import TextVectorEnv as TextVectorEnv
@@ -33,6 +34,7 @@ _HOME = {
     "Policy": "policy.policy",
     "collect": "rollouts.collect",
     "Task": "mdp.task",
+    "EnvSettings": "mdp.env_settings",
 }
 
 register = _registry.register

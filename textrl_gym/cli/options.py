@@ -14,7 +14,7 @@ import tyro
 
 from textrl_gym.bounds import Bounds, bounds_of
 from textrl_gym.registry import unknown
-from textrl_gym.training.env_settings import parse_reward
+from textrl_gym.mdp.env_settings import parse_reward
 
 if TYPE_CHECKING:
     from textrl_gym.training.agent import Agent

@@ -1,6 +1,7 @@
 """The token MDP as Gymnasium environments.
 
 - `task`: Task: prompts, budgets, model and reward of one environment id
+- `env_settings`: EnvSettings: the environment as flags, TOML files and the pipeline's functions name it
 - `transition`: the MDP as pure functions: append a token, when an episode ends, reward
 - `vector_env`: TextVectorEnv: B rows on one device
 - `text_env`: TextEnv: one row
@@ -20,6 +21,7 @@ __getattr__ = lazy(
     __name__,
     {
         "Task": "task",
+        "EnvSettings": "env_settings",
         "State": "transition",
         "initial_state": "transition",
         "TextVectorEnv": "vector_env",

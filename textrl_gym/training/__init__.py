@@ -1,7 +1,6 @@
 """Training: the agents' base class, the loop around its updates, and a run's files.
 
-- `config`: settings that every agent has, and those of its environment
-- `env_settings`: settings of the environment as flags and TOML files give them
+- `config`: settings that every agent has
 - `agent`: Agent: the base of every algorithm
 - `loop`: collect, update, adapt the KL coefficient, log, evaluate, save
 - `callbacks`: callbacks that see evaluations; the monitor of reward hacking
@@ -21,7 +20,6 @@ __getattr__ = lazy(
     __name__,
     {
         "AgentConfig": "config",
-        "EnvSettings": "env_settings",
         "Agent": "agent",
         "TrainOptions": "loop",
         "EvaluationCallback": "callbacks",

@@ -1,7 +1,8 @@
-"""Settings of a run's environment, as flags and TOML files give them. Loads no torch."""
+"""Settings of an environment, as flags, TOML files and the functions of the pipeline take them. Loads no torch."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -12,6 +13,8 @@ from textrl_gym import registry
 
 if TYPE_CHECKING:  # loads no torch
     from gymnasium.vector import VectorEnv
+
+    from textrl_gym.mdp.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,22 @@ class EnvSettings:
         if self.stop is not None:
             given["stop"] = list(self.stop)  # as a checkpoint's JSON gives it back
         return given
+
+    def task(self, env_id: str) -> Task:
+        """The task of a registered environment with these settings in place of its own budgets, stops and reward.
+
+        Raises:
+            ValueError: there is no such environment of text.
+        """
+        from textrl_gym.mdp.task import load_env_task
+
+        task = copy.copy(load_env_task(env_id))  # which may be the one that the user has registered
+        for name in ("max_prompt_tokens", "max_new_tokens", "stop"):
+            if getattr(self, name) is not None:
+                setattr(task, name, getattr(self, name))
+        if self.reward is not None:
+            task.reward = parse_reward(self.reward)
+        return task
 
     def import_code(self) -> None:
         """Import the rewards that are named as module:name, so that a checkpoint may name them too."""
