@@ -14,8 +14,8 @@ import pytest
 from textrl_gym import files
 from textrl_gym.cli import main
 from textrl_gym.cli.options import read_toml
-from textrl_gym.registry import load_agent, text_envs
 from textrl_gym.mdp.env_settings import EnvSettings, parse_reward
+from textrl_gym.registry import load_agent, text_envs
 
 TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import tyro
 
 from textrl_gym.bounds import Bounds, bounds_of
-from textrl_gym.registry import unknown
 from textrl_gym.mdp.env_settings import parse_reward
+from textrl_gym.registry import unknown
 
 if TYPE_CHECKING:
     from textrl_gym.training.agent import Agent

@@ -23,9 +23,9 @@ from textrl_gym.bounds import check_settings
 from textrl_gym.console import plain
 from textrl_gym.experiments.progress import LiveTable
 from textrl_gym.experiments.results import ERROR, LOG, PLAN, RESULT, RUNS, SPEC, TABLE, tidy
+from textrl_gym.mdp.env_settings import parse_reward
 from textrl_gym.mdp.task import load_env_task
 from textrl_gym.training.config import make_config
-from textrl_gym.mdp.env_settings import parse_reward
 from textrl_gym.training.run_folder import renamed
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files, registry
 from textrl_gym.experiments.results import CREDIT, EPISODES, ERROR, FLOPS, LOG, RESULT, SPEC
+from textrl_gym.mdp.env_settings import EnvSettings, make_env
 from textrl_gym.mdp.task import load_env_task
 from textrl_gym.training.config import make_config
-from textrl_gym.mdp.env_settings import EnvSettings, make_env
 from textrl_gym.training.run_folder import renamed
 
 if TYPE_CHECKING:  # the names of files are needed by those who load no torch
