@@ -159,10 +159,10 @@ def test_training_goes_on_with_the_members_that_are_missing(
     learnt: list[tuple[str, list[RankedCompletions]]] = []
     train_on = reward_model.train_on
 
-    def watched(data: Any, env_id: str, member: RewardModelConfig, out: Path) -> Any:
+    def watched(data: Any, member: RewardModelConfig, out: Path) -> Any:
         data.train = list(data.train)  # of a single model it is a stream
         learnt.append((out.name, list(reward_data.in_order(data.train, member))))
-        return train_on(data, env_id, member, out)
+        return train_on(data, member, out)
 
     monkeypatch.setattr(reward_ensemble, "train_on", watched)
     out = tmp_path / "both"

@@ -12,6 +12,7 @@ from textrl_gym.cli import main
 from textrl_gym.data import preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.pipeline import sample_preferences
 from textrl_gym.pipeline.sample_preferences import Labeller, PreferenceConfig, draw_prompts, make_preferences
 from textrl_gym.rewards.tldr_gold import score_parts
@@ -79,8 +80,8 @@ def test_a_saved_agent_against_the_start(agent: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["annotators", "gold", "reward_model"])
 def test_who_labels_the_embedded_posts(label: str, tmp_path: Path) -> None:
-    config = PreferenceConfig(n=6, label=label, batch_size=6, split="validation")
-    make_preferences("TLDRSummarize-v0", config, tmp_path / "pairs.jsonl")
+    config = PreferenceConfig(n=6, label=label, batch_size=6)
+    make_preferences("TLDRSummarize-v0", config, tmp_path / "pairs.jsonl", EnvSettings(split="validation"))
     rows, source = written(tmp_path / "pairs.jsonl"), TLDRSummarize().rows("validation")
     draws = draw_prompts(len(source), 6, config.seed)
     post_of = {source[i]["prompt"]: source[i] for _ in range(2) for i in next(draws)}
@@ -122,13 +123,14 @@ def test_errors_come_before_the_work_and_leave_nothing(tmp_path: Path, agent: Pa
         ({}, "label 'annotators' needs the task's gold score, and CopyText has none"),
         ({"label": "nothing"}, "unknown reward 'nothing'"),
         ({"label": COPIED, "model": "/nowhere"}, "there is no folder '/nowhere'"),
-        ({"label": COPIED, "dataset": "no.jsonl"}, "has only its own prompts"),
         ({"label": f"{__name__}:constant", "n": 3}, r"prompts did not give n=3 pairs.*with equal scores"),
     ):
         with pytest.raises(ValueError, match=words):
             make_preferences("CopyText-v0", PreferenceConfig(**settings), out)
     with pytest.raises(ValueError, match="must be a file"):
         make_preferences("CopyText-v0", PreferenceConfig(label=COPIED), tmp_path / "pairs")
+    with pytest.raises(ValueError, match="has only its own prompts"):
+        make_preferences("CopyText-v0", PreferenceConfig(label=COPIED), out, EnvSettings(dataset="no.jsonl"))
     config = PreferenceConfig(label=COPIED, model=TLDRSummarize.model, other_model="start")
     with pytest.raises(ValueError, match="have different tokenizers"):
         make_preferences("CopyText-v0", config, out)

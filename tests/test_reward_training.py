@@ -203,7 +203,7 @@ def test_a_curve_of_simulated_annotators_starts_where_the_model_does(tiny_model:
     task = TLDRSummarize()
     policies = [Policy(task.load_model(name)) for name in (None, tiny_model)]
     comparer = Comparer(task, policies, loading.load_tokenizer(tiny_model), everything)
-    total = sum(len(c.pairs) for c in comparer.stream("train", TINY.prompts, TINY.seed + 1))
+    total = sum(len(c.pairs) for c in comparer.stream(task.rows("train"), TINY.prompts, TINY.seed + 1))
     config = RewardModelConfig(**{**vars(everything), "curve": (total, 5)})
     record = reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
     ((accuracy,), curve) = record["accuracy"], record["curve"]

@@ -1,6 +1,5 @@
 """Supervised training: the loss counts completion tokens only, packing changes nothing, the seed decides everything."""
 
-import dataclasses
 import json
 import random
 from pathlib import Path
@@ -12,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading, tiny
 from textrl_gym.models.packing import pack
 from textrl_gym.models.tokenizer import EOS, train_tokenizer
@@ -114,17 +114,17 @@ def test_the_curriculum_lowers_the_copying_loss() -> None:
 
 
 @pytest.fixture
-def tiny_config(tmp_path: Path) -> SFTConfig:
-    """TINY on 60 of the task's rows: a tokenizer learns from 4,000 of them for ten seconds."""
+def few_rows(tmp_path: Path) -> EnvSettings:
+    """60 of the task's rows: a tokenizer learns from 4,000 of them for ten seconds."""
     rows = TLDRSummarize().demonstrations("train")
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(rows[i]) for i in range(60)))
-    return dataclasses.replace(TINY, dataset=str(file))
+    return EnvSettings(dataset=str(file))
 
 
-def test_the_seed_decides_the_weights_and_the_folder_is_complete(tmp_path: Path, tiny_config: SFTConfig) -> None:
-    sft.sft("TLDRSummarize-v0", tiny_config, tmp_path / "a")
-    sft.sft("TLDRSummarize-v0", tiny_config, str(tmp_path / "b"))  # a path may be a string
+def test_the_seed_decides_the_weights_and_the_folder_is_complete(tmp_path: Path, few_rows: EnvSettings) -> None:
+    sft.sft("TLDRSummarize-v0", TINY, tmp_path / "a", few_rows)
+    sft.sft("TLDRSummarize-v0", TINY, str(tmp_path / "b"), few_rows)  # a path may be a string
     a, b = (loading.load_model(tmp_path / name) for name in "ab")
     for key, value in a.state_dict().items():
         assert torch.equal(value, b.state_dict()[key]), key
@@ -134,13 +134,14 @@ def test_the_seed_decides_the_weights_and_the_folder_is_complete(tmp_path: Path,
     assert loading.load_tokenizer(tmp_path / "a").eos_token == EOS
 
 
-def test_a_users_file_and_a_given_model(tmp_path: Path, tiny_config: SFTConfig) -> None:
+def test_a_users_file_and_a_given_model(tmp_path: Path, few_rows: EnvSettings) -> None:
     file = tmp_path / "mine.jsonl"
     rows = [{"prompt": f"Say {i}.\n\nTL;DR:", "completion": f" {i}"} for i in range(8)]
     file.write_text("\n".join(map(json.dumps, rows)))
-    sft.sft("TLDRSummarize-v0", tiny_config, tmp_path / "first")
-    config = SFTConfig(model=str(tmp_path / "first"), dataset=str(file), steps=30, batch_size=4, learning_rate=1e-2)
-    record = sft.sft("TLDRSummarize-v0", config, tmp_path / "second")
+    sft.sft("TLDRSummarize-v0", TINY, tmp_path / "first", few_rows)
+    config = SFTConfig(model=str(tmp_path / "first"), steps=30, batch_size=4, learning_rate=1e-2)
+    record = sft.sft("TLDRSummarize-v0", config, tmp_path / "second", EnvSettings(dataset=str(file)))
+    assert record["env"]["dataset"] == str(file)
     assert record["measured"]["heldout_loss"] < 5.5  # ln 2048 = 7.6 nats before; none of its rows was learnt
 
 
@@ -150,7 +151,7 @@ def test_errors_name_what_was_found(tmp_path: Path) -> None:
     file = tmp_path / "wrong.jsonl"
     file.write_text('{"question": "a", "answer": "b"}\n')
     with pytest.raises(ValueError, match=r"columns question, answer; expected: .*prompt, completion"):
-        sft.sft("TLDRSummarize-v0", SFTConfig(dataset=str(file)), tmp_path)
+        sft.sft("TLDRSummarize-v0", SFTConfig(), tmp_path, EnvSettings(dataset=str(file)))
     with pytest.raises(ValueError, match=r"found .*prompt"):
         sft.demonstrations(_NoTexts(), "train", None)
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textrl_gym.cli.options import Part, flag, flat, parse_flags, positional
+from textrl_gym.cli.options import Part, flag, flat, parse_flags, positional, with_bounds
 from textrl_gym.cli.terminal import print_rows, print_tables, records_table
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.registry import find_env
 
 if TYPE_CHECKING:
@@ -45,21 +46,22 @@ def _run(
     command: str,
     about: str | None,
     config: type[Any],
-    work: Callable[[str, Any, Path], dict[str, Any]],
+    work: Callable[[str, Any, Path, EnvSettings], dict[str, Any]],
     args: Sequence[str],
 ) -> dict[str, Any]:
-    """Read the flags ENV, --out and those of the config, do the work, and print what was measured.
+    """Read ENV, --out, and the flags of the config and the environment, do the work, and print what was measured.
 
     Returns:
         The record of the work.
     """
     parts: list[Part] = [
-        ("env", positional("ENV", str, "an environment id, or module:ID")),
+        ("environment", positional("ENV", str, "an environment id, or module:ID")),
         ("out", flag(Path, "the file or folder to write")),
         ("config", flat(config)),
+        ("env", with_bounds(EnvSettings), EnvSettings()),
     ]
     parsed = parse_flags(command, about, parts, args)
-    record = work(find_env(parsed.env), parsed.config, parsed.out)
+    record = work(find_env(parsed.environment), parsed.config, parsed.out, parsed.env)
     # Lists and missing values stay in the record; a terminal has no room for them.
     measured = {name: value for name, value in record["measured"].items() if isinstance(value, int | float)}
     print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in measured.items()})

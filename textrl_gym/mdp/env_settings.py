@@ -7,9 +7,12 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from textrl_gym import registry
+from textrl_gym.bounds import check_settings
 
 if TYPE_CHECKING:  # loads no torch
     from gymnasium.vector import VectorEnv
@@ -22,7 +25,7 @@ class EnvSettings:
     """Keyword arguments of the environment; None: the task's own."""
 
     split: Literal["train", "validation", "test"] = "train"
-    """The prompts to train on."""
+    """The prompts of training."""
     dataset: str | None = None
     """A Hub id, or a local file or folder; None: the embedded prompts."""
     tokenizer: str | None = None
@@ -31,14 +34,17 @@ class EnvSettings:
     """A name, name:argument, package.module:name or a folder with a reward model; or a weighted sum of such, as
     rouge=1.0,length=-0.01, or as JSON {"rouge": 1.0} (in a TOML file a table). An argument may hold "=": regex:the=1 is
     the pattern the=1."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Annotated[int | None, Ge(1)] = None
     """Longer prompts are cut at the end of their body."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int | None, Ge(1)] = None
     """The budget of a completion."""
     stop: tuple[str, ...] | None = None
     """Strings that end an episode."""
-    missing_eos_penalty: float = 0.0
+    missing_eos_penalty: Annotated[float, Ge(0)] = 0.0
     """Taken off the score of an episode whose budget ran out."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def keywords(self) -> dict[str, Any]:
         """The settings that differ from their defaults, as the environment takes them."""

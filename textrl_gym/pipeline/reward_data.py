@@ -14,7 +14,8 @@ from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
-from textrl_gym.mdp.task import Task, load_env_task
+from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.mdp.task import Task
 from textrl_gym.pipeline.simulated_comparisons import Comparer
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
@@ -87,6 +88,8 @@ class RewardModelConfig:
 class RewardData:
     """What reward models are trained on and measured on."""
 
+    env_id: str
+    env: EnvSettings
     task: Task
     tokenizer: PreTrainedTokenizerBase
     train: Iterable[RankedCompletions]
@@ -107,15 +110,16 @@ class RewardData:
         return self.heldout | self.measured_only
 
 
-def gather(env_id: str, config: RewardModelConfig) -> RewardData:
+def gather(env_id: str, config: RewardModelConfig, env: EnvSettings | None = None) -> RewardData:
     """Everything that is read or sampled before training; the same for every `seed` where `data_seed` is given.
 
     Raises:
         ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
     """
     drawn = dataclasses.replace(config, seed=config.seed if config.data_seed is None else config.data_seed)
-    task = load_env_task(env_id)
-    tokenizer = task.load_tokenizer(config.model)
+    env = env or EnvSettings()
+    task = env.task(env_id)
+    tokenizer = task.load_tokenizer(env.tokenizer or config.model)
     budget: dict[str, Any] = {"most": config.eval_prompts, "seed": drawn.seed, "whole": True}
     more = {
         name: read_preferences(name, "validation", task, tokenizer, **budget)
@@ -123,22 +127,28 @@ def gather(env_id: str, config: RewardModelConfig) -> RewardData:
         if name not in config.dataset
     }
     make = from_datasets if config.dataset else simulated
-    return dataclasses.replace(make(task, tokenizer, drawn), measured_only=more)
+    return dataclasses.replace(make(env_id, env, task, tokenizer, drawn), measured_only=more)
 
 
-def simulated(task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> RewardData:
+def simulated(
+    env_id: str, env: EnvSettings, task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig
+) -> RewardData:
     """Comparisons by simulated annotators, sampled while they are learnt (before, where a curve needs them again)."""
     names = dict.fromkeys([config.policy, config.model])
     comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
     check_curve(config, config.prompts * math.comb(config.samples + config.candidates, 2))
-    stream: Iterable[RankedCompletions] = comparer.stream("train", config.prompts, config.seed + 1)
+    stream: Iterable[RankedCompletions] = comparer.stream(
+        task.rows(env.split, env.dataset), config.prompts, config.seed + 1
+    )
     if config.curve:
         stream = list(stream)
-    heldout = list(comparer.stream("validation", config.eval_prompts, config.seed))
-    source = task.rows("validation")
+    source = task.rows("validation", env.dataset)
+    heldout = list(comparer.stream(source, config.eval_prompts, config.seed))
     rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
     samples = comparer.compare(comparer.policies[0], rows, config.seed, samples=4, temperature=1.0, candidates=0)
     return RewardData(
+        env_id,
+        env,
         task,
         tokenizer,
         stream,
@@ -149,7 +159,9 @@ def simulated(task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardMode
     )
 
 
-def from_datasets(task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig) -> RewardData:
+def from_datasets(
+    env_id: str, env: EnvSettings, task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig
+) -> RewardData:
     """The user's preferences, of all data sets in one random order."""
     train: list[RankedCompletions] = []
     heldout = {}
@@ -160,7 +172,7 @@ def from_datasets(task: Task, tokenizer: PreTrainedTokenizerBase, config: Reward
         )
     random.Random(config.seed).shuffle(train)
     check_curve(config, sum(len(c.pairs) for c in train))
-    return RewardData(task, tokenizer, train, len(train), heldout)
+    return RewardData(env_id, env, task, tokenizer, train, len(train), heldout)
 
 
 def in_order(train: Iterable[RankedCompletions], config: RewardModelConfig) -> Iterable[RankedCompletions]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from textrl_gym import files
 from textrl_gym.data.ranked import RankedCompletions
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading
 from textrl_gym.pipeline.reward_data import RewardData, RewardModelConfig, gather
 from textrl_gym.pipeline.reward_metrics import accuracy_row, gaps, gold_agreement, score_all
@@ -34,7 +35,9 @@ CompletionScores = list[list[float]]
 """Of each completion of each prompt."""
 
 
-def train_rewards(env_id: str, config: RewardModelConfig, out: str | Path) -> dict[str, Any]:
+def train_rewards(
+    env_id: str, config: RewardModelConfig, out: str | Path, env: EnvSettings | None = None
+) -> dict[str, Any]:
     """A single reward model, or an ensemble where config.ensemble says so; returns the record of the work.
 
     Raises:
@@ -47,34 +50,37 @@ def train_rewards(env_id: str, config: RewardModelConfig, out: str | Path) -> di
     # A folder with both would be read as the one or the other by what is looked for first.
     if (out / other).is_file():
         raise ValueError(f"{str(out)!r} holds {other}, so {kind} cannot be written to it: name another --out")
-    return train(env_id, config, out)
+    return train(env_id, config, out, env)
 
 
-def train_ensemble(env_id: str, config: RewardModelConfig, out: str | Path) -> dict[str, Any]:
+def train_ensemble(
+    env_id: str, config: RewardModelConfig, out: str | Path, env: EnvSettings | None = None
+) -> dict[str, Any]:
     """Train the members that are missing, and write `ensemble.json` and `ensemble_training.json`.
 
     Args:
-        env_id: as of `train_reward_model`.
+        env_id, env: as of `train_reward_model`.
         out: the folder; members are its subfolders 0, 1, ... The same call goes on where the last one was stopped.
 
     Raises:
         ValueError: as of `train_reward_model`; or the folder holds another training's members.
     """
-    out = Path(out)
+    out, env = Path(out), env or EnvSettings()
     data_seed = config.seed if config.data_seed is None else config.data_seed
     single = dataclasses.replace(config, ensemble=0, combine="mean", coefficient=ensemble.COEFFICIENT)
     members = {
         str(i): dataclasses.replace(single, seed=config.seed + i, data_seed=data_seed) for i in range(config.ensemble)
     }
-    missing = {name: member for name, member in members.items() if not is_trained(out / name, env_id, member)}
-    data = gather(env_id, config)
+    missing = {name: member for name, member in members.items() if not is_trained(out / name, env_id, member, env)}
+    data = gather(env_id, config, env)
     if missing:
         # Simulated comparisons are sampled as they are read; each member needs all of them again.
         data.train = list(data.train)
     for name, member in missing.items():
-        train_on(data, env_id, member, out / name)
+        train_on(data, member, out / name)
     record = {
         "environment": env_id,
+        "env": dataclasses.asdict(env),
         "config": dataclasses.asdict(config),
         **measure_ensemble([out / name for name in members], data, config),
     }
@@ -87,7 +93,7 @@ def train_ensemble(env_id: str, config: RewardModelConfig, out: str | Path) -> d
     return json.loads(text)
 
 
-def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
+def is_trained(folder: Path, env_id: str, config: RewardModelConfig, env: EnvSettings) -> bool:
     """Whether a folder holds the reward model of these settings.
 
     Raises:
@@ -97,8 +103,11 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
     record = read_record(folder)
     if record is None:
         return False
-    before = {"environment": record["environment"], **record["config"]}
-    settings = json.loads(json.dumps({"environment": env_id, **dataclasses.asdict(config)}))
+    # Version 0.1 had no settings of the environment, which were the task's own.
+    before = {"environment": record["environment"], **prefixed(record.get("env", dataclasses.asdict(EnvSettings())))}
+    before |= record["config"]
+    settings = {"environment": env_id, **prefixed(dataclasses.asdict(env)), **dataclasses.asdict(config)}
+    settings = json.loads(json.dumps(settings))
     for key, value in settings.items():
         if before.get(key) != value:
             raise ValueError(
@@ -106,6 +115,11 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig) -> bool:
                 "or name another --out"
             )
     return True
+
+
+def prefixed(env: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an environment by the names of their flags."""
+    return {f"env.{name}": value for name, value in env.items()}
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification
 
 from textrl_gym import files
 from textrl_gym.data.ranked import RankedCompletions
-from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading
 from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend, progress_bar
 from textrl_gym.pipeline.replaced_tokens import CorruptingTask, train_replaced_tokens
@@ -44,7 +44,7 @@ from textrl_gym.rewards.reward_model import NORMALISATION_FILE
 from textrl_gym.stats.pairwise import agreement
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 TRAINING_RECORD = "reward_training.json"
 """Settings and measurements, in a reward model's folder."""
@@ -95,19 +95,17 @@ def batched(stream: Iterator[RankedCompletions], size: int) -> Iterator[list[Ran
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def pretrain(
-    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig
-) -> float | None:
+def pretrain(model: PreTrainedModel, data: RewardData, config: RewardModelConfig) -> float | None:
     """Replaced-token detection, where the task can corrupt its texts; returns its last loss in nats a token."""
-    if not config.replaced_token_steps or not isinstance(task, CorruptingTask):
+    if not config.replaced_token_steps or not isinstance(data.task, CorruptingTask):
         return None
     with progress_bar() as bar:
         row = bar.add_task("replaced tokens", total=config.replaced_token_steps, note="")
         return train_replaced_tokens(
             model,
-            task,
-            tokenizer,
-            task.rows("train"),
+            data.task,
+            data.tokenizer,
+            data.task.rows(data.env.split, data.env.dataset),
             steps=config.replaced_token_steps,
             batch_size=config.replaced_token_batch_size,
             learning_rate=config.learning_rate,
@@ -172,12 +170,16 @@ def measure_curve(initial: PreTrainedModel, data: RewardData, config: RewardMode
     return rows
 
 
-def train_reward_model(env_id: str, config: RewardModelConfig, out: str | Path) -> dict[str, Any]:
+def train_reward_model(
+    env_id: str, config: RewardModelConfig, out: str | Path, env: EnvSettings | None = None
+) -> dict[str, Any]:
     """Train a reward model and save it with its tokenizer, `reward_model.json` and `reward_training.json`.
 
     Args:
         env_id: a registered environment, whose task says how prompts are cut and how long completions may be.
         out: the folder to write; `reward="reward_model:FOLDER"` scores with it.
+        env: the prompts that simulated annotators see (dataset and split) and the budgets, where they are not the
+            task's own.
 
     Returns:
         What is in reward_training.json: settings and measurements.
@@ -185,14 +187,14 @@ def train_reward_model(env_id: str, config: RewardModelConfig, out: str | Path) 
     Raises:
         ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
     """
-    return train_on(gather(env_id, config), env_id, config, Path(out))
+    return train_on(gather(env_id, config, env), config, Path(out))
 
 
-def train_on(data: RewardData, env_id: str, config: RewardModelConfig, out: Path) -> dict[str, Any]:
+def train_on(data: RewardData, config: RewardModelConfig, out: Path) -> dict[str, Any]:
     """train_reward_model, of data that has been gathered."""
     # 1. The model.
     model = new_reward_model(data.task.load_model(config.model), config.seed)
-    pretraining_loss = None if config.dataset else pretrain(model, data.task, data.tokenizer, config)
+    pretraining_loss = None if config.dataset else pretrain(model, data, config)
 
     # 2. Train.
     # Each point of the curve begins where this training does, pretraining included.
@@ -216,7 +218,8 @@ def train_on(data: RewardData, env_id: str, config: RewardModelConfig, out: Path
         norm, measured = measure_simulated(model, data, raw[next(iter(data.heldout))])
         measured["replaced_token_loss"] = pretraining_loss
     record: dict[str, Any] = {
-        "environment": env_id,
+        "environment": data.env_id,
+        "env": dataclasses.asdict(data.env),
         "config": dataclasses.asdict(config),
         "measured": {"train_loss": loss, **measured},
         "accuracy": accuracy_table(gaps_of),

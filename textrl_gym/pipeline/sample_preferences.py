@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from textrl_gym import files
 from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
-from textrl_gym.mdp.task import Task, load_env_task
+from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.mdp.task import Task
 from textrl_gym.models import loading, lora
 from textrl_gym.pipeline.optim import progress_bar
 from textrl_gym.pipeline.simulated_comparisons import decode, sample_texts
@@ -54,10 +55,6 @@ class PreferenceConfig:
     label: str = ANNOTATORS
     """Who chooses. "annotators": the simulated ones, by the task's gold score, noise and all; "gold": the
     higher gold score; else the higher score of this reward (a name, package.module:name or a folder)."""
-    dataset: str | None = None
-    """Prompts: a Hub id, or a local file or folder; None: the task's embedded ones."""
-    split: Literal["train", "validation", "test"] = "train"
-    """Of the prompts."""
     temperature: Annotated[float, Ge(0)] = 1.0
     """Of sampling; 0 is greedy, for two different models."""
     batch_size: Annotated[int, Ge(1)] = 64
@@ -165,10 +162,11 @@ def draw_prompts(size: int, count: int, seed: int) -> Iterator[list[int]]:
 class Pairer:
     """Samples pairs of a task's prompts and has them labelled."""
 
-    def __init__(self, task: Task, config: PreferenceConfig) -> None:
+    def __init__(self, env_id: str, config: PreferenceConfig, env: EnvSettings) -> None:
         """Raises ValueError where the models, the label or the prompts are not to be had."""
-        self.task, self.config = task, config
-        self.source = task.rows(config.split, config.dataset)
+        self.task = task = env.task(env_id)
+        self.config = config
+        self.source = task.rows(env.split, env.dataset)
         self.policies, self.tokenizer = load_policies(task, config)
         self.labeller = Labeller(task, self.tokenizer, config)
         self.names = [config.model or START, config.other_model or config.model or START]
@@ -227,12 +225,15 @@ class Pairer:
             )
 
 
-def make_preferences(env_id: str, config: PreferenceConfig, out: str | Path) -> dict[str, Any]:
+def make_preferences(
+    env_id: str, config: PreferenceConfig, out: str | Path, env: EnvSettings | None = None
+) -> dict[str, Any]:
     """Sample, label and write pairs; the file appears when it is whole.
 
     Args:
         env_id: a registered environment.
         out: the file to write, *.jsonl.
+        env: the prompts (dataset and split) and the budgets, where they are not the task's own.
 
     Returns:
         {"measured": what was counted: pairs, prompts drawn, those with equal texts and with ties, mean scores}.
@@ -245,7 +246,7 @@ def make_preferences(env_id: str, config: PreferenceConfig, out: str | Path) -> 
         raise ValueError(f"out must be a file *.jsonl, got {str(out)!r}")
     if out.exists():
         raise ValueError(f"{str(out)!r} is there already: name another file")
-    pairer = Pairer(load_env_task(env_id), config)
+    pairer = Pairer(env_id, config, env or EnvSettings())
     counts = pairer.counts
     total = {"score_chosen": 0.0, "score_rejected": 0.0}
     out.parent.mkdir(parents=True, exist_ok=True)

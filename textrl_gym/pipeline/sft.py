@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from textrl_gym import files
 from textrl_gym.bounds import check_settings
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.mdp.task import Task, load_env_task
+from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.mdp.task import Task
 from textrl_gym.models.packing import Packed, pack
 from textrl_gym.models.tokenizer import train_tokenizer
 from textrl_gym.pipeline import induction
@@ -39,9 +40,8 @@ class SFTConfig:
     """Settings of supervised fine-tuning. Budgets are in steps, never in seconds, so that a run can be repeated."""
 
     model: str | None = None
-    """The causal LM to start from (Hub id, folder); None: a new Llama and a new tokenizer, trained on the rows."""
-    dataset: str | None = None
-    """Rows to learn: a Hub id, a local file or folder; None: the task's embedded ones."""
+    """The causal LM to start from (Hub id, folder); None: a new Llama, and a new tokenizer that is trained on the rows
+    (or the one of --env.tokenizer)."""
     steps: Annotated[int, Ge(1)] = 1500
     """Updates of supervised training."""
     batch_size: Annotated[int, Ge(1)] = 12
@@ -196,11 +196,15 @@ def heldout_loss(
 
 
 def load_initial(
-    task: Task, config: SFTConfig, source: PromptSource
+    task: Task, config: SFTConfig, source: PromptSource, tokenizer_name: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that training starts from."""
     if config.model is not None:
-        return cast("PreTrainedModel", task.load_model(config.model)), task.load_tokenizer(config.model)
+        model = cast("PreTrainedModel", task.load_model(config.model))
+        return model, task.load_tokenizer(tokenizer_name or config.model)
+    if tokenizer_name is not None:
+        tokenizer = task.load_tokenizer(tokenizer_name)
+        return new_model(config, tokenizer, task.max_prompt_tokens + task.max_new_tokens), tokenizer
     picked = random.Random(config.seed).choices(range(len(source)), k=min(4000, len(source)))
     texts = (source[i]["prompt"] + source[i]["completion"] for i in picked)
     # 4,000 texts are enough for a vocabulary of this size, and reading 60,000 is slow.
@@ -208,12 +212,14 @@ def load_initial(
     return new_model(config, tokenizer, task.max_prompt_tokens + task.max_new_tokens), tokenizer
 
 
-def sft(env_id: str, config: SFTConfig, out: str | Path) -> dict[str, Any]:
+def sft(env_id: str, config: SFTConfig, out: str | Path, env: EnvSettings | None = None) -> dict[str, Any]:
     """Train on the rows of a task and save the model, its tokenizer and `sft.json` (settings and measurements).
 
     Args:
         env_id: a registered environment, whose task says how prompts are cut and how long completions may be.
         out: the folder to write; it can be given to agents as `model`.
+        env: the rows (dataset and split; held-out ones are those of "validation") and the budgets, where they are not
+            the task's own.
 
     Returns:
         What is in sft.json.
@@ -222,10 +228,11 @@ def sft(env_id: str, config: SFTConfig, out: str | Path) -> dict[str, Any]:
         ValueError: an unknown environment, or rows without completions.
     """
     out = Path(out)
-    task = load_env_task(env_id)
+    env = env or EnvSettings()
+    task = env.task(env_id)
     torch.manual_seed(config.seed)
-    source, heldout = (demonstrations(task, split, config.dataset) for split in ("train", "validation"))
-    model, tokenizer = load_initial(task, config, source)
+    source, heldout = (demonstrations(task, split, env.dataset) for split in (env.split, "validation"))
+    model, tokenizer = load_initial(task, config, source, env.tokenizer)
     model.eval()  # no dropout: the same function is trained that will be sampled from
     measured: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
 
@@ -257,7 +264,8 @@ def sft(env_id: str, config: SFTConfig, out: str | Path) -> dict[str, Any]:
         "heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows),
     }
     save_model(model, tokenizer, out)
-    record = {"environment": env_id, "config": dataclasses.asdict(config), "measured": measured}
+    record = {"environment": env_id, "env": dataclasses.asdict(env), "config": dataclasses.asdict(config)}
+    record["measured"] = measured
     files.write_text(out / "sft.json", json.dumps(record, indent=2) + "\n")
     return record
 

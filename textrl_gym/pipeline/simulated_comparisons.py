@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 import torch
 
-from textrl_gym.core import Row
+from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.functional import pad
 from textrl_gym.judges.annotators import Annotators
@@ -129,9 +129,8 @@ class Comparer:
         columns = {name: [row[name] for row in spread] for name in rows[0] if name != "prompt"}
         return self.gold([row["prompt"] for row in spread], flat, **columns).tolist()
 
-    def stream(self, split: str, count: int, seed: int, chunk: int = 64) -> Iterator[RankedCompletions]:
-        """Comparisons of `count` rows of a split; policies take turns, at temperatures between 0.5 and 1.2."""
-        source = self.task.rows(split)
+    def stream(self, source: PromptSource, count: int, seed: int, chunk: int = 64) -> Iterator[RankedCompletions]:
+        """Comparisons of `count` rows; policies take turns, at temperatures between 0.5 and 1.2."""
         rng = random.Random(seed)
         order = rng.sample(range(len(source)), min(count, len(source)))
         for turn, start in enumerate(range(0, len(order), chunk)):
