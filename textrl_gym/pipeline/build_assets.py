@@ -23,6 +23,7 @@ import tyro
 
 from textrl_gym import files
 from textrl_gym.envs import tldr_summarize
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading
 from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.pipeline.reward_model import train_reward_model
@@ -122,7 +123,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
         if not (fluent / "sft.json").is_file():
             settings = SFTConfig(steps=config.fluent_steps, seed=config.seed)
             data = write_references(work / "references", REFERENCES)
-            sft(ENV, dataclasses.replace(settings, dataset=str(data)), fluent)
+            sft(ENV, settings, fluent, EnvSettings(dataset=str(data)))
         policy, classifier = config.out / "policy", config.out / "reward_model"
         # A policy that unlearns is mediocre by its behaviour. One trained from scratch on poor summaries could not copy
         # well, and 50 updates on the gold score itself took it to 0.61 only, where this one went to 0.75 in 20.
