@@ -25,6 +25,7 @@ WINGS = (
     "models",
     "data",
     "worlds",
+    "persistence",
     "pipeline",
     "experiments",
     "reports",

@@ -20,7 +20,7 @@ import pytest
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"lazy"}),
     frozenset({"bounds", "console", "core", "functional", "kl", "files", "stats"}),
-    frozenset({"registry", "data", "models", "worlds"}),
+    frozenset({"registry", "data", "models", "persistence", "worlds"}),
     frozenset({"policy"}),
     frozenset({"rewards"}),
     frozenset({"judges", "mdp"}),

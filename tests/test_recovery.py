@@ -20,10 +20,10 @@ from torch import Tensor
 from textrl_gym import files, registry
 from textrl_gym.agents import DPO, GRPO, PPO, SB3PPO, Reinforce
 from textrl_gym.cli import main
+from textrl_gym.persistence.signals import Terminated
 from textrl_gym.registry import load_agent
 from textrl_gym.training import checkpoint, loop, run_folder
 from textrl_gym.training.agent import Agent
-from textrl_gym.training.recovery import Terminated
 from textrl_gym.training.run_folder import read_evaluations, read_run
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 4, "show_samples": 0}

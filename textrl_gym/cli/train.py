@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from textrl_gym import files, registry
 from textrl_gym.cli.options import Part, RunSettings, as_arguments, find_agent, flag, flat, parse_flags, read_toml
 from textrl_gym.mdp.env_settings import EnvSettings, make_env
+from textrl_gym.persistence.run_lock import alone
 from textrl_gym.registry import find_env, load_agent
-from textrl_gym.training.run_folder import alone, holds_run, renamed
+from textrl_gym.training.run_folder import holds_run, renamed
 
 if TYPE_CHECKING:
     from textrl_gym.training.agent import Agent

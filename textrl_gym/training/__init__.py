@@ -6,7 +6,7 @@
 - `callbacks`: callbacks that see evaluations; the monitor of reward hacking
 - `checkpoint`: saving an agent to a folder, and loading it
 - `run_folder`: a run's files: one writer and one reader; who may train in it
-- `recovery`: signals, and going back to the last whole update
+- `recovery`: going back to the last whole update
 - `minibatch`: the rows of one optimizer step, and the parts of them that fit in memory
 - `preference_pairs`: pairs of completions and the losses on them (DPO and relatives)
 - `guided_decoding`: decoding with a trained critic

@@ -29,6 +29,7 @@ from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import loading, lora
+from textrl_gym.persistence.optimizer_state import load_optimizer, save_optimizer
 from textrl_gym.policy.policy import Policy
 from textrl_gym.training.config import AgentConfig, Clock
 
@@ -283,31 +284,3 @@ def _restore(agent: Saved, folder: Path, state: dict[str, Any], env_streams: boo
     agent.finished = bool(state.get("finished", agent.num_timesteps >= agent.total_timesteps))
     agent.load_extra_state(state["extra_state"])
     agent.load_extra(folder)
-
-
-# -- the optimizer ----------------------------------------------------------------------------------------------------
-
-
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor]) -> None:
-    """Write the optimizer's state tensors by parameter number, with other tensors beside them."""
-    tensors = {f"extra.{name}": tensor.contiguous() for name, tensor in extra.items()}
-    for number, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            # Adam's step count is a number in older versions of PyTorch, and safetensors holds tensors only.
-            tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value).contiguous()
-    save_file(tensors, path)
-
-
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Restore what save_optimizer wrote; returns the other tensors."""
-    state: dict[int, dict[str, Tensor]] = {}
-    extra: dict[str, Tensor] = {}
-    for key, tensor in load_file(path).items():
-        kind, _, rest = key.partition(".")
-        if kind == "extra":
-            extra[rest] = tensor
-        else:
-            number, _, name = rest.partition(".")
-            state.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return extra

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
-from stable_baselines3.common.logger import Logger, make_output_format
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from textrl_gym.evaluation import health
 from textrl_gym.evaluation.evaluator import Evaluator, Player
 from textrl_gym.evaluation.reward_hacking import Evaluation
 from textrl_gym.kl import KLPenalty
+from textrl_gym.persistence import run_lock, signals, update_log
+from textrl_gym.persistence.save_schedule import SaveOptions, SaveSchedule
 from textrl_gym.rollouts.phases import phase
 from textrl_gym.training import recovery, run_folder
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
@@ -80,7 +82,7 @@ class Learner(Player, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(SaveOptions):
     """What happens around the updates."""
 
     eval_every: Annotated[int, Ge(0)] = 20
@@ -92,11 +94,6 @@ class TrainOptions:
     reward model); None: the task's own, where it has one."""
     show_samples: Annotated[int, Ge(0)] = 2
     """Sample completions printed at each evaluation; all of them are in samples.jsonl."""
-    save_every: Annotated[int, Ge(0)] = 0
-    """Updates between two checkpoints, beside those by time; 0 for none. One is written at the end and whenever the run
-    is stopped, by a signal or an error, too."""
-    save_every_minutes: Annotated[float, Ge(0)] = 5.0
-    """Minutes between two checkpoints: what a power cut may cost; 0 for none by time."""
     on_bad_health: Literal["stop", "warn"] = "stop"
     """What to do when a line of the health card fails before the first update."""
     on_hacking: Literal["off", "warn", "stop"] = "warn"
@@ -126,11 +123,11 @@ def train(
         ValueError: agent.out cannot be written, holds another run, or another process trains in it.
         health.HealthError: a line of the health card failed and options.on_bad_health is "stop".
         functional.NonFiniteError: a number that training needs is NaN or infinite.
-        recovery.Terminated: SIGTERM or SIGHUP came.
+        signals.Terminated: SIGTERM or SIGHUP came.
     """
     options = options or TrainOptions()
     out = agent.out = agent.out or _new_folder(agent)
-    with run_folder.alone(out):
+    with run_lock.alone(out):
         if agent.home != out.resolve():
             if run_folder.holds_run(out):
                 raise ValueError(f"{str(out)!r} holds a run already: load it to go on, or name another folder (out)")
@@ -142,7 +139,7 @@ def train(
         agent.home = out.resolve()
         run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
         try:
-            with recovery.hearing_signals() as stop:
+            with signals.hearing_signals() as stop:
                 run.loop(stop)
         except BaseException as error:
             run.rescue(error)
@@ -168,7 +165,7 @@ class _Run:
         assert agent.out is not None
         self.out = agent.out
         if not hasattr(agent, "logger"):  # one that set_logger() gave is kept, as in Stable-Baselines3
-            agent.set_logger(_new_logger(self.out / tb_log_name if tb_log_name else self.out))
+            agent.set_logger(update_log.new_logger(self.out / tb_log_name if tb_log_name else self.out))
         self.callback = _callback(callback)
         if options.on_hacking != "off" and not any(isinstance(c, RewardHackingMonitor) for c in _each(self.callback)):
             tell = functools.partial(self.console.print, style="bold yellow", markup=False, highlight=False)
@@ -178,7 +175,7 @@ class _Run:
         self.last = recovery.LastUpdate(agent)
         self.saved_at: int | None = agent.num_updates if agent.num_updates else None
         """Updates of the checkpoint in the folder; None: there is none of this run."""
-        self.saved_time = time.monotonic()
+        self.schedule = SaveSchedule(options)
         self.seconds = agent.seconds  # kept by the agent, so that a resumed run goes on counting
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -192,7 +189,7 @@ class _Run:
             disable=not progress_bar,
         )
 
-    def loop(self, stop: recovery.Stop) -> None:
+    def loop(self, stop: signals.Stop) -> None:
         agent, total = self.agent, self.agent.total_timesteps if self.agent.trains else 0
         agent.finished = False
         self.callback.init_callback(agent)  # type: ignore[arg-type] # an agent has what callbacks use of SB3's algorithms
@@ -239,7 +236,8 @@ class _Run:
                 # 5. Evaluate and save.
                 if self._evaluation_due(total):
                     goes_on = self._evaluate()
-                self._save_if_due()
+                if self.schedule.due(agent.num_updates):
+                    self._save()
             self._evaluate_at_end(earlier)
         self.callback.on_training_end()
         agent.finished = True
@@ -270,16 +268,10 @@ class _Run:
         if not (done and self.agent.num_updates):
             self._evaluate(greedy=True)
 
-    def _save_if_due(self) -> None:
-        updates, minutes = self.options.save_every, self.options.save_every_minutes
-        by_updates = bool(updates) and self.agent.num_updates % updates == 0
-        by_time = bool(minutes) and time.monotonic() - self.saved_time >= 60 * minutes
-        if by_updates or by_time:
-            self._save()
-
     def _save(self) -> None:
         self.agent.save(self.out)
-        self.saved_at, self.saved_time = self.agent.num_updates, time.monotonic()
+        self.saved_at = self.agent.num_updates
+        self.schedule.saved()
 
     def rescue(self, error: BaseException) -> None:
         """Save the last whole update before the run ends by an error or a signal. Raises nothing."""
@@ -428,15 +420,6 @@ def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], time
         prompt, completion = plain(sample["prompt"][-300:]), plain(sample["completion"].strip())
         table.add_row(prompt, completion, f"{sample['score']:.2f}", gold)
     return table
-
-
-def _new_logger(folder: Path) -> Logger:
-    """Stable-Baselines3's logger; a resumed run gets a file of its own, since its JSON writer empties what it opens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # SB3's writer opens its file for writing: the rows of the first call would be gone.
-    before = len(list(folder.glob("progress*.json")))
-    json_format = make_output_format("json", str(folder), f"_{before}" if before else "")
-    return Logger(str(folder), [json_format, make_output_format("tensorboard", str(folder))])
 
 
 def _new_folder(agent: Learner) -> Path:

@@ -1,71 +1,15 @@
-"""Recovery: what a run does so that no end of its process loses more than the update under way.
+"""Recovery: an update that is broken off in its middle is undone, so that the last whole one can be saved.
 
-A signal is heard between two steps of the loop; an update that is broken off in its middle is undone; and one process
-at a time trains in a folder.
+Signals and the lock of a folder, which supervised training needs too, are in `textrl_gym.persistence`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import signal
-import threading
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, after the checkpoint was saved; as Ctrl-C for all who catch that."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-class Stop:
-    """Whether a signal has asked to stop, and which."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def check(self) -> None:
-        """Raise KeyboardInterrupt, or Terminated for another signal than Ctrl-C's, if one was heard."""
-        if self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.number:
-            raise Terminated(self.number)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Of Ctrl-C, of schedulers and containers that end a job, and of a terminal that is closed."""
-
-
-@contextlib.contextmanager
-def hearing_signals() -> Iterator[Stop]:
-    """A signal is noted, so that the update under way is finished and its checkpoint whole; twice stops at once."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach only the main thread
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.number:  # for those who do not want to wait
-            stop.check()
-        stop.number = number
-
-    # One that is ignored stays so: nohup ignores SIGHUP, a shell SIGINT for what it starts in the background.
-    before = {number: old for number in SIGNALS if (old := signal.getsignal(number)) is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 class Recoverable(Protocol):

@@ -10,24 +10,18 @@ best/                   the checkpoint of the best gold score, where a run may b
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from textrl_gym import files
 from textrl_gym.evaluation import reward_hacking
 from textrl_gym.evaluation.reward_hacking import Alarm, Evaluation
+from textrl_gym.persistence import update_log
 
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 ALARMS = "alarms.jsonl"
-EVENTS = "events.out.tfevents*"
-"""TensorBoard's files."""
-LOCK = ".training.lock"
-"""Locked while an agent trains in the folder."""
 BEST = "best"
 """Folder of the checkpoint with the best gold score."""
 RENAMED = {"judge": "gold", "judge_greedy": "gold_greedy", "forward_passes": "model_calls"}
@@ -62,29 +56,6 @@ def append_alarm(folder: Path, row: dict[str, Any], alarm: Alarm) -> None:
 # -- whose folder it is -----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Make the folder, and train in it alone.
-
-    Raises:
-        ValueError: it cannot be written, or another process or agent trains in it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Opened for writing, as network file systems want it of what is locked; so is found out whether one may write.
-        lock = (folder / LOCK).open("a", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"the folder {str(folder)!r} cannot be written: {error.strerror or error}") from error
-    with lock:
-        # The system lets go of it when the process ends, however it ends.
-        if not files.lock(lock.fileno(), wait=False):
-            raise ValueError(
-                f"another process or agent trains in {str(folder)!r}: wait for its end, or name another folder (out)"
-            )
-        files.remove_half_made(folder)
-        yield
-
-
 def holds_run(folder: Path) -> bool:
     """Whether something was trained, or an agent that does not train evaluated to the end: what is worth keeping."""
     files.finish_folder(folder)
@@ -100,37 +71,16 @@ def holds_run(folder: Path) -> bool:
 
 def clear_logs(folder: Path) -> None:
     """Remove the logs of a run that begins anew."""
-    for file in [folder / EVALUATIONS, folder / SAMPLES, folder / ALARMS, *_progress(folder), *folder.glob(EVENTS)]:
-        file.unlink(missing_ok=True)
+    update_log.clear(folder, _evaluation_logs(folder))
 
 
 def cut_logs(folder: Path, updates: int, timesteps: int) -> None:
-    """Take out what was logged after the checkpoint that the run goes on from: it will be logged again.
-
-    Args:
-        updates: of the checkpoint.
-        timesteps: of the checkpoint, for logs of versions that did not write the updates.
-    """
-    # Between the last checkpoint and a kill, updates were logged that are now done again.
-    for file in [folder / EVALUATIONS, folder / SAMPLES, folder / ALARMS, *_progress(folder)]:
-        if not file.is_file():
-            continue
-        rows = files.read_json_lines(file)
-        earlier = [row for row in rows if _logged_by(row, updates, timesteps)]
-        # Also where none is taken out: the unfinished line of a kill goes.
-        files.write_text(file, "".join(json.dumps(row) + "\n" for row in earlier))
+    """Take out what was logged after the checkpoint that the run goes on from; see persistence.update_log.cut."""
+    update_log.cut(folder, updates, timesteps, _evaluation_logs(folder))
 
 
-def _logged_by(row: dict[str, Any], updates: int, timesteps: int) -> bool:
-    number = row.get("updates", row.get("train/updates"))
-    if number is not None:
-        return number <= updates
-    return row.get("timesteps", row.get("time/total_timesteps", 0)) <= timesteps
-
-
-def _progress(folder: Path) -> list[Path]:
-    """The logs of updates: in the folder, and in one that learn()'s tb_log_name names."""
-    return [*folder.glob("progress*.json"), *folder.glob("*/progress*.json")]
+def _evaluation_logs(folder: Path) -> list[Path]:
+    return [folder / EVALUATIONS, folder / SAMPLES, folder / ALARMS]
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
