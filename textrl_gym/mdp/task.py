@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
-from textrl_gym import registry
+from textrl_gym import files, registry
 from textrl_gym.core import PromptSource, RewardSpec, Row
 from textrl_gym.data import prompts
-from textrl_gym.models import loading
+from textrl_gym.models import adapters, loading, lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +55,12 @@ class Task:
     def load_model(
         self, name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> nn.Module:
-        """The causal LM `name` of transformers (Hub id, folder), or the task's own, in eval mode."""
-        return loading.load_model(name or self.model, device=device, dtype=dtype)
+        """The causal LM `name` of transformers (Hub id, folder), or the task's own, in eval mode.
+
+        The folder may hold a LoRA adapter of peft, or be one that an agent was saved to.
+        """
+        spec = name or self.model
+        return loading.load_model(spec, device=device, dtype=dtype, base=checkpoint_base(spec))
 
     def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> list[int]:
         """Token ids of a row's prompt, at most max_prompt_tokens; a longer prompt is cut at the end of its body.
@@ -85,3 +90,27 @@ def load_env_task(env_id: str) -> Task:
         ValueError: there is no such environment of text.
     """
     return load_task(registry.text_envs()[registry.find_env(env_id)])
+
+
+def checkpoint_base(spec: str | Path) -> str | nn.Module | None:
+    """What the LoRA in an agent's checkpoint stands on; None where spec is no LoRA of a checkpoint.
+
+    Args:
+        spec: the checkpoint's folder, or the folder in it that holds the LoRA.
+    """
+    given = Path(spec).expanduser()
+    folder = given if (given / files.STATE_FILE).is_file() else given.parent
+    # Without agent.json it is peft's own folder, which names its base itself.
+    if not given.is_dir() or not (folder / files.STATE_FILE).is_file():
+        return None
+    folder = files.whole_checkpoint(folder)
+    if not adapters.is_adapter(folder / "model"):
+        return None
+    if (folder / lora.BASE).is_dir():
+        return str(folder / lora.BASE)
+    state = files.read_state(folder)
+    files.check_fields(state, folder / files.STATE_FILE, {"task": (str,), "model": (str, type(None))})
+    if state["model"] is not None:
+        return adapters.find_base(state["model"], folder)
+    with registry.named_by(folder / files.STATE_FILE, trust=False):
+        return load_task(state["task"]).load_model()

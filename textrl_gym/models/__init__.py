@@ -1,6 +1,8 @@
 """Language models and tokenizers: everything below a policy.
 
 - `loading`: tokenizers and models by name, from a folder, the Hub or a package
+- `weights`: which files of a model's folder are read
+- `adapters`: saved LoRA adapters, and what they stand on
 - `lora`: LoRA adapters and frozen layers, saved and loaded
 - `tokenizer`: training a byte-level BPE tokenizer
 - `tiny`: tiny tokenizers and models made in code

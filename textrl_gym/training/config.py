@@ -56,8 +56,8 @@ class AgentConfig:
     missing_eos_penalty: Annotated[float | None, Ge(0)] = None
     """Taken off the score of an episode whose budget ran out; None: the environment's own (0)."""
     lora_rank: Annotated[int, Ge(0)] = 0
-    """Train a LoRA of this rank (needs peft); the reference is the model with it switched off. 0: none,
-    or the one that the model is given with."""
+    """Train a LoRA of this rank (needs peft); the reference is the model with it switched off. 0: none, or the one that
+    a loaded model has. The folder of an adapter is merged into its base before."""
     lora_alpha: Annotated[int, Gt(0)] = 32
     """A LoRA's change is scaled by lora_alpha / lora_rank."""
     frozen_layers: Annotated[int, Ge(0)] = 0
