@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from textrl_gym.agents import GRPO
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.evaluation import health
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import adapters, loading, lora, tiny
 from textrl_gym.pipeline import reward_model, sft
 from textrl_gym.pipeline.reward_data import RewardModelConfig
@@ -151,8 +152,8 @@ def test_sft_and_reward_models_start_from_it(tmp_path: Path, monkeypatch: pytest
 
         monkeypatch.setattr(module, "descend", watched)
     name = str(tmp_path / "adapter")
-    config = sft.SFTConfig(model=name, dataset=str(tmp_path / "rows.jsonl"), steps=1, batch_size=2, eval_rows=2)
-    sft.sft("TLDRSummarize-v0", config, tmp_path / "sft")
+    config = sft.SFTConfig(model=name, steps=1, batch_size=2, eval_rows=2)
+    sft.sft("TLDRSummarize-v0", config, tmp_path / "sft", EnvSettings(dataset=str(tmp_path / "rows.jsonl")))
     pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no"} for r in rows]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     reward_model.train_reward_model(
