@@ -62,7 +62,8 @@ def run_ours(args: argparse.Namespace) -> dict[str, float]:
         dtype=args.dtype,
         cuda_graphs=args.device == "cuda",
     )
-    measured = bench.bench(config, **({"separate_value_model": True} if args.separate_critic else {}))["measured"]
+    critic: dict[str, Any] = {"separate_value_model": True} if args.separate_critic else {}
+    measured = bench.bench(config, **critic)["measured"]
     return {"tokens_per_second": measured["completion_tokens_per_second"], "peak_bytes": measured["peak_memory_bytes"]}
 
 

@@ -29,7 +29,7 @@ DROPPED_FIRST = {
 """What is left out, in this order, where the folder would be too large; and what is lost."""
 WANTED = (
     *("annotated-types", "gymnasium", "farama-notifications", "cloudpickle", "rich", "markdown-it-py", "mdurl"),
-    *("stable-baselines3", "sb3-contrib", "tyro", "docstring-parser", "typeguard"),
+    *("stable-baselines3", "sb3-contrib", "tyro", "docstring-parser", "typeguard", "tomli-w"),
     *("nltk", "defusedxml", "click", "joblib", "absl-py", "six", "plotly", "narwhals"),
     *("trl==1.16.0", "datasets", "dill", "multiprocess", "xxhash", "pyarrow", "pandas", "python-dateutil"),
 )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ SMALL = {"prompts": 2, "group": 2, "prompt_tokens": 9, "new_tokens": 4, "iterati
 
 
 @pytest.mark.parametrize(("agent", "critic"), [("grpo", {}), ("ppo", {}), ("ppo", {"separate_value_model": True})])
-def test_the_phases_are_parts_of_the_whole(agent: str, critic: dict[str, bool], tmp_path: Path) -> None:
+def test_the_phases_are_parts_of_the_whole(agent: str, critic: dict[str, Any], tmp_path: Path) -> None:
     plain = sampler.generate
     config = BenchConfig(agent=agent, out=tmp_path / "new" / "bench.json", **SMALL)  # type: ignore[arg-type]
     record = bench(config, **critic)

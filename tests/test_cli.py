@@ -187,7 +187,7 @@ def test_toml_and_the_command_line_wins(capsys: pytest.CaptureFixture[str], tmp_
         ("[env]\nstop = 'x'", "[env]: stop must be a list, each item a string, got 'x'"),
         ("[env.reward]\nlength = 'x'", "the weight of reward 'length' must be a finite number"),
         ("[train]\nconfig = 'x'", "[train]: unknown key 'config'"),
-        ("[agents]\nepochs = 1", "unknown table 'agents' (did you mean 'agent'?); allowed: agent, env, train"),
+        ("[agents]\nepochs = 1", "unknown table 'agents' (did you mean 'agent'?); allowed: agent, bench, compare"),
         ("seed = 1", "unknown table 'seed'"),
         ("[agent", "Expected ']'"),
     ],

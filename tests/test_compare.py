@@ -19,6 +19,7 @@ import pytest
 from textrl_gym import registry
 from textrl_gym.experiments.compare import CompareConfig, compare, prepare, print_finals
 from textrl_gym.experiments.results import CREDIT, EPISODES, FLOPS, LOG, RESULT, SPEC, tidy
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
 from textrl_gym.registry import load_agent
 from textrl_gym.training import run_folder
@@ -126,13 +127,14 @@ def test_a_failed_run_takes_no_other_down_and_a_saved_agent_is_only_evaluated(
 
 
 def test_all_are_trained_on_the_reward_that_is_named(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, agents=("reinforce",), seeds=1, set=SMALL.set[:1], reward="length=-0.5")
-    table = compare(ENV, config, tmp_path / "out", progress_bar=False)
+    config = dataclasses.replace(SMALL, agents=("reinforce",), seeds=1, set=SMALL.set[:1])
+    env = EnvSettings(reward="length=-0.5")
+    table = compare(ENV, config, tmp_path / "out", progress_bar=False, env=env)
     assert ((table["score"] + 0.5 * table["completion_tokens"]).abs() < 1e-6).all()
     log = (tmp_path / "out" / "runs" / "reinforce-0" / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(log[-1])["score"] > json.loads(log[0])["score"]  # it was also learnt
-    with pytest.raises(ValueError, match=r"holds the run reinforce-0 with reward='length=-0.5', not None"):
-        prepare(tmp_path / "out", ENV, dataclasses.replace(config, reward=None))
+    with pytest.raises(ValueError, match=r"holds the run reinforce-0 with env.reward='length=-0.5', not None"):
+        prepare(tmp_path / "out", ENV, config)
 
 
 def test_wrong_settings_name_themselves(tmp_path: Path) -> None:
@@ -253,13 +255,15 @@ def test_a_task_that_no_other_process_can_import_is_told(monkeypatch: pytest.Mon
         ({"gold": "endpoint"}, r"gives no scores: finish the comparison .* `textrl-gym judge DIR --judge endpoint"),
         ({"gold": "gold"}, "CopyText has no gold score of its own"),
         ({"gold": "lenght"}, "unknown reward 'lenght'; allowed: "),
-        ({"reward": "lenght"}, "unknown reward 'lenght'; allowed: "),
-        ({"reward": "length=x"}, "reward 'length=x' must be a name, or NAME=WEIGHT"),
+        ({"env.reward": "lenght"}, "unknown reward 'lenght'; allowed: "),
+        ({"env.reward": "length=x"}, "reward 'length=x' must be a name, or NAME=WEIGHT"),
+        ({"env.dataset": "x.jsonl"}, "CopyText-v0 has only its own prompts"),
     ],
 )
 def test_a_wrong_judge_or_reward_is_told_before_any_run(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    env = EnvSettings(**{name.removeprefix("env."): wrong.pop(name) for name in list(wrong) if "." in name})
     with pytest.raises(ValueError, match=message):
-        compare(ENV, dataclasses.replace(SMALL, **wrong), tmp_path / "out", progress_bar=False)
+        compare(ENV, dataclasses.replace(SMALL, **wrong), tmp_path / "out", progress_bar=False, env=env)
     assert not (tmp_path / "out").exists()
 
 
@@ -269,10 +273,16 @@ def test_a_comparison_of_version_0_1_goes_on_with_its_own_gold_score(tmp_path: P
     (folder,) = prepare(tmp_path, ENV, config).values()
     spec = json.loads((folder / SPEC).read_text())
     spec["judge"] = spec.pop("gold")
+    del spec["env"]  # and `reward` where the environment's settings are now
+    spec["reward"] = None
     (folder / SPEC).write_text(json.dumps(spec))
     assert list(prepare(tmp_path, ENV, config).values()) == [folder]
     with pytest.raises(ValueError, match=r"holds the run grpo-0 with gold='length', not None"):
         prepare(tmp_path, ENV, dataclasses.replace(config, gold=None))
+    (folder / SPEC).write_text(json.dumps(spec | {"reward": "rouge"}))
+    assert list(prepare(tmp_path, ENV, config, EnvSettings(reward="rouge")).values()) == [folder]
+    with pytest.raises(ValueError, match=r"with env.reward='rouge', not None"):
+        prepare(tmp_path, ENV, config)
 
 
 def test_the_terminal_shows_numbers_that_the_registry_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from textrl_gym import files
 ENV_ENTRY = "textrl_gym.mdp.text_env:TextEnv"
 VECTOR_ENTRY = "textrl_gym.mdp.text_env:TextVectorEnv"
 AGENT_BASE = "textrl_gym.training.agent"
+TASK_BASE = "textrl_gym.mdp.task"
 
 
 def folder(kind: str) -> list[Path]:
@@ -94,11 +95,11 @@ def named_by(file: str | Path, trust: bool) -> Iterator[None]:
 
 
 def import_named(module_name: str) -> ModuleType:
-    """Import a module that a user or a file has named.
+    """Import a module that a user or a file has named: package.module, or a path such as tasks/mine.py.
 
     Raises:
-        ValueError: there is no such module, it is a folder without Python's __init__.py, or a file that is not trusted
-            names it (see `named_by`).
+        ValueError: there is no such module or file, it is a folder without Python's __init__.py, or a file that is not
+            trusted names it (see `named_by`).
     """
     file, trusted = _reading.get() or ("", True)
     top = module_name.partition(".")[0]
@@ -109,6 +110,8 @@ def import_named(module_name: str) -> ModuleType:
             f"{file!r} names code of the module {module_name!r}, which is not part of textrl-gym. If you trust that "
             "code, give --trust-code (in Python trust_code=True, or import the module first)"
         )
+    if module_name.endswith(".py"):
+        module_name = _on_path(Path(module_name))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -123,8 +126,24 @@ def import_named(module_name: str) -> ModuleType:
     return module
 
 
+def _on_path(file: Path) -> str:
+    """Make a Python file importable by its stem, as Python itself does with a script's folder; returns the stem."""
+    file = file.expanduser().resolve()
+    if not file.is_file():
+        raise ValueError(f"there is no file {str(file)!r}")
+    if not file.stem.isidentifier():
+        raise ValueError(f"{file.name!r} cannot be imported: the name of a module has letters, digits and _ only")
+    # By the path and not by a loader of our own: worker processes and saved agents import it by the same name.
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    spec = importlib.util.find_spec(file.stem)
+    if spec is None or spec.origin is None or Path(spec.origin).resolve() != file:
+        raise ValueError(f"{str(file)!r} cannot be imported: {file.stem!r} is another module already; rename the file")
+    return file.stem
+
+
 def load_object(path: str) -> object:
-    """The object at "package.module:name".
+    """The object at "package.module:name", or "file.py:name".
 
     Raises:
         ValueError: the path has no colon, the module cannot be found or is not trusted, or it has no such name.
@@ -182,12 +201,35 @@ def text_envs() -> dict[str, Any]:
 
 
 def find_env(name: str) -> str:
-    """A registered id; "module:ID" imports the module that registers it, as gymnasium.make does."""
-    module, _, env_id = name.rpartition(":")
-    if module:
-        import_named(module)
+    """A registered id.
+
+    "module:ID" imports the module that registers it, as gymnasium.make does. "module:Class" registers a Task of the
+    module under its `id`, or under Class-v0. A module may be given as a file: tasks/mine.py:Class.
+
+    Raises:
+        ValueError: there is no such environment, module or file, naming what there is.
+    """
+    module_name, _, env_id = name.rpartition(":")
+    module = import_named(module_name) if module_name else None
+    if env_id not in text_envs() and isinstance(getattr(module, env_id, None), type):
+        env_id = _register_class(getattr(module, env_id))
     if env_id not in text_envs():
-        raise unknown("environment", env_id, text_envs(), ", or module:ID, where module registers ID")
+        more = ", or module:ID, where module registers ID, or module:Class of a Task (module: a file.py too)"
+        raise unknown("environment", env_id, text_envs(), more)
+    return env_id
+
+
+def _register_class(task: type[Any]) -> str:
+    """Register a task that a user has named by its class; returns the environment's id."""
+    if not any(base.__name__ == "Task" and base.__module__ == TASK_BASE for base in task.__mro__):
+        raise ValueError(f"{task.__module__}:{task.__qualname__} is no subclass of textrl_gym.Task")
+    env_id = task.id or f"{task.__name__}-v0"
+    path = f"{task.__module__}:{task.__qualname__}"
+    registered = text_envs().get(env_id)
+    if registered is None:
+        register(env_id, path)
+    elif registered not in (path, task):
+        raise ValueError(f"{path} has the id {env_id!r}, which is {registered}: give the class another id")
     return env_id
 
 

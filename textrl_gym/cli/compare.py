@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from textrl_gym.cli.options import Part, find_agent, flag, flat, parse_flags, positional
+from textrl_gym.cli.options import (
+    CONFIG_FILE,
+    Part,
+    env_flags,
+    environment,
+    find_agent,
+    flag,
+    flat,
+    parse_command,
+    parse_flags,
+    positional,
+    write_toml,
+)
 from textrl_gym.registry import find_env
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where the comparison is."""
+
+    out: Path
+    """The comparison's folder; the same one goes on."""
 
 
 def compare_command(args: Sequence[str]) -> int:
@@ -15,27 +36,25 @@ def compare_command(args: Sequence[str]) -> int:
     from textrl_gym.experiments import compare as home
     from textrl_gym.experiments.results import ERROR, RUNS
 
-    parts: list[Part] = [
-        ("env", positional("ENV", str, "an environment id, or module:ID")),
-        ("out", flag(Path, "the comparison's folder; the same one goes on")),
-        ("config", flat(home.CompareConfig)),
-    ]
-    parsed = parse_flags("compare", compare_command.__doc__, parts, args)
-    env_id = find_env(parsed.env)
+    parts: list[Part] = [environment(), ("output", flat(Output)), ("settings", flat(home.CompareConfig)), env_flags()]
+    tables = {"output": "compare", "settings": "compare", "env": "env"}
+    parsed = parse_command("compare", compare_command.__doc__, parts, tables, args)
+    env_id, out = find_env(parsed.environment), parsed.output.out
     # A wrong name is said before the folder is made and any worker starts.
-    for agent in parsed.config.agents:
+    for agent in parsed.settings.agents:
         if not Path(agent).is_dir():
             find_agent(agent)
     try:
-        table = home.compare(env_id, parsed.config, parsed.out)
+        table = home.compare(env_id, parsed.settings, out, env=parsed.env)
     except KeyboardInterrupt:
-        print(f"go on with the same command, --out {parsed.out}", file=sys.stderr)
+        print(f"go on with the same command, --out {out}", file=sys.stderr)
         raise
+    write_toml(out / CONFIG_FILE, {"env": parsed.env, "compare": [parsed.output, parsed.settings]})
     home.print_finals(table)
-    failed = [path.parent.name for path in sorted((parsed.out / RUNS).glob(f"*/{ERROR}"))]
+    failed = [path.parent.name for path in sorted((out / RUNS).glob(f"*/{ERROR}"))]
     if not table.empty:
-        show_page(parsed.out)
-    print(f"saved in {parsed.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+        show_page(out)
+    print(f"saved in {out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     # What has finished is shown and saved all the same.
     return 1 if failed else 0
 

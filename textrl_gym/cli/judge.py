@@ -7,12 +7,15 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
 
 from textrl_gym import files
-from textrl_gym.cli.options import Part, flag, flat, parse_flags, positional
+from textrl_gym.bounds import check_settings
+from textrl_gym.cli.options import Part, env_flags, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.terminal import interval, make_table, print_rows, print_tables
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.registry import find_env, named_by, register_again, text_envs
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from textrl_gym.judges.judge import Judge
     from textrl_gym.judges.llm_judge import EndpointConfig
     from textrl_gym.mdp.task import Task
+    from textrl_gym.mdp.text_env import TextVectorEnv
     from textrl_gym.training.agent import Agent
 
 
@@ -66,6 +70,25 @@ class JudgeFlags:
         return Noisy(judge, self.judge_noise, self.judge_seed) if self.judge_noise else judge
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluateFlags:
+    """What is evaluated, and by what work."""
+
+    env: str | None = None
+    """Another environment id, or module:ID; None: the agent's own, with its settings."""
+    episodes: Annotated[int, Ge(1)] = 256
+    """Prompts, one completion of each."""
+    seed: int = 0
+    """Of prompts and sampling."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: Path | None = None
+    """Also write the numbers to this file."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
 def judge_parts() -> list[Part]:
     """The flags of a judge, and under --endpoint. those of a language model."""
     from textrl_gym.judges.llm_judge import EndpointConfig
@@ -80,58 +103,64 @@ def evaluate_command(args: Sequence[str]) -> int:
     """Evaluate a saved agent on held-out prompts; with --judge or --against also as another judge sees it."""
     parts: list[Part] = [
         ("folder", positional("DIR", Path, "what training saved")),
-        ("env", flag(str | None, "another environment id; None: the agent's own, with its settings"), None),
-        ("episodes", flag(int, "prompts, one completion of each"), 256),
-        ("seed", flag(int, "of prompts and sampling"), 0),
-        ("split", flag(Literal["train", "validation", "test"], "of the prompts"), "validation"),
-        ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
-        ("json", flag(Path | None, "also write the numbers to this file"), None),
+        ("settings", flat(EvaluateFlags)),
+        env_flags(EnvSettings(split="validation")),
         *judge_parts(),
     ]
-    parsed = parse_flags("evaluate", evaluate_command.__doc__, parts, args)
+    tables = {"settings": "evaluate", "env": "env"}
+    parsed = parse_command("evaluate", evaluate_command.__doc__, parts, tables, args)
     from textrl_gym.evaluation.evaluator import Evaluator
     from textrl_gym.evaluation.metrics import metric, metric_names, number
 
     folder = files.whole_checkpoint(parsed.folder)
     files.read_state(folder)
-    agent = _agent(folder, parsed)
-    evaluator = Evaluator(agent.env, parsed.episodes, parsed.seed, parsed.split)
+    settings, split = parsed.settings, parsed.env.split
+    agent = _agent(folder, settings)
+    evaluator = Evaluator(_changed(agent.env, parsed.env), settings.episodes, settings.seed, split)
     flags, against, judge = parsed.judging, parsed.judging.against or "start", None
     if (
         flags != JudgeFlags() or parsed.endpoint != type(parsed.endpoint)()
     ):  # made first: what is wrong is said before any work
         mdp = evaluator.mdp
         judge = flags.make(parsed.endpoint, parsed.folder, mdp.task, mdp.device, mdp.tokenizer)
-        opponent = _opponent(against, parsed)
+        opponent = _opponent(against, settings)
     metrics, samples = evaluator.run(agent)
     # JSON gets the numbers in full; the table rounds them.
     numbers: dict[str, Any] = dict(metrics)
     rows = {metric(name).heading: number(metrics, name) for name in metric_names([metrics])}
-    title = f"{parsed.folder}: {parsed.episodes} prompts of {parsed.split}, seed {parsed.seed}"
+    title = f"{parsed.folder}: {settings.episodes} prompts of {split}, seed {settings.seed}"
     print_rows(title, rows)
     if judge is not None:
-        tally = _judged(judge, evaluator, agent, samples, opponent)
+        tally = _judged(judge, evaluator, agent, samples, opponent, parsed.env)
         numbers["judged"] = {"judge": judge.name, "against": against} | tally.numbers()
         print_rows(f"judged by {judge.name} against {against}", tally_rows(tally))
-    if parsed.json is not None:
-        files.write_text(parsed.json, json.dumps(numbers, indent=1) + "\n")
+    if settings.json is not None:
+        files.write_text(settings.json, json.dumps(numbers, indent=1) + "\n")
     return 0
 
 
-def _agent(folder: Path, parsed: SimpleNamespace) -> Agent:
+def _agent(folder: Path, settings: EvaluateFlags) -> Agent:
     """The saved agent, in its own environment or in the one that was named."""
     import gymnasium
 
     from textrl_gym.registry import load_agent
 
     env = None
-    if parsed.env is not None:
+    if settings.env is not None:
         # With the agent's own tokenizer: the environment's may have other tokens for the same ids.
-        env = gymnasium.make(find_env(parsed.env), tokenizer=str(folder / "model"))
-    return load_agent(folder, env, device=parsed.device)
+        env = gymnasium.make(find_env(settings.env), tokenizer=str(folder / "model"))
+    return load_agent(folder, env, device=settings.device)
 
 
-def _opponent(against: str, parsed: SimpleNamespace) -> Agent | str:
+def _changed(env: TextVectorEnv, settings: EnvSettings) -> TextVectorEnv:
+    """An agent's environment with the settings that the flags name in place of its own."""
+    changes = {name: value for name, value in settings.keywords().items() if name != "split"}
+    if "tokenizer" in changes:
+        raise ValueError(f"--env.tokenizer {changes['tokenizer']!r}: an agent reads and writes by its own tokenizer")
+    return env.remake(env.num_envs, **changes) if changes else env
+
+
+def _opponent(against: str, settings: EvaluateFlags) -> Agent | str:
     """An agent, or the name of an opponent that is none."""
     from textrl_gym.experiments.win_rates import HUMAN, START
 
@@ -139,11 +168,16 @@ def _opponent(against: str, parsed: SimpleNamespace) -> Agent | str:
         return against
     if not Path(against).is_dir():
         raise ValueError(f"--against must be {START}, {HUMAN} or the folder of a saved agent, got {against!r}")
-    return _agent(Path(against), parsed)
+    return _agent(Path(against), settings)
 
 
 def _judged(
-    judge: Judge, evaluator: Evaluator, agent: Agent, samples: list[dict[str, Any]], opponent: Agent | str
+    judge: Judge,
+    evaluator: Evaluator,
+    agent: Agent,
+    samples: list[dict[str, Any]],
+    opponent: Agent | str,
+    env: EnvSettings,
 ) -> Tally:
     """The tally of an evaluation's answers against the opponent's, by the same prompts and random numbers."""
     from textrl_gym.evaluation.evaluator import Evaluator
@@ -157,9 +191,8 @@ def _judged(
         assert agent.policy.reference is not None
         pairs = win_rates.against_answers(samples, evaluator.start(agent.policy.reference), reader)
     else:
-        split = mdp.settings["split"]
-        other = Evaluator(opponent.env, evaluator.episodes, evaluator.seed, split).run(opponent, greedy=False)[1]
-        pairs = win_rates.against_answers(samples, other, reader)
+        theirs = Evaluator(_changed(opponent.env, env), evaluator.episodes, evaluator.seed, env.split)
+        pairs = win_rates.against_answers(samples, theirs.run(opponent, greedy=False)[1], reader)
     return win_rates.tally(judge.prefer(pairs.rows, pairs.own, pairs.other), pairs.longer_N)
 
 
@@ -201,13 +234,16 @@ def judge_command(args: Sequence[str]) -> int:
 
 def _reader(folder: Path, environment: str) -> Reader:
     """What the comparison's task knows of its prompts; nothing where it is not registered here."""
-    from textrl_gym.experiments.results import PLAN, read_plan
+    from textrl_gym.experiments.results import PLAN, read_plan, spec_env
     from textrl_gym.experiments.win_rates import Reader
-    from textrl_gym.mdp.task import load_env_task
 
+    plan = read_plan(folder)
     with named_by(folder / PLAN, trust=False):
-        register_again(environment, read_plan(folder).get("registered"))
+        register_again(environment, plan.get("registered"))
     if environment not in text_envs():
         return Reader()
-    task = load_env_task(environment)
-    return Reader(task, task.load_tokenizer(), task.rows("validation"), task.max_prompt_tokens)
+    env = spec_env(plan["config"] | plan)
+    task = env.task(environment)
+    # Prompts were cut by the tokens of the model that was trained.
+    tokenizer = task.load_tokenizer(env.tokenizer or plan["config"].get("model"))
+    return Reader(task, tokenizer, task.rows("validation", env.dataset), task.max_prompt_tokens)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from textrl_gym import registry
 from textrl_gym.cli.compare import compare_command, report_command, watch_command
 from textrl_gym.cli.judge import evaluate_command, judge_command
-from textrl_gym.cli.options import flat, parse_flags, positional
+from textrl_gym.cli.options import Part, env_flags, environment, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.pipeline import preferences_command, reward_model_command, sft_command
 from textrl_gym.cli.terminal import make_table, print_rows, print_tables, show_error
 from textrl_gym.cli.train import train_command
@@ -104,21 +104,23 @@ def envs_command(args: Sequence[str]) -> int:
 
 def check_command(args: Sequence[str]) -> int:
     """Check an environment, and print the health card of its task's model."""
-    parsed = parse_flags(
-        "check", check_command.__doc__, [("env", positional("ENV", str, "an environment id, or module:ID"))], args
-    )
-    env_id = find_env(parsed.env)
+    parsed = parse_command("check", check_command.__doc__, [environment(), env_flags()], {"env": "env"}, args)
+    env_id = find_env(parsed.environment)
+    settings = {"rollout_episodes": 16, "group_size": 4}
+    import gymnasium
+
     from textrl_gym.evaluation import health
     from textrl_gym.evaluation.check_env import check_env
+    from textrl_gym.mdp.env_settings import make_env
     from textrl_gym.training.agent import Agent
 
     try:
-        held = check_env(env_id)
+        held = check_env(gymnasium.make(env_id, **parsed.env.keywords()))
     except AssertionError as error:
         show_error(error)
         return 1
     print("Environment\n" + "\n".join(f"  ok   {line}" for line in held))
-    agent = Agent(env_id, rollout_episodes=16, group_size=4, device="cpu")
+    agent = Agent(make_env(env_id, parsed.env, None, "cpu", settings), device="cpu")
     lines = health.card(agent.policy, agent.collect(), agent.env.eos_id, fresh=True)
     print(health.text(lines))
     return 0 if all(line.ok for line in lines) else 1
@@ -128,8 +130,16 @@ def bench_command(args: Sequence[str]) -> int:
     """Measure how fast rollout and update are on this machine."""
     from textrl_gym.experiments import bench
 
-    parsed = parse_flags("bench", bench_command.__doc__, [("config", flat(bench.BenchConfig))], args)
-    print_rows("textrl-gym bench", bench.rows(bench.bench(parsed.config)))
+    about = "an environment, whose prompts and reward are used; none: random prompts of one length"
+    parts: list[Part] = [
+        ("environment", positional("[ENV]", str | None, about), None),
+        ("settings", flat(bench.BenchConfig)),
+        env_flags(),
+    ]
+    tables = {"settings": "bench", "env": "env"}
+    parsed = parse_command("bench", bench_command.__doc__, parts, tables, args)
+    env_id = None if parsed.environment is None else find_env(parsed.environment)
+    print_rows("textrl-gym bench", bench.rows(bench.bench(parsed.settings, env_id, parsed.env)))
     return 0
 
 

@@ -1,8 +1,10 @@
-"""Settings of a training run from a TOML file and the command line, which wins. Loads no torch."""
+"""Settings of a command from a TOML file and the command line, which wins. Loads no torch."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import itertools
 import json
 import tomllib
 import types
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import tyro
 
+from textrl_gym import files
 from textrl_gym.bounds import Bounds, bounds_of
-from textrl_gym.mdp.env_settings import parse_reward
+from textrl_gym.mdp.env_settings import EnvSettings, parse_reward
 from textrl_gym.registry import unknown
 
 if TYPE_CHECKING:
@@ -34,8 +37,6 @@ class RunSettings:
     """The causal LM to start from: a folder, a Hub id or smollm2-135m; None: the environment's own."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    config: Path | None = None
-    """A TOML file with the tables [agent], [train] and [env]; the command line wins over it."""
 
     def __post_init__(self) -> None:
         if self.total_timesteps is not None and self.total_timesteps < 1:
@@ -44,12 +45,18 @@ class RunSettings:
 
 # -- TOML -------------------------------------------------------------------------------------------------------------
 
+CONFIG_FILE = "config.toml"
+"""The settings that a command was run with, in the folder that it wrote."""
+ENV_TABLE = "env"
+TABLES = (ENV_TABLE, "sft", "preferences", "reward_model", "agent", "train", "evaluate", "compare", "bench")
+"""Of a TOML file, which may hold a whole pipeline: each command reads its own, and [env] belongs to all."""
+
 
 def read_toml(path: Path, schema: Mapping[str, tuple[type[Any], ...]]) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML file, each key checked against the fields of its dataclasses.
+    """A command's tables of a TOML file, each key checked against the fields of its dataclasses.
 
     Args:
-        schema: table name -> the dataclasses whose fields it may set.
+        schema: table name -> the dataclasses whose fields it may set. The tables of other commands are not read.
 
     Raises:
         ValueError: no such file, no TOML, an unknown table or key, or a value of the wrong type; each names the file,
@@ -62,18 +69,15 @@ def read_toml(path: Path, schema: Mapping[str, tuple[type[Any], ...]]) -> dict[s
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error
     for name, table in tables.items():
-        if name not in schema or not isinstance(table, dict):
-            raise ValueError(f"{path}: {unknown('table', name, schema)}")
+        if name not in TABLES or not isinstance(table, dict):
+            raise ValueError(f"{path}: {unknown('table', name, TABLES)}")
     return {name: _check_table(tables.get(name, {}), classes, f"{path}: [{name}]") for name, classes in schema.items()}
 
 
 def _check_table(table: dict[str, Any], classes: tuple[type[Any], ...], where: str) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for cls in classes:
-        fields = {field.name for field in dataclasses.fields(cls)} - {"config"}
-        # Without include_extras: a TOML value is checked against the bare type, and against its bounds when the config
-        # is made.
-        hints |= {k: v for k, v in get_type_hints(cls).items() if k in fields}
+        hints |= _hints(cls)
     checked = {}
     for key, value in table.items():
         if key not in hints:
@@ -89,6 +93,45 @@ def _check_table(table: dict[str, Any], classes: tuple[type[Any], ...], where: s
             raise ValueError(f"{where}: {key} must be {describe(hints[key])}, got {value!r}")
         checked[key] = tuple(value) if isinstance(value, list) else value
     return checked
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """The type of each field; those of a nested dataclass stand among them, as their flags do."""
+    hints: dict[str, Any] = {}
+    # Without include_extras: a TOML value is checked against the bare type, and against its bounds when the config is
+    # made.
+    types_by_name = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = types_by_name[field.name]
+        hints |= _hints(hint) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else {field.name: hint}
+    return hints
+
+
+def write_toml(path: Path, tables: Mapping[str, object]) -> None:
+    """Write the settings that a command was run with, as `--config` reads them.
+
+    Args:
+        tables: table name -> a dataclass, or a list of several. What is None stays out, which TOML cannot say.
+    """
+    import tomli_w
+
+    document = {name: _plain(settings) for name, settings in tables.items()}
+    files.write_text(path, tomli_w.dumps(document))
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    if isinstance(settings, list):
+        return {key: value for one in settings for key, value in _plain(one).items()}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            plain |= _plain(value)
+        elif isinstance(value, tuple | list):
+            plain[field.name] = list(value)
+        elif value is not None:
+            plain[field.name] = str(value) if isinstance(value, Path) else value
+    return plain
 
 
 def matches(value: object, hint: object) -> bool:
@@ -141,6 +184,55 @@ def as_arguments(table: Mapping[str, Any]) -> list[str]:
 
 Part = tuple[str, object] | tuple[str, object, object]
 """A command's argument: its name, its type (by `flag`, `positional`, `flat`, or a dataclass) and its default."""
+
+
+def parse_command(
+    command: str, about: str | None, parts: Sequence[Part], tables: Mapping[str, str], args: Sequence[str]
+) -> types.SimpleNamespace:
+    """Read a command's flags, with the TOML file that `--config` names as their defaults.
+
+    Args:
+        parts: as of `parse_flags`; those of `tables` are dataclasses, or `flat` ones.
+        tables: name of a part -> the table of the file that sets it.
+
+    Returns:
+        an object with the parts' names and `config`, the file or None, as attributes.
+
+    Raises:
+        ValueError: as of `read_toml`.
+    """
+    # The file has to be read before tyro runs, since its values are the defaults that --help shows.
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config", type=Path)
+    file = peek.parse_known_args(args)[0].config
+    before: list[str] = []
+    if file is not None:
+        schema: dict[str, tuple[type[Any], ...]] = {}
+        for name, kind, *_ in parts:
+            if name in tables:
+                schema[tables[name]] = (*schema.get(tables[name], ()), _class_of(kind))
+        values = read_toml(file, schema)
+        parts = [_with_file(part, values[ENV_TABLE]) if tables.get(part[0]) == ENV_TABLE else part for part in parts]
+        # As flags before the user's own, of which the last counts: a config is checked when all its values are there.
+        before = [arg for table in values if table != ENV_TABLE for arg in as_arguments(values[table])]
+    listed = ", ".join(f"[{table}]" for table in dict.fromkeys(tables.values()))
+    about_file = f"a TOML file, of which this command reads {listed}; flags win over it"
+    parts = [*parts, ("config", flag(Path | None, about_file), None)]
+    positionals = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+    return parse_flags(command, about, parts, [*positionals, *before, *args[len(positionals) :]])
+
+
+def _class_of(kind: object) -> type[Any]:
+    cls = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    assert isinstance(cls, type)
+    return cls
+
+
+def _with_file(part: Part, values: dict[str, Any]) -> Part:
+    """A part whose default has the values of a file: its flags have a prefix, and a stop string may look like one."""
+    name, kind, default = part  # type: ignore[misc]
+    settings: Any = default
+    return name, kind, dataclasses.replace(settings, **values)
 
 
 def parse_flags(command: str, about: str | None, parts: Sequence[Part], args: Sequence[str]) -> types.SimpleNamespace:
@@ -204,6 +296,17 @@ def flag(kind: object, about: str) -> object:
 def positional(metavar: str, kind: object, about: str) -> object:
     """A positional argument with its help; metavar: how the usage line shows it."""
     return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(help=about, metavar=metavar)]
+
+
+def environment() -> Part:
+    """The argument ENV."""
+    about = "an environment id, module:ID, or module:Class of a Task; a module may be a file: tasks/mine.py:Mine"
+    return ("environment", positional("ENV", str, about))
+
+
+def env_flags(default: EnvSettings | None = None) -> Part:
+    """The settings of the environment, as flags under --env."""
+    return (ENV_TABLE, with_bounds(EnvSettings), default or EnvSettings())
 
 
 # -- agents ------------------------------------------------------------------------------------------------------------

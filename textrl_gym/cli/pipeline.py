@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textrl_gym.cli.options import Part, flag, flat, parse_flags, positional, with_bounds
+from textrl_gym.cli.options import CONFIG_FILE, Part, env_flags, environment, flat, parse_command, write_toml
 from textrl_gym.cli.terminal import print_rows, print_tables, records_table
-from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.registry import find_env
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from textrl_gym.mdp.env_settings import EnvSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where the work is written."""
+
+    out: Path
+    """The file or folder to write."""
 
 
 def sft_command(args: Sequence[str]) -> int:
@@ -54,17 +64,17 @@ def _run(
     Returns:
         The record of the work.
     """
-    parts: list[Part] = [
-        ("environment", positional("ENV", str, "an environment id, or module:ID")),
-        ("out", flag(Path, "the file or folder to write")),
-        ("config", flat(config)),
-        ("env", with_bounds(EnvSettings), EnvSettings()),
-    ]
-    parsed = parse_flags(command, about, parts, args)
-    record = work(find_env(parsed.environment), parsed.config, parsed.out, parsed.env)
+    table = command.replace("-", "_")
+    parts: list[Part] = [environment(), ("output", flat(Output)), ("settings", flat(config)), env_flags()]
+    tables = {"output": table, "settings": table, "env": "env"}
+    parsed = parse_command(command, about, parts, tables, args)
+    out = parsed.output.out
+    record = work(find_env(parsed.environment), parsed.settings, out, parsed.env)
+    config_file = out / CONFIG_FILE if out.is_dir() else out.with_suffix(".toml")
+    write_toml(config_file, {"env": parsed.env, table: [parsed.output, parsed.settings]})
     # Lists and missing values stay in the record; a terminal has no room for them.
     measured = {name: value for name, value in record["measured"].items() if isinstance(value, int | float)}
-    print_rows(f"saved in {parsed.out}", {name: f"{value:.4g}" for name, value in measured.items()})
+    print_rows(f"saved in {out}", {name: f"{value:.4g}" for name, value in measured.items()})
     return record
 
 

@@ -11,8 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files, registry
-from textrl_gym.cli.options import Part, RunSettings, as_arguments, find_agent, flag, flat, parse_flags, read_toml
-from textrl_gym.mdp.env_settings import EnvSettings, make_env
+from textrl_gym.cli.options import (
+    CONFIG_FILE,
+    Part,
+    RunSettings,
+    env_flags,
+    find_agent,
+    flag,
+    flat,
+    parse_command,
+    parse_flags,
+    write_toml,
+)
+from textrl_gym.mdp.env_settings import by_flag, make_env
 from textrl_gym.persistence.run_lock import alone
 from textrl_gym.registry import find_env, load_agent
 from textrl_gym.training.run_folder import holds_run, renamed
@@ -29,7 +40,7 @@ TRAIN = """Train an agent: textrl-gym train AGENT ENV --total-timesteps N --out 
 An agent that does not train is evaluated and saved, and needs no --total-timesteps.
 
 AGENT is the name of a file in agents/, or module:Class; ENV is an environment id, or module:ID. They come first. The
-settings of AGENT are among those below. A TOML file given by --config holds the tables [agent], [train] and [env]."""
+settings of AGENT are among those below."""
 
 
 def train_command(args: Sequence[str]) -> int:
@@ -47,21 +58,14 @@ def train_command(args: Sequence[str]) -> int:
 
     agent_class = find_agent(names[0]) if names else Agent
     env_id = find_env(names[1]) if len(names) == 2 else ""
-    # The file has to be read before tyro runs, since its values are the defaults that --help shows.
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--config", type=Path)
-    file = flags.parse_known_args(args[2:])[0].config
-    schema = {"agent": (agent_class.Config,), "train": (RunSettings, TrainOptions), "env": (EnvSettings,)}
-    tables = read_toml(file, schema) if file else {name: {} for name in schema}
     parts: list[Part] = [
         ("run", flat(RunSettings)),
         ("options", flat(TrainOptions)),
         ("agent", flat(agent_class.Config)),
-        ("env", EnvSettings, EnvSettings(**tables["env"])),
+        env_flags(),
     ]
-    # The agent's settings are checked together, so the file's are given as flags and not as a finished default.
-    before = [*as_arguments(tables["train"]), *as_arguments(tables["agent"])]
-    parsed = parse_flags(" ".join(["train", *names]), TRAIN, parts, [*before, *args[len(names) :]])
+    tables = {"run": "train", "options": "train", "agent": "agent", "env": "env"}
+    parsed = parse_command(" ".join(["train", *names]), TRAIN, parts, tables, args[len(names) :])
 
     run = parsed.run
     if agent_class.trains and run.total_timesteps is None:
@@ -88,6 +92,7 @@ def train_command(args: Sequence[str]) -> int:
     record = {"command": list(args), "environment": env_id, "options": dataclasses.asdict(parsed.options)}
     with alone(out):  # another process that trains there goes on with its own
         files.write_text(out / RUN_FILE, json.dumps(record | {"settings": settings}, indent=1) + "\n")
+        write_toml(out / CONFIG_FILE, {"env": parsed.env, "agent": parsed.agent, "train": [run, parsed.options]})
     return learn(agent, run.total_timesteps or 0, parsed.options, goes_on=False)
 
 
@@ -112,7 +117,7 @@ def check_same(out: Path, args: Sequence[str], settings: dict[str, Any]) -> None
 
 def _flattened(settings: dict[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in settings.items() if name not in ("config", "env")}
-    return flat | settings.get("config", {}) | {f"env.{k}": v for k, v in settings.get("env", {}).items()}
+    return flat | settings.get("config", {}) | by_flag(settings.get("env", {}))
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from annotated_types import Ge
 from textrl_gym import files, registry
 from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
+from textrl_gym.mdp.env_settings import EnvSettings, make_env
 from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import flops, loading, onednn, tiny
@@ -129,8 +130,26 @@ class Stopwatch:
             self.seconds[phase] += self.now() - begin
 
 
-def make_agent(config: BenchConfig, **settings: object) -> Agent:
-    """The agent to measure, on its own environment, with one optimizer step a rollout."""
+def make_agent(
+    config: BenchConfig, env_id: str | None = None, env: EnvSettings | None = None, **settings: Any
+) -> Agent:
+    """The agent to measure, with one optimizer step a rollout."""
+    device = loading.resolve_device(config.device)
+    # No schedule, so that all iterations are the same work.
+    usual: dict[str, Any] = {"epochs": 1, "minibatches": 1, "lr_schedule": "constant"}
+    usual |= {"dtype": config.dtype, "cuda_graphs": config.cuda_graphs}
+    rows = {"rollout_episodes": config.prompts * config.group, "group_size": config.group}
+    made = (
+        random_env(config)
+        if env_id is None
+        else make_env(env_id, env or EnvSettings(), config.model, str(device), rows)
+    )
+    model = None if env_id is None else config.model
+    return registry.load_agent_class(config.agent)(made, model, device=str(device), **(usual | settings))
+
+
+def random_env(config: BenchConfig) -> TextVectorEnv:
+    """Random prompts of one length, scored by a reward model of the policy's shape or by the length of the text."""
     task = RandomPrompts(config)
     device = loading.resolve_device(config.device)
     tokenizer = task.load_tokenizer()
@@ -144,7 +163,7 @@ def make_agent(config: BenchConfig, **settings: object) -> Agent:
         dtype = loading.resolve_dtype(config.dtype)
         scorer = AutoModelForSequenceClassification.from_config(shape).to(device=device, dtype=dtype).eval()
         reward = RewardModel(scorer, tokenizer, env_tokenizer=tokenizer)
-    env = TextVectorEnv(
+    return TextVectorEnv(
         config.prompts * config.group,
         task=task,
         reward=reward,
@@ -153,10 +172,6 @@ def make_agent(config: BenchConfig, **settings: object) -> Agent:
         array="torch",
         autoreset_mode="Disabled",
     )
-    # One optimizer step a rollout, and no schedule, so that all iterations are the same work.
-    usual: dict[str, Any] = {"epochs": 1, "minibatches": 1, "lr_schedule": "constant"}
-    usual |= {"dtype": config.dtype, "cuda_graphs": config.cuda_graphs}
-    return registry.load_agent_class(config.agent)(env, device=str(device), **(usual | settings))
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -212,16 +227,22 @@ def time_iterations(agent: Agent, iterations: int) -> Timing:
     return Timing(tokens, seconds, watch.seconds)
 
 
-def bench(config: BenchConfig, **settings: object) -> dict[str, Any]:
+def bench(
+    config: BenchConfig, env_id: str | None = None, env: EnvSettings | None = None, **settings: Any
+) -> dict[str, Any]:
     """Measure, and return the numbers; see `rows` for what they are.
 
     Args:
+        env_id: an environment with its prompts, budgets, model and reward, in place of random prompts.
+        env: settings of that environment.
         settings: fields of the agent's config.
 
     Raises:
         ValueError: a model that cannot be loaded, a device that is not there.
     """
-    agent = make_agent(config, **settings)
+    if env_id is None and env not in (None, EnvSettings()):
+        raise ValueError("settings of the environment (--env.) need an environment: textrl-gym bench ENV")
+    agent = make_agent(config, env_id, env, **settings)
     device = agent.device
     before = peak_bytes(device)
     timing = time_iterations(agent, config.iterations)
@@ -234,6 +255,7 @@ def bench(config: BenchConfig, **settings: object) -> dict[str, Any]:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     )
     record = {
+        "environment": env_id,
         "config": dataclasses.asdict(config) | {"out": None},
         "agent": dataclasses.asdict(agent.config),
         "device": device_name,
@@ -273,9 +295,10 @@ def rows(record: dict[str, Any]) -> dict[str, str]:
     """The record as lines of a table."""
     measured, config = record["measured"], record["config"]
     low, high = measured["iteration_seconds_spread"]
+    sizes = f"{config['prompt_tokens']} + {config['new_tokens']}"
     lines = {
         "device": record["device"],
-        "work": f"{config['prompts']} prompts x {config['group']}, {config['prompt_tokens']} + {config['new_tokens']}",
+        "work": f"{config['prompts']} prompts x {config['group']}, {record['environment'] or sizes}",
         "completion tokens/s, end to end": f"{measured['completion_tokens_per_second']:,.0f}",
         "completion tokens/s, rollout alone": f"{measured['rollout_tokens_per_second']:,.0f}",
         "seconds an iteration": f"{measured['iteration_seconds']:.3f} ({low:.3f} to {high:.3f})",

@@ -22,9 +22,8 @@ from textrl_gym import files, registry
 from textrl_gym.bounds import check_settings
 from textrl_gym.console import plain
 from textrl_gym.experiments.progress import LiveTable
-from textrl_gym.experiments.results import ERROR, LOG, PLAN, RESULT, RUNS, SPEC, TABLE, tidy
-from textrl_gym.mdp.env_settings import parse_reward
-from textrl_gym.mdp.task import load_env_task
+from textrl_gym.experiments.results import ERROR, LOG, PLAN, RESULT, RUNS, SPEC, TABLE, spec_env, tidy
+from textrl_gym.mdp.env_settings import EnvSettings, by_flag
 from textrl_gym.training.config import make_config
 from textrl_gym.training.run_folder import renamed
 
@@ -51,8 +50,6 @@ class CompareConfig:
     """Settings as agent.setting=value, the value in JSON or plain: ppo.learning_rate=1e-4."""
     model: str | None = None
     """The initial policy of all runs: a Hub id or a folder; None: the task's own."""
-    reward: str | None = None
-    """What all are trained on, as `train --env.reward` names it; None: the task's own. Saved agents keep their own."""
     gold: str | None = None
     """The gold score: gold (the task's own), or a reward (its name, module:function, a folder with a reward model);
     None: the task's own, where it has one. A language model judges finished runs: textrl-gym judge."""
@@ -107,10 +104,11 @@ def settings_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
     return settings_by_agent
 
 
-def run_specs(environment: str, config: CompareConfig) -> dict[str, dict[str, Any]]:
+def run_specs(environment: str, config: CompareConfig, env: EnvSettings) -> dict[str, dict[str, Any]]:
     """Name of each run -> what textrl_gym.experiments.worker needs to know."""
     apart = {"agents", "seeds", "kl_coef", "set", "workers"}
     shared = {name: value for name, value in dataclasses.asdict(config).items() if name not in apart}
+    shared["env"] = dataclasses.asdict(env)
     registered = registry.registration(environment)
     if registered is not None:
         shared["registered"] = registered
@@ -131,13 +129,14 @@ def run_specs(environment: str, config: CompareConfig) -> dict[str, dict[str, An
     return specs
 
 
-def prepare(out: Path, environment: str, config: CompareConfig) -> dict[str, Path]:
+def prepare(out: Path, environment: str, config: CompareConfig, env: EnvSettings | None = None) -> dict[str, Path]:
     """Write the plan and a folder for each run; returns name -> folder.
 
     Raises:
         ValueError: the folder holds a comparison with which this one cannot go on, naming what differs.
     """
-    specs = run_specs(environment, config)
+    env = env or EnvSettings()
+    specs = run_specs(environment, config, env)
     out.mkdir(parents=True, exist_ok=True)
     for name, spec in specs.items():
         file = out / RUNS / name / SPEC
@@ -145,22 +144,28 @@ def prepare(out: Path, environment: str, config: CompareConfig) -> dict[str, Pat
             file.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(file, json.dumps(spec, indent=1) + "\n")
             continue
-        before = renamed(files.read_json(file))
+        before, now = _flattened(renamed(files.read_json(file))), _flattened(json.loads(json.dumps(spec)))
         # The device may change: a comparison that was begun on a CPU may end on a GPU, whose numbers differ by
         # rounding.
-        other = [key for key in spec if key != "device" and before.get(key) != json.loads(json.dumps(spec[key]))]
+        other = [key for key in now if key != "device" and before.get(key) != now[key]]
         if other:
             key = other[0]
             raise ValueError(
-                f"{str(out)!r} holds the run {name} with {key}={before.get(key)!r}, not {spec[key]!r}: go on with "
+                f"{str(out)!r} holds the run {name} with {key}={before.get(key)!r}, not {now[key]!r}: go on with "
                 "that, or name another --out"
             )
-    plan = {"environment": environment, "config": dataclasses.asdict(config), "versions": versions()}
+    plan: dict[str, Any] = {"environment": environment, "config": dataclasses.asdict(config), "versions": versions()}
+    plan["env"] = dataclasses.asdict(env)
     registered = registry.registration(environment)
     if registered is not None:
         plan["registered"] = registered
     files.write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
     return {name: out / RUNS / name for name in specs}
+
+
+def _flattened(spec: dict[str, Any]) -> dict[str, Any]:
+    """A run's specification with the settings of its environment by the names of their flags."""
+    return {key: value for key, value in spec.items() if key != "env"} | by_flag(dataclasses.asdict(spec_env(spec)))
 
 
 def versions() -> dict[str, str]:
@@ -249,6 +254,7 @@ def compare(
     out: str | Path,
     progress_bar: bool = True,
     *,
+    env: EnvSettings | None = None,
     trust_code: bool = False,
 ) -> DataFrame:
     """Run the comparison, or what is left of it.
@@ -257,6 +263,9 @@ def compare(
         environment: an id that is registered, or module:ID.
         config: what is compared.
         out: its folder; the same one goes on.
+        env: the prompts, budgets and reward of all runs, where they are not the task's own. Saved agents are evaluated
+            in this environment too, with the tokenizers of their own; without one they keep the environment that they
+            were trained in.
         progress_bar: show a live table.
         trust_code: import what the folders of saved agents name, though it is not part of textrl_gym; see Agent.load.
 
@@ -271,14 +280,17 @@ def compare(
     from textrl_gym.rewards import load_reward
 
     environment = registry.find_env(environment)  # of module:ID the id
-    task = load_env_task(environment)
+    env = env or EnvSettings()
+    task = env.task(environment)
     # Both are made again in each worker: an object with a model cannot be handed to another process.
     if config.gold is not None:  # a wrong name is told before any run begins
         load_scorer(config.gold, task=task)
-    if config.reward is not None:
-        load_reward(parse_reward(config.reward), task=task)
+    if env.reward is not None:
+        load_reward(task.reward, task=task)
+    if len(task.rows(env.split, env.dataset)) == 0:
+        raise ValueError(f"dataset {env.dataset!r} has no rows in split {env.split!r}")
     out = Path(out)
-    folders = prepare(out, environment, config)
+    folders = prepare(out, environment, config, env)
     gpus = 0
     if config.device != "cpu":
         import torch

@@ -17,6 +17,7 @@ import numpy as np
 
 from textrl_gym import files
 from textrl_gym.evaluation import reward_hacking
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.stats.estimates import Array
 from textrl_gym.training.run_folder import (
     COMPLETION,
@@ -149,6 +150,7 @@ class Comparison:
 
     environment: str
     config: dict[str, Any]
+    env: EnvSettings
     """What was asked for, a CompareConfig."""
     versions: dict[str, str]
     groups: tuple[Group, ...]
@@ -178,11 +180,24 @@ def read_plan(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} holds no comparison: no {PLAN}")
     plan = files.read_json(file)
-    files.check_fields(plan, file, PLAN_FIELDS, {"versions": (dict,), "registered": (dict,)})
+    files.check_fields(plan, file, PLAN_FIELDS, {"versions": (dict,), "registered": (dict,), "env": (dict,)})
     files.check_fields(plan["config"], f"{file}, config", CONFIG_FIELDS)
     if not all(isinstance(agent, str) for agent in plan["config"]["agents"]):
         raise ValueError(f"{str(file)!r} is damaged: 'agents' must be names, got {plan['config']['agents']!r}")
     return plan
+
+
+def spec_env(spec: dict[str, Any]) -> EnvSettings:
+    """The settings of a run's environment; a comparison of 0.1 named the reward alone.
+
+    Raises:
+        ValueError: a setting that there is not, or a value that it cannot have.
+    """
+    values = spec.get("env", {"reward": spec.get("reward")})
+    try:
+        return EnvSettings(**values)
+    except TypeError as error:
+        raise ValueError(f"'env' of a run is damaged: {error}") from error
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -216,7 +231,13 @@ def read_comparison(folder: Path) -> Comparison:
         raise ValueError(f"{str(folder)!r} holds no finished run, so there is nothing to report: {reasons or 'no run'}")
     groups = _groups(results, plan["config"]["agents"])
     return Comparison(
-        plan["environment"], renamed(plan["config"]), plan.get("versions", {}), groups, failed, unfinished
+        plan["environment"],
+        renamed(plan["config"]),
+        spec_env(plan["config"] | plan),
+        plan.get("versions", {}),
+        groups,
+        failed,
+        unfinished,
     )
 
 

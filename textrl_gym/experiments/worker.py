@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files, registry
-from textrl_gym.experiments.results import CREDIT, EPISODES, ERROR, FLOPS, LOG, RESULT, SPEC
+from textrl_gym.experiments.results import CREDIT, EPISODES, ERROR, FLOPS, LOG, RESULT, SPEC, spec_env
 from textrl_gym.mdp.env_settings import EnvSettings, make_env
 from textrl_gym.mdp.task import load_env_task
 from textrl_gym.training.config import make_config
@@ -74,14 +74,14 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
 def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
     """The agent of a saved folder, or the one that training ends with."""
     if Path(spec["agent"]).is_dir():
-        return registry.load_agent(spec["agent"], device=spec["device"])
+        return saved_agent(spec)
     agent_class = registry.load_agent_class(spec["agent"])
     # A kill while a checkpoint was moved into place leaves it whole under another name.
     files.finish_folder(folder)
     # SB3's rows are in the middle of texts at a checkpoint, so that its runs cannot go on exactly: they begin anew.
     # What the comparison names was named by the user, and a checkpoint may name it too.
     load_env_task(spec["environment"])
-    EnvSettings(reward=spec.get("reward")).import_code()
+    spec_env(spec).import_code()
     goes_on = (folder / files.STATE_FILE).is_file() and agent_class.resumes
     if goes_on:
         agent = registry.load_agent(folder, device=spec["device"], out=folder)
@@ -90,7 +90,7 @@ def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
         settings = dict(spec["settings"])
         if spec["kl_coef"] is not None:
             settings["kl_coef"] = spec["kl_coef"]
-        # The agent makes its environment from the id; with a reward of the comparison's it is made here, as the agent
+        # The agent makes its environment from the id; with settings of the comparison's it is made here, as the agent
         # would.
         env = environment(spec, make_config(agent_class.Config, settings, spec["agent"]))
         agent = agent_class(env, spec["model"], seed=spec["seed"], device=spec["device"], out=folder, **settings)
@@ -104,6 +104,21 @@ def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
             gold=spec.get("gold"),  # a comparison of an earlier version names none
         )
     return agent
+
+
+def saved_agent(spec: dict[str, Any]) -> Agent:
+    """A saved agent, in the comparison's environment where that has settings of its own."""
+    settings, folder = spec_env(spec), Path(spec["agent"])
+    agent: Agent = registry.load_agent(folder, device=spec["device"])
+    if settings == EnvSettings():
+        return agent
+    load_env_task(spec["environment"])
+    settings.import_code()
+    config = {"rollout_episodes": agent.env.num_envs, "group_size": agent.env.group_size}
+    # Of the agent's tokenizer: the environment's may have other tokens for the same ids.
+    model = str(files.whole_checkpoint(folder) / "model")
+    env = make_env(spec["environment"], settings, model, spec["device"], config)
+    return registry.load_agent(folder, env, device=spec["device"])
 
 
 @contextmanager
@@ -139,10 +154,10 @@ def counted_flops(agent: Agent, file: Path) -> Iterator[None]:
 
 
 def environment(spec: dict[str, Any], config: AgentConfig) -> str | VectorEnv[Any, Any, Any]:
-    """The environment's id or, where the comparison names a reward, the environment with it."""
-    if spec.get("reward") is None:
+    """The environment's id or, where the comparison has settings of it, the environment with them."""
+    settings = spec_env(spec)
+    if settings == EnvSettings():
         return spec["environment"]
-    settings = EnvSettings(reward=spec["reward"])
     return make_env(spec["environment"], settings, spec["model"], spec["device"], dataclasses.asdict(config))
 
 

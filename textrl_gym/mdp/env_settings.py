@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -79,6 +80,15 @@ class EnvSettings:
             kind, colon, _ = name.partition(":")
             if colon and kind not in registry.names("rewards") and not _is_folder(name):
                 registry.load_object(name)
+
+
+def by_flag(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings of an environment by the names of their flags; those that a file lacks are the defaults.
+
+    An earlier version had fewer settings, and did what is the default now.
+    """
+    defaults = json.loads(json.dumps(dataclasses.asdict(EnvSettings())))
+    return {f"env.{name}": value for name, value in (defaults | dict(values)).items()}
 
 
 def parse_reward(text: str) -> str | dict[str, float]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from textrl_gym import files
 from textrl_gym.data.ranked import RankedCompletions
-from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.mdp.env_settings import EnvSettings, by_flag
 from textrl_gym.models import loading
 from textrl_gym.pipeline.reward_data import RewardData, RewardModelConfig, gather
 from textrl_gym.pipeline.reward_metrics import accuracy_row, gaps, gold_agreement, score_all
@@ -103,10 +103,8 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig, env: EnvSet
     record = read_record(folder)
     if record is None:
         return False
-    # Version 0.1 had no settings of the environment, which were the task's own.
-    before = {"environment": record["environment"], **prefixed(record.get("env", dataclasses.asdict(EnvSettings())))}
-    before |= record["config"]
-    settings = {"environment": env_id, **prefixed(dataclasses.asdict(env)), **dataclasses.asdict(config)}
+    before = {"environment": record["environment"], **by_flag(record.get("env", {})), **record["config"]}
+    settings = {"environment": env_id, **by_flag(dataclasses.asdict(env)), **dataclasses.asdict(config)}
     settings = json.loads(json.dumps(settings))
     for key, value in settings.items():
         if before.get(key) != value:
@@ -115,11 +113,6 @@ def is_trained(folder: Path, env_id: str, config: RewardModelConfig, env: EnvSet
                 "or name another --out"
             )
     return True
-
-
-def prefixed(env: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an environment by the names of their flags."""
-    return {f"env.{name}": value for name, value in env.items()}
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

@@ -194,8 +194,10 @@ def lead(comparison: Comparison, live: bool = False) -> str:
     )
     if config.get("gold") not in (None, "gold"):
         words += f" Gold is here the reward that was named, {config['gold']}."
-    if config.get("reward"):
-        words += f" All were trained on the reward {config['reward']}."
+    given = comparison.env.keywords()
+    if given:
+        settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
+        words += f" Settings of the environment that are not the task's own: {settings}."
     html = f'<p class="soft">{escape(words)}</p>'
     unfinished = {} if live else comparison.unfinished
     for what, names in (("failed", comparison.failed), ("are not finished", unfinished)):
