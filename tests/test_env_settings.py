@@ -66,7 +66,7 @@ def test_a_task_is_named_by_its_file(their_file: Path) -> None:
     assert registry.find_env(f"{their_file}:Letters") == "Letters-v0"
     assert registry.find_env("letter_tasks:Letters") == "Letters-v0"  # again, and by its module
     env = gymnasium.make("Letters-v0")
-    assert env.unwrapped.reset(seed=0)[0] is not None  # type: ignore[attr-defined]
+    assert env.unwrapped.reset(seed=0)[0] is not None
     assert registry.registration("Letters-v0") == {"task": "letter_tasks:Letters"}  # as a worker imports it
 
 
