@@ -190,11 +190,13 @@ def test_another_gold_score_and_another_reward_are_named(tmp_path: Path) -> None
     out = write_comparison(tmp_path / "comparison")
     plan = json.loads((out / "compare.json").read_text())
     for named, reward, said in ((None, None, False), ("gold", None, False), ("rouge<b>", "length=-1.0", True)):
-        plan["config"] |= {"gold": named, "reward": reward}
+        plan["config"] |= {"gold": named}
+        plan["env"] = {"reward": reward, "max_new_tokens": 7 if said else None}
         (out / "compare.json").write_text(json.dumps(plan))
         words = " ".join(read(out)[1].words)
         assert ("Gold is here the reward that was named, rouge<b>." in words) == said
-        assert ("All were trained on the reward length=-1.0." in words) == said
+        settings = "Settings of the environment that are not the task's own: reward {'length': -1.0}, max new tokens 7."
+        assert (settings in words) == said
 
 
 def test_an_agent_that_does_not_train_needs_no_seeds(tmp_path: Path) -> None:

@@ -184,6 +184,10 @@ def read_plan(folder: Path) -> dict[str, Any]:
     files.check_fields(plan["config"], f"{file}, config", CONFIG_FIELDS)
     if not all(isinstance(agent, str) for agent in plan["config"]["agents"]):
         raise ValueError(f"{str(file)!r} is damaged: 'agents' must be names, got {plan['config']['agents']!r}")
+    try:
+        spec_env(plan["config"] | plan)
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
     return plan
 
 
