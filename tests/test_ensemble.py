@@ -159,10 +159,10 @@ def test_training_goes_on_with_the_members_that_are_missing(
     learnt: list[tuple[str, list[RankedCompletions]]] = []
     train_on = reward_model.train_on
 
-    def watched(data: Any, member: RewardModelConfig, out: Path) -> Any:
+    def watched(data: Any, member: RewardModelConfig, out: Path, save: Any) -> Any:
         data.train = list(data.train)  # of a single model it is a stream
         learnt.append((out.name, list(reward_data.in_order(data.train, member))))
-        return train_on(data, member, out)
+        return train_on(data, member, out, save)
 
     monkeypatch.setattr(reward_ensemble, "train_on", watched)
     out = tmp_path / "both"
@@ -207,12 +207,12 @@ def test_training_goes_on_with_the_members_that_are_missing(
     )
     file.write_text(old.replace("replaced_token_loss", "reading_loss"))
     assert file.read_text() != today
-    assert reward_model.read_record(out / "0") == json.loads(today)
+    assert reward_model.read_record(file) == json.loads(today)
     learnt.clear()
     reward_ensemble.train_rewards(env, dataclasses.replace(config, ensemble=3, combine="worst"), out)
     assert learnt == []
     # 5. Others are not mixed with them.
-    with pytest.raises(ValueError, match=r"0' holds a reward model with batch_size=4, not 2: go on with that"):
+    with pytest.raises(ValueError, match=r"0' holds a training with batch_size=4, not 2: go on with that"):
         reward_ensemble.train_rewards(env, dataclasses.replace(config, batch_size=2), out)
     with pytest.raises(ValueError, match=r"holds ensemble.json, so a reward model cannot be written to it"):
         reward_ensemble.train_rewards(env, dataclasses.replace(config, ensemble=0), out)

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from textrl_gym.models import loading, weights
+from textrl_gym.models import loading, tiny, weights
 
 VOCAB = {"<eos>": 0, "a": 1, "b": 2, "c": 3}
 
@@ -264,3 +264,10 @@ def test_smollm2_is_converted_once_and_speaks(smollm2_cache: Path, monkeypatch: 
     ids = torch.tensor([smollm2("The capital of France is")["input_ids"]])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
     assert smollm2.decode(out[0]) == "The capital of France is Paris"
+
+
+def test_loaded_weights_lie_in_memory_as_new_ones_do(tmp_path: Path) -> None:
+    """In the file's own memory they are aligned as its header is long, and products differ in their last digits."""
+    tiny.llama(20).save_pretrained(tmp_path)
+    model = loading.load_model(tmp_path)
+    assert {p.data_ptr() % 64 for p in model.parameters()} == {0}

@@ -105,14 +105,17 @@ def test_a_step_to_infinite_weights_stops(tmp_path: Path) -> None:
 def test_supervised_training_names_its_update() -> None:
     model = nn.Linear(2, 1)
     optimizer = optim.adamw(model, 0.1)
-    optim.descend(model, optimizer, model(torch.ones(1, 2)).sum(), 0.1)
+    optim.descend(model, optimizer, [model(torch.ones(1, 2)).sum()], 0.1)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(functional.NonFiniteError, match="update 2: the loss is nan"):
-        optim.descend(model, optimizer, model(torch.full((1, 2), math.nan)).sum(), 0.1)
+        optim.descend(model, optimizer, [model(torch.full((1, 2), math.nan)).sum()], 0.1, update=2)
     # sqrt has an infinite slope at 0: the loss is finite, and its gradient is not.
     with pytest.raises(functional.NonFiniteError, match=r"update 2: the gradient norm is (nan|inf)"):
-        optim.descend(model, optimizer, (model(torch.ones(1, 2)) * 0).sqrt().sum(), 0.1)
+        optim.descend(model, optimizer, [(model(torch.ones(1, 2)) * 0).sqrt().sum()], 0.1, update=2)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    # Adam's step is about the learning rate: finite gradients, and weights whose norm is not.
+    with pytest.raises(functional.NonFiniteError, match=r"update 3: the norm of the weights after it is inf"):
+        optim.descend(model, optimizer, [model(torch.ones(1, 2)).sum()], 1e30, update=3)
 
 
 def test_a_model_folder_with_nan_is_refused_by_the_tensor(tmp_path: Path) -> None:

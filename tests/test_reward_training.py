@@ -212,7 +212,7 @@ def test_a_curve_of_simulated_annotators_starts_where_the_model_does(tiny_model:
     assert curve[1]["accuracy"] == accuracy["accuracy"]
     config = RewardModelConfig(**{**vars(everything), "curve": (1000,)})
     with pytest.raises(ValueError, match=r"curve asks for 1000 pairs; there are \d+ to train on"):
-        reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / "rm")
+        reward_model.train_reward_model("TLDRSummarize-v0", config, tmp_path / "more")
     with pytest.raises(ValueError, match="at least 1, got"):
         RewardModelConfig(curve=(0,))
 

@@ -1,7 +1,6 @@
 """Supervised training: the loss counts completion tokens only, packing changes nothing, the seed decides everything."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading, tiny
 from textrl_gym.models.packing import pack
 from textrl_gym.models.tokenizer import EOS, train_tokenizer
-from textrl_gym.pipeline import induction, sft
+from textrl_gym.pipeline import induction, optim, sft
 from textrl_gym.pipeline.sft import SFTConfig
 
 TEXTS = ["Anna broke my lamp on Monday. It cost me $450.", "Is it right to tell her?", "My boss Tom lost 2 keys."]
@@ -95,19 +94,27 @@ def test_the_initialisation_attends_to_what_followed_this_token() -> None:
 def test_the_curriculum_lowers_the_copying_loss() -> None:
     config = SFTConfig(hidden_size=64, intermediate_size=64)
     model = sft.new_model(config, train_tokenizer(TEXTS, 300), 64)
-    losses: list[float] = []
-    found = induction.copy_curriculum(
-        model,
-        steps=60,
-        target_loss=0.0,
-        longest_run=8,
-        batch_size=16,
-        learning_rate=3e-3,
-        generator=torch.Generator().manual_seed(0),
-        report=losses.append,
+    curriculum = induction.CopyCurriculum(
+        model, steps=60, target_loss=0.0, longest_run=8, batch_size=16, rate=3e-3, seed=0
     )
-    assert found["copy_steps"] == 60
-    assert losses[-1] < 0.5 * losses[0]
+    optimizer = optim.adamw(model, 3e-3)
+    losses = [optim.descend(model, optimizer, curriculum.losses(n), curriculum.learning_rate(n))[0] for n in range(60)]
+    first, *_, last = losses
+    assert first is not None and last is not None and last < 0.5 * first
+
+
+def test_the_curriculum_goes_on_to_the_longest_runs_and_ends_there() -> None:
+    model = sft.new_model(SFTConfig(hidden_size=16, layers=2), train_tokenizer(TEXTS, 300), 64)
+    curriculum = induction.CopyCurriculum(
+        model, steps=60, target_loss=0.5, longest_run=16, batch_size=2, rate=3e-3, seed=0
+    )
+    assert [curriculum.longest, curriculum.ends(0.5), curriculum.longest] == [4, False, 4]
+    assert [curriculum.ends(0.4), curriculum.longest, curriculum.ends(0.6), curriculum.ends(0.4)] == [
+        False,
+        16,
+        False,
+        True,
+    ]
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -163,7 +170,7 @@ class _NoTexts(TLDRSummarize):
 
 def test_batches_hold_prompts_of_about_one_length() -> None:
     task = TLDRSummarize()
-    stream = sft.batches(task, task.load_tokenizer(), task.demonstrations("train"), 4, random.Random(0))
+    stream = sft.Batches(task, task.load_tokenizer(), task.demonstrations("train"), 4, seed=0)
     padding = []
     for _ in range(8):
         batch = next(stream)

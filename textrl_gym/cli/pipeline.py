@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from textrl_gym.cli.options import CONFIG_FILE, Part, env_flags, environment, flat, parse_command, write_toml
+from textrl_gym.cli.options import (
+    CONFIG_FILE,
+    Part,
+    env_flags,
+    environment,
+    flag,
+    flat,
+    parse_command,
+    parse_flags,
+    write_toml,
+)
 from textrl_gym.cli.terminal import print_rows, print_tables, records_table
+from textrl_gym.persistence.save_schedule import SaveOptions
 from textrl_gym.registry import find_env
 
 if TYPE_CHECKING:
@@ -29,7 +42,7 @@ def sft_command(args: Sequence[str]) -> int:
     """Fine-tune a language model on a task's prompts and completions."""
     from textrl_gym.pipeline import sft
 
-    _run("sft", sft_command.__doc__, sft.SFTConfig, sft.sft, args)
+    _train("sft", sft_command.__doc__, sft.SFTConfig, sft.sft, args)
     return 0
 
 
@@ -38,7 +51,7 @@ def reward_model_command(args: Sequence[str]) -> int:
     from textrl_gym.pipeline import reward_data, reward_ensemble
 
     about, config = reward_model_command.__doc__, reward_data.RewardModelConfig
-    record = _run("reward-model", about, config, reward_ensemble.train_rewards, args)
+    record = _train("reward-model", about, config, reward_ensemble.train_rewards, args)
     print_tables(*_reward_tables(record))
     return 0
 
@@ -48,34 +61,70 @@ def preferences_command(args: Sequence[str]) -> int:
     from textrl_gym.pipeline import sample_preferences
 
     about, config = preferences_command.__doc__, sample_preferences.PreferenceConfig
-    _run("preferences", about, config, sample_preferences.make_preferences, args)
+    parsed = _parse("preferences", about, config, (Output,), args)
+    record = sample_preferences.make_preferences(
+        find_env(parsed.environment), parsed.settings, parsed.output.out, parsed.env
+    )
+    _finish("preferences", parsed, record)
     return 0
 
 
-def _run(
+def _train(
     command: str,
     about: str | None,
     config: type[Any],
-    work: Callable[[str, Any, Path, EnvSettings], dict[str, Any]],
+    work: Callable[[str, Any, Path, EnvSettings, SaveOptions], dict[str, Any]],
     args: Sequence[str],
 ) -> dict[str, Any]:
-    """Read ENV, --out, and the flags of the config and the environment, do the work, and print what was measured.
+    """Train by the flags, or go on with the run that --resume names, and print what was measured.
 
     Returns:
         The record of the work.
     """
-    table = command.replace("-", "_")
-    parts: list[Part] = [environment(), ("output", flat(Output)), ("settings", flat(config)), env_flags()]
-    tables = {"output": table, "settings": table, "env": "env"}
-    parsed = parse_command(command, about, parts, tables, args)
+    # As in `train`: a run that goes on takes its settings from its folder, and not from arguments.
+    if any(arg.partition("=")[0] == "--resume" for arg in args):
+        from textrl_gym.pipeline.trainer import read_run
+
+        out = parse_flags(command, about, [("resume", flag(Path, "the run's folder"))], args).resume
+        env_id, env, settings, save = read_run(out, command, config)
+        parsed = SimpleNamespace(environment=env_id, env=env, settings=settings, output=Output(out), save=save)
+    else:
+        about = f"{about}\n\nThe same command goes on where it was stopped; so does --resume OUT."
+        parsed = _parse(command, about, config, (Output, SaveOptions), args)
     out = parsed.output.out
-    record = work(find_env(parsed.environment), parsed.settings, out, parsed.env)
+    try:
+        record = work(find_env(parsed.environment), parsed.settings, out, parsed.env, parsed.save)
+    except KeyboardInterrupt:
+        print(f"go on with: textrl-gym {command} --resume {out}", file=sys.stderr)
+        raise
+    _finish(command, parsed, record)
+    return record
+
+
+def _parse(
+    command: str, about: str | None, config: type[Any], own: Sequence[type[Any]], args: Sequence[str]
+) -> SimpleNamespace:
+    """ENV, the flags of the command's own dataclasses, and those of the config and the environment."""
+    names = {Output: "output", SaveOptions: "save"}
+    parts: list[Part] = [environment(), *((names[cls], flat(cls)) for cls in own), ("settings", flat(config))]
+    tables = {part[0]: _table(command) for part in parts[1:]} | {"env": "env"}
+    return parse_command(command, about, [*parts, env_flags()], tables, args)
+
+
+def _table(command: str) -> str:
+    """The command's table in a TOML file."""
+    return command.replace("-", "_")
+
+
+def _finish(command: str, parsed: SimpleNamespace, record: Mapping[str, Any]) -> None:
+    """Write down the settings, and print what was measured."""
+    out = parsed.output.out
     config_file = out / CONFIG_FILE if out.is_dir() else out.with_suffix(".toml")
-    write_toml(config_file, {"env": parsed.env, table: [parsed.output, parsed.settings]})
+    own = [getattr(parsed, name) for name in ("output", "save", "settings") if hasattr(parsed, name)]
+    write_toml(config_file, {"env": parsed.env, _table(command): own})
     # Lists and missing values stay in the record; a terminal has no room for them.
     measured = {name: value for name, value in record["measured"].items() if isinstance(value, int | float)}
     print_rows(f"saved in {out}", {name: f"{value:.4g}" for name, value in measured.items()})
-    return record
 
 
 def _reward_tables(record: Mapping[str, Any]) -> list[Table]:

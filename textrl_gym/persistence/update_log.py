@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files
+from textrl_gym.persistence.run_lock import LOCK
 
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import Logger
@@ -32,7 +33,9 @@ def new_logger(folder: Path) -> Logger:
 
 def update_logs(folder: Path) -> list[Path]:
     """The logs of updates: in the folder, and in one that learn()'s tb_log_name names."""
-    return [*folder.glob("progress*.json"), *folder.glob("*/progress*.json")]
+    # A folder of its own run, as where out is runs/, has a lock of its own.
+    inside = [file for file in folder.glob("*/progress*.json") if not (file.parent / LOCK).exists()]
+    return [*folder.glob("progress*.json"), *inside]
 
 
 def clear(folder: Path, more: Iterable[Path] = ()) -> None:

@@ -3,7 +3,8 @@
 In reading order:
 - `sft`: supervised fine-tuning on prompts and completions
 - `induction`: an initialisation and a curriculum for tiny models trained from scratch
-- `optim`: AdamW, the learning-rate schedule and the progress bar that all training loops here share
+- `optim`: AdamW, the learning-rate schedule and the progress bar of supervised training
+- `trainer`: supervised training in a folder: phases of updates, logs, checkpoints
 - `sample_preferences`: preference pairs, sampled from policies and labelled
 - `simulated_comparisons`: completions of a task, compared by simulated annotators
 - `reward_data`: the settings and the data of reward-model training

@@ -8,7 +8,7 @@ Shape legend: B rows, N tokens of a run, L places, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from textrl_gym.pipeline.optim import RunningMean, adamw, descend
+from textrl_gym.pipeline.trainer import Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,45 +67,75 @@ def induction_init(model: LlamaForCausalLM, generator: torch.Generator) -> None:
     match.o_proj.weight.copy_(0.3 * copied.T)
 
 
-def copy_curriculum(
-    model: PreTrainedModel,
-    *,
-    steps: int,
-    target_loss: float,
-    longest_run: int,
-    batch_size: int,
-    learning_rate: float,
-    generator: torch.Generator,
-    report: Callable[[float], None] = lambda loss: None,
-) -> dict[str, float]:
+class CopyCurriculum(Phase):
     """Practise induction: predict runs of random tokens while they repeat; a quarter of a length, then all of it.
 
     Args:
         steps: at most so many updates.
         target_loss: it ends when the running mean on the longest runs is below this, in nats a token.
-        report: called with the running mean of the loss at every update.
-
-    Returns:
-        {"copy_steps", "copy_loss"}: updates taken, and the last running mean of the loss in nats a token.
+        longest_run: of tokens.
+        seed: of the runs.
     """
-    optimizer = adamw(model, learning_rate)
-    # Short runs first: with few places to look at, the circuit forms sooner.
-    longest, mean_loss, step = max(2, longest_run // 4), RunningMean(share=0.1), 0
-    for step in range(1, steps + 1):
+
+    name = "copying"
+    smoothing = 0.1
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        steps: int,
+        target_loss: float,
+        longest_run: int,
+        batch_size: int,
+        rate: float,
+        seed: int,
+    ) -> None:
+        super().__init__(steps)
+        self.model, self.target_loss, self.longest_run, self.batch_size = model, target_loss, longest_run, batch_size
+        self.rate = rate
+        self.generator = torch.Generator().manual_seed(seed)
+        # Short runs first: with few places to look at, the circuit forms sooner.
+        self.longest = max(2, longest_run // 4)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """Cross-entropy of the repeated tokens of random runs, in nats a token."""
+        longest, generator = self.longest, self.generator
         # Half a run more than the longest, so that every run repeats at least in part.
         width = longest + max(longest // 2, 8)
         # B lengths of run, in a quarter of the longest to the longest; each run starts again from its first token.
-        run_B1 = torch.randint(max(2, longest // 4), longest + 1, (batch_size, 1), generator=generator)
-        fresh_BN = torch.randint(model.config.vocab_size, (batch_size, longest), generator=generator)
+        run_B1 = torch.randint(max(2, longest // 4), longest + 1, (self.batch_size, 1), generator=generator)
+        size = self.model.config.vocab_size
+        fresh_BN = torch.randint(size, (self.batch_size, longest), generator=generator)
         place_L = torch.arange(width)
         ids_BL = fresh_BN.gather(1, place_L % run_B1)
         again_BL = (place_L > run_B1)[:, 1:]  # the first token of a second run cannot be foreseen
-        logits_BLV = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits_BLV[again_BL].float(), ids_BL[:, 1:][again_BL])
-        descend(model, optimizer, loss, learning_rate * min(1.0, step / 50))  # no decay: it ends by its loss
-        report(mean_loss.update(loss.item()))
-        if mean_loss.value < target_loss:
-            if longest == longest_run:
-                break
-            longest = longest_run
-    return {"copy_steps": step, "copy_loss": mean_loss.value}
+        device = self.model.device
+        logits_BLV = self.model(input_ids=ids_BL[:, :-1].to(device), use_cache=False).logits
+        yield F.cross_entropy(logits_BLV[again_BL.to(device)].float(), ids_BL[:, 1:][again_BL].to(device))
+
+    def learning_rate(self, step: int) -> float:
+        """A warm-up and no decay: it ends by its loss."""
+        return self.rate * min(1.0, (step + 1) / 50)
+
+    def ends(self, mean_loss: float) -> bool:
+        """Whether the longest runs are copied; short ones that are make way for those."""
+        if mean_loss >= self.target_loss:
+            return False
+        if self.longest == self.longest_run:
+            return True
+        self.longest = self.longest_run
+        return False
+
+    def state(self) -> dict[str, Any]:
+        return {"longest": self.longest, "generator": self.generator.get_state().numpy().tobytes().hex()}
+
+    def go_to(self, step: int, state: Mapping[str, Any]) -> None:
+        if state:
+            self.longest = state["longest"]
+            held = bytearray.fromhex(state["generator"])
+            self.generator.set_state(torch.frombuffer(held, dtype=torch.uint8))
+
+    def measured(self, steps: int, mean_loss: float) -> dict[str, float]:
+        """Updates taken, and the last running mean of the loss in nats a token."""
+        return {"copy_steps": steps, "copy_loss": mean_loss}

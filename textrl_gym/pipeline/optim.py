@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,22 +20,45 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> 
 
 
 def descend(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, max_norm: float = 1.0
-) -> None:
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: Iterable[Tensor],
+    rate: float,
+    max_norm: float = 1.0,
+    update: int = 1,
+    before_step: Callable[[], object] = lambda: None,
+) -> tuple[float | None, float]:
     """Take one optimiser step on a loss: gradients clipped to a global norm, at the given learning rate.
 
+    Args:
+        losses: parts of the loss, which add up to it; each is gone through before the next is computed. Without any no
+            step is taken.
+        update: its number, for errors.
+        before_step: called when the gradients are ready.
+
+    Returns:
+        The loss, None where there was none, and the gradients' norm before it was clipped.
+
     Raises:
-        NonFiniteError: the loss or the gradient norm is NaN or infinite; no step is taken.
+        NonFiniteError: the loss or the gradient norm is NaN or infinite, and no step is taken; or the weights after it.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
-    update = 1 + max((int(state["step"]) for state in optimizer.state.values()), default=0)
-    require_finite(f"update {update}: the loss", loss.detach())
     optimizer.zero_grad()
-    loss.backward()
+    total: Tensor | None = None
+    for loss in losses:
+        require_finite(f"update {update}: the loss", loss.detach())
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    if total is None:
+        return None, 0.0
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     require_finite(f"update {update}: the gradient norm", norm)
+    before_step()
     optimizer.step()
+    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    require_finite(f"update {update}: the norm of the weights after it", nn.utils.get_total_norm(weights))
+    return total.item(), norm.item()
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
@@ -52,9 +76,9 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 class RunningMean:
     """An exponential running mean, nan before the first value and equal to it after it."""
 
-    def __init__(self, share: float = 0.05) -> None:
-        """share: the weight of a new value."""
-        self.share, self.value = share, math.nan
+    def __init__(self, share: float = 0.05, value: float = math.nan) -> None:
+        """share: the weight of a new value; value: to go on from."""
+        self.share, self.value = share, value
 
     def update(self, value: float) -> float:
         """Add a value; returns the new mean."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.ranked import PromptEncoder
 from textrl_gym.models.packing import pack
-from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend
+from textrl_gym.pipeline.optim import cosine
+from textrl_gym.pipeline.trainer import Phase, restore_random
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,30 +97,48 @@ def replaced_token_loss(model: nn.Module, batch: Sequence[CorruptedTexts]) -> Te
     return F.binary_cross_entropy_with_logits(score_BKT[packed.mask_BKT.to(device)], label_N.to(device))
 
 
-def train_replaced_tokens(
-    model: nn.Module,
-    task: CorruptingTask,
-    tokenizer: PreTrainedTokenizerBase,
-    source: PromptSource,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    warmup_steps: int,
-    seed: int,
-    report: Callable[[float], None] = lambda loss: None,
-) -> float:
-    """Train body and head; returns the running mean of the loss at the end, in nats a token."""
-    rng = random.Random(seed)
-    optimizer = adamw(model, learning_rate)
-    mean_loss = RunningMean()
-    for step in range(steps):
+class ReplacedTokens(Phase):
+    """Updates of body and head by replaced-token detection."""
+
+    name = "replaced tokens"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: CorruptingTask,
+        tokenizer: PreTrainedTokenizerBase,
+        source: PromptSource,
+        *,
+        steps: int,
+        batch_size: int,
+        rate: float,
+        warmup_steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__(steps)
+        self.model, self.task, self.tokenizer, self.source = model, task, tokenizer, source
+        self.batch_size, self.rate, self.warmup_steps = batch_size, rate, warmup_steps
+        self.rng = random.Random(seed)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
         batch: list[CorruptedTexts] = []
-        while len(batch) < batch_size:
-            texts = corrupt(task, tokenizer, source[rng.randrange(len(source))], rng)
+        while len(batch) < self.batch_size:
+            row = self.source[self.rng.randrange(len(self.source))]
+            texts = corrupt(self.task, self.tokenizer, row, self.rng)
             if texts.text_ids:
                 batch.append(texts)
-        loss = replaced_token_loss(model, batch)
-        descend(model, optimizer, loss, learning_rate * cosine(step, steps, warmup_steps))
-        report(mean_loss.update(loss.item()))
-    return mean_loss.value
+        yield replaced_token_loss(self.model, batch)
+
+    def learning_rate(self, step: int) -> float:
+        return self.rate * cosine(step, self.steps, self.warmup_steps)
+
+    def state(self) -> dict[str, Any]:
+        return {"rng": self.rng.getstate()}
+
+    def go_to(self, step: int, state: Mapping[str, Any]) -> None:
+        if state:
+            restore_random(self.rng, state["rng"])
+
+    def measured(self, steps: int, mean_loss: float) -> dict[str, float]:
+        """The running mean of the loss at the end, in nats a token."""
+        return {"replaced_token_loss": mean_loss}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt
@@ -16,7 +17,7 @@ from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
-from textrl_gym.pipeline.simulated_comparisons import Comparer
+from textrl_gym.pipeline.simulated_comparisons import Comparer, ComparisonStream
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
 
@@ -78,6 +79,8 @@ class RewardModelConfig:
         for name in ("dataset", "eval_dataset"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        if isinstance(self.annotators, dict):  # as a run's record has them
+            object.__setattr__(self, "annotators", Annotators(**self.annotators))
         check_settings(self)
         if self.ensemble and self.curve:
             raise ValueError("curve is of a single reward model: leave ensemble out")
@@ -137,9 +140,9 @@ def simulated(
     names = dict.fromkeys([config.policy, config.model])
     comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
     check_curve(config, config.prompts * math.comb(config.samples + config.candidates, 2))
-    stream: Iterable[RankedCompletions] = comparer.stream(
-        task.rows(env.split, env.dataset), config.prompts, config.seed + 1
-    )
+    rows_to_learn = task.rows(env.split, env.dataset)
+    total = min(config.prompts, len(rows_to_learn))
+    stream: Iterable[RankedCompletions] = ComparisonStream(comparer, rows_to_learn, total, config.seed + 1)
     if config.curve:
         stream = list(stream)
     source = task.rows("validation", env.dataset)
@@ -152,7 +155,7 @@ def simulated(
         task,
         tokenizer,
         stream,
-        config.prompts,
+        total,
         {"simulated annotators": heldout},
         samples=samples,
         references=references(task, tokenizer, rows),
@@ -182,6 +185,11 @@ def in_order(train: Iterable[RankedCompletions], config: RewardModelConfig) -> I
     shuffled = list(train)
     random.Random(config.seed).shuffle(shuffled)
     return shuffled
+
+
+def after(train: Iterable[RankedCompletions], skip: int) -> Iterator[RankedCompletions]:
+    """The comparisons behind the first so many."""
+    return train.after(skip) if isinstance(train, ComparisonStream) else itertools.islice(train, skip, None)
 
 
 def first_pairs(comparisons: Sequence[RankedCompletions], number: int) -> list[RankedCompletions]:

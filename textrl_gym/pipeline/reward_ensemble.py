@@ -21,11 +21,14 @@ from torch import Tensor
 
 from textrl_gym import files
 from textrl_gym.data.ranked import RankedCompletions
-from textrl_gym.mdp.env_settings import EnvSettings, by_flag
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading
+from textrl_gym.persistence import run_lock
+from textrl_gym.persistence.save_schedule import SaveOptions
 from textrl_gym.pipeline.reward_data import RewardData, RewardModelConfig, gather
 from textrl_gym.pipeline.reward_metrics import accuracy_row, gaps, gold_agreement, score_all
-from textrl_gym.pipeline.reward_model import read_record, train_on, train_reward_model
+from textrl_gym.pipeline.reward_model import TRAINING_RECORD, read_record, train_on, train_reward_model
+from textrl_gym.pipeline.trainer import finished_record, settings_of, write_run
 from textrl_gym.rewards import ensemble, reward_model
 
 ENSEMBLE_RECORD = "ensemble_training.json"
@@ -36,7 +39,11 @@ CompletionScores = list[list[float]]
 
 
 def train_rewards(
-    env_id: str, config: RewardModelConfig, out: str | Path, env: EnvSettings | None = None
+    env_id: str,
+    config: RewardModelConfig,
+    out: str | Path,
+    env: EnvSettings | None = None,
+    save: SaveOptions | None = None,
 ) -> dict[str, Any]:
     """A single reward model, or an ensemble where config.ensemble says so; returns the record of the work.
 
@@ -50,69 +57,57 @@ def train_rewards(
     # A folder with both would be read as the one or the other by what is looked for first.
     if (out / other).is_file():
         raise ValueError(f"{str(out)!r} holds {other}, so {kind} cannot be written to it: name another --out")
-    return train(env_id, config, out, env)
+    return train(env_id, config, out, env, save)
 
 
 def train_ensemble(
-    env_id: str, config: RewardModelConfig, out: str | Path, env: EnvSettings | None = None
+    env_id: str,
+    config: RewardModelConfig,
+    out: str | Path,
+    env: EnvSettings | None = None,
+    save: SaveOptions | None = None,
 ) -> dict[str, Any]:
     """Train the members that are missing, and write `ensemble.json` and `ensemble_training.json`.
 
     Args:
-        env_id, env: as of `train_reward_model`.
+        env_id, env, save: as of `train_reward_model`.
         out: the folder; members are its subfolders 0, 1, ... The same call goes on where the last one was stopped.
 
     Raises:
         ValueError: as of `train_reward_model`; or the folder holds another training's members.
     """
-    out, env = Path(out), env or EnvSettings()
+    out, env, save = Path(out), env or EnvSettings(), save or SaveOptions()
     data_seed = config.seed if config.data_seed is None else config.data_seed
     single = dataclasses.replace(config, ensemble=0, combine="mean", coefficient=ensemble.COEFFICIENT)
     members = {
         str(i): dataclasses.replace(single, seed=config.seed + i, data_seed=data_seed) for i in range(config.ensemble)
     }
-    missing = {name: member for name, member in members.items() if not is_trained(out / name, env_id, member, env)}
-    data = gather(env_id, config, env)
-    if missing:
-        # Simulated comparisons are sampled as they are read; each member needs all of them again.
-        data.train = list(data.train)
-    for name, member in missing.items():
-        train_on(data, member, out / name)
-    record = {
-        "environment": env_id,
-        "env": dataclasses.asdict(env),
-        "config": dataclasses.asdict(config),
-        **measure_ensemble([out / name for name in members], data, config),
-    }
-    settings = {"members": list(members), "combine": config.combine, "coefficient": config.coefficient}
-
-    text = json.dumps(record, indent=2)
-    files.write_text(out / ENSEMBLE_RECORD, text + "\n")
-    # Last: with it the folder is an ensemble.
-    files.write_text(out / ensemble.ENSEMBLE_FILE, json.dumps(settings, indent=2) + "\n")
+    with run_lock.alone(out):
+        missing = {
+            name: member
+            for name, member in members.items()
+            if finished_record(out / name, TRAINING_RECORD, env_id, env, member, read_record) is None
+        }
+        write_run(out, "reward-model", settings_of(env_id, env, config), save)
+        data = gather(env_id, config, env)
+        if missing:
+            # Simulated comparisons are sampled as they are read; each member needs all of them again.
+            data.train = list(data.train)
+        for name, member in missing.items():
+            with run_lock.alone(out / name):
+                train_on(data, member, out / name, save)
+        record = {
+            "environment": env_id,
+            "env": dataclasses.asdict(env),
+            "config": dataclasses.asdict(config),
+            **measure_ensemble([out / name for name in members], data, config),
+        }
+        settings = {"members": list(members), "combine": config.combine, "coefficient": config.coefficient}
+        text = json.dumps(record, indent=2)
+        files.write_text(out / ENSEMBLE_RECORD, text + "\n")
+        # Last: with it the folder is an ensemble.
+        files.write_text(out / ensemble.ENSEMBLE_FILE, json.dumps(settings, indent=2) + "\n")
     return json.loads(text)
-
-
-def is_trained(folder: Path, env_id: str, config: RewardModelConfig, env: EnvSettings) -> bool:
-    """Whether a folder holds the reward model of these settings.
-
-    Raises:
-        ValueError: it holds one of other settings, naming the first that differs.
-    """
-    files.finish_folder(folder)
-    record = read_record(folder)
-    if record is None:
-        return False
-    before = {"environment": record["environment"], **by_flag(record.get("env", {})), **record["config"]}
-    settings = {"environment": env_id, **by_flag(dataclasses.asdict(env)), **dataclasses.asdict(config)}
-    settings = json.loads(json.dumps(settings))
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{str(folder)!r} holds a reward model with {key}={before.get(key)!r}, not {value!r}: go on with that, "
-                "or name another --out"
-            )
-    return True
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,9 +28,19 @@ from textrl_gym import files
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading
-from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend, progress_bar
-from textrl_gym.pipeline.replaced_tokens import CorruptingTask, train_replaced_tokens
-from textrl_gym.pipeline.reward_data import RewardData, RewardModelConfig, check_curve, first_pairs, gather, in_order
+from textrl_gym.persistence import run_lock
+from textrl_gym.persistence.save_schedule import SaveOptions
+from textrl_gym.pipeline.optim import cosine
+from textrl_gym.pipeline.replaced_tokens import CorruptingTask, ReplacedTokens
+from textrl_gym.pipeline.reward_data import (
+    RewardData,
+    RewardModelConfig,
+    after,
+    check_curve,
+    first_pairs,
+    gather,
+    in_order,
+)
 from textrl_gym.pipeline.reward_metrics import (
     accuracy_row,
     accuracy_table,
@@ -40,6 +51,7 @@ from textrl_gym.pipeline.reward_metrics import (
     raw_rewards,
     score_all,
 )
+from textrl_gym.pipeline.trainer import MODEL, Phase, Trainer, finished_record, settings_of, write_run
 from textrl_gym.rewards.reward_model import NORMALISATION_FILE
 from textrl_gym.stats.pairwise import agreement
 
@@ -95,45 +107,51 @@ def batched(stream: Iterator[RankedCompletions], size: int) -> Iterator[list[Ran
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def pretrain(model: PreTrainedModel, data: RewardData, config: RewardModelConfig) -> float | None:
-    """Replaced-token detection, where the task can corrupt its texts; returns its last loss in nats a token."""
-    if not config.replaced_token_steps or not isinstance(data.task, CorruptingTask):
-        return None
-    with progress_bar() as bar:
-        row = bar.add_task("replaced tokens", total=config.replaced_token_steps, note="")
-        return train_replaced_tokens(
-            model,
-            data.task,
-            data.tokenizer,
-            data.task.rows(data.env.split, data.env.dataset),
-            steps=config.replaced_token_steps,
-            batch_size=config.replaced_token_batch_size,
-            learning_rate=config.learning_rate,
-            warmup_steps=config.warmup_steps,
-            seed=config.seed,
-            report=lambda loss: bar.update(row, advance=1, note=f"loss {loss:.3f}"),
-        )
+def pretraining(model: PreTrainedModel, data: RewardData, config: RewardModelConfig) -> list[Phase]:
+    """Replaced-token detection, where annotators are simulated and the task can corrupt its texts."""
+    if config.dataset or not config.replaced_token_steps or not isinstance(data.task, CorruptingTask):
+        return []
+    phase = ReplacedTokens(
+        model,
+        data.task,
+        data.tokenizer,
+        data.task.rows(data.env.split, data.env.dataset),
+        steps=config.replaced_token_steps,
+        batch_size=config.replaced_token_batch_size,
+        rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        seed=config.seed,
+    )
+    return [phase]
 
 
-def train_epoch(
-    model: PreTrainedModel, stream: Iterator[RankedCompletions], total: int, config: RewardModelConfig
-) -> float:
-    """One epoch over the comparisons; the running mean of the loss at its end, in nats a pair."""
-    optimizer = adamw(model, config.learning_rate)
-    steps = math.ceil(total / config.batch_size)
-    mean_loss = RunningMean()
-    with progress_bar() as bar:
-        row = bar.add_task("reward model", total=steps, note="")
-        for step, batch in enumerate(batched(stream, config.batch_size)):
-            winner_N3 = winners(batch).to(model.device)
-            # The mean of no pairs is nan, and one step with it would be the end of the model.
-            if len(winner_N3) == 0:  # every prompt had one distinct completion
-                continue
-            loss = bradley_terry_loss(raw_rewards(model, batch), winner_N3)
-            rate = config.learning_rate * cosine(step, steps, config.warmup_steps)
-            descend(model, optimizer, loss, rate, config.max_grad_norm)
-            bar.update(row, advance=1, note=f"loss {mean_loss.update(loss.item()):.3f}")
-    return mean_loss.value
+class PreferenceEpoch(Phase):
+    """Updates on comparisons, each of which is seen once; the place in them is the number of updates."""
+
+    name = "reward model"
+
+    def __init__(
+        self, model: PreTrainedModel, train: Iterable[RankedCompletions], total: int, config: RewardModelConfig
+    ) -> None:
+        super().__init__(math.ceil(total / config.batch_size), config.max_grad_norm)
+        self.model, self.train, self.config = model, train, config
+
+    def go_to(self, step: int, state: Mapping[str, Any]) -> None:
+        self._batches = batched(after(self.train, step * self.config.batch_size), self.config.batch_size)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        batch = next(self._batches)
+        winner_N3 = winners(batch).to(self.model.device)
+        # The mean of no pairs is nan, and one step with it would be the end of the model.
+        if len(winner_N3):  # else every prompt had one distinct completion
+            yield bradley_terry_loss(raw_rewards(self.model, batch), winner_N3)
+
+    def learning_rate(self, step: int) -> float:
+        return self.config.learning_rate * cosine(step, self.steps, self.config.warmup_steps)
+
+    def measured(self, steps: int, mean_loss: float) -> dict[str, float]:
+        """The running mean of the loss at its end, in nats a pair."""
+        return {"train_loss": mean_loss}
 
 
 def measure_simulated(
@@ -158,52 +176,144 @@ def measure_simulated(
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
-def measure_curve(initial: PreTrainedModel, data: RewardData, config: RewardModelConfig) -> list[dict[str, Any]]:
+CURVE = "curve"
+"""Folder with the points of the curve that have been trained, while others have not."""
+
+
+def measure_curve(
+    initial: PreTrainedModel, data: RewardData, config: RewardModelConfig, trainer: Trainer
+) -> list[dict[str, Any]]:
     """The accuracy on all held-out pairs after one epoch over so many pairs each, from the same initial model."""
     train, rows = list(data.train), []
     check_curve(config, sum(len(c.pairs) for c in train))
     for number in sorted(set(config.curve)):
-        model, some = copy.deepcopy(initial), first_pairs(train, number)
-        train_epoch(model, iter(some), len(some), config)
-        gap_N = [gap for pairs in data.compared.values() for gap in gaps(score_all(model, pairs), pairs)]
-        rows.append({"training pairs": number} | {k: v for k, v in accuracy_row("", gap_N).items() if k != "data"})
+        folder = trainer.folder / CURVE / str(number)
+        file = folder / "row.json"
+        if not file.is_file():
+            model, some = copy.deepcopy(initial), first_pairs(train, number)
+            with Trainer(folder, trainer.settings, trainer.schedule.options) as point:
+                if point.source is not None:
+                    model = cast("PreTrainedModel", loading.load_classifier(point.source / MODEL))
+                point.train(model, [PreferenceEpoch(model, some, len(some), config)], saving(model, data))
+            gap_N = [gap for pairs in data.compared.values() for gap in gaps(score_all(model, pairs), pairs)]
+            row = {"training pairs": number} | {k: v for k, v in accuracy_row("", gap_N).items() if k != "data"}
+            files.write_text(file, json.dumps(row) + "\n")
+            point.finish()
+        rows.append(files.read_json(file))
     return rows
 
 
+def saving(model: PreTrainedModel, data: RewardData, initial: PreTrainedModel | None = None) -> Callable[[Path], None]:
+    """A function that writes a model and its tokenizer into a checkpoint, and the model that the curve begins with."""
+
+    def save(folder: Path) -> None:
+        with loading.no_bars():
+            model.save_pretrained(folder / MODEL)
+            if initial is not None:
+                initial.save_pretrained(folder / INITIAL)
+        data.tokenizer.save_pretrained(folder / MODEL)
+
+    return save
+
+
+INITIAL = "initial"
+"""Folder in a checkpoint of the model after its pretraining, where a curve is asked for."""
+
+
 def train_reward_model(
-    env_id: str, config: RewardModelConfig, out: str | Path, env: EnvSettings | None = None
+    env_id: str,
+    config: RewardModelConfig,
+    out: str | Path,
+    env: EnvSettings | None = None,
+    save: SaveOptions | None = None,
 ) -> dict[str, Any]:
     """Train a reward model and save it with its tokenizer, `reward_model.json` and `reward_training.json`.
+
+    The same call goes on where one was stopped, and returns the record of one that has ended.
 
     Args:
         env_id: a registered environment, whose task says how prompts are cut and how long completions may be.
         out: the folder to write; `reward="reward_model:FOLDER"` scores with it.
         env: the prompts that simulated annotators see (dataset and split) and the budgets, where they are not the
             task's own.
+        save: when checkpoints are written.
 
     Returns:
         What is in reward_training.json: settings and measurements.
 
     Raises:
-        ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
+        ValueError: an unknown environment, pairs in no known schema, or nothing to compare; or the folder holds a
+            training of other settings, or another process trains in it.
     """
-    return train_on(gather(env_id, config, env), config, Path(out))
+    out, env, save = Path(out), env or EnvSettings(), save or SaveOptions()
+    with run_lock.alone(out):
+        record = finished_record(out, TRAINING_RECORD, env_id, env, config, read_record)
+        if record is not None:
+            return record
+        write_run(out, "reward-model", settings_of(env_id, env, config), save)
+        return train_on(gather(env_id, config, env), config, out, save)
 
 
-def train_on(data: RewardData, config: RewardModelConfig, out: Path) -> dict[str, Any]:
-    """train_reward_model, of data that has been gathered."""
-    # 1. The model.
-    model = new_reward_model(data.task.load_model(config.model), config.seed)
-    pretraining_loss = None if config.dataset else pretrain(model, data, config)
-
-    # 2. Train.
-    # Each point of the curve begins where this training does, pretraining included.
-    initial = copy.deepcopy(model) if config.curve else None
-    # One epoch: a second one overfits (Stiennon et al. 2020, appendix B.1).
+def train_on(data: RewardData, config: RewardModelConfig, out: Path, save: SaveOptions | None = None) -> dict[str, Any]:
+    """train_reward_model, of data that has been gathered; the caller holds the folder's lock."""
     data = dataclasses.replace(data, train=in_order(data.train, config))
-    loss = train_epoch(model, iter(data.train), data.total, config)
+    with Trainer(out, settings_of(data.env_id, data.env, config), save) as trainer:
+        if trainer.source is None:
+            shutil.rmtree(out / CURVE, ignore_errors=True)
+        model, initial, trained = _train(data, config, trainer)
+    norm, measured = measure(model, data, config)
+    record: dict[str, Any] = {
+        "environment": data.env_id,
+        "env": dataclasses.asdict(data.env),
+        "config": dataclasses.asdict(config),
+        **measured,
+        "measured": trained | measured["measured"],
+        "curve": [] if initial is None else measure_curve(initial, data, config, trainer),
+    }
+    text = json.dumps(record, indent=2)
 
-    # 3. Measure.
+    def fill(folder: Path) -> None:
+        with loading.no_bars():
+            model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
+        (folder / NORMALISATION_FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
+        (folder / TRAINING_RECORD).write_text(text + "\n", encoding="utf-8")
+
+    files.write_folder(out, fill)  # whole or not at all
+    trainer.finish()
+    shutil.rmtree(out / CURVE, ignore_errors=True)
+    return json.loads(text)
+
+
+def _train(
+    data: RewardData, config: RewardModelConfig, trainer: Trainer
+) -> tuple[PreTrainedModel, PreTrainedModel | None, dict[str, float | None]]:
+    """The trained model, the one that the curve begins with, and what was measured of the training."""
+    initial: PreTrainedModel | None = None
+    if trainer.source is None:
+        model = new_reward_model(data.task.load_model(config.model), config.seed)
+    else:
+        model = cast("PreTrainedModel", loading.load_classifier(trainer.source / MODEL))
+        if (trainer.source / INITIAL).is_dir():
+            initial = cast("PreTrainedModel", loading.load_classifier(trainer.source / INITIAL))
+    phases = pretraining(model, data, config)
+    if phases:
+        trainer.train(model, phases, saving(model, data, initial))
+    if config.curve and initial is None:
+        # Each point of the curve begins where this training does, pretraining included.
+        initial = copy.deepcopy(model)
+    # One epoch: a second one overfits (Stiennon et al. 2020, appendix B.1).
+    phases.append(PreferenceEpoch(model, data.train, data.total, config))
+    measured: dict[str, float | None] = {**trainer.train(model, phases, saving(model, data, initial))}
+    if not config.dataset:
+        measured.setdefault("replaced_token_loss", None)
+    return model, initial, measured
+
+
+def measure(
+    model: PreTrainedModel, data: RewardData, config: RewardModelConfig
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The normalisation, and what the record says of the held-out pairs."""
     raw = {name: score_all(model, pairs) for name, pairs in data.compared.items()}
     gaps_of = {name: gaps(raw[name], pairs) for name, pairs in data.compared.items()}
     if config.dataset:
@@ -216,29 +326,11 @@ def train_on(data: RewardData, config: RewardModelConfig, out: Path) -> dict[str
         }
     else:
         norm, measured = measure_simulated(model, data, raw[next(iter(data.heldout))])
-        measured["replaced_token_loss"] = pretraining_loss
-    record: dict[str, Any] = {
-        "environment": data.env_id,
-        "env": dataclasses.asdict(data.env),
-        "config": dataclasses.asdict(config),
-        "measured": {"train_loss": loss, **measured},
+    return norm, {
+        "measured": measured,
         "accuracy": accuracy_table(gaps_of),
         "calibration": calibration([gap for gap_N in gaps_of.values() for gap in gap_N]),
-        "curve": [] if initial is None else measure_curve(initial, data, config),
     }
-
-    # 4. Save, whole or not at all.
-    text = json.dumps(record, indent=2)
-
-    def fill(folder: Path) -> None:
-        with loading.no_bars():
-            model.save_pretrained(folder)
-        data.tokenizer.save_pretrained(folder)
-        (folder / NORMALISATION_FILE).write_text(json.dumps(norm, indent=2) + "\n", encoding="utf-8")
-        (folder / TRAINING_RECORD).write_text(text + "\n", encoding="utf-8")
-
-    files.write_folder(out, fill)
-    return json.loads(text)
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -251,12 +343,10 @@ RENAMED = {
 """Keys of records that version 0.1 wrote -> their names now."""
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a reward model's training, with today's names also where 0.1 wrote it; None where there is none."""
-    file = folder / TRAINING_RECORD
-    if not file.is_file():
-        return None
+def read_record(file: Path) -> dict[str, Any]:
+    """The record of a reward model's training, with today's names also where 0.1 wrote it."""
     record = files.read_json(file)
+    files.check_fields(record, file, {"config": (dict,), "measured": (dict,)})
     for part in ("config", "measured"):
         record[part] = {RENAMED.get(name, name): value for name, value in record[part].items()}
     return record

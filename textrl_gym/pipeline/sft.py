@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,21 @@ from textrl_gym.bounds import check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
+from textrl_gym.models import loading
 from textrl_gym.models.packing import Packed, pack
 from textrl_gym.models.tokenizer import train_tokenizer
+from textrl_gym.persistence import run_lock
+from textrl_gym.persistence.save_schedule import SaveOptions
 from textrl_gym.pipeline import induction
-from textrl_gym.pipeline.optim import RunningMean, adamw, cosine, descend, progress_bar
+from textrl_gym.pipeline.optim import cosine
+from textrl_gym.pipeline.trainer import MODEL, Phase, Trainer, finished_record, restore_random, settings_of, write_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+RECORD = "sft.json"
+"""Settings and measurements, in the folder of a trained model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,23 +145,59 @@ def demonstrations(task: Task, split: str, dataset: str | None) -> PromptSource:
     return source
 
 
-def batches(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    source: PromptSource,
-    batch_size: int,
-    rng: random.Random,
-    pool: int = 8,
-) -> Iterator[Packed]:
+class Batches:
     """Endless shuffled batches, each of rows with prompts of about one length, so that little is padding."""
-    while True:
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        source: PromptSource,
+        batch_size: int,
+        seed: int,
+        pool: int = 8,
+    ) -> None:
+        """pool: so many batches are drawn together."""
+        self.task, self.tokenizer, self.source = task, tokenizer, source
+        self.batch_size, self.pool = batch_size, pool
+        self.rng = random.Random(seed)
+        self._before: Any = None
+        self._drawn: list[Packed] = []
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Packed:
+        """The next batch."""
+        if not self._drawn:
+            self._draw()
+        return self._drawn.pop(0)
+
+    def _draw(self) -> None:
+        self._before = self.rng.getstate()
         # Eight batches are drawn together and sorted: similar lengths within a batch, a random order of batches.
-        picked = [source[rng.randrange(len(source))] for _ in range(batch_size * pool)]
-        pairs = [encode_row(task, tokenizer, row) for row in picked]
+        picked = [self.source[self.rng.randrange(len(self.source))] for _ in range(self.batch_size * self.pool)]
+        pairs = [encode_row(self.task, self.tokenizer, row) for row in picked]
         pairs.sort(key=lambda pair: len(pair[0]))
-        chunks = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
-        rng.shuffle(chunks)
-        yield from map(pack, chunks)
+        chunks = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
+        self.rng.shuffle(chunks)
+        self._drawn = [pack(chunk) for chunk in chunks]
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON can hold it: before the pool, and how many of its batches are left."""
+        return {"rng": self._before, "left": len(self._drawn), "rows": len(self.source)}
+
+    def go_to(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`.
+
+        Raises:
+            ValueError: there are not as many rows as there were.
+        """
+        if state["rows"] != len(self.source):
+            raise ValueError(f"the run was started on {state['rows']:,} rows, and there are {len(self.source):,} now")
+        restore_random(self.rng, state["rng"])
+        self._draw()
+        self._drawn = self._drawn[len(self._drawn) - state["left"] :]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -179,6 +223,33 @@ def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, places: int
     )
     induction.induction_init(model, torch.Generator().manual_seed(config.seed))
     return model
+
+
+class Supervised(Phase):
+    """Updates on prompt + completion pairs."""
+
+    name = "supervised"
+
+    def __init__(self, model: PreTrainedModel, batches: Batches, config: SFTConfig) -> None:
+        super().__init__(config.steps, config.max_grad_norm, config.weight_decay)
+        self.model, self.batches, self.config = model, batches, config
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        yield sft_loss(self.model, next(self.batches))
+
+    def learning_rate(self, step: int) -> float:
+        config = self.config
+        return config.learning_rate * cosine(step, config.steps, config.warmup_steps)
+
+    def state(self) -> dict[str, Any]:
+        return self.batches.state()
+
+    def go_to(self, step: int, state: Mapping[str, Any]) -> None:
+        if state:
+            self.batches.go_to(state)
+
+    def measured(self, steps: int, mean_loss: float) -> dict[str, float]:
+        return {"train_loss": mean_loss}
 
 
 @torch.no_grad()
@@ -212,66 +283,87 @@ def load_initial(
     return new_model(config, tokenizer, task.max_prompt_tokens + task.max_new_tokens), tokenizer
 
 
-def sft(env_id: str, config: SFTConfig, out: str | Path, env: EnvSettings | None = None) -> dict[str, Any]:
+def sft(
+    env_id: str,
+    config: SFTConfig,
+    out: str | Path,
+    env: EnvSettings | None = None,
+    save: SaveOptions | None = None,
+) -> dict[str, Any]:
     """Train on the rows of a task and save the model, its tokenizer and `sft.json` (settings and measurements).
+
+    The same call goes on where one was stopped, and returns the record of one that has ended.
 
     Args:
         env_id: a registered environment, whose task says how prompts are cut and how long completions may be.
         out: the folder to write; it can be given to agents as `model`.
         env: the rows (dataset and split; held-out ones are those of "validation") and the budgets, where they are not
             the task's own.
+        save: when checkpoints are written.
 
     Returns:
         What is in sft.json.
 
     Raises:
-        ValueError: an unknown environment, or rows without completions.
+        ValueError: an unknown environment, or rows without completions; or the folder holds a training of other
+            settings, or another process trains in it.
     """
-    out = Path(out)
-    env = env or EnvSettings()
+    out, env, save = Path(out), env or EnvSettings(), save or SaveOptions()
+    settings = settings_of(env_id, env, config)
     task = env.task(env_id)
-    torch.manual_seed(config.seed)
-    source, heldout = (demonstrations(task, split, env.dataset) for split in (env.split, "validation"))
-    model, tokenizer = load_initial(task, config, source, env.tokenizer)
-    model.eval()  # no dropout: the same function is trained that will be sampled from
-    measured: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    with run_lock.alone(out):
+        record = finished_record(out, RECORD, env_id, env, config)
+        if record is not None:
+            return record
+        source, heldout = (demonstrations(task, split, env.dataset) for split in (env.split, "validation"))
+        with Trainer(out, settings, save) as trainer:
+            write_run(out, "sft", settings, save)
+            model, tokenizer, measured = _train(task, source, config, env, trainer)
+        measured["heldout_loss"] = heldout_loss(model, task, tokenizer, heldout, config.eval_rows)
+        record = {"environment": env_id, "env": dataclasses.asdict(env), "config": dataclasses.asdict(config)}
+        text = json.dumps(record | {"measured": measured}, indent=2)
 
-    with progress_bar() as bar:
-        if config.model is None and config.copy_steps:
-            row = bar.add_task("copying", total=config.copy_steps, note="")
-            measured |= induction.copy_curriculum(
+        def fill(folder: Path) -> None:
+            save_model(model, tokenizer, folder)
+            (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+        files.write_folder(out, fill)
+        trainer.finish()
+        return json.loads(text)
+
+
+def _train(
+    task: Task, source: PromptSource, config: SFTConfig, env: EnvSettings, trainer: Trainer
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """The trained model, its tokenizer and what was measured, from the start or from the trainer's checkpoint."""
+    torch.manual_seed(config.seed)
+    if trainer.source is None:
+        model, tokenizer = load_initial(task, config, source, env.tokenizer)
+    else:
+        saved = str(trainer.source / MODEL)
+        model, tokenizer = cast("PreTrainedModel", task.load_model(saved)), task.load_tokenizer(saved)
+    model.eval()  # no dropout: the same function is trained that will be sampled from
+    phases: list[Phase] = []
+    if config.model is None and config.copy_steps:
+        phases.append(
+            induction.CopyCurriculum(
                 model,
                 steps=config.copy_steps,
                 target_loss=config.copy_loss,
                 longest_run=config.copy_run,
                 batch_size=config.copy_batch_size,
-                learning_rate=config.learning_rate,
-                generator=torch.Generator().manual_seed(config.seed),
-                report=lambda loss: bar.update(row, advance=1, note=f"loss {loss:.3f}"),
+                rate=config.learning_rate,
+                seed=config.seed,
             )
-        rng = random.Random(config.seed)
-        optimizer = adamw(model, config.learning_rate, config.weight_decay)
-        stream = batches(task, tokenizer, source, config.batch_size, rng)
-        row = bar.add_task("supervised", total=config.steps, note="")
-        mean_loss = RunningMean()
-        for step, batch in zip(range(config.steps), stream, strict=False):
-            loss = sft_loss(model, batch)
-            rate = config.learning_rate * cosine(step, config.steps, config.warmup_steps)
-            descend(model, optimizer, loss, rate, config.max_grad_norm)
-            bar.update(row, advance=1, note=f"loss {mean_loss.update(loss.item()):.3f}")
-    measured |= {
-        "train_loss": mean_loss.value,
-        "heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows),
-    }
-    save_model(model, tokenizer, out)
-    record = {"environment": env_id, "env": dataclasses.asdict(env), "config": dataclasses.asdict(config)}
-    record["measured"] = measured
-    files.write_text(out / "sft.json", json.dumps(record, indent=2) + "\n")
-    return record
+        )
+    phases.append(Supervised(model, Batches(task, tokenizer, source, config.batch_size, config.seed), config))
+    measured = trainer.train(model, phases, lambda folder: save_model(model, tokenizer, folder / MODEL))
+    return model, tokenizer, {"parameters": sum(p.numel() for p in model.parameters())} | measured
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Safetensors, config and tokenizer in one folder that transformers can load."""
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with loading.no_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -129,8 +130,14 @@ class Comparer:
         columns = {name: [row[name] for row in spread] for name in rows[0] if name != "prompt"}
         return self.gold([row["prompt"] for row in spread], flat, **columns).tolist()
 
-    def stream(self, source: PromptSource, count: int, seed: int, chunk: int = 64) -> Iterator[RankedCompletions]:
-        """Comparisons of `count` rows; policies take turns, at temperatures between 0.5 and 1.2."""
+    def stream(
+        self, source: PromptSource, count: int, seed: int, chunk: int = 64, skip: int = 0
+    ) -> Iterator[RankedCompletions]:
+        """Comparisons of `count` rows; policies take turns, at temperatures between 0.5 and 1.2.
+
+        Args:
+            skip: leave out the first so many, most of which are not sampled.
+        """
         rng = random.Random(seed)
         order = rng.sample(range(len(source)), min(count, len(source)))
         for turn, start in enumerate(range(0, len(order), chunk)):
@@ -141,5 +148,24 @@ class Comparer:
             # Of several temperatures: cool samples are like those that RL ends with, hot ones have the errors to tell
             # apart.
             temperature = rng.uniform(0.5, 1.2)
+            if start + len(rows) <= skip:
+                continue
             key = (self.config.samples, temperature, self.config.candidates)
-            yield from self.compare(policy, rows, seed + start + 1, *key)
+            yield from self.compare(policy, rows, seed + start + 1, *key)[max(0, skip - start) :]
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonStream:
+    """Comparisons that are sampled while they are read, from any place on."""
+
+    comparer: Comparer
+    source: PromptSource
+    count: int
+    seed: int
+
+    def __iter__(self) -> Iterator[RankedCompletions]:
+        return self.after(0)
+
+    def after(self, skip: int) -> Iterator[RankedCompletions]:
+        """Those behind the first so many."""
+        return self.comparer.stream(self.source, self.count, self.seed, skip=skip)
