@@ -128,7 +128,7 @@ class DPO(Agent):
             "stop_B": self._stops(texts),
             "group_B": torch.arange(len(texts)) // 2,
         }
-        prompts = [self.env.scorer.decode(prompt) for prompt, _, _ in pairs for _ in range(2)]
+        prompts = [self.env.scorer.codec.decode(ids, begin=True) for ids, _, _ in pairs for _ in range(2)]
         completions = [self.env.scorer.decode(ids) for ids in texts]
         on_device: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         rollout = Rollout(**on_device, prompts=prompts, completions=completions)

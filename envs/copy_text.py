@@ -37,7 +37,7 @@ def copied(
         expected, written = prompt.split(), completion.split()
         right = sum(a == b for a, b in zip(expected, written, strict=False)) / len(expected)
         # By id and not by the text, which does not show whether EOS or the budget ended it.
-        ended = len(written) == len(expected) and ids[-1] == EOS_ID
+        ended = len(written) == len(expected) and ids[-1:] == [EOS_ID]
         scores.append(0.5 * ended + 0.5 * right)
     return scores
 

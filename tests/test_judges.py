@@ -383,6 +383,16 @@ def test_a_row_is_its_sources_only_where_the_prompt_is_the_same() -> None:
         assert reader.row(sample) == {"prompt": prompt, "completion": "r"}
 
 
+def test_words_of_another_vocabulary_are_judged() -> None:
+    task = CopyText()
+    reader = win_rates.Reader(task, task.load_tokenizer(), task.rows("validation"), task.max_prompt_tokens)
+    answers = [reader.answer("a b", "a blonger text", "EOS"), reader.answer("a b", "zebra", "LENGTH")]
+    assert answers == [Answer("a blonger text", (1, 0)), Answer("zebra", ())]
+    rows = [reader.row({"index": 1, "prompt": "a b"})] * 2
+    scores = load_judge(task.reward, task=task, tokenizer=reader.tokenizer).score(rows, answers)  # type: ignore[attr-defined]
+    assert scores.tolist() == [0.25, 0.0]  # the first of two symbols is right; it has ended after three words
+
+
 # -- evaluate ---------------------------------------------------------------------------------------------------------
 
 

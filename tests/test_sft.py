@@ -78,6 +78,17 @@ def test_eos_once_and_none_after_a_cut() -> None:
     assert tokenizer.eos_token_id not in long
 
 
+def test_an_eos_in_the_data_is_the_one_eos() -> None:
+    task = TLDRSummarize()
+    tokenizer = task.load_tokenizer()
+    texts = [" b c", f" b c{EOS}", f" b c{EOS}{EOS}\n", f" b{EOS} c"]
+    prompt_ids, completions = sft.encode_row(task, tokenizer, {"prompt": f"a{EOS}\n\nTL;DR:", "completions": texts})
+    assert tokenizer.eos_token_id not in prompt_ids
+    assert completions[0] == completions[1] == completions[2] == [*tokenizer(" b c")["input_ids"], 0]
+    assert tokenizer.decode(completions[3]) == f" b{EOS} c{EOS}"
+    assert completions[3].count(0) == 1
+
+
 # -- induction --------------------------------------------------------------------------------------------------------
 
 

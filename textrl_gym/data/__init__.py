@@ -2,6 +2,7 @@
 
 In reading order:
 - `sources`: reading rows from files, folders and the Hub
+- `encoding`: text to tokens and back, of one text behind another
 - `prompts`: the published schemas of prompts, and their encoding within a token budget
 - `preferences`: the published schemas of preferences
 - `ranked`: preferences as token ids, in the form that reward models and DPO train on

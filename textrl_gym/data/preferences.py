@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from textrl_gym.data import prompts, sources
+from textrl_gym.data import encoding, prompts, sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,8 +58,8 @@ class Preferences:
     """What a data set holds."""
 
     rows: list[dict[str, Any]]
-    """A row's own columns, with `prompt` (text), `completions`, `pairs`, and `dialogue`: whether the prompt is one, so
-    that its end matters most."""
+    """A row's own columns, with `prompt` (text), `completions`, `pairs`, `dialogue`: whether the prompt is one, so that
+    its end matters most, and `chat`: the conversation where the chat template wrote it, else None."""
     schema: str
     """Where its form is published."""
     dropped: dict[str, int]
@@ -292,12 +292,14 @@ def _as_mapping(row: object, where: str, number: int) -> Row:
 def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """A preference with every part a text, as a policy reads and writes it."""
     prompt, texts, dialogue = preference.prompt, preference.completions, preference.dialogue
+    chat = None
     for text in [*texts, *([prompt] if isinstance(prompt, str) else [])]:
         if not isinstance(text, str):
             raise ValueError(f"{str(text)[:60]!r} is not a text")
     if not isinstance(prompt, str):
         dialogue = True
         if tokenizer is not None and tokenizer.chat_template:
+            chat = encoding.Chat(prompt)
             # A text and no list of ids: tokenize=False, of one conversation.
             prompt = cast(str, tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
         else:
@@ -305,7 +307,7 @@ def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None) ->
             prompt = preference.plain or "".join(_written(turn) for turn in prompt) + ASSISTANT
             # Completions begin with a blank, as Anthropic's do: with most tokenizers "Yes" and " Yes" are other tokens.
             texts = [text if text[:1].isspace() or prompt[-1:].isspace() else f" {text}" for text in texts]
-    return {"prompt": prompt, "completions": texts, "pairs": preference.pairs, "dialogue": dialogue}
+    return {"prompt": prompt, "completions": texts, "pairs": preference.pairs, "dialogue": dialogue, "chat": chat}
 
 
 def _written(turn: dict[str, str]) -> str:

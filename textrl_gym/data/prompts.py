@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from textrl_gym.data import sources
+from textrl_gym.data import encoding, sources
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _HEAD = re.compile(r"^POST:", re.MULTILINE)
 
@@ -23,16 +23,26 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a prompt, at most max_prompt_tokens.
 
-    A prompt that fits is `tokenizer(text)`. A longer one loses tokens from the end of its body. What stands before the
-    body (everything up to a line's "POST:", where there is one, and the BOS) and keep_suffix behind it stay whole.
+    A prompt that fits has the tokens of its text, behind a BOS where the tokenizer puts one. A longer one loses tokens
+    from the end of its body. What stands before the body (everything up to a line's "POST:", where there is one, and
+    the BOS) and keep_suffix behind it stay whole.
 
     Raises:
-        ValueError: the kept parts leave no room for one token of the body, the text does not end in keep_suffix, or
-            the tokenizer puts an EOS behind the text.
+        ValueError: the kept parts leave no room for one token of the body, the text does not end in keep_suffix, a word
+            has no token, or the tokenizer puts an EOS behind the text.
     """
-    ids = _encode(text, tokenizer)["input_ids"]
+    text_codec = encoding.codec(tokenizer)
+    text = _without_bos(text, text_codec)
+    _say_special(text, text_codec)
+    encoded = text_codec.places(text, begin=True)
+    ids = text_codec.known(text, encoded)
     if not ids:
         raise ValueError(f"the prompt {text[:60]!r} encodes to no tokens: a policy needs at least one to start from")
+    if encoded.added[-1] and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} puts EOS {tokenizer.eos_token!r} behind every text, so that a "
+            "prompt would already be at its end: load it with add_eos_token=False"
+        )
     if len(ids) <= max_prompt_tokens:
         return ids
     named = f"the prompt {text[:60]!r}... has {len(ids)} tokens, max_prompt_tokens is {max_prompt_tokens}"
@@ -41,7 +51,7 @@ def encode_prompt(
     # Head, body and suffix are encoded apart only here: a prompt that fits keeps the tokens of the whole text, since a
     # tokenizer may merge over the cuts.
     body = text[: len(text) - len(keep_suffix)]
-    suffix_ids = tokenizer(keep_suffix, add_special_tokens=False)["input_ids"] if keep_suffix else []
+    suffix_ids = text_codec.behind(keep_suffix) if keep_suffix else []
     head_ids, body_ids = _split_head(body, tokenizer)
     room = max_prompt_tokens - len(head_ids) - len(suffix_ids)
     if room < 1:
@@ -52,22 +62,28 @@ def encode_prompt(
     return head_ids + _whole_characters(body_ids[:room], tokenizer) + suffix_ids
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, with_offsets: bool = False) -> BatchEncoding:
-    """A text with the special tokens that the tokenizer puts before it, but never with a second BOS.
+def _without_bos(text: str, text_codec: encoding.TextCodec) -> str:
+    """The text without a BOS that is written in it, as chat templates do, where the tokenizer puts one before it."""
+    bos = text_codec.tokenizer.bos_token
+    if bos and text.startswith(bos) and text_codec.encode("", begin=True)[:1] == [text_codec.tokenizer.bos_token_id]:
+        return text.removeprefix(bos)
+    return text
 
-    Args:
-        with_offsets: add `offset_mapping` and `special_tokens_mask`.
-    """
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # as chat templates write it
-    more = {"return_offsets_mapping": True, "return_special_tokens_mask": True} if with_offsets else {}
-    encoded = tokenizer(text, add_special_tokens=not has_bos, **more)
-    ids = encoded["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} puts EOS {tokenizer.eos_token!r} behind every text, so that a "
-            "prompt would already be at its end: load it with add_eos_token=False"
+
+_said_special: set[str] = set()
+"""Special tokens whose names in a prompt this process has told of."""
+
+
+def _say_special(text: str, text_codec: encoding.TextCodec) -> None:
+    """Say once in a process that a special token's name in a prompt is text."""
+    match = text_codec.name.search(text)
+    if match is not None and match.group() not in _said_special:
+        _said_special.add(match.group())
+        print(
+            f"the prompt {text[:60]!r} has the name of the special token {match.group()!r}, which is encoded as text: "
+            "only the chat template makes special tokens, of prompts that are lists of messages",
+            file=sys.stderr,
         )
-    return encoded
 
 
 def _split_head(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -76,14 +92,12 @@ def _split_head(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
         raise ValueError(f"cutting a prompt needs the character offsets of a fast tokenizer, not {type(tokenizer)}")
     match = _HEAD.search(text)
     head_chars = match.end() if match else 0
-    encoded = _encode(text, tokenizer, with_offsets=True)
+    encoded = encoding.codec(tokenizer).places(text, begin=True)
     length = 0
-    for place, ((start, _), special) in enumerate(
-        zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
-    ):
-        if start < head_chars or (special and place == length):  # a BOS stands at offset (0, 0) even without a head
+    for place, (start, added) in enumerate(zip(encoded.begins, encoded.added, strict=True)):
+        if start < head_chars or (added and place == length):  # a BOS stands at offset (0, 0) even without a head
             length = place + 1
-    return encoded["input_ids"][:length], encoded["input_ids"][length:]
+    return encoded.ids[:length], encoded.ids[length:]
 
 
 def _whole_characters(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

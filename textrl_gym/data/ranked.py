@@ -7,7 +7,7 @@ import random
 import sys
 from typing import TYPE_CHECKING, Protocol
 
-from textrl_gym.data import preferences, prompts
+from textrl_gym.data import encoding, preferences, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,11 +44,11 @@ class RankedCompletions:
 
 def _encode_prompt(row: Row, task: PromptEncoder, tokenizer: PreTrainedTokenizerBase, budget: int) -> list[int]:
     """Ids of a prompt from a user's data, which need not be of the task's form."""
+    if isinstance(row["chat"], encoding.Chat):
+        return encoding.encode_chat(row["chat"], tokenizer, budget)
     if row["dialogue"] or not row["prompt"].endswith(task.keep_suffix):
         ids = prompts.encode_prompt(row["prompt"], tokenizer, sys.maxsize)
-        # A dialogue is cut at its beginning, since its last turn is answered; a BOS stays first.
-        first = ids[: int(len(ids) > budget and ids[0] == tokenizer.bos_token_id)]
-        return first + ids[len(first) :][-(budget - len(first)) :]
+        return encoding.cut_beginning(ids, tokenizer, budget)
     return task.encode(row, tokenizer, budget)
 
 
@@ -83,11 +83,8 @@ def read_preferences(
     if most is not None and most < len(rows):
         rows = random.Random(seed).sample(rows, most)
     for row in rows:
-        ids = [
-            tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for t in row["completions"]
-        ]
-        # EOS was appended before the cut: what the budget cuts has none, as a rollout that is truncated has none.
-        ids = [some[:budget] for some in ids]
+        # What the budget cuts has no EOS, as a rollout that is truncated has none.
+        ids = encoding.encode_completions(row["chat"] or row["prompt"], row["completions"], tokenizer, budget)
         pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
         if pairs:
             ranked.append(RankedCompletions(_encode_prompt(row, task, tokenizer, prompt_budget), ids, pairs))

@@ -15,6 +15,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
+from textrl_gym.data.encoding import encode_completions
 from textrl_gym.evaluation.metrics import measure
 from textrl_gym.judges.judge import Answer, load_scorer, reward_of
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
@@ -139,8 +140,8 @@ class Evaluator:
         if not text:
             return None
         # With EOS, as a completion that ended: a reward model has seen its texts so.
-        ids = (*self.mdp.tokenizer(text, add_special_tokens=False)["input_ids"], self.mdp.eos_id)
-        return Answer(text, ids) if len(prompt_ids) + len(ids) <= places else None
+        (ids,) = encode_completions(row["prompt"], [text], self.mdp.tokenizer, unknown="skip")
+        return Answer(text, tuple(ids)) if len(prompt_ids) + len(ids) <= places else None
 
     def _batches(self, rollouts: list[Rollout]) -> Iterator[tuple[list[Row], list[list[int]], Rollout]]:
         """Each rollout with its prompts' rows and tokens."""

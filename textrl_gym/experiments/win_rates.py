@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textrl_gym.core import PromptSource, Row, StopReason
+from textrl_gym.data.encoding import codec
 from textrl_gym.experiments.results import EPISODES, Comparison, Group, Result
 from textrl_gym.judges.judge import Answer, Judge
 from textrl_gym.registry import unknown
@@ -103,13 +104,14 @@ class Reader:
             return row
         return {**row, "prompt_ids": self.task.encode(row, self.tokenizer, self.max_prompt_tokens)}
 
-    def answer(self, text: str, stop_reason: str) -> Answer:
-        """The text with its tokens."""
+    def answer(self, prompt: str, text: str, stop_reason: str) -> Answer:
+        """The text with its tokens behind the prompt. Words of another vocabulary, which have none, are left out."""
         if self.tokenizer is None:
             return Answer(text)
         # A completion that ran out of its budget has no EOS, and a reward model tells the two apart.
         end = (self.tokenizer.eos_token_id,) if stop_reason == StopReason.EOS.name else ()
-        return Answer(text, (*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end))
+        (ids,) = codec(self.tokenizer).completions(prompt, [text], unknown="skip")
+        return Answer(text, (*ids, *end))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +135,8 @@ def against_answers(own: Sequence[Sample], other: Sequence[Sample], reader: Read
         raise ValueError("the two answered different prompts, so that there is nothing to judge")
     return Pairs(
         [reader.row(sample) for sample in own],
-        [reader.answer(sample["completion"], sample["stop_reason"]) for sample in own],
-        [reader.answer(sample["completion"], sample["stop_reason"]) for sample in other],
+        [reader.answer(sample["prompt"], sample["completion"], sample["stop_reason"]) for sample in own],
+        [reader.answer(sample["prompt"], sample["completion"], sample["stop_reason"]) for sample in other],
         np.array([a["tokens"] - b["tokens"] for a, b in zip(own, other, strict=True)], float),
     )
 
@@ -150,8 +152,8 @@ def against_references(own: Sequence[Sample], reader: Reader) -> Pairs:
         raise ValueError(f"against {HUMAN!r}: the prompts have no reference texts")
     return Pairs(
         [reader.row(sample) for sample in own],
-        [reader.answer(sample["completion"], sample["stop_reason"]) for sample in own],
-        [reader.answer(sample["reference"], StopReason.EOS.name) for sample in own],
+        [reader.answer(sample["prompt"], sample["completion"], sample["stop_reason"]) for sample in own],
+        [reader.answer(sample["prompt"], sample["reference"], StopReason.EOS.name) for sample in own],
         np.array([len(s["completion"].split()) - len(s["reference"].split()) for s in own], float),
     )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from textrl_gym.core import Row, Scores
+from textrl_gym.data.encoding import codec
 from textrl_gym.rewards import RewardFunction
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Scorer:
         self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], reward: RewardFunction, device: torch.device
     ) -> None:
         self.tokenizer, self.stop, self.reward, self.device = tokenizer, tuple(stop), reward, device
+        self.codec = codec(tokenizer)
         # A stop string is completed by the newest token, and each token before it that has text holds a byte or more.
         self._tail_tokens = max((len(s.encode()) for s in self.stop), default=0) + SLACK_TOKENS
         self._whole = any(REPLACEMENT in s for s in self.stop) or not decodes_locally(tokenizer)
@@ -49,9 +51,7 @@ class Scorer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)  # of one list; a list of lists would give a list
-        return text
+        return self.codec.decode(ids)
 
     def stopped(self, completions: Sequence[Sequence[int]]) -> list[bool]:
         """Whether the text of each completion contains a stop string, wherever it is."""

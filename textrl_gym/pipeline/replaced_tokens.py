@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from textrl_gym.core import PromptSource, Row
+from textrl_gym.data.encoding import codec
 from textrl_gym.data.ranked import PromptEncoder
 from textrl_gym.models.packing import pack
 from textrl_gym.pipeline.optim import cosine
@@ -75,8 +76,9 @@ def corrupt(task: CorruptingTask, tokenizer: PreTrainedTokenizerBase, row: Row, 
     """Corrupted texts of a row. Texts that keep at most half of their original tokens are left out."""
     prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
     texts = CorruptedTexts(prompt_ids, [], [])
-    for text, corrupted in task.corrupted(row, rng, CORRUPTED_TEXTS):
-        text_ids, ids = (tokenizer(some, add_special_tokens=False)["input_ids"] for some in (text, corrupted))
+    pairs = task.corrupted(row, rng, CORRUPTED_TEXTS)
+    encoded = iter(codec(tokenizer).completions(row["prompt"], [text for pair in pairs for text in pair]))
+    for text_ids, ids in zip(encoded, encoded, strict=True):  # one iterator: two by two
         if ids and rng.random() < 0.5:
             ids = replace_tokens(ids, prompt_ids, len(tokenizer), rng)
         original = original_tokens(text_ids, ids)[: task.max_new_tokens]

@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt
 
 from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
+from textrl_gym.data.encoding import encode_completions
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
@@ -213,7 +214,6 @@ def references(task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Ro
     """The rows' reference texts, as comparisons of one completion each."""
     completions = []
     for row in rows:
-        ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        prompt_ids = task.encode(row, tokenizer, task.max_prompt_tokens)
-        completions.append(RankedCompletions(prompt_ids, [ids[: task.max_new_tokens]], []))
+        ids = encode_completions(row["prompt"], [row["completion"]], tokenizer, task.max_new_tokens)
+        completions.append(RankedCompletions(task.encode(row, tokenizer, task.max_prompt_tokens), ids, []))
     return completions

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from textrl_gym import files
 from textrl_gym.bounds import check_settings
 from textrl_gym.core import PromptSource, Row
+from textrl_gym.data.encoding import encode_completions
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import loading
@@ -124,8 +125,8 @@ def encode_row(task: Task, tokenizer: PreTrainedTokenizerBase, row: Row) -> tupl
     A completion longer than the budget loses its end and its EOS: the model must not learn to stop in mid-sentence.
     """
     texts = row.get("completions") or [row["completion"]]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
-    return task.encode(row, tokenizer, task.max_prompt_tokens), [some[: task.max_new_tokens] for some in ids]
+    completions = encode_completions(row["prompt"], texts, tokenizer, task.max_new_tokens)
+    return task.encode(row, tokenizer, task.max_prompt_tokens), completions
 
 
 def demonstrations(task: Task, split: str, dataset: str | None) -> PromptSource:

@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from textrl_gym.core import PromptSource, Row
+from textrl_gym.data.encoding import codec, encode_completions
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.functional import pad
 from textrl_gym.judges.annotators import Annotators
@@ -55,7 +56,7 @@ def sample_texts(
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of a completion, without EOS."""
-    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))  # a list only of a batch
+    return codec(tokenizer).decode(ids)
 
 
 Candidates = Callable[[Row, random.Random, int], list[str]]
@@ -106,7 +107,7 @@ class Comparer:
         for row, own in zip(rows, sampled, strict=True):
             prompt_ids = self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens)
             texts = self.candidates(row, rng, candidates)
-            given = [self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id] for text in texts]
+            given = encode_completions(row["prompt"], texts, self.tokenizer, self.task.max_new_tokens)
             # Equal texts once: annotators would toss a coin between them, and the model can only give them one reward.
             ids = [list(key) for key in dict.fromkeys(tuple(i[: self.task.max_new_tokens]) for i in own + given)]
             distinct = len({tuple(i) for i in own})

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from textrl_gym.data.encoding import codec
 from textrl_gym.functional import pad
 from textrl_gym.models import loading
 from textrl_gym.policy.backbone import Trunk
@@ -105,7 +106,7 @@ class RewardModel:
 
         A text that came without ids, or with ids of an unknown tokenizer, is taken as finished.
         """
-        ids = self.tokenizer(text)["input_ids"]
+        ids = codec(self.tokenizer).encode(text, begin=True, unknown="skip")
         cut_off = False
         if completion_ids and self.env_tokenizer is not None:
             cut_off = completion_ids[-1] != self.env_tokenizer.eos_token_id
