@@ -82,6 +82,8 @@ class EvaluateFlags:
     """Of prompts and sampling."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    base_model: str | None = None
+    """Where the model stands now that the run started from (a folder), if it was moved."""
     json: Path | None = None
     """Also write the numbers to this file."""
 
@@ -115,7 +117,7 @@ def evaluate_command(args: Sequence[str]) -> int:
     folder = files.whole_checkpoint(parsed.folder)
     files.read_state(folder)
     settings, split = parsed.settings, parsed.env.split
-    agent = _agent(folder, settings)
+    agent = _agent(folder, settings, settings.base_model, parsed.env)
     evaluator = Evaluator(_changed(agent.env, parsed.env), settings.episodes, settings.seed, split)
     flags, against, judge = parsed.judging, parsed.judging.against or "start", None
     if (
@@ -123,7 +125,7 @@ def evaluate_command(args: Sequence[str]) -> int:
     ):  # made first: what is wrong is said before any work
         mdp = evaluator.mdp
         judge = flags.make(parsed.endpoint, parsed.folder, mdp.task, mdp.device, mdp.tokenizer)
-        opponent = _opponent(against, settings)
+        opponent = _opponent(against, settings, parsed.env)
     metrics, samples = evaluator.run(agent)
     # JSON gets the numbers in full; the table rounds them.
     numbers: dict[str, Any] = dict(metrics)
@@ -139,17 +141,17 @@ def evaluate_command(args: Sequence[str]) -> int:
     return 0
 
 
-def _agent(folder: Path, settings: EvaluateFlags) -> Agent:
+def _agent(folder: Path, settings: EvaluateFlags, base_model: str | None, changes: EnvSettings) -> Agent:
     """The saved agent, in its own environment or in the one that was named."""
     import gymnasium
 
     from textrl_gym.registry import load_agent
 
-    env = None
+    env, moved = None, {name: value for name, value in changes.keywords().items() if name in ("dataset", "reward")}
     if settings.env is not None:
         # With the agent's own tokenizer: the environment's may have other tokens for the same ids.
-        env = gymnasium.make(find_env(settings.env), tokenizer=str(folder / "model"))
-    return load_agent(folder, env, device=settings.device)
+        env, moved = gymnasium.make(find_env(settings.env), tokenizer=str(folder / "model")), {}
+    return load_agent(folder, env, device=settings.device, base_model=base_model, env_settings=moved)
 
 
 def _changed(env: TextVectorEnv, settings: EnvSettings) -> TextVectorEnv:
@@ -160,7 +162,7 @@ def _changed(env: TextVectorEnv, settings: EnvSettings) -> TextVectorEnv:
     return env.remake(env.num_envs, **changes) if changes else env
 
 
-def _opponent(against: str, settings: EvaluateFlags) -> Agent | str:
+def _opponent(against: str, settings: EvaluateFlags, changes: EnvSettings) -> Agent | str:
     """An agent, or the name of an opponent that is none."""
     from textrl_gym.experiments.win_rates import HUMAN, START
 
@@ -168,7 +170,7 @@ def _opponent(against: str, settings: EvaluateFlags) -> Agent | str:
         return against
     if not Path(against).is_dir():
         raise ValueError(f"--against must be {START}, {HUMAN} or the folder of a saved agent, got {against!r}")
-    return _agent(Path(against), settings)
+    return _agent(Path(against), settings, None, changes)
 
 
 def _judged(

@@ -23,7 +23,7 @@ from textrl_gym.cli.options import (
     parse_flags,
     write_toml,
 )
-from textrl_gym.mdp.env_settings import by_flag, make_env
+from textrl_gym.mdp.env_settings import by_flag, make_env, parse_reward
 from textrl_gym.persistence.run_lock import alone
 from textrl_gym.registry import find_env, load_agent
 from textrl_gym.training.run_folder import holds_run, renamed
@@ -164,6 +164,35 @@ def learn(agent: Agent, timesteps: int, options: TrainOptions, goes_on: bool) ->
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """Where things stand now that the environment of a run needs; None: where they stood."""
+
+    dataset: str | None = None
+    """A Hub id, or a local file or folder."""
+    reward: str | None = None
+    """The reward, with the folder of the same reward model."""
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """What differs from the settings of the run in a folder.
+
+        Raises:
+            ValueError: another reward than the run was trained on.
+        """
+        changes: dict[str, Any] = {} if self.dataset is None else {"dataset": self.dataset}
+        if self.reward is None:
+            return changes
+        from textrl_gym.training import dependencies
+
+        whole = files.whole_checkpoint(folder)
+        state, reward = files.read_state(whole), parse_reward(self.reward)
+        expected = dependencies.known(state, whole / files.STATE_FILE)["reward"]
+        other = dependencies.other_reward(folder, reward, expected)
+        if other is not None or (not expected and reward != state.get("env", {}).get("reward")):
+            raise ValueError(other or f"{str(folder)!r} was trained on another reward than {reward!r}")
+        return changes | {"reward": reward}
+
+
 def resume(args: Sequence[str]) -> int:
     """Go on with an interrupted run, or with a finished one for more tokens."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -182,6 +211,8 @@ def resume(args: Sequence[str]) -> int:
         ("resume", flag(Path, "the run's folder")),
         ("total_timesteps", flag(int | None, more), None),
         ("device", flag(str, "auto, cpu, cuda or cuda:N"), "auto"),
+        ("base_model", flag(str | None, "where the model stands now that the run started from, if it was moved"), None),
+        ("env", Moved, Moved()),
         ("options", flat(TrainOptions), saved),
     ]
     parsed = parse_flags("train", resume.__doc__, parts, args)
@@ -190,7 +221,8 @@ def resume(args: Sequence[str]) -> int:
         # Stopped before the first update: there is nothing to go on from but the command.
         with registry.named_by(folder / RUN_FILE, trust=False):
             return train_command([*map(str, record["command"]), "--out", str(folder)])
-    agent = load_agent(folder, device=parsed.device, out=folder)
+    moved = parsed.env.settings(folder)
+    agent = load_agent(folder, device=parsed.device, out=folder, base_model=parsed.base_model, env_settings=moved)
     if not agent.trains:
         raise ValueError(f"{str(folder)!r} holds {type(agent).__name__}, which does not train: nothing to resume")
     given = parsed.total_timesteps

@@ -11,7 +11,7 @@ from torch import nn
 from textrl_gym import files, registry
 from textrl_gym.core import PromptSource, RewardSpec, Row
 from textrl_gym.data import prompts
-from textrl_gym.models import adapters, loading, lora
+from textrl_gym.models import adapters, fingerprint, loading, lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +111,7 @@ def checkpoint_base(spec: str | Path) -> str | nn.Module | None:
     state = files.read_state(folder)
     files.check_fields(state, folder / files.STATE_FILE, {"task": (str,), "model": (str, type(None))})
     if state["model"] is not None:
-        return adapters.find_base(state["model"], folder)
+        known = state.get("fingerprints")
+        return fingerprint.locate(state["model"], folder, known.get("model") if isinstance(known, dict) else None)
     with registry.named_by(folder / files.STATE_FILE, trust=False):
         return load_task(state["task"]).load_model()

@@ -2,6 +2,7 @@
 
 - `loading`: tokenizers and models by name, from a folder, the Hub or a package
 - `weights`: which files of a model's folder are read
+- `fingerprint`: hashes of weights, and where a model is that a folder names
 - `adapters`: saved LoRA adapters, and what they stand on
 - `lora`: LoRA adapters and frozen layers, saved and loaded
 - `tokenizer`: training a byte-level BPE tokenizer

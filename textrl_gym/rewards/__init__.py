@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+FOLDERS = ("reward_model", "ensemble")
+"""Rewards whose argument is a folder."""
+
+
 class RewardFunction:
     """A reward whose result is checked: B finite numbers, or an error that names the reward and the row."""
 
@@ -130,6 +134,24 @@ def _load_named(spec: str, given: dict[str, Any]) -> Callable[..., Any]:
     if not callable(reward):
         raise ValueError(f"reward {spec!r} is {reward!r}, not a callable f(prompts, completions, **columns)")
     return reward
+
+
+def folder_of(name: str) -> tuple[str, str | None]:
+    """The kind that a reward's name begins with ("ensemble:worst:") and the folder that it names; None: no folder."""
+    kind, colon, argument = name.partition(":")
+    if colon and kind in FOLDERS:
+        folder = argument
+        if kind == "ensemble":  # it may say how its members are combined
+            folder = next((rest for rest in _rests(argument) if Path(rest).expanduser().is_dir()), argument)
+        return name.removesuffix(folder), folder
+    is_named = kind in registry.names("rewards")
+    return "", None if is_named else name
+
+
+def _rests(argument: str) -> list[str]:
+    """An argument, and what stands behind each of its first two colons."""
+    parts = argument.split(":", 2)
+    return [":".join(parts[i:]) for i in range(len(parts))]
 
 
 def _allowed() -> str:

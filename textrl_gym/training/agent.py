@@ -25,8 +25,9 @@ from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import collect
-from textrl_gym.training import checkpoint, loop
+from textrl_gym.training import checkpoint, dependencies, loop
 from textrl_gym.training.config import AgentConfig, Clock, make_config
+from textrl_gym.training.dependencies import Fingerprints
 from textrl_gym.training.minibatch import Minibatch
 
 T = TypeVar("T", str, float)
@@ -115,6 +116,7 @@ class Agent:
         self.reference_spec = reference if isinstance(reference, str) else None
         self.rebuilds_model = model is None or isinstance(model, str)
         self.rebuilds_reference = isinstance(reference, str) or (reference is None and self.rebuilds_model)
+        self._fingerprints: Fingerprints | None = None
         # What was typed, and not what a default says: only that can contradict the environment.
         self._given = frozenset(settings)
         self.set_env(env)
@@ -259,6 +261,20 @@ class Agent:
     def _make_value_model(self, mdp: TextVectorEnv, model: torch.nn.Module) -> torch.nn.Module | None:
         """A separate model for the critic; none unless a subclass says so."""
         return None
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """The hashes of the folders that this run depends on; see textrl_gym.training.dependencies."""
+        if self._fingerprints is None:
+            model = self.model_spec or self.env.task.model
+            # A model that was given loaded is in the checkpoint itself.
+            initial = model if self.rebuilds_model else None
+            self._fingerprints = dependencies.fingerprints(initial, self.reference_spec, self.env.settings["reward"])
+        return self._fingerprints
+
+    @fingerprints.setter
+    def fingerprints(self, fingerprints: Fingerprints) -> None:
+        self._fingerprints = fingerprints
 
     # -- Stable-Baselines3's names ------------------------------------------------------------------------------------
 
@@ -450,6 +466,8 @@ class Agent:
         device: str = "auto",
         out: str | Path | None = None,
         trust_code: bool = False,
+        base_model: str | None = None,
+        env_settings: Mapping[str, Any] | None = None,
         **settings: object,
     ) -> Self:
         """The agent that `save` wrote, ready to predict or to go on learning; see textrl_gym.training.checkpoint.load.
@@ -458,13 +476,26 @@ class Agent:
             env: another environment; None makes the saved one again.
             trust_code: import the agent, task and reward that the folder names, though they are not part of textrl_gym
                 and have not been imported. Set it for folders whose origin you know.
+            base_model: where the model stands now that the run started from.
+            env_settings: keywords of the saved environment to change: {"dataset": ..., "reward": ...} where they moved.
             settings: config fields to change.
 
         Raises:
-            ValueError: the folder holds no agent, another class's, or one of a version that is not read; or the
-                environment had settings that cannot be written down, and no env was given.
+            ValueError: the folder holds no agent, another class's, or one of a version that is not read; the
+                environment had settings that cannot be written down, and no env was given; or another model stands
+                where one stood that the run depends on.
         """
-        return checkpoint.load(cls, path, env, device=device, out=out, trust_code=trust_code, **settings)
+        return checkpoint.load(
+            cls,
+            path,
+            env,
+            device=device,
+            out=out,
+            trust_code=trust_code,
+            base_model=base_model,
+            env_settings=env_settings,
+            **settings,
+        )
 
     def extra_state(self) -> dict[str, Any]:
         """What a subclass keeps from update to update beside the policy, as JSON can hold it; it is saved."""

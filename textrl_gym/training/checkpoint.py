@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -28,10 +30,12 @@ from textrl_gym import files, registry
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
-from textrl_gym.models import adapters, loading, lora
+from textrl_gym.models import adapters, fingerprint, loading, lora
 from textrl_gym.persistence.optimizer_state import load_optimizer, save_optimizer
 from textrl_gym.policy.policy import Policy
+from textrl_gym.training import dependencies
 from textrl_gym.training.config import AgentConfig, Clock
+from textrl_gym.training.dependencies import Fingerprints
 
 VERSION = "0.2"
 """Of the format. 0.1 wrote none."""
@@ -52,6 +56,7 @@ class Saved(Protocol):
     device: torch.device
     model_spec: str | None
     reference_spec: str | None
+    fingerprints: Fingerprints
     rebuilds_model: bool
     rebuilds_reference: bool
     num_timesteps: int
@@ -117,6 +122,7 @@ def _state(agent: Saved) -> dict[str, Any]:
         "seed": agent.seed,
         "model": agent.model_spec,
         "reference": agent.reference_spec,
+        "fingerprints": agent.fingerprints,
         "total_timesteps": agent.total_timesteps,
         "num_updates": agent.num_updates,
         "finished": agent.finished,
@@ -137,6 +143,8 @@ def load(
     device: str = "auto",
     out: str | Path | None = None,
     trust_code: bool = False,
+    base_model: str | None = None,
+    env_settings: Mapping[str, Any] | None = None,
     **settings: object,
 ) -> SavedT:
     """The agent that `save` wrote, ready to predict or to go on learning.
@@ -145,16 +153,21 @@ def load(
         env: another environment; None makes the saved one again.
         trust_code: import the agent, task and reward that the folder names, though they are not part of textrl_gym and
             have not been imported; see textrl_gym.registry.named_by.
+        base_model: where the model stands now that the run started from, the reference of which it is.
+        env_settings: keywords of the saved environment to change, such as where its dataset or reward model is now.
         settings: config fields to change.
 
     Raises:
         ValueError: the folder holds no agent, another class's, or one of a version that is not read; or the environment
-            had settings that cannot be written down (a callable reward, say), and no env was given.
+            had settings that cannot be written down (a callable reward, say), and no env was given; or another model
+            stands where one stood that the run depends on.
     """
+    if env is not None and env_settings:
+        raise ValueError(f"env_settings={sorted(env_settings)} are of the saved environment: leave env out")
     if isinstance(env, str):
         registry.find_env(env)  # the caller's, so that its module is imported
     with registry.named_by(Path(folder) / files.STATE_FILE, trust_code):
-        return _load(cls, folder, env, device, out, settings)
+        return _load(cls, folder, env, device, out, base_model, dict(env_settings or {}), settings)
 
 
 def _load(
@@ -163,6 +176,8 @@ def _load(
     env: str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any] | None,
     device: str,
     out: str | Path | None,
+    base_model: str | None,
+    env_settings: dict[str, Any],
     settings: dict[str, object],
 ) -> SavedT:
     folder = files.whole_checkpoint(folder)
@@ -175,26 +190,26 @@ def _load(
     # PPO.load on GRPO's folder would go on with another loss on settings that happen to have the same names.
     if registry.load_agent_class(state["agent"]) is not cls:
         raise ValueError(f"{str(folder)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
-    if env is None and state["env_not_saved"]:
-        raise ValueError(f"{str(folder)!r} was trained with {state['env_not_saved']}, which cannot be saved: give env=")
+    expected = dependencies.known(state, file)
     config = state["config"] | settings
     # Guided decoding, for one, loads a PPO on an environment of one row.
     if isinstance(getattr(env, "unwrapped", None), TextVectorEnv):  # its own number of rows counts
         config = {k: v for k, v in config.items() if k in settings or k not in ("rollout_episodes", "group_size")}
     env_given = env is not None
     if env is None:
-        env = TextVectorEnv(
-            state["num_envs"],
-            task=state["task"],
-            autoreset_mode=AutoresetMode.DISABLED,
-            device=str(loading.resolve_device(device)),
-            **(state["env"] | {"tokenizer": str(folder / "model"), "array": "torch"}),
-        )
+        env = _saved_env(folder, state, device, expected["reward"], env_settings)
     task = load_env_task(env) if isinstance(env, str) else vector_env(env).task
-    model, reference = _models(folder, state, task)
+    initial = dependencies.initial_model(folder, task, state["model"], expected["model"], base_model)
+    if state["reference"] is not None and expected["reference"] is not None:
+        say = dependencies.FLAGS["reference"]
+        state["reference"] = fingerprint.locate(state["reference"], folder, expected["reference"], say)
+    model, reference = _models(folder, state["reference"], initial, task)
     make: Any = cls  # a protocol has no constructor
     agent: SavedT = make(env, model, reference, seed=state["seed"], device=device, out=out, **config)
-    agent.model_spec, agent.reference_spec = state["model"], state["reference"]
+    agent.model_spec = state["model"] if base_model is None else base_model
+    agent.reference_spec = state["reference"]
+    if expected["model"] is not None:  # its name may be right from another working folder only
+        agent.fingerprints = {**agent.fingerprints, "model": expected["model"]}
     run = folder.parent if folder.name == files.PREVIOUS else folder
     if agent.out is not None and agent.out.resolve() == run.resolve():
         agent.home = run.resolve()
@@ -254,18 +269,50 @@ def upgraded(state: dict[str, Any], folder: str) -> dict[str, Any]:
     return state | {"env": env, "config": config}
 
 
-def _models(folder: Path, state: dict[str, Any], task: Task) -> tuple[Any, Any]:
-    """Model and reference, as an agent's constructor takes them."""
+def _saved_env(
+    folder: Path, state: dict[str, Any], device: str, expected: dict[str, str], changes: dict[str, Any]
+) -> TextVectorEnv:
+    """The environment that a checkpoint was trained in, with some settings changed.
+
+    Args:
+        expected: the hashes of the reward's folders.
+    """
+    if left := sorted(set(state["env_not_saved"]) - set(changes)):
+        raise ValueError(f"{str(folder)!r} was trained with {left}, which cannot be saved: give env=")
+    settings = state["env"] | changes
+    if "reward" not in changes:
+        settings["reward"] = dependencies.located_reward(folder, settings.get("reward"), expected)
+    elif dependencies.of_rewards(changes["reward"]):
+        other = dependencies.other_reward(folder, changes["reward"], expected)
+        if other is not None:
+            warnings.warn(other, stacklevel=2)
+    return TextVectorEnv(
+        state["num_envs"],
+        task=state["task"],
+        autoreset_mode=AutoresetMode.DISABLED,
+        device=str(loading.resolve_device(device)),
+        **(settings | {"tokenizer": str(folder / "model"), "array": "torch"}),
+    )
+
+
+def _models(folder: Path, reference: str | None, initial: str | None, task: Task) -> tuple[Any, Any]:
+    """Model and reference, as an agent's constructor takes them.
+
+    Args:
+        reference: what the checkpoint names as the reference.
+        initial: what the run started from; None: the task's own.
+    """
     saved_model, saved_reference, saved_base = folder / "model", folder / "reference", folder / lora.BASE
-    reference = str(saved_reference) if saved_reference.is_dir() else state["reference"]
+    if saved_reference.is_dir():
+        reference = str(saved_reference)
     if adapters.is_adapter(saved_model):
-        base = task.load_model(str(saved_base) if saved_base.is_dir() else state["model"])
+        base = task.load_model(str(saved_base) if saved_base.is_dir() else initial)
         # As it was before training: without a reference of its own it is told by that to be one with the adapter off.
         model = lora.load(base, saved_model, trained=False)
         if adapters.is_adapter(saved_reference):  # it stands on the same base
             return model, lora.load_weights_(lora.frozen_copy(model), saved_reference)
         return model, reference
-    return str(saved_model), task.load_model(state["model"]) if reference is None else reference
+    return str(saved_model), task.load_model(initial) if reference is None else reference
 
 
 def _restore(agent: Saved, folder: Path, state: dict[str, Any], env_streams: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -225,11 +226,22 @@ class CriticAgent(Agent, abc.ABC):
         device: str = "auto",
         out: str | Path | None = None,
         trust_code: bool = False,
+        base_model: str | None = None,
+        env_settings: Mapping[str, Any] | None = None,
         **settings: object,
     ) -> Self:
         """The agent that `save` wrote. Its folder holds policy and critic: the first `ppo` is not needed any more."""
         settings |= {"ppo": str(path)}
-        return super().load(path, env, device=device, out=out, trust_code=trust_code, **settings)
+        return super().load(
+            path,
+            env,
+            device=device,
+            out=out,
+            trust_code=trust_code,
+            base_model=base_model,
+            env_settings=env_settings,
+            **settings,
+        )
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
