@@ -5,6 +5,7 @@
 - `loop`: collect, update, adapt the KL coefficient, log, evaluate, save
 - `callbacks`: callbacks that see evaluations; the monitor of reward hacking
 - `checkpoint`: saving an agent to a folder, and loading it
+- `dependencies`: what a run stands on beside its checkpoint, known by hash
 - `run_folder`: a run's files: one writer and one reader; who may train in it
 - `recovery`: going back to the last whole update
 - `minibatch`: the rows of one optimizer step, and the parts of them that fit in memory
