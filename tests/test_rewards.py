@@ -358,7 +358,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="has one label, this LlamaForSequenceClassification has 2"):
         RewardModel(classifier("llama", num_labels=2), tokenizer)
-    with pytest.raises(ValueError, match="tokenizer has 257 tokens but the model's vocabulary has 100 rows"):
+    with pytest.raises(ValueError, match="tokenizer has ids up to 256 but the model's vocabulary has 100 rows"):
         RewardModel(classifier("llama", vocab_size=100), tokenizer)
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=257)
     LlamaForCausalLM(config).save_pretrained(tmp_path)

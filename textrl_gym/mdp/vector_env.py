@@ -40,6 +40,7 @@ from textrl_gym.mdp.transition import (
     shape_reward,
 )
 from textrl_gym.models import loading
+from textrl_gym.models.tokenizer import vocab_size
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import RewardFunction, load_reward
 
@@ -116,8 +117,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.device = loading.resolve_device(device)
         self._on_host = self.device.type == "cpu"
         self.tokenizer = self._load_tokenizer(tokenizer)
-        # len() counts added tokens too, which the attribute vocab_size of a tokenizer leaves out.
-        self.eos_id, self.vocab_size = int(self.tokenizer.eos_token_id), len(self.tokenizer)
+        self.eos_id, self.vocab_size = int(self.tokenizer.eos_token_id), vocab_size(self.tokenizer)
         self.source = self.task.rows(split, dataset)
         if len(self.source) == 0:
             raise ValueError(f"dataset {dataset!r} has no rows in split {split!r}")

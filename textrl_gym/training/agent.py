@@ -237,7 +237,7 @@ class Agent:
                 value_head=self.uses_value,
                 value_model=self._make_value_model(mdp, loaded),
                 temperature=self.config.temperature,
-                vocab_size=len(mdp.tokenizer),
+                vocab_size=mdp.vocab_size,
                 dtype=loading.resolve_dtype(self.config.dtype),
                 cuda_graphs=self.config.cuda_graphs,
             )
