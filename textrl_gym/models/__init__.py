@@ -9,6 +9,7 @@
 - `tiny`: tiny tokenizers and models made in code
 - `onednn`: linear layers by oneDNN
 - `flops`: counting floating-point operations
+- `memory`: what a run holds in memory, before anything is loaded
 - `packing`: several completions of a prompt in one sequence
 """
 
