@@ -40,6 +40,13 @@ def plain_products() -> None:
     onednn.is_faster = lambda: False  # type: ignore[assignment]
 
 
+def kept_scores() -> None:
+    """Attention in training passes by plain products, whose scores are kept for the backward pass."""
+    from textrl_gym.policy import attention_kernels
+
+    attention_kernels.KERNELS.clear()
+
+
 def whole_prompts() -> None:
     """The last layer of a prompt is computed to its end."""
     from textrl_gym.policy import prefix_attention
@@ -62,6 +69,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "everything on": nothing,
     "each row computes its own prompt": own_prompts,
     "PyTorch's own products": plain_products,
+    "no fused attention": kept_scores,
     "the last layer of prompts computed": whole_prompts,
     "all logits at once": all_logits,
 }

@@ -36,12 +36,21 @@ FORBIDDEN = {("agents", "envs"), ("envs", "agents"), ("reports", "agents")}  # w
 PLUGINS = frozenset({"agents", "envs", "rewards"})  # a file is one of a kind there, so that any number may stand
 MOST_FILES = 12
 
+KERNEL = "fused attention with its log-sum-exp, which the public function keeps to itself"
 PRIVATE: dict[tuple[str, str], str] = {
     # (module, name): why there is no public way
     ("experiments.worker", "_exit"): "os._exit: sys.exit in a thread ends the thread and not the process",
     ("integrations.sb3_agent", "_setup_learn"): "what SB3's learn() does before its loop, which is ours here",
     ("models.flops", "_linear_pointwise"): "PyTorch's operator for linear layers by oneDNN, which torch.compile calls",
+    ("models.flops", "_scaled_dot_product_flash_attention_for_cpu"): KERNEL,
+    ("models.flops", "_scaled_dot_product_flash_attention_for_cpu_backward"): KERNEL,
     ("models.onednn", "_linear_pointwise"): "the same; nothing public calls oneDNN for float32",
+    ("policy.attention_kernels", "_scaled_dot_product_efficient_attention"): KERNEL,
+    ("policy.attention_kernels", "_scaled_dot_product_efficient_attention_backward"): KERNEL,
+    ("policy.attention_kernels", "_scaled_dot_product_flash_attention"): KERNEL,
+    ("policy.attention_kernels", "_scaled_dot_product_flash_attention_backward"): KERNEL,
+    ("policy.attention_kernels", "_scaled_dot_product_flash_attention_for_cpu"): KERNEL,
+    ("policy.attention_kernels", "_scaled_dot_product_flash_attention_for_cpu_backward"): KERNEL,
     ("policy.prefix_attention", "_attn_implementation"): "set_attn_implementation() also rewrites sub-configurations",
     ("policy.step_cache", "_version"): "PyTorch's count of changes in place; nothing public tells of a step",
 }

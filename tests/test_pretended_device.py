@@ -19,6 +19,7 @@ from textrl_gym import functional, registry
 from textrl_gym.agents import GRPO, PPO
 from textrl_gym.models import onednn
 from textrl_gym.policy import decoders
+from textrl_gym.policy.attention_kernels import KERNELS
 from textrl_gym.policy.policy import Policy
 from textrl_gym.policy.top_p_policy import MaskedPolicy
 from textrl_gym.rollouts import sampler
@@ -35,8 +36,9 @@ BY_ROLLOUT = [cls for cls in AGENTS if cls.resumes]
 
 @pytest.fixture(autouse=True)
 def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's layers do not go by oneDNN."""
+    """A GPU's layers do not go by oneDNN; fused attention is that of the CPU, which computes here."""
     monkeypatch.setattr(onednn, "is_faster", lambda: False)
+    monkeypatch.setitem(KERNELS, "cuda", KERNELS["cpu"]._replace(least_positions=0))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Counting floating-point operations: PyTorch's counter, which also knows this project's linear layers."""
+"""Counting floating-point operations: PyTorch's counter, which also knows oneDNN's layers and attention on a CPU."""
 
 from __future__ import annotations
 
@@ -6,16 +6,34 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def counter() -> FlopCounterMode:
     """A context in which the matrix products of all models are counted; see its get_total_flops()."""
-    # The counter knows PyTorch's own products only: where models.onednn is in use, linear layers would
-    # count as nothing.
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flop})
+    # The counter knows PyTorch's own products, and fused attention on a GPU: where models.onednn is in use, linear
+    # layers would count as nothing, and so would fused attention on a CPU.
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    mapping = {
+        torch.ops.mkldnn._linear_pointwise: _linear_flop,
+        attention: _attention_flop,
+        attention_backward: _attention_backward_flop,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def _linear_flop(x_shape: Sequence[int], weight_shape: Sequence[int], *_: object, **__: object) -> int:
     """Of textrl_gym.models.onednn, which PyTorch's counter does not know."""
     return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+def _attention_flop(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    """Two products, of the whole square: a causal one does half of it, which PyTorch's counter does not know either."""
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flop(
+    grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)

@@ -3,6 +3,7 @@
 - `policy`: Policy: log-probabilities, values and actions of a model
 - `backbone`: the model's body on prompts and completions, each prompt computed once
 - `prefix_attention`: attention over a prompt that a group of completions shares
+- `attention_kernels`: the same by PyTorch's fused kernels, in training passes
 - `decoders`: cached decoding, a token at a time
 - `step_cache`: cached decoding of observations that grow by a token (Stable-Baselines3)
 - `top_p_policy`: a policy on the top-p tokens of an older copy (NLPO)

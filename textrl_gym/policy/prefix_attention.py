@@ -5,7 +5,8 @@ they stand, once for each prompt: the queries of a prompt's G rows go through on
 own completions through another, and one softmax spans both (as in Hydragen, Juravsky et al. 2024, arXiv:2402.05099, and
 cascade inference). No copy of a prompt's cache is made for its rows, in sampling or in training, and gradients flow
 into the prompt through all of them. It is plain differentiable PyTorch, the same for rotary and learned positions,
-grouped-query attention, sliding windows and capped logits.
+grouped-query attention, sliding windows and capped logits. Teacher-forced passes, which would keep the scores for the
+backward pass, go by PyTorch's fused kernels where these do the same (policy.attention_kernels).
 
 Shape legend: U prompts, P prompt positions, G rows of the largest group, B rows, T new positions, S own positions so
 far (in training S = T), H query heads, K key-value heads, R = H / K, D head width, W T or more preallocated positions.
@@ -14,7 +15,9 @@ far (in training S = T), H query heads, K key-value heads, R = H / K, D head wid
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
+
+from textrl_gym.policy import attention_kernels
+from textrl_gym.policy.attention_kernels import HIDDEN, Kernel, attend
 
 NAME = "textrl_gym_prefix"
 LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -40,10 +46,10 @@ class Prefix:
     """bool, left-padded."""
     source_B: Tensor
     """int64: row b goes on from prompt source_B[b]."""
-    slot_UG: Tensor | None
-    """int64: the rows of each prompt, a short group filled up with row 0; None: row u * G + g is group u's g-th."""
+    group: int
+    """G."""
     place_B: Tensor | None
-    """int64: where row b stands in slot_UG, flattened."""
+    """int64: where row b stands among the U * G rows of all groups; None: row u * G + g is group u's g-th."""
     padded: bool
     """Whether any prompt is shorter than P."""
     written: Tensor | None = None
@@ -57,21 +63,23 @@ class Prefix:
         return Prefix(keys, values, mask_UP, source_B, *_slots(source_B, len(mask_UP)), not bool(mask_UP.all()))
 
     @property
+    def places(self) -> int:
+        """P."""
+        return self.mask_UP.shape[1]
+
+    @property
     def positions(self) -> Tensor:
         """The position of each row's first own token, int64 [B, 1]."""
         return self.mask_UP.sum(1)[self.source_B][:, None]
 
-    @property
-    def group(self) -> int:
-        """G."""
-        return len(self.source_B) // len(self.mask_UP) if self.slot_UG is None else self.slot_UG.shape[1]
-
     def to_groups(self, tensor: Tensor, key_heads: int) -> Tensor:
-        """[B, H, T, *] to [U, K, G R T, *]: what goes through one product with a prompt's keys."""
+        """[B, H, T, *] to [U, K, G R T, *], which one product with a prompt's keys takes; short groups get zeros."""
         _, heads, new, width = tensor.shape
         prompts, repeats = len(self.mask_UP), heads // key_heads
-        if self.slot_UG is not None:
-            tensor = tensor[self.slot_UG.flatten()]
+        if self.place_B is not None:
+            # Zeros and not some row again: what is done with a gradient here must add nothing.
+            filled = tensor.new_zeros(prompts * self.group, heads, new, width)
+            tensor = filled.index_copy(0, self.place_B, tensor)
         grouped = tensor.reshape(prompts, self.group, key_heads, repeats, new, width).permute(0, 2, 1, 3, 4, 5)
         return grouped.reshape(prompts, key_heads, self.group * repeats * new, width)
 
@@ -84,9 +92,7 @@ class Prefix:
 
     def hidden(self, new: int, own: int, sliding_window: int | None) -> Tensor | None:
         """What the last `new` of `own` positions do not see: bool, broadcasts to [U, K, G R, T, P + S]; None: none."""
-        device, places = self.mask_UP.device, self.mask_UP.shape[1]
-        if sliding_window is not None and places + own <= sliding_window:
-            sliding_window = None
+        device, places = self.mask_UP.device, self.places
         if new == 1 and not self.padded and self.written is None and sliding_window is None:
             return None
         at_T = torch.arange(own - new, own, device=device)
@@ -109,22 +115,20 @@ class Prefix:
             self.keys = [key[used_u] for key in self.keys]
             self.values = [value[used_u] for value in self.values]
             self.mask_UP, self.source_B = self.mask_UP[used_u], renumbered_b
-        self.slot_UG, self.place_B = _slots(self.source_B, len(self.mask_UP))
+        self.group, self.place_B = _slots(self.source_B, len(self.mask_UP))
 
 
-def _slots(source_B: Tensor, prompts: int) -> tuple[Tensor | None, Tensor | None]:
-    """slot_UG and place_B of a Prefix; None and None where groups of the same size stand in the prompts' order."""
+def _slots(source_B: Tensor, prompts: int) -> tuple[int, Tensor | None]:
+    """group and place_B of a Prefix; None where groups of the same size stand in the prompts' order."""
     rows = torch.arange(len(source_B), device=source_B.device)
     count_U = torch.bincount(source_B, minlength=prompts)
     most = int(count_U.max())
     # A stable sort keeps the rows of a group in order: then the usual batch (G rows a prompt) needs no gather at all.
     sorted_B, order_B = source_B.sort(stable=True)
     if prompts * most == len(source_B) and torch.equal(order_B, rows):
-        return None, None
+        return most, None
     rank_B = rows - (count_U.cumsum(0) - count_U)[sorted_B]  # of the sorted rows within their groups
-    place_B = torch.empty_like(rows).index_copy_(0, order_B, sorted_B * most + rank_B)
-    slot_X = rows.new_zeros(prompts * most).index_copy_(0, place_B, rows)
-    return slot_X.view(prompts, most), place_B
+    return most, torch.empty_like(rows).index_copy_(0, order_B, sorted_B * most + rank_B)
 
 
 _active: ContextVar[Prefix | None] = ContextVar("prefix", default=None)
@@ -162,13 +166,38 @@ def prefix_attention(
     unknown = [name for name in ("s_aux", "position_bias", "indices") if others.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"attention arguments {unknown}")
+    layer = cast("int", module.layer_idx)
+    tensors = (query, key, value, prefix.keys[layer], prefix.values[layer])
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if prefix.places + key.shape[2] <= (sliding_window or 0):
+        sliding_window = None  # every query sees all that came before
+    # No fused kernel knows what a window or a cap does to the scores.
+    kernel = None if sliding_window or softcap else _fused(prefix, query, key, value)
+    if kernel is None:
+        out = _plain(*tensors, prefix, scale, sliding_window, softcap)
+    else:
+        out = attend(kernel, *tensors, prefix, prefix.mask_UP if prefix.padded else None, scale)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, prefix_attention)
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    prefix: Prefix,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention by matrix products, [B, H, T, D]."""
     rows, heads, new, width = query.shape
     key_heads, own = key.shape[1:3]
     repeats = heads // key_heads
-    scale = width**-0.5 if scaling is None else scaling
-    layer = cast("int", module.layer_idx)
-    prompt_key, prompt_value = prefix.keys[layer], prefix.values[layer]
-    places = prompt_key.shape[2]
 
     # 1. Scores: of the rows' own positions, each row apart, and of the prompts, all rows of a group at once.
     # Scaled before the products, where it is [T, D] numbers and not [T, P + S].
@@ -182,17 +211,73 @@ def prefix_attention(
         score = softcap * torch.tanh(score / softcap)
     hidden = prefix.hidden(new, own, sliding_window)
     if hidden is not None:
-        # Finite and far below any real score: a row of -inf only (left padding) would become NaN.
-        score = score.unflatten(2, (-1, new)).masked_fill_(hidden, -1e30).flatten(2, 3)
+        score = score.unflatten(2, (-1, new)).masked_fill_(hidden, HIDDEN).flatten(2, 3)
 
     # 2. One softmax over both, and the values of each part.
-    prompt_share, own_share = score.softmax(3).to(value.dtype).split([places, own], 3)
+    prompt_share, own_share = score.softmax(3).to(value.dtype).split([prefix.places, own], 3)
     prompt_out = prefix.to_rows(prompt_share @ prompt_value, heads)
     own_out = prefix.to_rows(own_share, heads).reshape(rows, key_heads, repeats * new, own) @ value
-    return (own_out.view(rows, heads, new, width) + prompt_out).transpose(1, 2), None
+    return own_out.view(rows, heads, new, width) + prompt_out
 
 
-AttentionInterface.register(NAME, prefix_attention)
+# -- try before trust -------------------------------------------------------------------------------------------------
+
+
+def _fused(prefix: Prefix, query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
+    """The fused kernel that does a pass as plain products do; None: there is none, or it would gain nothing."""
+    kernel, device = attention_kernels.KERNELS.get(query.device.type), query.device.type
+    # A decode step, or a look at some tokens more, has few scores and keeps none.
+    teacher_forced = query.shape[2] == key.shape[2] > 1 and prefix.written is None
+    if kernel is None or not teacher_forced or prefix.places < kernel.least_positions:
+        return None
+    return kernel if _trusted(kernel, device, value.dtype, query.shape[3], value.shape[3]) else None
+
+
+@functools.cache
+def _trusted(kernel: Kernel, device: str, dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Whether a fused kernel gives our numbers for heads of these widths; if not, it is said once, with the reason."""
+    obstacle = "queries and values differ in width" if width != value_width else _obstacle(kernel, device, dtype, width)
+    if obstacle:
+        warnings.warn(
+            f"training passes do without fused attention on {device} in {dtype} at a head width of {width} "
+            f"({obstacle}): scores are kept, which takes more memory and gives the same results",
+            stacklevel=2,
+        )
+    return not obstacle
+
+
+def _obstacle(kernel: Kernel, device: str, dtype: torch.dtype, width: int) -> str:
+    """Why a kernel is not used; "" where output and gradients are those of plain products on made-up numbers."""
+    # bfloat16 keeps 2 to 3 digits and float32 7; a fault of ours changes the first.
+    digits = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    shapes = [(3, 4, 5), (3, 2, 5), (3, 2, 5), (2, 2, 7), (2, 2, 7), (3, 4, 5)]  # two query heads for a key head
+    # The first pass that asks may be one without gradients.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        generator = torch.Generator().manual_seed(0)
+        given = [torch.randn(*shape, width, generator=generator).to(device, dtype) for shape in shapes]
+        exact = [x.to(torch.promote_types(dtype, torch.float32)) for x in given]
+        source_B = torch.tensor([0, 0, 1], device=device)  # groups of unequal sizes
+        for padding in (0, 3):
+            mask_UP = torch.arange(7, device=device) >= torch.tensor([[padding], [0]], device=device)
+            prefix = Prefix([], [], mask_UP, source_B, *_slots(source_B, 2), padded=padding > 0)
+            wanted = _with_gradients(functools.partial(_plain, prefix=prefix, scale=0.3), exact)
+            mask = mask_UP if padding else None
+            try:
+                got = _with_gradients(functools.partial(attend, kernel, groups=prefix, mask_UP=mask, scale=0.3), given)
+            except RuntimeError as error:  # what PyTorch raises for a kernel that this device lacks
+                return str(error).splitlines()[0].partition(". ")[0]
+            # Written as "not <=", so that a NaN is an obstacle too.
+            if any(not (x - y).abs().max() <= digits * y.abs().max() for x, y in zip(got, wanted, strict=True)):
+                return "its numbers would change"
+    return ""
+
+
+def _with_gradients(attention: Callable[..., Tensor], given: list[Tensor]) -> list[Tensor]:
+    """An attention's output and its gradients with respect to all inputs; the last tensor is the output's gradient."""
+    *inputs, grad = given
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = attention(*inputs)
+    return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------
