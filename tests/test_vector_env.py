@@ -338,18 +338,18 @@ def test_a_reset_mask_before_the_first_reset() -> None:
     [
         ({"kl_estimator": "k4"}, "unknown kl_estimator 'k4'; allowed: k1, k2, k3, full"),
         ({"array": "jax"}, "array must be one of numpy, torch, got 'jax'"),
-        ({"render_mode": "rgb"}, "render_mode must be None or one of ansi, human, rgb_array, got 'rgb'"),
+        ({"render_mode": "rgb"}, "render_mode must be one of ansi, human, rgb_array or None, got 'rgb'"),
         ({"mode": "Sometimes"}, "autoreset_mode must be one of NEXT_STEP, SAME_STEP, DISABLED, got 'Sometimes'"),
         ({"group_size": 2}, "num_envs=3 is no multiple of group_size=2"),
-        ({"group_size": 0}, "group_size must be a positive integer, got 0"),
-        ({"rows": 0}, "num_envs must be a positive integer, got 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer, got 0"),
-        ({"max_prompt_tokens": 1.5}, "max_prompt_tokens must be a positive integer, got 1.5"),
-        ({"kl_coef": -0.1}, "kl_coef must be a finite number >= 0, got -0.1"),
-        ({"kl_coef": float("nan")}, "kl_coef must be a finite number >= 0, got nan"),
-        ({"missing_eos_penalty": -1}, "missing_eos_penalty must be a finite number >= 0, got -1"),
+        ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"rows": 0}, "num_envs must lie in .1, 1e.06., got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must lie in .1, 1e.07., got 0"),
+        ({"max_prompt_tokens": 1.5}, "max_prompt_tokens must be a whole number, got 1.5"),
+        ({"kl_coef": -0.1}, "kl_coef must be at least 0, got -0.1"),
+        ({"kl_coef": float("nan")}, "kl_coef must be a finite number, got nan"),
+        ({"missing_eos_penalty": -1}, "missing_eos_penalty must be at least 0, got -1"),
         ({"stop": [""]}, "stop must hold texts that are not empty"),
-        ({"stop": [1]}, r"stop must hold texts that are not empty, got \(1,\)"),
+        ({"stop": [1]}, r"stop must hold texts that are not empty, got \[1\]"),
         ({"policy_logprob": 0.5}, "policy_logprob must be .* got 0.5"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"tokenizer": "no end"}, "the tokenizer 'no end' has no EOS token"),
@@ -412,8 +412,44 @@ def test_a_penalty_needs_a_source(action: Any, message: str) -> None:
 def test_a_callable_of_a_wrong_shape() -> None:
     envs = make(kl_coef=0.1, policy_logprob=lambda observation, action: torch.zeros(2))
     envs.reset(seed=0)
-    with pytest.raises(ValueError, match=r"policy_logprob must return finite numbers of shape \(3,\), got .*\(2,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"what policy_logprob returns must be finite numbers of shape \(3,\), got tensor\(\[0., 0.\]\)",
+    ):
         envs.step([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("logprob", "message"),
+    [
+        ([3.0, -1.0, -1.0], "at most 0, got 3"),
+        ([True, True, False], "got torch.bool in"),
+        ([1j, -1.0, -1.0], "got torch.complex128 in"),
+        (["a", "b", "c"], r"numbers of shape \(3,\)"),
+        ([-1.0, float("nan"), -1.0], "finite numbers"),
+        ([None, -1.0, -1.0], "numbers"),
+    ],
+)
+def test_what_is_no_logprob(logprob: list[Any], message: str) -> None:
+    envs = make(kl_coef=0.1)
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=f"logprob must be .*{message}"):
+        envs.step({"token": [1, 2, 3], "logprob": logprob})
+
+
+def test_what_is_no_distribution() -> None:
+    envs = make(kl_coef=0.1, kl_estimator="full")
+    envs.reset(seed=0)
+    logprob = torch.zeros(3, envs.vocab_size)
+    with pytest.raises(ValueError, match=f"add up to 1, got a sum of {envs.vocab_size}"):
+        envs.step({"token": [1, 2, 3], "logprob": logprob})
+    envs.step({"token": [1, 2, 3], "logprob": logprob.bfloat16().log_softmax(-1)})
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "x", True, [0, 1, -1], [0, 1, "x"], np.zeros(3)])
+def test_what_is_no_seed(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed must be"):
+        make().reset(seed=seed)
 
 
 def test_a_reference_of_another_vocabulary() -> None:

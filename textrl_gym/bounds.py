@@ -64,27 +64,61 @@ def bounds_of(config: type[Any]) -> Mapping[str, Bounds]:
     return {name: bounds for name, bounds in tightest.items() if bounds != Bounds()}
 
 
+Seed = Annotated[int, Ge(0)]
+"""Of random numbers: numpy refuses a negative one, Python's generator takes -1 for 1."""
+MOST_ROWS = 1_000_000
+"""Of a vector environment: with more the memory would be gone before an error could be told."""
+LONGEST = 200
+"""Characters of a value in an error."""
+
+
 def check_settings(config: object) -> None:
     """Check the type of every field of a dataclass, that its numbers are finite, and its bounds.
 
-    Types that are checked are int, float, bool, str, Path, tuples of these, and any of them or None. A whole number is
-    a float too; True is no number.
+    Types that are checked are int, float, bool, str, Path, Literal, dataclasses, tuples of these, and any of them or
+    None. A whole number is a float too; True is no number; a string that may be None may not be empty.
 
     Raises:
         ValueError: naming the field, what is allowed, and the value.
     """
-    hints = get_type_hints(type(config))
+    hints, bounds = get_type_hints(type(config)), bounds_of(type(config))
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        words = _kind(hints[field.name])
-        value = getattr(config, field.name)
-        if words and not _is(value, hints[field.name]):
-            raise ValueError(f"{field.name} must be {words}, got {value!r}")
-    for name, bounds in bounds_of(type(config)).items():
-        value = getattr(config, name)
-        values = value if isinstance(value, tuple | list) else (value,)
-        if any(one is not None and not bounds.allow(one) for one in values):
+        _check(field.name, getattr(config, field.name), hints[field.name], bounds.get(field.name, Bounds()))
+
+
+def check(name: str, value: object, hint: object) -> None:
+    """Check an argument as `check_settings` does a field.
+
+    Args:
+        hint: its type, Annotated with its bounds.
+
+    Raises:
+        ValueError: naming the argument, what is allowed, and the value.
+    """
+    bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    _check(name, value, bare, _tightened(Bounds(), hint))
+
+
+def shown(value: object) -> str:
+    """A value in an error: as Python writes it, and not longer than a line or two."""
+    # Python refuses to write out whole numbers of more than 4,300 digits.
+    if isinstance(value, int) and value.bit_length() > 1_000:
+        return f"a number of {value.bit_length():,} bits"
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _check(name: str, value: object, hint: object, bounds: Bounds) -> None:
+    words = _kind(hint)
+    if words and not _is(value, hint):
+        raise ValueError(f"{name} must be {words}, got {shown(value)}")
+    values = value if isinstance(value, tuple | list) else (value,)
+    for one in values:
+        if isinstance(one, int) and not -(2**63) <= one < 2**63:
+            raise ValueError(f"{name} must be a number of at most 64 bits, got {shown(value)}")
+        if one is not None and not bounds.allow(one):
             verb = "lie" if str(bounds).startswith("in ") else "be"
-            raise ValueError(f"{name} must {verb} {bounds}, got {value!r}")
+            raise ValueError(f"{name} must {verb} {bounds}, got {shown(value)}")
 
 
 _WORDS: dict[object, str] = {
@@ -93,6 +127,7 @@ _WORDS: dict[object, str] = {
     bool: "True or False",
     str: "a string",
     Path: "a path",
+    dict: "a dictionary",
     types.NoneType: "None",
 }
 
@@ -102,9 +137,13 @@ def _kind(hint: object) -> str:
     if get_origin(hint) is tuple:
         element = _kind(get_args(hint)[0])
         return element and f"a list, each {element}"
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
         options = [_kind(option) for option in get_args(hint)]
-        return " or ".join(options) if all(options) else ""
+        return " or ".join(options).replace("a string or", "a string that is not empty or") if all(options) else ""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return f"of the class {hint.__name__}"
     return _WORDS.get(hint, "")
 
 
@@ -112,18 +151,28 @@ def _is(value: object, hint: object) -> bool:
     """Whether a value has a type that `_kind` has words for."""
     if get_origin(hint) is tuple:
         return isinstance(value, tuple | list) and all(_is(one, get_args(hint)[0]) for one in value)
+    if get_origin(hint) is Literal:
+        # True == 1, and a list can be compared but not looked up.
+        return any(type(value) is type(option) and value == option for option in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
-        return any(_is(value, option) for option in get_args(hint))
+        return any(_is(value, option) for option in get_args(hint)) and value != ""
     if isinstance(value, bool):  # an int in Python
         return hint is bool
     if hint is int:
         return isinstance(value, numbers.Integral)  # numpy's whole numbers too
     if hint is float:
-        return isinstance(value, numbers.Real) and math.isfinite(value)
+        return isinstance(value, numbers.Real) and _finite(value)
     if hint is Path:
         return isinstance(value, str | Path)
     assert isinstance(hint, type)
     return isinstance(value, hint)
+
+
+def _finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _tightened(bounds: Bounds, hint: object) -> Bounds:

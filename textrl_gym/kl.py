@@ -35,7 +35,7 @@ LOSS_ESTIMATORS: tuple[str, ...] = get_args(LossEstimator)
 
 def check_estimator(name: str) -> None:
     """Raise ValueError for a name that is no estimator."""
-    if name not in ESTIMATORS:
+    if not isinstance(name, str) or name not in ESTIMATORS:
         raise ValueError(f"unknown kl_estimator {name!r}; allowed: {', '.join(ESTIMATORS)}")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from textrl_gym import files
-from textrl_gym.bounds import check_settings
+from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.cli.options import Part, env_flags, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.terminal import interval, make_table, print_rows, print_tables
 from textrl_gym.mdp.env_settings import EnvSettings
@@ -43,8 +43,11 @@ class JudgeFlags:
     folder that it was saved to, for `judge` its name in the comparison. None: start."""
     judge_noise: float = 0.0
     """Share of the pairs whose verdict is flipped, as human annotators disagree: 0.25 in AlpacaFarm."""
-    judge_seed: int = 0
+    judge_seed: Seed = 0
     """Seeds which pairs are flipped."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def make(
         self,
@@ -78,7 +81,7 @@ class EvaluateFlags:
     """Another environment id, or module:ID; None: the agent's own, with its settings."""
     episodes: Annotated[int, Ge(1)] = 256
     """Prompts, one completion of each."""
-    seed: int = 0
+    seed: Seed = 0
     """Of prompts and sampling."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

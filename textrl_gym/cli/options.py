@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
+from annotated_types import Ge
 
 from textrl_gym import files
-from textrl_gym.bounds import Bounds, bounds_of
+from textrl_gym.bounds import Bounds, Seed, bounds_of, check_settings
 from textrl_gym.mdp.env_settings import EnvSettings, parse_reward
 from textrl_gym.registry import unknown
 
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 class RunSettings:
     """The run as a whole."""
 
-    total_timesteps: int | None = None
+    total_timesteps: Annotated[int | None, Ge(1)] = None
     """Generated tokens to train for; the last rollout is whole. Only agents that do not train go without."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds prompts, sampling, shuffling and new weights."""
     out: Path | None = None
     """Folder for the checkpoint, the logs and the samples; None: runs/AGENT-ENV-seedS."""
@@ -39,8 +40,7 @@ class RunSettings:
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        if self.total_timesteps is not None and self.total_timesteps < 1:
-            raise ValueError(f"total_timesteps must be at least 1, got {self.total_timesteps}")
+        check_settings(self)
 
 
 # -- TOML -------------------------------------------------------------------------------------------------------------

@@ -155,7 +155,8 @@ def learn(agent: Agent, timesteps: int, options: TrainOptions, goes_on: bool) ->
 
     hf_logging.disable_progress_bar()  # what may be downloaded is here; a checkpoint's bar breaks into training's own
     try:
-        agent.learn(timesteps, reset_num_timesteps=not goes_on, **dataclasses.asdict(options))
+        # A run that was stopped before its last evaluation may be beyond its total.
+        agent.learn(max(0, timesteps), reset_num_timesteps=not goes_on, **dataclasses.asdict(options))
     except KeyboardInterrupt:
         trust = " --trust-code" if registry.foreign_modules else ""
         print(f"go on with: textrl-gym train --resume {agent.out}{trust}", file=sys.stderr)

@@ -6,14 +6,16 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import gymnasium as gym
 import numpy as np
 import torch
+from annotated_types import Ge
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from textrl_gym.bounds import Seed, check
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.data.encoding import encode_completions
 from textrl_gym.evaluation.metrics import measure
@@ -70,8 +72,8 @@ class Evaluator:
         split: str = "validation",
         gold: RewardSpec | None = None,
     ) -> None:
-        if episodes < 1:
-            raise ValueError(f"episodes must be at least 1, got {episodes}")
+        check("episodes", episodes, Annotated[int, Ge(1)])
+        check("seed", seed, Seed)
         self.mdp: TextVectorEnv = vector_env(env).remake(
             min(PARALLEL_PROMPTS, episodes), split=split, group_size=1, array="torch", render_mode=None
         )

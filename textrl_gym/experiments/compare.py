@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from textrl_gym import files, registry
-from textrl_gym.bounds import check_settings
+from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.console import plain
 from textrl_gym.experiments.progress import LiveTable
 from textrl_gym.experiments.results import ERROR, LOG, PLAN, RESULT, RUNS, SPEC, TABLE, spec_env, tidy
@@ -55,7 +55,7 @@ class CompareConfig:
     None: the task's own, where it has one. A language model judges finished runs: textrl-gym judge."""
     eval_episodes: Annotated[int, Ge(1)] = 256
     """Held-out prompts of the last evaluation."""
-    eval_seed: int = 0
+    eval_seed: Seed = 0
     """Of these prompts and of sampling on them."""
     eval_every: Annotated[int, Ge(0)] = 20
     """Updates between two evaluations during training (on 64 prompts)."""

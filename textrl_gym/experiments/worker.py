@@ -96,7 +96,7 @@ def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
         agent = agent_class(env, spec["model"], seed=spec["seed"], device=spec["device"], out=folder, **settings)
     with counted_flops(agent, folder / FLOPS):
         agent.learn(
-            spec["total_timesteps"] - agent.num_timesteps,
+            max(0, spec["total_timesteps"] - agent.num_timesteps),
             reset_num_timesteps=not goes_on,
             progress_bar=False,
             eval_every=spec["eval_every"],

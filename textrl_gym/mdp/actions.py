@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from textrl_gym import kl
+from textrl_gym.bounds import shown
 from textrl_gym.mdp.spaces import MDPSettings
 from textrl_gym.mdp.transition import BatchArray, State
 
@@ -44,10 +45,8 @@ def parse_actions(env: MDPSettings, actions: Actions) -> tuple[BatchArray, Tenso
         if "token" not in actions or (env.wants_logprob and "logprob" not in actions):
             raise ValueError(f"an action needs the keys 'token' and 'logprob', got {sorted(actions)}")
         if env.wants_logprob:
-            logprob = to_tensor(actions["logprob"], env.device).float()
             shape = (env.num_envs, env.vocab_size) if env.kl_estimator == "full" else (env.num_envs,)
-            if tuple(logprob.shape) != shape or not bool(torch.isfinite(logprob).all()):
-                raise ValueError(f"logprob must be finite numbers of shape {shape}, got {actions['logprob']!r}")
+            logprob = parse_logprob("logprob", actions["logprob"], shape, env.device)
         token = actions["token"]
     elif env.wants_logprob:
         raise ValueError(
@@ -63,10 +62,40 @@ def parse_actions(env: MDPSettings, actions: Actions) -> tuple[BatchArray, Tenso
         action_B = to_tensor(token, env.device)
         integers = action_B.dtype in _INTEGERS
     if action_B.shape != (env.num_envs,) or not integers:
-        raise ValueError(f"actions must be {env.num_envs} integers, got {token!r}")
+        raise ValueError(f"actions must be {env.num_envs} integers, got {shown(token)}")
     if action_B.min() < 0 or action_B.max() >= env.vocab_size:
-        raise ValueError(f"actions must lie in [0, {env.vocab_size}), got {action_B.tolist()}")
+        raise ValueError(f"actions must lie in [0, {env.vocab_size}), got {shown(action_B.tolist())}")
     return action_B, logprob
+
+
+ABOVE_0 = 1e-3
+"""What rounding may add to a log-probability of 0, and 1 of a distribution's sum be off in bfloat16, as logarithms."""
+SUM_OFF = 0.05
+
+
+def parse_logprob(what: str, values: ArrayLike | Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Log-probabilities as float32, of single tokens ([B]) or of whole distributions ([B, V]).
+
+    Raises:
+        ValueError: they are of another shape or kind, not finite, or no logarithms of probabilities.
+    """
+    try:
+        given = to_tensor(values, device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} must be numbers of shape {shape}, got {shown(values)}") from error
+    # True and 1j would pass for 1.0: a tensor turns them into numbers with a warning at most.
+    if given.dtype == torch.bool or given.is_complex():
+        raise ValueError(f"{what} must be numbers of shape {shape}, got {given.dtype} in {shown(values)}")
+    logprob = given.float()
+    if tuple(logprob.shape) != shape or not bool(torch.isfinite(logprob).all()):
+        raise ValueError(f"{what} must be finite numbers of shape {shape}, got {shown(values)}")
+    if bool((logprob > ABOVE_0).any()):
+        raise ValueError(f"{what} must be logarithms of probabilities, at most 0, got {float(logprob.max()):.6g}")
+    if len(shape) == 2 and bool((logprob.logsumexp(-1).abs() > SUM_OFF).any()):
+        totals_B = logprob.exp().sum(-1)
+        worst = float(totals_B[(totals_B - 1).abs().argmax()])
+        raise ValueError(f"{what} must be the logarithms of distributions, which add up to 1, got a sum of {worst:.6g}")
+    return logprob
 
 
 def penalty(
@@ -95,11 +124,7 @@ def penalty(
         assert env.policy_logprob is not None
         # The tokens as they were given: a user's function may hold them in a type of its own.
         token = actions["token"] if isinstance(actions, Mapping) else actions
-        logprob = torch.as_tensor(env.policy_logprob(observe(), token), device=env.device).float()
-        if logprob.shape != ref.shape or not bool(torch.isfinite(logprob).all()):
-            raise ValueError(
-                f"policy_logprob must return finite numbers of shape {tuple(ref.shape)}, got {logprob} of shape "
-                f"{tuple(logprob.shape)}"
-            )
+        given = env.policy_logprob(observe(), token)
+        logprob = parse_logprob("what policy_logprob returns", given, tuple(ref.shape), env.device)
     # Detached: a reward is a number, and a graph kept here would keep every forward pass of the episode.
     return kl.estimate(env.kl_estimator, logprob.detach(), ref), ref_logp_B

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 from gymnasium.utils import seeding
 from numpy.typing import ArrayLike
 
+from textrl_gym.bounds import check, shown
 from textrl_gym.core import PromptSource, Row
 
 
@@ -55,15 +57,19 @@ class PromptStreams:
         Raises:
             ValueError: a list of another length.
         """
-        seeds: list[int | None]
-        if seed is None:
-            seeds = [None] * self.num_envs
-        elif isinstance(seed, Sequence):
+        if not isinstance(seed, tuple | list):
+            check("seed", seed, Annotated[int | None, Ge(0)])
+        seeds: list[int | None] = [None] * self.num_envs
+        if isinstance(seed, Sequence):
             seeds = list(seed)
-        else:
-            seeds = [seed + i for i in range(self.num_envs)]
+        elif seed is not None:
+            seeds = [int(seed) + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
-            raise ValueError(f"a list of seeds needs num_envs={self.num_envs} entries, got {len(seeds)}: {seeds}")
+            raise ValueError(
+                f"a list of seeds needs num_envs={self.num_envs} entries, got {len(seeds)}: {shown(seeds)}"
+            )
+        for one in seeds:
+            check("seed", one, Annotated[int | None, Ge(0)])
         if not self.rngs:
             # Rows of a group get generators of their own with one seed, not one generator: each draws at its own pace.
             for _ in range(self.num_envs // self.group_size):
@@ -72,7 +78,7 @@ class PromptStreams:
         for row in range(self.num_envs):
             start = seeds[row - row % self.group_size]
             if start is not None and (chosen_B is None or chosen_B[row]):
-                self.rngs[row] = seeding.np_random(start)[0]
+                self.rngs[row] = seeding.np_random(int(start))[0]  # Gymnasium takes no integers of numpy
 
     def states(self) -> list[Any]:
         """The state of every row's stream, as JSON can hold it."""
@@ -100,11 +106,14 @@ class PromptStreams:
             # One draw for one episode whatever came before, so that a row's prompts do not depend on its neighbours.
             prompt_indices = [int(self.rngs[b].integers(len(self.source))) for b in rows]
         else:
-            fixed_B = np.asarray(indices)
+            try:
+                fixed_B = np.asarray(indices)
+            except (TypeError, ValueError) as error:  # lists of several lengths
+                raise ValueError(f"prompt_indices must be {self.num_envs} integers, got {shown(indices)}") from error
             if fixed_B.shape != (self.num_envs,) or not np.issubdtype(fixed_B.dtype, np.integer):
-                raise ValueError(f"prompt_indices must be {self.num_envs} integers, got {indices!r}")
+                raise ValueError(f"prompt_indices must be {self.num_envs} integers, got {shown(indices)}")
             if fixed_B.min() < 0 or fixed_B.max() >= len(self.source):
-                raise ValueError(f"prompt_indices must lie in [0, {len(self.source)}), got {indices!r}")
+                raise ValueError(f"prompt_indices must lie in [0, {len(self.source)}), got {shown(indices)}")
             prompt_indices = [int(fixed_B[b]) for b in rows]
         prompts: dict[int, Prompt] = {}  # rows of a group are read and encoded once
         for index in prompt_indices:

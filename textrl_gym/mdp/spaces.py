@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import gymnasium as gym
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from gymnasium.vector import AutoresetMode
 
 from textrl_gym import kl
-from textrl_gym.mdp.render import RENDER_MODES
+from textrl_gym.bounds import MOST_ROWS, check, shown
 
 if TYPE_CHECKING:
     from textrl_gym.mdp.task import Task
     from textrl_gym.policy.policy import Policy
 
-ARRAYS = ("numpy", "torch")
+MOST_TOKENS = 10_000_000
+"""Of a prompt or a completion: more than any model has positions for, and less than would fill the memory."""
 
 
 class MDPSettings(Protocol):
@@ -50,35 +51,50 @@ class MDPSettings(Protocol):
         ...
 
 
+ALLOWED: dict[str, object] = {
+    "num_envs": Annotated[int, Ge(1), Le(MOST_ROWS)],
+    "group_size": Annotated[int, Ge(1)],
+    "max_prompt_tokens": Annotated[int, Ge(1), Le(MOST_TOKENS)],
+    "max_new_tokens": Annotated[int, Ge(1), Le(MOST_TOKENS)],
+    "kl_coef": Annotated[float, Ge(0)],
+    "missing_eos_penalty": Annotated[float, Ge(0)],
+    "array": Literal["numpy", "torch"],
+    "render_mode": Literal["ansi", "human", "rgb_array"] | None,
+    "stop": tuple[str, ...],
+}
+"""The types and bounds of an environment's settings."""
+
+
+def stop_strings(stop: object, of_task: Sequence[str]) -> tuple[str, ...]:
+    """The strings that end an episode: one, several, or those of the task where None is given.
+
+    Raises:
+        ValueError: something else, or an empty one.
+    """
+    if stop is None:
+        return tuple(of_task)
+    texts = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, tuple | list) or any(not isinstance(text, str) or not text for text in texts):
+        raise ValueError(f"stop must hold texts that are not empty, got {shown(stop)}")
+    return tuple(texts)
+
+
 def check_settings(env: MDPSettings, autoreset_mode: AutoresetMode | str) -> AutoresetMode:
     """Raise ValueError naming a setting with a value that is not allowed; return the autoreset mode."""
-    for name in ("num_envs", "group_size", "max_prompt_tokens", "max_new_tokens"):
-        value = getattr(env, name)
-        # bool is an int in Python: group_size=True would pass for 1.
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    for name, hint in ALLOWED.items():
+        check(name, getattr(env, name), hint)
     if env.num_envs % env.group_size:
         raise ValueError(f"num_envs={env.num_envs} is no multiple of group_size={env.group_size}")
-    for name in ("kl_coef", "missing_eos_penalty"):
-        value = getattr(env, name)
-        if not isinstance(value, int | float | np.number) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
     kl.check_estimator(env.kl_estimator)
-    if env.array not in ARRAYS:
-        raise ValueError(f"array must be one of {', '.join(ARRAYS)}, got {env.array!r}")
-    if env.render_mode is not None and env.render_mode not in RENDER_MODES:
-        raise ValueError(f"render_mode must be None or one of {', '.join(RENDER_MODES)}, got {env.render_mode!r}")
-    if any(not isinstance(s, str) or not s for s in env.stop):
-        raise ValueError(f"stop must hold texts that are not empty, got {env.stop!r}")
     logprob: object = env.policy_logprob  # whatever the user gave
     if logprob is not None and not callable(logprob):
-        raise ValueError(f"policy_logprob must be fn(observation, action) or None, got {logprob!r}")
+        raise ValueError(f"policy_logprob must be fn(observation, action) or None, got {shown(logprob)}")
     # By name, value or member: gymnasium.make_vec passes what its caller wrote, a text on the command line.
-    modes = {name: mode for mode in AutoresetMode for name in (mode.name, mode.value, mode)}
-    if autoreset_mode not in modes:
-        allowed = ", ".join(mode.name for mode in AutoresetMode)
-        raise ValueError(f"autoreset_mode must be one of {allowed}, got {autoreset_mode!r}")
-    return modes[autoreset_mode]
+    for mode in AutoresetMode:
+        if isinstance(autoreset_mode, str | AutoresetMode) and autoreset_mode in (mode.name, mode.value, mode):
+            return mode
+    allowed = ", ".join(mode.name for mode in AutoresetMode)
+    raise ValueError(f"autoreset_mode must be one of {allowed}, got {shown(autoreset_mode)}")
 
 
 def spaces(env: MDPSettings) -> tuple[gym.spaces.Dict, gym.Space]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, SupportsFloat
+from typing import Annotated, Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 import torch
+from annotated_types import Ge
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
+from textrl_gym.bounds import check
 from textrl_gym.mdp.render import RENDER_MODES
 from textrl_gym.mdp.vector_env import (
     TextVectorEnv as TextVectorEnv,  # "textrl_gym.mdp.text_env:TextVectorEnv" is its registered name
@@ -51,7 +53,8 @@ class TextEnv(gym.Env[Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode. options={"prompt_indices": [i]} fixes the prompt."""
-        super().reset(seed=seed)
+        check("seed", seed, Annotated[int | None, Ge(0)])
+        super().reset(seed=None if seed is None else int(seed))
         # Gymnasium's own generator draws the prompts, so that seed() and np_random mean what they mean everywhere.
         self.vector.streams_of_prompts.rngs = [self.np_random]
         observation, infos = self.vector.reset(options=options)

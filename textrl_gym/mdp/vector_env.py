@@ -20,13 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from textrl_gym import registry
+from textrl_gym.bounds import check, shown
 from textrl_gym.core import RewardSpec, Row, StopReason
 from textrl_gym.mdp.actions import Actions, parse_actions, penalty, to_tensor
 from textrl_gym.mdp.infos import final_info, reset_infos, with_finals
 from textrl_gym.mdp.prompt_streams import Prompt, PromptStreams
 from textrl_gym.mdp.render import RENDER_MODES, Renderer
 from textrl_gym.mdp.scorer import Scorer
-from textrl_gym.mdp.spaces import check_settings, spaces
+from textrl_gym.mdp.spaces import check_settings, spaces, stop_strings
 from textrl_gym.mdp.task import Task, load_task
 from textrl_gym.mdp.transition import (
     BY_LENGTH,
@@ -109,7 +110,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.num_envs, self.group_size = num_envs, group_size
         self.max_prompt_tokens = self.task.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens
         self.max_new_tokens = self.task.max_new_tokens if max_new_tokens is None else max_new_tokens
-        self.stop = tuple([stop] if isinstance(stop, str) else self.task.stop if stop is None else stop)
+        self.stop = stop_strings(stop, self.task.stop)
         self.kl_coef, self.kl_estimator, self.policy_logprob = kl_coef, kl_estimator, policy_logprob
         self.missing_eos_penalty, self.array, self.render_mode = missing_eos_penalty, array, render_mode
         self._mode = check_settings(self, autoreset_mode)
@@ -204,16 +205,19 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         Raises:
             ValueError: an unknown option, or one of a wrong shape or range.
         """
+        check("options", options, dict | None)
         options = dict(options or {})
         indices = options.pop("prompt_indices", None)
         chosen = options.pop("reset_mask", None)
         if options:
-            raise ValueError(f"unknown reset options {sorted(options)}; allowed: prompt_indices, reset_mask")
+            raise ValueError(f"unknown reset options {shown(list(options))}; allowed: prompt_indices, reset_mask")
         chosen_B = np.ones(self.num_envs, bool)
         if chosen is not None:
             chosen_B = np.asarray(chosen.cpu() if isinstance(chosen, Tensor) else chosen)
             if chosen_B.shape != (self.num_envs,) or chosen_B.dtype != np.bool_ or not chosen_B.any():
-                raise ValueError(f"reset_mask must be {self.num_envs} booleans with at least one True, got {chosen!r}")
+                raise ValueError(
+                    f"reset_mask must be {self.num_envs} booleans with at least one True, got {shown(chosen)}"
+                )
             if self._state is None and not chosen_B.all():
                 raise gym.error.ResetNeeded("the first reset() must begin an episode in every row, without reset_mask")
         self.streams_of_prompts.seed(seed, chosen_B)

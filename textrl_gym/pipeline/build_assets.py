@@ -18,11 +18,13 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
+from annotated_types import Ge
 
 from textrl_gym import files
+from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.envs import tldr_summarize
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading
@@ -50,12 +52,15 @@ class BuildConfig:
     """The folder to write policy/ and reward_model/ to."""
     work: Path | None = None
     """Where the models are trained, and found again by the next build; None: a temporary folder."""
-    fluent_steps: int = 4500
+    fluent_steps: Annotated[int, Ge(1)] = 4500
     """Updates on reference summaries. After 1,500 its noise at temperature 1 still costs a fifth of its gold."""
-    policy_steps: int = 250
+    policy_steps: Annotated[int, Ge(1)] = 250
     """Updates on poor summaries."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds everything."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 def write_references(folder: Path, rows: int) -> Path:

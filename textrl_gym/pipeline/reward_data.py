@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt
 
-from textrl_gym.bounds import check_settings
+from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import Row
 from textrl_gym.data.encoding import encode_completions
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
@@ -65,9 +65,9 @@ class RewardModelConfig:
     """Held-out prompts for the normalisation and the accuracy; of each dataset, at most so many rows."""
     annotators: Annotators = dataclasses.field(default_factory=Annotators)
     """Who compares, where no dataset is given."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the head, replaced-token detection and, where data_seed is None, the comparisons."""
-    data_seed: int | None = None
+    data_seed: Annotated[int | None, Ge(0)] = None
     """Seeds the comparisons: prompts, samples, candidates and annotators; `seed` then shuffles them. None: as seed."""
     ensemble: Annotated[int, Ge(0)] = 0
     """Train so many reward models on the same comparisons, with the seeds seed, seed + 1, ...; 0: a single one."""
@@ -79,7 +79,8 @@ class RewardModelConfig:
     def __post_init__(self) -> None:
         for name in ("dataset", "eval_dataset"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+            if isinstance(value, str | None):
+                object.__setattr__(self, name, () if value is None else (value,))
         if isinstance(self.annotators, dict):  # as a run's record has them
             object.__setattr__(self, "annotators", Annotators(**self.annotators))
         check_settings(self)

@@ -18,7 +18,7 @@ from annotated_types import Ge
 from numpy.typing import NDArray
 
 from textrl_gym import files
-from textrl_gym.bounds import check_settings
+from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
@@ -64,7 +64,7 @@ class PreferenceConfig:
     """Who the simulated annotators are."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the order of prompts, the samples and the annotators."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from textrl_gym import files
-from textrl_gym.bounds import check_settings
+from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import encode_completions
 from textrl_gym.mdp.env_settings import EnvSettings
@@ -83,7 +83,7 @@ class SFTConfig:
     """Attention heads of a new model."""
     eval_rows: Annotated[int, Ge(1)] = 256
     """Held-out rows for the loss."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the weights, the order of rows and the copied runs."""
 
     def __post_init__(self) -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypedDict, TypeVar, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict, TypeVar, Unpack
 
 import gymnasium as gym
 import numpy as np
 import torch
+from annotated_types import Ge
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym import functional
+from textrl_gym.bounds import Seed, check
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
@@ -110,6 +112,8 @@ class Agent:
         **settings: object,
     ) -> None:
         self.config: Any = make_config(self.Config, settings, type(self).__name__)
+        check("seed", seed, Seed)
+        check("out", out, Path | None)
         self.seed, self.out = seed, None if out is None else Path(out)
         self.device = loading.resolve_device(device)
         self.model_spec = model if isinstance(model, str) else None
@@ -339,11 +343,15 @@ class Agent:
             reset_num_timesteps: False goes on counting (and with the learning-rate schedule) from before.
             options: of textrl_gym.training.loop.TrainOptions (evaluations, health card).
         """
+        check("total_timesteps", total_timesteps, Annotated[int, Ge(0)])
+        check("log_interval", log_interval, Annotated[int, Ge(1)])
         if reset_num_timesteps:
             self.num_timesteps = 0
             self.total_timesteps = total_timesteps
-        else:
+        elif total_timesteps:
             self.total_timesteps = self.num_timesteps + total_timesteps
+        else:  # only what a stop left out behind the last update; its own total stays what it was
+            self.total_timesteps = min(self.total_timesteps, self.num_timesteps)
         loop.train(
             self,
             callback=callback,

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
-from textrl_gym.bounds import check_settings
+from textrl_gym.bounds import MOST_ROWS, check_settings
 from textrl_gym.kl import check_estimator
 from textrl_gym.models import loading
 
@@ -22,7 +22,7 @@ ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 class AgentConfig:
     """Settings that every agent has. Bounds in the annotations, of subclasses too, are checked when one is made."""
 
-    rollout_episodes: Annotated[int, Ge(1)] = 64
+    rollout_episodes: Annotated[int, Ge(1), Le(MOST_ROWS)] = 64
     """Episodes collected before each update: rows of the vector environment."""
     group_size: Annotated[int, Ge(1)] = 1
     """Completions of each prompt."""
@@ -30,7 +30,7 @@ class AgentConfig:
     """Adam's step size. 5e-4 suits the embedded 1M-parameter model; 1e-6 to 1e-5 suits models of 100M and more."""
     lr_schedule: Literal["linear", "constant"] = "linear"
     """"linear" goes to 0 over total_timesteps."""
-    epochs: Annotated[int, Ge(1)] = 1
+    epochs: Annotated[int, Ge(1), Le(10_000)] = 1
     """Passes over each rollout."""
     minibatches: Annotated[int, Ge(1)] = 1
     """Optimizer steps in each pass."""
