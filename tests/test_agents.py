@@ -25,8 +25,6 @@ from textrl_gym.training.agent import Agent
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}
 # Those that do not train have no gradients, no weights that change and nothing to resume: see test_decoding.py.
 AGENTS = [cls for cls in map(registry.load_agent_class, registry.names("agents")) if cls.trains]
-# SB3's rows are in the middle of texts when a rollout ends, and a checkpoint holds no half texts (test_sb3.py).
-RESUME_EXACTLY = [cls for cls in AGENTS if cls.resumes]
 
 
 def weights(agent: Agent) -> Tensor:
@@ -171,7 +169,7 @@ def test_same_seed_same_weights_and_another_seed_others(
     assert not torch.equal(runs[0], runs[2])
 
 
-@pytest.mark.parametrize("cls", RESUME_EXACTLY)
+@pytest.mark.parametrize("cls", AGENTS)
 def test_resume_is_never_stopped(cls: type[Agent], tmp_path: Path) -> None:
     class Stop:
         """Interrupts after the third update, as a user would."""

@@ -41,6 +41,8 @@ PRIVATE: dict[tuple[str, str], str] = {
     # (module, name): why there is no public way
     ("experiments.worker", "_exit"): "os._exit: sys.exit in a thread ends the thread and not the process",
     ("integrations.sb3_agent", "_setup_learn"): "what SB3's learn() does before its loop, which is ours here",
+    ("integrations.sb3_agent", "_last_obs"): "where SB3's rollout goes on; it has no other way in",
+    ("integrations.sb3_agent", "_last_episode_starts"): "the same",
     ("models.flops", "_linear_pointwise"): "PyTorch's operator for linear layers by oneDNN, which torch.compile calls",
     ("models.flops", "_scaled_dot_product_flash_attention_for_cpu"): KERNEL,
     ("models.flops", "_scaled_dot_product_flash_attention_for_cpu_backward"): KERNEL,

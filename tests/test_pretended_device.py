@@ -17,6 +17,7 @@ from torch import Tensor
 
 from textrl_gym import functional, registry
 from textrl_gym.agents import GRPO, PPO
+from textrl_gym.integrations.sb3_agent import SB3Agent
 from textrl_gym.models import onednn
 from textrl_gym.policy import decoders
 from textrl_gym.policy.attention_kernels import KERNELS
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 NEW = 26
 # SB3's loops step an environment, whose observations are numpy arrays of the host.
 AGENTS = [cls for cls in map(registry.load_agent_class, registry.names("agents")) if cls.trains]
-BY_ROLLOUT = [cls for cls in AGENTS if cls.resumes]
+BY_ROLLOUT = [cls for cls in AGENTS if not issubclass(cls, SB3Agent)]
 
 
 @pytest.fixture(autouse=True)

@@ -416,12 +416,19 @@ class Reseed(BaseCallback):
         super().__init__()
         self.generator = generator
 
-    def _on_rollout_start(self) -> None:
+    def _seed(self) -> None:
         seed = int(torch.randint(2**31, (), generator=self.generator))
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
 
-    _on_rollout_end = _on_rollout_start
+    def _on_rollout_start(self) -> None:
+        self._seed()
+        # The reference computes texts that were begun before whole, as a run that goes on has to.
+        envs: Any = self.training_env
+        envs.mdp.reference.steps.forget()
+
+    def _on_rollout_end(self) -> None:
+        self._seed()
 
     def _on_step(self) -> bool:
         return True
@@ -489,6 +496,8 @@ def test_resumed_agent_goes_on(tmp_path: Path) -> None:
     assert all(torch.equal(moments[0][name], moments_2[0][name]) for name in ("exp_avg", "exp_avg_sq"))
     again.learn(480 - again.num_timesteps, reset_num_timesteps=False, **QUIET)
     assert (again.num_updates, again.num_timesteps) == (10, 480)
+    whole = SB3PPO("CopyText-v0", seed=0, out=tmp_path / "whole", rollout_episodes=16, kl_target=1.0)
+    assert torch.equal(weights(whole.learn(480, **QUIET).policy), weights(again.policy))
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert [row["timesteps"] for row in rows] == [0, 480]
     assert {"train/policy_gradient_loss", "rollout/score", "time/total_timesteps"} <= set(

@@ -78,7 +78,6 @@ def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
     agent_class = registry.load_agent_class(spec["agent"])
     # A kill while a checkpoint was moved into place leaves it whole under another name.
     files.finish_folder(folder)
-    # SB3's rows are in the middle of texts at a checkpoint, so that its runs cannot go on exactly: they begin anew.
     # What the comparison names was named by the user, and a checkpoint may name it too.
     load_env_task(spec["environment"])
     spec_env(spec).import_code()

@@ -22,6 +22,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym import functional
@@ -65,15 +66,16 @@ class SB3Config(AgentConfig):
 class SB3Agent(Agent):
     """An algorithm of Stable-Baselines3; a subclass makes it in `make_algorithm`.
 
-    Resuming is not exact: SB3's rows are in the middle of texts when a rollout ends, and a checkpoint holds no half
-    texts, so that after `load` every row begins anew. Weights, optimizer, prompts and random streams are restored.
+    SB3's rows are in the middle of texts when a rollout ends: a checkpoint holds them, with what is known of each of
+    their tokens, so that a run that goes on is the one that was never stopped.
     """
 
     Config = SB3Config
     config: Any
     uses_value = True
-    resumes = False
     _algorithm: OnPolicyAlgorithm | None = None
+    _texts: list[dict[str, Any]] | None = None
+    """The texts that the rows of the next algorithm are in the middle of; None: it begins new ones."""
 
     def make_algorithm(self, **common: Any) -> OnPolicyAlgorithm:
         """SB3's algorithm from the arguments that all of them take."""
@@ -123,13 +125,26 @@ class SB3Agent(Agent):
         algorithm.set_logger(Logger(None, []))  # its numbers become our metrics
         self._episodes = _Episodes()
         self._episodes.init_callback(algorithm)
+        streams = self.env.streams()
         # What SB3's learn() does before its loop: it resets the rows and makes the buffers of episodes' infos.
         algorithm._setup_learn(self.batch_steps)
+        if self._texts is not None:
+            self.env.restore_streams(streams)
+            self._go_on(algorithm, self._texts)
         return algorithm
+
+    def _go_on(self, algorithm: OnPolicyAlgorithm, texts: list[dict[str, Any]]) -> None:
+        """Put texts that were begun into the rows."""
+        envs = algorithm.env
+        assert isinstance(envs, TextVecEnv)
+        self._episodes.running = [[(logp, value, reward) for logp, value, reward in text["steps"]] for text in texts]
+        algorithm._last_obs = envs.restore(texts, [sum(reward for *_, reward in text["steps"]) for text in texts])
+        algorithm._last_episode_starts = np.array([not text["tokens"] for text in texts])
 
     def set_env(self, env: EnvLike) -> None:
         super().set_env(env)
         self._algorithm = None
+        self._texts = None
         if self.n_steps < self.env.max_new_tokens:
             raise ValueError(
                 f"n_steps={self.n_steps} must be at least max_new_tokens={self.env.max_new_tokens}, so that every "
@@ -140,14 +155,37 @@ class SB3Agent(Agent):
                 f"minibatches={self.config.minibatches} must divide the {self.batch_steps} tokens of a rollout"
             )
 
+    def rng_state(self) -> tuple[dict[str, Any], Tensor]:
+        numbers, generator = super().rng_state()
+        texts = self._texts
+        if self._algorithm is not None:
+            envs = self._algorithm.env
+            assert isinstance(envs, TextVecEnv)
+            both = zip(envs.mdp.episodes(), self._episodes.running, strict=True)
+            texts = [episode | {"steps": list(steps)} for episode, steps in both]
+        return numbers | {"texts": texts}, generator
+
     def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
         super().load_rng_state(numbers, generator, env)
-        self._algorithm = None  # the texts that its rows are in go on from streams of another time
+        # Texts of another environment are none of this one's; versions before 0.2 saved none.
+        self._algorithm, self._texts = None, numbers.get("texts") if env else None
 
-    def learn(self, total_timesteps: int, *args: Any, **options: Any) -> Self:
-        """As of every agent. A call begins new texts in every row, as SB3's own learn() does."""
-        self._algorithm = None
-        return super().learn(total_timesteps, *args, **options)
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = True,
+        **options: object,
+    ) -> Self:
+        """As of every agent. A call that counts anew begins new texts in every row, as SB3's own learn() does."""
+        if reset_num_timesteps:
+            self._algorithm = self._texts = None
+        return super().learn(
+            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar, **options
+        )
 
     def collect(self) -> Rollout:
         """SB3's rollout. Returned are the texts that ended in it; what SB3 trains on stays in its own buffer."""
@@ -155,6 +193,11 @@ class SB3Agent(Agent):
         envs = algorithm.env
         assert isinstance(envs, TextVecEnv)  # SB3 wraps images and single environments only
         envs.mdp.kl_coef = self.kl.coef  # an adaptive penalty has moved it since the last rollout
+        reference = envs.mdp.reference
+        if reference is not None and reference.steps is not None:
+            # Its numbers for texts that were begun before would differ in their last digits from those of a run that
+            # goes on, which has to compute these texts whole.
+            reference.steps.forget()
         with self._seeded():
             algorithm.collect_rollouts(envs, self._episodes, algorithm.rollout_buffer, self.n_steps)
         rollout = self._episodes.take(envs.mdp, self.policy)

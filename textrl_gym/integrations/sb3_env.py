@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -69,6 +70,13 @@ class TextVecEnv(VecEnv):
         ):
             raise ValueError(f"options must be {{'prompt_indices': [i]}} for every row, got {self._options}")
         return {"prompt_indices": [options["prompt_indices"][0] for options in self._options]}
+
+    def restore(self, episodes: Sequence[Mapping[str, Any]], return_B: Sequence[float]) -> dict[str, np.ndarray]:
+        """Go on with episodes that the environment told (`episodes()`), and their returns so far."""
+        observation = self.mdp.restore_episodes(episodes)
+        self._return_B[:] = return_B
+        self._length_B[:] = [len(episode["tokens"]) for episode in episodes]
+        return _numpy(observation)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Keep the actions for step_wait."""

@@ -7,7 +7,7 @@ first P places, so that generated token t always stands at place P + t.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,6 +232,23 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
     def restore_streams(self, streams: Sequence[Any]) -> None:
         """Go on drawing prompts from where `streams()` was taken."""
         self.streams_of_prompts.restore(streams)
+
+    def episodes(self) -> list[dict[str, Any]]:
+        """The episode of every row, as JSON can hold it: its prompt's place in the data, and the tokens so far."""
+        rows = self._completion_ids(np.arange(self.num_envs))
+        return [{"prompt": p.index, "tokens": ids} for p, ids in zip(self._prompts, rows, strict=True)]
+
+    def restore_episodes(self, episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Go on with the episodes that `episodes()` gave, none of which had ended; returns the observation."""
+        prompts = self.streams_of_prompts.draw(range(self.num_envs), [episode["prompt"] for episode in episodes])
+        state = initial_state([p.ids for p in prompts], self.max_prompt_tokens, self.max_new_tokens)
+        for b, episode in enumerate(episodes):
+            places = slice(self.max_prompt_tokens, self.max_prompt_tokens + len(episode["tokens"]))
+            state.token_BL[b, places], state.mask_BL[b, places] = episode["tokens"], 1
+            state.count_B[b] = len(episode["tokens"])
+        self._prompts, self._state = prompts, state if self._on_host else state.to(self.device)
+        self._over_B = np.zeros(self.num_envs, bool)
+        return self._observation()
 
     def draw(self, indices: ArrayLike | None = None) -> tuple[list[Row], list[list[int]]]:
         """The next prompt of every row, as reset() would draw it; the episodes being stepped stay as they are.
