@@ -83,9 +83,8 @@ class DPO(Agent):
         """Rollouts of the reference that pairs have been sampled from."""
         if self.config.pairs is not None:
             mdp = self.env
-            compared = read_preferences(
-                self.config.pairs, "train", mdp.task, mdp.tokenizer, mdp.max_prompt_tokens, mdp.max_new_tokens
-            )
+            of = (mdp.task, mdp.tokenizer, mdp.max_prompt_tokens, mdp.max_new_tokens)
+            compared = read_preferences(self.config.pairs, "train", *of, end_ids=mdp.end_ids)
             self.pairs = [
                 (c.prompt_ids, c.completion_ids[a], c.completion_ids[b]) for c in compared for a, b in c.pairs
             ]
@@ -129,7 +128,7 @@ class DPO(Agent):
             "group_B": torch.arange(len(texts)) // 2,
         }
         prompts = [self.env.scorer.codec.decode(ids, begin=True) for ids, _, _ in pairs for _ in range(2)]
-        completions = [self.env.scorer.decode(ids) for ids in texts]
+        completions = [self.env.scorer.text(ids) for ids in texts]
         on_device: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         rollout = Rollout(**on_device, prompts=prompts, completions=completions)
         return as_pairs(rollout, torch.arange(len(texts), device=self.device).view(-1, 2))
@@ -139,7 +138,7 @@ class DPO(Agent):
         env = self.env
         last_B, length_B = (torch.tensor(x) for x in ([ids[-1] for ids in completions], [*map(len, completions)]))
         hit_B = torch.tensor(env.scorer.stopped(completions)) if env.stop else None
-        stop_B = stop_reasons(last_B, length_B, hit_B, env.max_new_tokens, env.eos_id)
+        stop_B = stop_reasons(last_B, length_B, hit_B, env.max_new_tokens, env.end_ids)
         # A completion of a file that no rule ends was ended by what its writer stopped at.
         return torch.where(stop_B == StopReason.RUNNING, StopReason.STOP_STRING.value, stop_B)
 

@@ -64,7 +64,7 @@ class Work:
         # A uniform number just below 1 takes the last token of the vocabulary, and one below 0.9 never does.
         uniform_BT[torch.arange(rows, device=device), self.end_B - 1] = 1 - 2**-24
         mask_UP = torch.ones_like(self.prompt_UP, dtype=torch.bool)
-        sizes: dict[str, Any] = {"max_new_tokens": self.new_tokens, "eos_id": self.vocab_size - 1}
+        sizes: dict[str, Any] = {"max_new_tokens": self.new_tokens, "end_ids": (self.vocab_size - 1,)}
         return int(generate(policy, self.prompt_UP, mask_UP, self.source_B, uniform_BT, **sizes).mask_BT.sum())
 
     def theirs(self, model: Any, **settings: Any) -> int:

@@ -100,7 +100,7 @@ def test_training_starts_from_base_plus_adapter(
     close(logits(agent.policy.model), expected)
     rollout = agent.collect()
     close(agent.policy.logprobs(rollout), reference.logprobs(rollout))
-    card = health.card(agent.policy, rollout, eos_id=0, fresh=True)
+    card = health.card(agent.policy, rollout, end_ids=(0,), fresh=True)
     (kl,) = (line for line in card if "KL to the reference" in line.name)
     assert kl.ok and float(kl.value) == pytest.approx(0, abs=1e-5)
     # The reference stays the adapter's model, in a checkpoint too.

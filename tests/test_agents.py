@@ -377,15 +377,15 @@ def test_health_card_finds_a_reference_that_is_another_model(tmp_path: Path) -> 
 def test_health_card_finds_dropout_and_a_second_eos(tmp_path: Path) -> None:
     agent = GRPO("CopyText-v0", out=tmp_path)
     rollout = agent.collect()
-    assert all(line.ok for line in health.card(agent.policy, rollout, agent.env.eos_id, fresh=True))
+    assert all(line.ok for line in health.card(agent.policy, rollout, agent.env.end_ids, fresh=True))
     shifted = dataclasses.replace(rollout, logp_BT=rollout.logp_BT - 0.1 * rollout.mask_BT)
-    bad = [line.name for line in health.card(agent.policy, shifted, agent.env.eos_id, fresh=True) if not line.ok]
+    bad = [line.name for line in health.card(agent.policy, shifted, agent.env.end_ids, fresh=True) if not line.ok]
     assert any("ratio 1" in name for name in bad)
     longer = dataclasses.replace(rollout, mask_BT=torch.ones_like(rollout.mask_BT), token_BT=rollout.token_BT * 0)
-    bad = [line.name for line in health.card(agent.policy, longer, agent.env.eos_id, fresh=False) if not line.ok]
+    bad = [line.name for line in health.card(agent.policy, longer, agent.env.end_ids, fresh=False) if not line.ok]
     assert "EOS counted once" in bad
     same = dataclasses.replace(rollout, score_B=torch.ones_like(rollout.score_B))
-    bad = [line.name for line in health.card(agent.policy, same, agent.env.eos_id, fresh=True) if not line.ok]
+    bad = [line.name for line in health.card(agent.policy, same, agent.env.end_ids, fresh=True) if not line.ok]
     assert bad == ["groups with no spread of scores"]
 
 

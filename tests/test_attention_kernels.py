@@ -162,7 +162,7 @@ def test_decoding_goes_by_plain_products(static: bool, parts: list[Part]) -> Non
     parts.clear()
     uniform_BT = torch.rand((6, 5), generator=torch.Generator().manual_seed(2))
     prompts = (r.prompt_BP[[0, 2, 3]], r.prompt_mask_BP[[0, 2, 3]], SOURCE)
-    generate(policy, *prompts, uniform_BT, max_new_tokens=5, eos_id=3)
+    generate(policy, *prompts, uniform_BT, max_new_tokens=5, end_ids=(3,))
     assert not parts
 
 

@@ -43,7 +43,7 @@ def sample(policy: Policy, new: int = NEW) -> sampler.Completions:
     r = test_trunk.rollout()
     uniform_BT = torch.rand((len(SOURCE), new), generator=torch.Generator().manual_seed(2))
     given = (r.prompt_BP[[0, 2, 3]], r.prompt_mask_BP[[0, 2, 3]], SOURCE, uniform_BT)
-    return sampler.generate(policy, *(x.to(policy.device) for x in given), max_new_tokens=new, eos_id=3)
+    return sampler.generate(policy, *(x.to(policy.device) for x in given), max_new_tokens=new, end_ids=(3,))
 
 
 def agent(name: str, device: str, out: Path, **settings: Any) -> Any:
@@ -111,7 +111,7 @@ def test_fixed_shapes_change_no_token(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_the_health_card_passes(name: str, cuda_graphs: bool, dtype: str, device: str, tmp_path: Path) -> None:
     one = agent(name, device, tmp_path, dtype=dtype, cuda_graphs=cuda_graphs)
-    lines = health.card(one.policy, one.collect(), one.env.eos_id, fresh=True)
+    lines = health.card(one.policy, one.collect(), one.env.end_ids, fresh=True)
     assert all(line.ok for line in lines), health.text(lines)
 
 

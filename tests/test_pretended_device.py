@@ -67,7 +67,7 @@ def sample(policy: Policy, move: Any = lambda tensor: tensor) -> sampler.Complet
     r = rollout()
     uniform_BT = torch.rand((len(SOURCE), NEW), generator=torch.Generator().manual_seed(2))
     given = (r.prompt_BP[[0, 2, 3]], r.prompt_mask_BP[[0, 2, 3]], SOURCE, uniform_BT)
-    return sampler.generate(policy, *map(move, given), max_new_tokens=NEW, eos_id=3)
+    return sampler.generate(policy, *map(move, given), max_new_tokens=NEW, end_ids=(3,))
 
 
 def waits_between_polls(steps: list[int]) -> list[int]:

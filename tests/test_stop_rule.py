@@ -14,16 +14,26 @@ from textrl_gym.agents.dpo import DPO
 from textrl_gym.core import StopReason
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.mdp.transition import stop_reasons
+from textrl_gym.models import tiny
 from textrl_gym.training.guided_decoding import Endings
 
-EOS_ID, BUDGET = 0, 3
+EOS_ID, OTHER_END, BUDGET = 0, 5, 3
 SYMBOLS = ("a", "b", "c", "d")
 IDS = st.lists(st.integers(1, 4), min_size=1, max_size=BUDGET)
 
 
 def env(rows: int = 1) -> TextVectorEnv:
+    """CopyText with a second token that ends, and stop strings."""
+    tokenizer = tiny.symbol_tokenizer(SYMBOLS)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     return TextVectorEnv(
-        rows, task="textrl_gym.envs.copy_text", max_new_tokens=BUDGET, stop=["a b", "c"], autoreset_mode="DISABLED"
+        rows,
+        task="textrl_gym.envs.copy_text",
+        tokenizer=tokenizer,
+        eos_token_id=[EOS_ID, OTHER_END],
+        max_new_tokens=BUDGET,
+        stop=["a b", "c"],
+        autoreset_mode="DISABLED",
     )
 
 
@@ -39,20 +49,22 @@ ENV = env()
         (1, 1, True, StopReason.STOP_STRING),
         (1, BUDGET, False, StopReason.LENGTH),
         (1, BUDGET - 1, False, StopReason.RUNNING),
+        (OTHER_END, BUDGET, True, StopReason.EOS),
+        (OTHER_END, 1, False, StopReason.EOS),
     ],
 )
 def test_the_rule(last: int, length: int, hit: bool, reason: StopReason) -> None:
     for array in (np.array, torch.tensor):
-        found = stop_reasons(array([last]), array([length]), array([hit]), BUDGET, EOS_ID)
+        found = stop_reasons(array([last]), array([length]), array([hit]), BUDGET, (EOS_ID, OTHER_END))
         assert found.tolist() == [reason]
         if not hit:
-            assert stop_reasons(array([last]), array([length]), None, BUDGET, EOS_ID).tolist() == [reason]
+            assert stop_reasons(array([last]), array([length]), None, BUDGET, (EOS_ID, OTHER_END)).tolist() == [reason]
 
 
-@given(ids=IDS, ended=st.booleans())
+@given(ids=IDS, end=st.sampled_from([None, EOS_ID, OTHER_END]))
 @settings(max_examples=60)
-def test_every_user_of_the_rule_agrees_with_stepping(ids: list[int], ended: bool) -> None:
-    ids = [*ids[: BUDGET - 1], EOS_ID] if ended else ids
+def test_every_user_of_the_rule_agrees_with_stepping(ids: list[int], end: int | None) -> None:
+    ids = ids if end is None else [*ids[: BUDGET - 1], end]
     ENV.reset(seed=0)
     for taken in range(1, len(ids) + 1):
         *_, infos = ENV.step(np.array([ids[taken - 1]]))

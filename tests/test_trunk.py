@@ -156,7 +156,7 @@ def test_bfloat16_stays_near_float32(name: str) -> None:
         SOURCE,
         torch.rand((6, 5), generator=torch.Generator().manual_seed(2)),
         max_new_tokens=5,
-        eos_id=3,
+        end_ids=(3,),
     )
     assert out.logp_BT.isfinite().all()
 
@@ -193,7 +193,7 @@ def test_fixed_shapes_change_no_token() -> None:
     for cuda_graphs in (False, True):
         pi = Policy(make_model("llama"), cuda_graphs=cuda_graphs)
         prompts = (r.prompt_BP[[0, 2, 3]], r.prompt_mask_BP[[0, 2, 3]], SOURCE)
-        done.append(generate(pi, *prompts, uniform_BT, max_new_tokens=30, eos_id=3))
+        done.append(generate(pi, *prompts, uniform_BT, max_new_tokens=30, end_ids=(3,)))
     assert torch.equal(done[0].token_BT, done[1].token_BT)
     torch.testing.assert_close(done[0].logp_BT, done[1].logp_BT, atol=5e-5, rtol=0)
 
@@ -215,7 +215,7 @@ def test_compaction_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def sample() -> Any:
         mask_UP = torch.ones_like(prompt_UP, dtype=torch.bool)
-        return generate(pi, prompt_UP, mask_UP, SOURCE, uniform_BT, max_new_tokens=30, eos_id=3)
+        return generate(pi, prompt_UP, mask_UP, SOURCE, uniform_BT, max_new_tokens=30, end_ids=(3,))
 
     kept: list[int] = []
     keep = prefix_attention.Prefix.keep
@@ -260,7 +260,7 @@ def test_a_model_that_cannot_share_says_so_once_and_stays_right() -> None:
         SOURCE,
         uniform_BT,
         max_new_tokens=20,
-        eos_id=3,
+        end_ids=(3,),
     )
     sampled = Rollout(**(vars(r) | {"token_BT": out.token_BT, "mask_BT": out.mask_BT, "logp_BT": out.logp_BT}))
     torch.testing.assert_close(pi.logprobs(sampled), out.logp_BT, atol=2e-5, rtol=0)

@@ -121,7 +121,7 @@ def check_command(args: Sequence[str]) -> int:
         return 1
     print("Environment\n" + "\n".join(f"  ok   {line}" for line in held))
     agent = Agent(make_env(env_id, parsed.env, None, "cpu", settings), device="cpu")
-    lines = health.card(agent.policy, agent.collect(), agent.env.eos_id, fresh=True)
+    lines = health.card(agent.policy, agent.collect(), agent.env.end_ids, fresh=True)
     print(health.text(lines))
     return 0 if all(line.ok for line in lines) else 1
 

@@ -15,7 +15,7 @@ import functools
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -69,6 +69,42 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     names = {index: str(tokenizer.convert_ids_to_tokens(index)) for index in ids | set(tokenizer.all_special_ids)}
     return frozenset(index for index, name in names.items() if BYTE_TOKEN.fullmatch(name) is None)
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that may end a text: special tokens, and those that were added to the vocabulary of text."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    added = {index for index, token in tokens if BYTE_TOKEN.fullmatch(token.content) is None}
+    return special_ids(tokenizer) | added
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, declared: Iterable[int]) -> tuple[int, ...]:
+    """The ids that end a completion: the tokenizer's EOS, and of those that its model declares all that may.
+
+    The config of a model that was made in code may declare any number, such as the 2 of Llama's default.
+    """
+    control = control_ids(tokenizer)
+    return tuple(dict.fromkeys([int(tokenizer.eos_token_id), *(i for i in declared if i in control)]))
+
+
+def check_end_ids(tokenizer: PreTrainedTokenizerBase, chosen: int | Sequence[int]) -> tuple[int, ...]:
+    """The ids that a user chose to end a completion.
+
+    Raises:
+        ValueError: none, or one that is neither a special nor an added token.
+    """
+    ids: tuple[Any, ...] = tuple(chosen) if isinstance(chosen, Iterable) else (chosen,)
+    control = control_ids(tokenizer)
+    for index in ids:
+        if not isinstance(index, int) or isinstance(index, bool) or index not in control:
+            allowed = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)})" for i in sorted(control)[:20])
+            raise ValueError(
+                f"eos_token_id={chosen!r}: {index!r} is no special or added token; allowed: {allowed}. A text that is "
+                "to end an episode is given as stop"
+            )
+    if not ids:
+        raise ValueError("eos_token_id must hold at least one id: no episode could end before its budget")
+    return tuple(dict.fromkeys(ids))
 
 
 class TextCodec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from textrl_gym.data import encoding, preferences, prompts
@@ -60,6 +61,7 @@ def read_preferences(
     max_prompt_tokens: int | None = None,
     max_new_tokens: int | None = None,
     *,
+    end_ids: Sequence[int] = (),
     most: int | None = None,
     seed: int = 0,
     whole: bool = False,
@@ -70,6 +72,7 @@ def read_preferences(
     loses its beginning. A completion that the budget cuts has no EOS; two that are equal within it are no pair.
 
     Args:
+        end_ids: tokens that end a completion, the usual one first; none: the tokenizer's EOS.
         most: so many rows at most, drawn with `seed`.
         whole: take the whole of what has no held-out split.
 
@@ -84,7 +87,8 @@ def read_preferences(
         rows = random.Random(seed).sample(rows, most)
     for row in rows:
         # What the budget cuts has no EOS, as a rollout that is truncated has none.
-        ids = encoding.encode_completions(row["chat"] or row["prompt"], row["completions"], tokenizer, budget)
+        prompt = row["chat"] or row["prompt"]
+        ids = encoding.encode_completions(prompt, row["completions"], tokenizer, budget, end_ids=end_ids)
         pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
         if pairs:
             ranked.append(RankedCompletions(_encode_prompt(row, task, tokenizer, prompt_budget), ids, pairs))

@@ -224,7 +224,7 @@ def step_appends_one_token(subject: Subject) -> None:
         for b in range(CHECKED_ROWS):
             ended = bool(terminated_B[b] or truncated_B[b])
             where = f"row {b}, step {t}"
-            if action_B[b] == envs.eos_id:
+            if action_B[b] in envs.end_ids:
                 _expect(ended and infos["stop_reason"][b] is StopReason.EOS, f"{where}: EOS did not end the episode")
             elif place_B[b] + 1 == envs.max_prompt_tokens + envs.max_new_tokens:
                 _expect(ended, f"{where}: the episode goes on after its budget of {envs.max_new_tokens} tokens")
@@ -237,7 +237,8 @@ def nothing_after_the_end(subject: Subject) -> None:
     envs.reset(seed=subject.seed)
     ended_B = np.zeros(CHECKED_ROWS, bool)
     ended_B[0] = True
-    envs.step(np.where(ended_B, envs.eos_id, (envs.eos_id + 1) % envs.vocab_size))
+    going = next(token for token in range(envs.vocab_size) if token not in envs.end_ids)
+    envs.step(np.where(ended_B, envs.eos_id, going))
     _expect_error("row 0, step 1: a step after EOS", lambda: envs.step(np.full(CHECKED_ROWS, envs.eos_id)))
     rollout = collect(subject.vector(), _random_policy(subject, 1), generator=torch.Generator().manual_seed(0))
     for b in range(CHECKED_ROWS):
@@ -245,7 +246,7 @@ def nothing_after_the_end(subject: Subject) -> None:
         _expect(bool(rollout.mask_BT[b, : last + 1].all()), f"row {b}: a hole in the mask of collect()")
         behind = rollout.token_BT[b, last + 1 :]
         _expect(not bool(behind.any()), f"row {b}, step {last + 1}: collect() left tokens behind the end")
-        eos = int((rollout.token_BT[b, : last + 1] == envs.eos_id).sum())
+        eos = sum(token in envs.end_ids for token in rollout.token_BT[b, : last + 1].tolist())
         by_eos = int(rollout.stop_B[b] == StopReason.EOS)
         _expect(eos == by_eos, f"row {b}: {eos} EOS inside the mask, the stop reason says {by_eos}")
 

@@ -142,7 +142,8 @@ class Evaluator:
         if not text:
             return None
         # With EOS, as a completion that ended: a reward model has seen its texts so.
-        (ids,) = encode_completions(row["prompt"], [text], self.mdp.tokenizer, unknown="skip")
+        ends = self.mdp.end_ids
+        (ids,) = encode_completions(row["prompt"], [text], self.mdp.tokenizer, end_ids=ends, unknown="skip")
         return Answer(text, tuple(ids)) if len(prompt_ids) + len(ids) <= places else None
 
     def _batches(self, rollouts: list[Rollout]) -> Iterator[tuple[list[Row], list[list[int]], Rollout]]:
@@ -253,6 +254,8 @@ def evaluate(
     else:
         agent = agent_or_dir
     if isinstance(env, str):
-        env = vector_env(env, tokenizer=agent.env.tokenizer, device=str(agent.device), array="torch")
+        own = agent.env
+        named = {"tokenizer": own.tokenizer, "eos_token_id": own.end_ids, "device": str(agent.device)}
+        env = vector_env(env, **named, array="torch")
     metrics, _ = Evaluator(agent.env if env is None else env, episodes, seed, split).run(agent)
     return metrics

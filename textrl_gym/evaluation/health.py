@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,11 @@ class Line:
 
 
 @torch.no_grad()
-def card(policy: Policy, rollout: Rollout, eos_id: int, *, fresh: bool) -> list[Line]:
+def card(policy: Policy, rollout: Rollout, end_ids: Sequence[int], *, fresh: bool) -> list[Line]:
     """Examine a rollout of a policy.
 
     Args:
+        end_ids: the tokens that end a completion.
         fresh: the policy still is its reference, so that their KL must be 0.
     """
     ratio_max, ratio_mean = _log_ratio(policy, rollout)
@@ -39,7 +41,7 @@ def card(policy: Policy, rollout: Rollout, eos_id: int, *, fresh: bool) -> list[
     limit = 1e-3 if policy.dtype == torch.float32 else 0.5
     kl_B = ((rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT).sum(1)
     # Pads often share EOS's number: EOS is counted inside the mask only.
-    eos_BT = (rollout.token_BT == eos_id) & rollout.mask_BT
+    eos_BT = torch.isin(rollout.token_BT, torch.tensor(end_ids, device=rollout.token_BT.device)) & rollout.mask_BT
     once = torch.equal(eos_BT.sum(1), (rollout.stop_B == StopReason.EOS).long())
     finite = bool(torch.isfinite(rollout.reward_BT).all() and torch.isfinite(rollout.score_B).all())
     lines = [

@@ -41,6 +41,10 @@ class EnvSettings:
     """The budget of a completion."""
     stop: tuple[str, ...] | None = None
     """Strings that end an episode."""
+    eos_token_id: tuple[int, ...] | None = None
+    """Ids of special or added tokens that end an episode; None: EOS and those that the model declares."""
+    skip_special_tokens: bool = True
+    """False shows special tokens to the reward by their names, but for ends and padding."""
     missing_eos_penalty: Annotated[float, Ge(0)] = 0.0
     """Taken off the score of an episode whose budget ran out."""
 
@@ -53,8 +57,9 @@ class EnvSettings:
         given = {k: v for k, v in dataclasses.asdict(self).items() if v != defaults[k]}
         if self.reward is not None:
             given["reward"] = parse_reward(self.reward)
-        if self.stop is not None:
-            given["stop"] = list(self.stop)  # as a checkpoint's JSON gives it back
+        for name in ("stop", "eos_token_id"):
+            if getattr(self, name) is not None:
+                given[name] = list(getattr(self, name))  # as a checkpoint's JSON gives it back
         return given
 
     def task(self, env_id: str) -> Task:

@@ -37,21 +37,30 @@ class Scorer:
         stop: strings that end an episode; the text that the reward sees ends before the first of them.
         reward: what scores.
         device: where the scores go.
+        shown: special tokens whose names are in the text that the reward sees.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], reward: RewardFunction, device: torch.device
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        reward: RewardFunction,
+        device: torch.device,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self.tokenizer, self.stop, self.reward, self.device = tokenizer, tuple(stop), reward, device
         self.codec = codec(tokenizer)
+        names = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in self.codec.special}
+        # A stop string may be the name of a special token, or have one in it.
+        self.shown = shown | {i for i, name in names.items() if any(name in s for s in self.stop)}
         # A stop string is completed by the newest token, and each token before it that has text holds a byte or more.
         self._tail_tokens = max((len(s.encode()) for s in self.stop), default=0) + SLACK_TOKENS
         self._whole = any(REPLACEMENT in s for s in self.stop) or not decodes_locally(tokenizer)
         self._has_text: dict[int, bool] = {}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, without special tokens."""
-        return self.codec.decode(ids)
+        """The text of generated ids, without special tokens but those that are shown."""
+        return self.codec.decode(ids, shown=self.shown)
 
     def stopped(self, completions: Sequence[Sequence[int]]) -> list[bool]:
         """Whether the text of each completion contains a stop string, wherever it is."""

@@ -35,6 +35,7 @@ class MDPSettings(Protocol):
     missing_eos_penalty: float
     policy_logprob: Callable[[Any, Any], Any] | None
     stop: tuple[str, ...]
+    skip_special_tokens: bool
     array: str
     render_mode: str | None
     device: torch.device
@@ -61,6 +62,7 @@ ALLOWED: dict[str, object] = {
     "array": Literal["numpy", "torch"],
     "render_mode": Literal["ansi", "human", "rgb_array"] | None,
     "stop": tuple[str, ...],
+    "skip_special_tokens": bool,
 }
 """The types and bounds of an environment's settings."""
 

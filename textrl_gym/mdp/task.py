@@ -10,7 +10,7 @@ from torch import nn
 
 from textrl_gym import files, registry
 from textrl_gym.core import PromptSource, RewardSpec, Row
-from textrl_gym.data import prompts
+from textrl_gym.data import encoding, prompts
 from textrl_gym.models import adapters, fingerprint, loading, lora
 
 if TYPE_CHECKING:
@@ -65,9 +65,13 @@ class Task:
     def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> list[int]:
         """Token ids of a row's prompt, at most max_prompt_tokens; a longer prompt is cut at the end of its body.
 
+        A conversation, the row's `chat` (textrl_gym.data.encoding.Chat), is written by the tokenizer's chat template.
+
         Raises:
             ValueError: the prompt is too long and its kept suffix leaves no room for any of the body.
         """
+        if isinstance(row.get("chat"), encoding.Chat):
+            return encoding.encode_chat(row["chat"], tokenizer, max_prompt_tokens)
         return prompts.encode_prompt(row["prompt"], tokenizer, max_prompt_tokens, self.keep_suffix)
 
 

@@ -68,7 +68,7 @@ def restart_(state: State, rows_R: BatchArray, fresh: State) -> None:
 
 
 def stop_reasons(
-    last_B: BatchArray, length_B: BatchArray, hit_B: BatchArray | None, max_new: int, eos_id: int
+    last_B: BatchArray, length_B: BatchArray, hit_B: BatchArray | None, max_new: int, end_ids: Sequence[int]
 ) -> BatchArray:
     """Why each completion ends, as StopReason: EOS before stop string before length. int64 [B].
 
@@ -79,7 +79,7 @@ def stop_reasons(
         length_B: its tokens, the last included.
         hit_B: bool, whether the text contains a stop string; None where there are no stop strings.
         max_new: the token budget.
-        eos_id: the token that ends a completion.
+        end_ids: the tokens that end a completion, EOS and others.
     """
     xp: Any = torch if isinstance(last_B, Tensor) else np
     # From the weakest reason to the strongest: a row that ends in EOS with its last token has ended by itself, and must
@@ -87,7 +87,9 @@ def stop_reasons(
     stop_B = xp.where(length_B >= max_new, BY_LENGTH, RUNNING)
     if hit_B is not None:
         stop_B = xp.where(hit_B, BY_STOP_STRING, stop_B)
-    return xp.where(last_B == eos_id, BY_EOS, stop_B)
+    for end_id in end_ids:  # they are few, and as a tensor they would have to be sent to a GPU
+        stop_B = xp.where(last_B == end_id, BY_EOS, stop_B)
+    return stop_B
 
 
 def append_(state: State, action_B: BatchArray, max_new: int) -> None:
@@ -107,10 +109,10 @@ def append_(state: State, action_B: BatchArray, max_new: int) -> None:
     state.count_B += running_B
 
 
-def end_(state: State, action_B: BatchArray, hit_B: BatchArray | None, max_new: int, eos_id: int) -> None:
+def end_(state: State, action_B: BatchArray, hit_B: BatchArray | None, max_new: int, end_ids: Sequence[int]) -> None:
     """Set why the rows that were running end with their action, if they do; arguments as of `stop_reasons`."""
     xp: Any = torch if isinstance(state.token_BL, Tensor) else np
-    stop_B = stop_reasons(action_B, state.count_B, hit_B, max_new, eos_id)
+    stop_B = stop_reasons(action_B, state.count_B, hit_B, max_new, end_ids)
     state.stop_B = xp.where(state.stop_B == RUNNING, stop_B, state.stop_B)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from textrl_gym import registry
 from textrl_gym.bounds import check, shown
 from textrl_gym.core import RewardSpec, Row, StopReason
+from textrl_gym.data import encoding
 from textrl_gym.mdp.actions import Actions, parse_actions, penalty, to_tensor
 from textrl_gym.mdp.infos import final_info, reset_infos, with_finals
 from textrl_gym.mdp.prompt_streams import Prompt, PromptStreams
@@ -61,7 +62,12 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         reward: a name, "name:argument", "package.module:name", a folder with a saved reward model, a callable with
             TRL's signature, or a weighted mapping of such strings; None for the task's own.
         max_prompt_tokens, max_new_tokens: the budgets P and T; None for the task's own.
-        stop: strings that end an episode; the text given to the reward ends before them. None for the task's own.
+        stop: strings that end an episode, the name of a special token for one; the text given to the reward ends before
+            them. None for the task's own.
+        eos_token_id: ids of special or added tokens that end an episode; None for the tokenizer's EOS and those that
+            the model declares in its generation_config.json.
+        skip_special_tokens: False shows special tokens to the reward by their names ("<think>"), but for those that end
+            an episode and padding.
         group_size: so many neighbouring rows get the same prompt.
         kl_coef: coefficient of the per-token KL penalty; 0 turns it off.
         kl_estimator: "k1", "k2", "k3" or "full".
@@ -92,6 +98,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         max_prompt_tokens: int | None = None,
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        skip_special_tokens: bool = True,
         group_size: int = 1,
         kl_coef: float = 0.0,
         kl_estimator: str = "k1",
@@ -113,21 +121,21 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.stop = stop_strings(stop, self.task.stop)
         self.kl_coef, self.kl_estimator, self.policy_logprob = kl_coef, kl_estimator, policy_logprob
         self.missing_eos_penalty, self.array, self.render_mode = missing_eos_penalty, array, render_mode
+        self.skip_special_tokens = skip_special_tokens
         self._mode = check_settings(self, autoreset_mode)
         self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
         self.device = loading.resolve_device(device)
         self._on_host = self.device.type == "cpu"
         self.tokenizer = self._load_tokenizer(tokenizer)
-        self.eos_id, self.vocab_size = int(self.tokenizer.eos_token_id), vocab_size(self.tokenizer)
+        self.vocab_size = vocab_size(self.tokenizer)
+        self.end_ids = self._find_ends(tokenizer, eos_token_id)
+        """The tokens that end an episode, the usual one first."""
         self.source = self.task.rows(split, dataset)
         if len(self.source) == 0:
             raise ValueError(f"dataset {dataset!r} has no rows in split {split!r}")
         self.streams_of_prompts = PromptStreams(self.source, self._encode, num_envs, group_size)
-        spec = self.task.reward if reward is None else reward
-        # What the task's own code names is trusted as that code is, in a checkpoint that names the task, too.
-        with registry.named_by(type(self.task).__module__, trust=True) if reward is None else contextlib.nullcontext():
-            self.reward_model = load_reward(spec, task=self.task, device=self.device, tokenizer=self.tokenizer)
-        self.scorer = Scorer(self.tokenizer, self.stop, self.reward_model, self.device)
+        self.reward_model = self._load_reward(reward)
+        self.scorer = self._make_scorer()
         # Who names another model's tokenizer starts from that model; the task's own could not score its ids.
         self._reference_spec = tokenizer if reference is None and isinstance(tokenizer, str) else reference
         self._reference: Policy | None = None
@@ -149,6 +157,39 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"the tokenizer {tokenizer or self.task.model!r} has no EOS token: no episode could end")
         return loaded
 
+    def _load_reward(self, reward: RewardSpec | RewardFunction | None) -> RewardFunction:
+        spec = self.task.reward if reward is None else reward
+        # What the task's own code names is trusted as that code is, in a checkpoint that names the task, too.
+        with registry.named_by(type(self.task).__module__, trust=True) if reward is None else contextlib.nullcontext():
+            return load_reward(spec, task=self.task, device=self.device, tokenizer=self.tokenizer)
+
+    def _find_ends(
+        self, spec: PreTrainedTokenizerBase | str | Path | None, chosen: int | Sequence[int] | None
+    ) -> tuple[int, ...]:
+        if chosen is not None:
+            return encoding.check_end_ids(self.tokenizer, chosen)
+        # A tokenizer knows where it came from; of one that was given loaded nothing is fetched.
+        declared = loading.declared_ends(self.tokenizer.name_or_path, cached=not isinstance(spec, str))
+        return encoding.end_ids(self.tokenizer, declared)
+
+    def _make_scorer(self) -> Scorer:
+        shown = frozenset[int]()
+        if not self.skip_special_tokens:
+            shown = encoding.special_ids(self.tokenizer) - {*self.end_ids, self.tokenizer.pad_token_id}
+        return Scorer(self.tokenizer, self.stop, self.reward_model, self.device, shown)
+
+    @property
+    def eos_id(self) -> int:
+        """The usual one of the tokens that end an episode."""
+        return self.end_ids[0]
+
+    def end_as(self, model: torch.nn.Module) -> None:
+        """End episodes by the tokens that this model declares, too, unless the settings name the tokens."""
+        if self.settings["eos_token_id"] is None:
+            declared = [*self.end_ids, *loading.declared_ends(model)]
+            self.end_ids = encoding.end_ids(self.tokenizer, declared)
+            self.scorer = self._make_scorer()
+
     def remake(self, num_envs: int, **changes: Any) -> TextVectorEnv:
         """A vector environment with this one's settings but for `changes`; what is loaded already is shared."""
         env = type(self)(num_envs, **self.keywords(**changes))
@@ -160,7 +201,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         loaded: dict[str, Any] = {"task": self.task, "tokenizer": self.tokenizer}
         # A reference and a reward model belong to a vocabulary and stand on a device: with another one they load anew.
         if "task" not in changes and "tokenizer" not in changes:
-            loaded["reference"] = self._reference_spec
+            loaded |= {"reference": self._reference_spec, "eos_token_id": self.end_ids}
             if loading.resolve_device(changes.get("device", self.device)) == self.device:
                 loaded |= {"reference": self._reference or self._reference_spec, "reward": self.reward_model}
         return self.settings | loaded | changes
@@ -300,7 +341,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         kl_B, infos = self._penalty(actions, action_B, logprob, active_B)
         # 2. The transition.
         append_(self._state, action_B, self.max_new_tokens)
-        end_(self._state, action_B, self._stop_hits(active_B), self.max_new_tokens, self.eos_id)
+        end_(self._state, action_B, self._stop_hits(active_B), self.max_new_tokens, self.end_ids)
         stop_B = self._host(self._state.stop_B)
         ended_B = active_B & (stop_B != RUNNING)
         truncated_B = active_B & (stop_B == BY_LENGTH)

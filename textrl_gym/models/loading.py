@@ -211,18 +211,52 @@ def _adapter_folder(source: str) -> Path | None:
     """The folder of an adapter, from the Hub too; None where the source is a whole model."""
     if Path(source).is_dir():
         return Path(source) if adapters.is_adapter(source) else None
+    config = _hub_file(source, adapters.CONFIG_FILE)
+    if config is None:
+        return None
+    for name in (adapters.WEIGHTS_FILE, *TOKENIZER_FILES):
+        _hub_file(source, name)
+    return config.parent
+
+
+def _hub_file(source: str, name: str, *, cached: bool = False) -> Path | None:
+    """A file of a model on the Hub; None where it has none, or there is no such model.
+
+    Args:
+        cached: only where the file has been fetched already.
+    """
     quietly: dict[str, Any] = dict.fromkeys(
         [f"_raise_exceptions_for_{reason}" for reason in ("gated_repo", "missing_entries", "connection_errors")], False
     )
     try:
-        config = cached_file(source, adapters.CONFIG_FILE, **quietly)
+        path = cached_file(source, name, local_files_only=cached, **quietly)
     except OSError:  # no such repository: the model's own loading says so, with what can be done
         return None
-    if config is None:
-        return None
-    for name in (adapters.WEIGHTS_FILE, *TOKENIZER_FILES):
-        cached_file(source, name, **quietly)
-    return Path(config).parent
+    return None if path is None else Path(path)
+
+
+def declared_ends(source: str | Path | nn.Module, *, cached: bool = False) -> list[int]:
+    """The ids of the tokens that a model says it ends a text with; none where it says nothing.
+
+    Chat models name several in their generation_config.json, EOS and the end of a turn.
+
+    Args:
+        source: a folder, a Hub id, or a loaded model; "" for none.
+        cached: read no file of the Hub but those that have been fetched already.
+    """
+    declared: Any = None
+    if isinstance(source, nn.Module):
+        for config in (getattr(source, "generation_config", None), getattr(source, "config", None)):
+            declared = getattr(config, "eos_token_id", None) if declared is None else declared
+    elif name := str(source):
+        folder = smollm2_folder() if name == SMOLLM2 else Path(name).expanduser()
+        for file in ("generation_config.json", "config.json"):
+            path: Path | None = folder / file
+            if not folder.is_dir():
+                path = _hub_file(name, file, cached=cached) if _HUB_ID.fullmatch(name) else None
+            if declared is None and path is not None and path.is_file():
+                declared = files.read_json(path).get("eos_token_id")
+    return [declared] if isinstance(declared, int) else list(declared or ())
 
 
 def check_finite(model: nn.Module, spec: str | Path) -> None:

@@ -13,11 +13,12 @@ from annotated_types import Ge, Gt
 
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import Row
-from textrl_gym.data.encoding import encode_completions
+from textrl_gym.data.encoding import encode_completions, end_ids
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
+from textrl_gym.models.loading import declared_ends
 from textrl_gym.pipeline.simulated_comparisons import Comparer, ComparisonStream
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
@@ -126,6 +127,7 @@ def gather(env_id: str, config: RewardModelConfig, env: EnvSettings | None = Non
     task = env.task(env_id)
     tokenizer = task.load_tokenizer(env.tokenizer or config.model)
     budget: dict[str, Any] = {"most": config.eval_prompts, "seed": drawn.seed, "whole": True}
+    budget["end_ids"] = end_ids(tokenizer, declared_ends(tokenizer.name_or_path))
     more = {
         name: read_preferences(name, "validation", task, tokenizer, **budget)
         for name in config.eval_dataset
@@ -170,11 +172,11 @@ def from_datasets(
     """The user's preferences, of all data sets in one random order."""
     train: list[RankedCompletions] = []
     heldout = {}
+    drawn: dict[str, Any] = {"seed": config.seed}
+    drawn["end_ids"] = end_ids(tokenizer, declared_ends(tokenizer.name_or_path))
     for name in config.dataset:
-        train += read_preferences(name, "train", task, tokenizer, most=config.prompts, seed=config.seed)
-        heldout[name] = read_preferences(
-            name, "validation", task, tokenizer, most=config.eval_prompts, seed=config.seed
-        )
+        train += read_preferences(name, "train", task, tokenizer, most=config.prompts, **drawn)
+        heldout[name] = read_preferences(name, "validation", task, tokenizer, most=config.eval_prompts, **drawn)
     random.Random(config.seed).shuffle(train)
     check_curve(config, sum(len(c.pairs) for c in train))
     return RewardData(env_id, env, task, tokenizer, train, len(train), heldout)

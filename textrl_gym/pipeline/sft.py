@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
@@ -24,10 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from textrl_gym import files
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.data.encoding import encode_completions
+from textrl_gym.data.encoding import Chat, encode_completions, end_ids
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
 from textrl_gym.models import loading
+from textrl_gym.models.loading import declared_ends
 from textrl_gym.models.packing import Packed, pack
 from textrl_gym.models.tokenizer import train_tokenizer, vocab_size
 from textrl_gym.persistence import run_lock
@@ -119,13 +120,19 @@ def sft_loss(model: PreTrainedModel, batch: Packed) -> Tensor:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def encode_row(task: Task, tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[list[int]]]:
+def encode_row(
+    task: Task, tokenizer: PreTrainedTokenizerBase, row: Row, ends: Sequence[int] = ()
+) -> tuple[list[int], list[list[int]]]:
     """Token ids of a row's prompt (cut to the task's limit) and of its completions, each with one EOS.
 
     A completion longer than the budget loses its end and its EOS: the model must not learn to stop in mid-sentence.
+
+    Args:
+        ends: tokens that end a completion, the usual one first; none: the tokenizer's EOS.
     """
     texts = row.get("completions") or [row["completion"]]
-    completions = encode_completions(row["prompt"], texts, tokenizer, task.max_new_tokens)
+    prompt = row["chat"] if isinstance(row.get("chat"), Chat) else row["prompt"]
+    completions = encode_completions(prompt, texts, tokenizer, task.max_new_tokens, end_ids=ends)
     return task.encode(row, tokenizer, task.max_prompt_tokens), completions
 
 
@@ -157,9 +164,10 @@ class Batches:
         batch_size: int,
         seed: int,
         pool: int = 8,
+        ends: Sequence[int] = (),
     ) -> None:
-        """pool: so many batches are drawn together."""
-        self.task, self.tokenizer, self.source = task, tokenizer, source
+        """pool: so many batches are drawn together; ends: as of `encode_row`."""
+        self.task, self.tokenizer, self.source, self.ends = task, tokenizer, source, ends
         self.batch_size, self.pool = batch_size, pool
         self.rng = random.Random(seed)
         self._before: Any = None
@@ -178,7 +186,7 @@ class Batches:
         self._before = self.rng.getstate()
         # Eight batches are drawn together and sorted: similar lengths within a batch, a random order of batches.
         picked = [self.source[self.rng.randrange(len(self.source))] for _ in range(self.batch_size * self.pool)]
-        pairs = [encode_row(self.task, self.tokenizer, row) for row in picked]
+        pairs = [encode_row(self.task, self.tokenizer, row, self.ends) for row in picked]
         pairs.sort(key=lambda pair: len(pair[0]))
         chunks = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
         self.rng.shuffle(chunks)
@@ -259,9 +267,10 @@ def heldout_loss(
 ) -> float:
     """Nats a completion token over the first `rows` rows."""
     total, count = 0.0, 0
+    ends = end_ids(tokenizer, declared_ends(model))
     picked = [source[i] for i in range(min(rows, len(source)))]
     for start in range(0, len(picked), 32):
-        batch = pack([encode_row(task, tokenizer, row) for row in picked[start : start + 32]])
+        batch = pack([encode_row(task, tokenizer, row, ends) for row in picked[start : start + 32]])
         nll, tokens = completion_nll(model, batch)
         total, count = total + nll.item(), count + int(tokens)
     return total / count
@@ -357,7 +366,9 @@ def _train(
                 seed=config.seed,
             )
         )
-    phases.append(Supervised(model, Batches(task, tokenizer, source, config.batch_size, config.seed), config))
+    ends = end_ids(tokenizer, declared_ends(model))
+    stream = Batches(task, tokenizer, source, config.batch_size, config.seed, ends=ends)
+    phases.append(Supervised(model, stream, config))
     measured = trainer.train(model, phases, lambda folder: save_model(model, tokenizer, folder / MODEL))
     return model, tokenizer, {"parameters": sum(p.numel() for p in model.parameters())} | measured
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.data.encoding import codec, encode_completions
+from textrl_gym.data.encoding import codec, encode_completions, end_ids
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.functional import pad
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.task import Task
+from textrl_gym.models.loading import declared_ends
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.rollouts import sampler
@@ -47,7 +48,7 @@ def sample_texts(
         torch.arange(len(rows), device=policy.device).repeat_interleave(number),
         uniform_BT if temperature else None,
         max_new_tokens=task.max_new_tokens,
-        eos_id=tokenizer.eos_token_id,
+        end_ids=end_ids(tokenizer, declared_ends(policy.model)),
     )
     policy.temperature = trained_at
     ids = [token_T[mask_T].tolist() for token_T, mask_T in zip(done.token_BT, done.mask_BT, strict=True)]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from textrl_gym.data.encoding import codec
+from textrl_gym.data.encoding import codec, control_ids
 from textrl_gym.functional import pad
 from textrl_gym.models import loading
 from textrl_gym.policy.backbone import Trunk
@@ -109,7 +109,7 @@ class RewardModel:
         ids = codec(self.tokenizer).encode(text, begin=True, unknown="skip")
         cut_off = False
         if completion_ids and self.env_tokenizer is not None:
-            cut_off = completion_ids[-1] != self.env_tokenizer.eos_token_id
+            cut_off = completion_ids[-1] not in control_ids(self.env_tokenizer)
         if self.appends_eos and not cut_off and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids

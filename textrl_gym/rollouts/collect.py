@@ -82,7 +82,7 @@ def complete(
             *unique,
             None if uniform_BT is None else uniform_BT.to(policy.device),
             max_new_tokens=mdp.max_new_tokens,
-            eos_id=mdp.eos_id,
+            end_ids=mdp.end_ids,
             stopped=mdp.scorer.completes_stop if mdp.stop else None,
         )
 

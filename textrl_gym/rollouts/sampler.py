@@ -5,7 +5,7 @@ Shape legend: U unique prompts, B rows, P prompt places, T response places, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ def generate(
     uniform_BT: Tensor | None,
     *,
     max_new_tokens: int,
-    eos_id: int,
+    end_ids: Sequence[int],
     stopped: Callable[[list[list[int]]], list[bool]] | None = None,
 ) -> Completions:
     """Sample one completion for each row, token by token from the full softmax at the policy's temperature.
@@ -50,7 +50,7 @@ def generate(
         source_B: int64, which unique prompt a row answers.
         uniform_BT: float in [0, 1), T >= max_new_tokens: number [b, t] decides token t of row b. None: greedy.
         max_new_tokens: the budget of every row.
-        eos_id: the token that ends a row; it is part of the completion.
+        end_ids: the tokens that end a row; they are part of the completion.
         stopped: asked at each token whether the rows' tokens so far complete a stop string (Scorer.completes_stop).
 
     Returns:
@@ -75,7 +75,7 @@ def generate(
         # 3. Who ended with this token?
         hit_b = None if stopped is None else _stop_hits(stopped, texts, row_b, token_b)
         length_b = torch.full_like(token_b, t + 1)
-        written.end_(row_b, alive_b, length_b, stop_reasons(token_b, length_b, hit_b, max_new_tokens, eos_id))
+        written.end_(row_b, alive_b, length_b, stop_reasons(token_b, length_b, hit_b, max_new_tokens, end_ids))
         if t == max_new_tokens - 1:
             break  # nobody would read another step's hidden states
 

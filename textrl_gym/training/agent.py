@@ -126,6 +126,7 @@ class Agent:
         self.set_env(env)
         self.kl = self._make_kl(self.env)
         self.policy = self._make_policy(self.env, model, reference)
+        self.env.end_as(self.policy.model)
         # By its settings a loaded agent's environment would take the model of its tokenizer: the trained policy.
         self.env.use_reference(self.policy.reference)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -320,6 +321,7 @@ class Agent:
             )
         if hasattr(self, "policy"):
             mdp.use_reference(self.policy.reference)
+            mdp.end_as(self.policy.model)
         # What is saved is what was used.
         self.config = dataclasses.replace(self.config, rollout_episodes=mdp.num_envs, group_size=mdp.group_size)
         self.env: TextVectorEnv = mdp

@@ -140,7 +140,7 @@ class Endings:
         # Only where there are stop strings: decoding the texts of every step is slow.
         hit_b = np.array(mdp.scorer.completes_stop(texts)) if mdp.stop else None
         last_b, length_b = np.array([ids[-1] for ids in texts]), np.array([len(ids) for ids in texts])
-        return stop_reasons(last_b, length_b, hit_b, mdp.max_new_tokens, mdp.eos_id).tolist()
+        return stop_reasons(last_b, length_b, hit_b, mdp.max_new_tokens, mdp.end_ids).tolist()
 
     def values(self, row_b: list[int], texts: list[list[int]], stops: list[int], before_b: Tensor) -> Tensor:
         """The worth of each text that is over; of the others, before_b, the critic's value before the last token."""

@@ -333,7 +333,7 @@ class _Run:
     def _check_health(self, rollout: Rollout) -> None:
         agent = self.agent
         fresh = agent.num_timesteps == 0 and agent.starts_at_reference
-        lines = health.card(agent.policy, rollout, agent.env.eos_id, fresh=fresh)
+        lines = health.card(agent.policy, rollout, agent.env.end_ids, fresh=fresh)
         self.console.print(plain(health.text(lines)), highlight=False)
         bad = [line for line in lines if not line.ok]
         if bad and self.options.on_bad_health == "stop":
