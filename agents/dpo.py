@@ -82,9 +82,9 @@ class DPO(Agent):
         self.draws = 0
         """Rollouts of the reference that pairs have been sampled from."""
         if self.config.pairs is not None:
-            mdp = self.env
+            mdp, name = self.env, self.config.pairs
             of = (mdp.task, mdp.tokenizer, mdp.max_prompt_tokens, mdp.max_new_tokens)
-            compared = read_preferences(self.config.pairs, "train", *of, end_ids=mdp.end_ids)
+            compared = read_preferences(name, "train", *of, end_ids=mdp.end_ids, bad_rows=mdp.bad_rows)
             self.pairs = [
                 (c.prompt_ids, c.completion_ids[a], c.completion_ids[b]) for c in compared for a, b in c.pairs
             ]

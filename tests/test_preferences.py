@@ -2,12 +2,13 @@
 
 import json
 import os
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from textrl_gym.data import preferences
+from textrl_gym.data import preferences, rows
 from textrl_gym.data.ranked import read_preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
@@ -198,9 +199,9 @@ def test_a_folder_has_its_own_splits(tmp_path: Path) -> None:
     ("row", "words"),
     [
         ({"question": "?", "answer": "!"}, r"columns question, answer; expected: prompt, chosen, rejected .*SHP"),
-        (PLAIN | {"chosen": 3}, r"row 1 does not fit the schema of trl-lib.*"),
-        (PLAIN | {"prompt": None}, r"row 1 does not fit"),
-        ("a text", r"row 1 is no object"),
+        (PLAIN | {"chosen": 3}, r"does not fit the schema of trl-lib.*line 2: "),
+        (PLAIN | {"prompt": None}, r"does not fit the schema .*line 2: "),
+        ("a text", r"is no object with columns \(.*line 2: 'a text'"),
         ({"prompt": "x", "chosen": [{"role": "user"}], "rejected": [user("b")]}, "no turn with role and content"),
     ],
 )
@@ -224,7 +225,7 @@ def test_dialogues_that_part_early_are_dropped(tmp_path: Path, capsys: pytest.Ca
     ]
     with pytest.raises(ValueError, match="too few pairs"):
         preferences.load_preferences(write(tmp_path / "b.jsonl", talks), "train", whole=True)
-    with pytest.raises(ValueError, match=r"row 0.*no words in common"):
+    with pytest.raises(ValueError, match=r"line 1: .*no words in common"):
         preferences.load_preferences(write(tmp_path / "c.jsonl", [{"chosen": "A b", "rejected": "C d"}]), "train")
 
 
@@ -234,12 +235,17 @@ class Hub:
     def __init__(self, splits: dict[str, list[Any]], script: bool = False) -> None:
         self.splits, self.script, self.asked = splits, script, list[tuple[Any, ...]]()
 
-    def __call__(self, name: str, config: Any = None, *, data_dir: Any = None, revision: Any = None) -> Any:
+    def builder(self, path: str, name: Any = None, *, data_dir: Any = None, revision: Any = None) -> Any:
         import datasets
 
-        self.asked.append((name, config, data_dir, revision))
+        self.asked.append((path, name, data_dir, revision))
         if self.script and revision is None:
             raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+        return types.SimpleNamespace(info=datasets.DatasetInfo())
+
+    def __call__(self, path: str, **where: Any) -> Any:
+        import datasets
+
         return {split: datasets.Dataset.from_list(rows) for split, rows in self.splits.items()}
 
 
@@ -247,7 +253,9 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def prompts_of(hub: Hub, name: str, split: str) -> list[str]:
+        monkeypatch.setattr(rows, "_remembered", {})  # else the data of the name before
         monkeypatch.setattr(datasets, "load_dataset", hub)
+        monkeypatch.setattr(datasets, "load_dataset_builder", hub.builder)
         return [row["prompt"] for row in preferences.load_preferences(name, split).rows]
 
     # test_prefs is held out; a part of a data set is a folder of it

@@ -6,9 +6,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from textrl_gym.data import prompts, sources
+from textrl_gym.data import prompts, rows, sources
 
 DATA = os.environ.get("TEXTRL_GYM_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="TEXTRL_GYM_DATA names no folder of real data")
@@ -191,7 +193,11 @@ def test_a_single_file_of_any_format_is_parted(tmp_path: Path, extension: str) -
     parts = [prompts.load_rows(path, split) for split in sources.SPLITS]
     assert [len(part) for part in parts] == [1, 1, 1]
     assert sorted(str(row) for part in parts for row in part) == sorted(map(str, ROWS))
-    assert prompts.load_rows(str(path), "train") == parts[0]
+    assert list(prompts.load_rows(str(path), "train")) == list(parts[0])
+
+
+def digests(texts: list[str]) -> Any:
+    return np.frombuffer(b"".join(map(rows.digest, texts)), ">u8").astype(np.uint64)
 
 
 def posts(number: int) -> list[dict[str, Any]]:
@@ -211,14 +217,15 @@ def test_a_single_file_is_its_own_held_out_set_no_longer(tmp_path: Path, capsys:
     assert all(70 < len(texts[split]) < 130 for split in ("validation", "test"))
     assert len(parts["train"]) == 2 * len(texts["train"])
     said = capsys.readouterr().err
-    assert said.count("is one file, parted by a hash of the prompts") == 1
+    assert said.count("has one split, parted by a hash of the prompts") == 1
     assert (
         f"{len(parts['train']):,} train, {len(parts['validation']):,} validation, {len(parts['test']):,} test" in said
     )
     # Other rows beside it change no prompt's split, and the hash is that of every machine.
-    more = prompts.part_by_prompt([*reversed(posts(3000))])
+    names = [f"post {i}" for i in reversed(range(3000))]
+    more = prompts.part_by_prompt(digests(names))
     for split in sources.SPLITS:
-        assert {row["prompt"] for row in more[split]} & {f"post {i}" for i in range(1000)} == texts[split]
+        assert {names[i] for i in more[split]} & {f"post {i}" for i in range(1000)} == texts[split]
     digest = hashlib.blake2b(b"post 0", digest_size=8).hexdigest()
     share = int(digest, 16) / 16**16
     assert ("post 0" in texts["train"]) == (share < 0.8)
@@ -226,31 +233,30 @@ def test_a_single_file_is_its_own_held_out_set_no_longer(tmp_path: Path, capsys:
 
 @pytest.mark.parametrize("number", [3, 4, 5, 12])
 def test_no_split_of_a_small_file_is_empty(number: int) -> None:
-    parts = prompts.part_by_prompt(posts(number))
-    assert all(parts.values())
+    parts = prompts.part_by_prompt(digests([f"post {i}" for i in range(number)]))
+    assert all(map(len, parts.values()))
     assert sum(map(len, parts.values())) == number
 
 
 def test_too_few_prompts_to_hold_any_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "two.jsonl", ROWS[:2])
-    assert all(prompts.load_rows(path, split) == ROWS[:2] for split in sources.SPLITS)
+    assert all(list(prompts.load_rows(path, split)) == ROWS[:2] for split in sources.SPLITS)
     assert "evaluations are on the prompts that are trained on" in capsys.readouterr().err
 
 
 def test_a_folder_without_validation_takes_test(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", ROWS[:1])
     write(tmp_path / "test.jsonl", ROWS[1:])
-    assert prompts.load_rows(tmp_path, "validation") == prompts.load_rows(tmp_path, "test") == ROWS[1:]
+    assert list(prompts.load_rows(tmp_path, "validation")) == list(prompts.load_rows(tmp_path, "test")) == ROWS[1:]
 
 
 def test_the_filtered_schema_gives_the_published_prompt_and_keeps_its_columns(tmp_path: Path) -> None:
-    rows = prompts.load_rows(write(tmp_path / "a.jsonl", [FILTERED]), "train")
-    assert rows == [FILTERED | ROWS[0]]
+    assert list(prompts.load_rows(write(tmp_path / "a.jsonl", [FILTERED]), "train")) == [FILTERED | ROWS[0]]
 
 
 def test_every_row_has_every_column(tmp_path: Path) -> None:
-    rows = prompts.load_rows(write(tmp_path / "a.jsonl", [ROWS[0], ROWS[1] | {"source": "x"}]), "train")
-    assert [row["source"] for row in rows] == [None, "x"]
+    found = prompts.load_rows(write(tmp_path / "a.jsonl", [ROWS[0], ROWS[1] | {"source": "x"}]), "train")
+    assert [row["source"] for row in found] == [None, "x"]
 
 
 def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
@@ -258,8 +264,8 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
     write(tmp_path / "validation-00001-of-00002.parquet", ROWS[2:])
     write(tmp_path / "validation-00000-of-00002.parquet", ROWS[1:2])
     (tmp_path / "README.md").write_text("no data")
-    assert prompts.load_rows(tmp_path, "train") == ROWS[:1]
-    assert prompts.load_rows(tmp_path, "validation") == ROWS[1:]
+    assert list(prompts.load_rows(tmp_path, "train")) == ROWS[:1]
+    assert list(prompts.load_rows(tmp_path, "validation")) == ROWS[1:]
     with pytest.raises(ValueError, match=r"no file for split 'test'.*it has train\.jsonl, validation-00000"):
         prompts.load_rows(tmp_path, "test")
     for other in ["train.csv", "train-00000-of-00001.jsonl"]:
@@ -279,34 +285,45 @@ def test_a_wrong_schema_names_the_columns_found_and_expected(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("extension", ["jsonl", "json", "parquet"])
 def test_an_empty_dataset_is_an_error(tmp_path: Path, extension: str) -> None:
-    with pytest.raises(ValueError, match=r"a\.\w+', split 'train' is empty"):
+    with pytest.raises(ValueError, match=r"a\.\w+' is empty"):
         prompts.load_rows(write(tmp_path / f"a.{extension}", []), "train")
 
 
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        (ROWS[0] | {"prompt": None}, "row 1: column 'prompt' is None"),
-        (ROWS[0] | {"prompt": 3}, "row 1: column 'prompt' is 3"),
-        ({"prompt": "x"}, "row 1: column 'completion' is None"),
-        ("a text", "row 1 is no object"),
-        (FILTERED, "row 1: column 'prompt' is None"),
+        (ROWS[0] | {"prompt": None}, r"column 'prompt' is not a text \(.*a\.jsonl', line 2: None\)"),
+        (ROWS[0] | {"prompt": 3}, r"column 'prompt' is not a text \(.*, line 2: 3\)"),
+        ({"prompt": "x"}, r"column 'completion' is not a text \(.*, line 2: None\)"),
+        ("a text", r"is no object with columns \(.*, line 2: 'a text'\)"),
+        (FILTERED, r"column 'prompt' is not a text \(.*, line 2: None\)"),
+        (
+            ROWS[0] | {"prompt": "half \ud83d"},
+            r"column 'prompt' holds half of a character \(.*\) \(.*, line 2: U\+D83D at character 6\)",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        prompts.load_rows(write(tmp_path / "a.jsonl", [ROWS[0], row]), "train")
+    path = write(tmp_path / "a.jsonl", [ROWS[0], row, *ROWS[1:]])
+    with pytest.raises(ValueError, match=f"1 of 4 rows cannot be used: 1 row: {named}"):
+        prompts.load_rows(path, "train")
+    with rows.row_rules(rows.RowRules("skip")):
+        assert sum(len(prompts.load_rows(path, split)) for split in sources.SPLITS) == 3
 
 
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
-        ("a.jsonl", '{"prompt": "x", "completion": "y"}\n{"prompt"', "line 2 is no JSON"),
+        (
+            "a.jsonl",
+            '{"prompt": "x", "completion": "y"}\n{"prompt"',
+            r"line 2: Expecting ':' delimiter at column 10",
+        ),
         ("a.json", "{", "is no JSON"),
         ("a.json", '{"data": []}', "must hold a list of objects, not dict"),
-        ("a.csv", "prompt,completion\nx,y,z\n", "row 0 has more fields than the header"),
-        ("a.csv", "prompt,completion\nx\n", "row 0: column 'completion' is None"),
-        ("a.csv", 'prompt,completion\nx,"y" z\n', "is no CSV"),
+        ("a.csv", "prompt,completion\nx,y,z\n", "has more fields than the header \\(.*line 2: .'z'"),
+        ("a.csv", "prompt,completion\nx\n", "column 'completion' is not a text \\(.*line 2: None"),
+        ("a.csv", 'prompt,completion\nx,"y" z\n', "line 2 is no CSV"),
         ("a.parquet", "none", "is no parquet file"),
         ("a.txt", "none", "of no known format"),
     ],
@@ -340,21 +357,34 @@ def test_a_hub_id_is_loaded_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def load_dataset(name: str, split: str) -> Any:
-        asked.append((name, split))
-        return datasets.Dataset.from_list(ROWS)
+    def load_dataset(path: str, name: Any = None, data_dir: Any = None, streaming: bool = False) -> Any:
+        asked.append((path, name, data_dir, streaming))
+        splits = {"train": ROWS[:1], "test": ROWS}
+        if streaming:
+            return {split: datasets.Dataset.from_list(some).to_iterable_dataset() for split, some in splits.items()}
+        return {split: datasets.Dataset.from_list(some) for split, some in splits.items()}
 
+    builder = types.SimpleNamespace(info=datasets.DatasetInfo(download_size=10, dataset_size=None))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert prompts.load_rows("trl-lib/tldr", "validation") == ROWS
-    assert asked == [("trl-lib/tldr", "validation")]
+    assert list(prompts.load_rows("trl-lib/tldr", "validation")) == ROWS  # its test split: it has no validation
+    assert list(prompts.load_rows("openai/gsm8k:part", "train")) == ROWS[:1]
+    assert asked == [("trl-lib/tldr", None, None, False), ("openai/gsm8k", "main", "part", False)]
+    builder.info.dataset_size = 10**18  # larger than any disk
+    assert list(prompts.load_rows("trl-lib/larger", "test")) == ROWS
+    assert asked[-1][-1]
+    builder.info.dataset_size = 0
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"validation": []})
+    with pytest.raises(ValueError, match="the Hub gave none: it has the splits validation; known are test"):
+        prompts.load_rows("a/b", "test")
 
 
 @needs_data
 @pytest.mark.data
 def test_both_published_forms_of_real_posts_give_the_same_prompts() -> None:
     assert DATA is not None
-    plain = prompts.load_rows(f"{DATA}/tldr/tldr.jsonl", "train")
-    filtered = prompts.load_rows(f"{DATA}/tldr/tldr_3_filtered.jsonl", "train")
+    files = [f"{DATA}/tldr/{name}.jsonl" for name in ("tldr", "tldr_3_filtered")]
+    plain, filtered = ([row for s in sources.SPLITS for row in prompts.load_rows(file, s)] for file in files)
     assert len(plain) == 1500
     assert {row["prompt"]: row["completion"] for row in plain} == {row["prompt"]: row["completion"] for row in filtered}
 

@@ -171,7 +171,7 @@ def test_errors_name_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"columns question, answer; expected: .*prompt, completion"):
         sft.sft("TLDRSummarize-v0", SFTConfig(), tmp_path, EnvSettings(dataset=str(file)))
     with pytest.raises(ValueError, match=r"found .*prompt"):
-        sft.demonstrations(_NoTexts(), "train", None)
+        sft.demonstrations(_NoTexts(), "train", EnvSettings())
 
 
 class _NoTexts(TLDRSummarize):

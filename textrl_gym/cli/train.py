@@ -23,7 +23,7 @@ from textrl_gym.cli.options import (
     parse_flags,
     write_toml,
 )
-from textrl_gym.mdp.env_settings import by_flag, make_env, parse_reward
+from textrl_gym.mdp.env_settings import EnvSettings, by_flag, make_env, parse_reward
 from textrl_gym.persistence.run_lock import alone
 from textrl_gym.registry import find_env, load_agent
 from textrl_gym.training.run_folder import holds_run, renamed
@@ -76,7 +76,8 @@ def train_command(args: Sequence[str]) -> int:
     settings = {"agent": names[0], "environment": env_id, "model": run.model, "seed": run.seed}
     settings |= {"total_timesteps": run.total_timesteps, "config": config, "env": dataclasses.asdict(parsed.env)}
     if holds_run(out):
-        check_same(out, args, settings)
+        defaults = {"config": dataclasses.asdict(agent_class.Config()), "env": dataclasses.asdict(EnvSettings())}
+        check_same(out, args, settings, defaults)
         # The checkpoint may name the code that this command names, and no other.
         load_env_task(env_id)
         parsed.env.import_code()
@@ -96,8 +97,11 @@ def train_command(args: Sequence[str]) -> int:
     return learn(agent, run.total_timesteps or 0, parsed.options, goes_on=False)
 
 
-def check_same(out: Path, args: Sequence[str], settings: dict[str, Any]) -> None:
+def check_same(out: Path, args: Sequence[str], settings: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Hold that a folder's run was started by the same command; what only says where and how to show it may differ.
+
+    Args:
+        defaults: of settings that the version which started the run may not have known.
 
     Raises:
         ValueError: naming the first setting that differs.
@@ -110,6 +114,7 @@ def check_same(out: Path, args: Sequence[str], settings: dict[str, Any]) -> None
             raise ValueError(f"{words}: {advice}")
         return
     before, now = _flattened(record["settings"]), _flattened(json.loads(json.dumps(settings)))
+    before = _flattened(json.loads(json.dumps(defaults))) | before
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name):
             raise ValueError(f"{words}, with {name}={before.get(name)!r}, not {now.get(name)!r}: {advice}")

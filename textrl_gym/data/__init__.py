@@ -1,7 +1,9 @@
 """Data: prompts and preferences from files, folders and the Hub.
 
 In reading order:
-- `sources`: reading rows from files, folders and the Hub
+- `rows`: bad rows, rows that are read when they are asked for, and looking at every row once
+- `text_files`: JSON lines and CSV, compressed or not, read where they lie
+- `sources`: where rows come from: files, folders and the Hub
 - `encoding`: text to tokens and back, of one text behind another
 - `prompts`: the published schemas of prompts, and their encoding within a token budget
 - `preferences`: the published schemas of preferences
@@ -15,6 +17,7 @@ from textrl_gym.lazy import lazy
 __getattr__ = lazy(
     __name__,
     {
+        "BadRow": "rows",
         "Preference": "preferences",
         "Preferences": "preferences",
         "RankedCompletions": "ranked",

@@ -13,17 +13,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
+from textrl_gym.core import Row
 from textrl_gym.data import encoding, prompts, sources
+from textrl_gym.data.rows import (
+    BadRow,
+    Dropped,
+    Mapped,
+    OnBadRows,
+    RawRows,
+    Rows,
+    Scan,
+    check_characters,
+    first_columns,
+    look_through,
+    remembered,
+    say_once,
+    settle,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from textrl_gym.core import Row
 
 Talk = list[dict[str, str]]
 """A conversation: {"role": "user", "assistant" or "system", "content": text} for each turn."""
@@ -33,10 +47,6 @@ ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
 
 TIE = "ties"
 ASTRAY = "dialogues that differ in more than the last turn"
-
-
-class Dropped(Exception):
-    """A row from which nothing can be learnt, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Preference:
 class Preferences:
     """What a data set holds."""
 
-    rows: list[dict[str, Any]]
+    rows: Rows
     """A row's own columns, with `prompt` (text), `completions`, `pairs`, `dialogue`: whether the prompt is one, so that
     its end matters most, and `chat`: the conversation where the chat template wrote it, else None."""
     schema: str
@@ -233,9 +243,14 @@ PREFERENCE_SCHEMAS = (
 
 
 def load_preferences(
-    dataset: str, split: str, tokenizer: PreTrainedTokenizerBase | None = None, *, whole: bool = False
+    dataset: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    whole: bool = False,
+    bad_rows: OnBadRows = "stop",
 ) -> Preferences:
-    """The preferences of a split: "train", or "validation" for those held out.
+    """The preferences of a split: "train", or "validation" for those held out. They are read when they are asked for.
 
     Args:
         dataset: a file or folder as `prompts.load_rows` reads it, or a Hub id, "owner/name" or "owner/name:folder" for
@@ -243,49 +258,60 @@ def load_preferences(
             last tenth of the prompts is held out.
         tokenizer: whose chat template writes conversations, where it has one.
         whole: nothing is held out of what has no held-out split: all of it is either split.
+        bad_rows: what to do with rows that do not fit their schema: "stop" or "skip".
 
     Raises:
         ValueError: no such data, columns of no schema, a row that does not fit, or too few rows to hold any out.
         ImportError: a Hub id or a parquet file without the extra "hub".
     """
-    raw, has_held_out = sources.read_preference_rows(dataset, split)
-    where = f"dataset {dataset!r}, split {split!r}"
-    rows = [_as_mapping(row, where, number) for number, row in enumerate(raw)]
-    if not rows:
-        raise ValueError(f"{where} is empty: it has no rows")
-    # Of all rows, in order: a row of jsonl may lack a column that is empty in it.
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    schema = sources.match_schema(PREFERENCE_SCHEMAS, columns, where)
-    preference_rows: list[dict[str, Any]] = []
-    dropped: Counter[str] = Counter()
-    for number, row in enumerate(rows):
-        try:
-            preference_rows.append({**row, **_texts(schema.convert(row), tokenizer)})
-        except Dropped as why:  # counted and told: a data set that loses half of its rows must not do so unseen
-            dropped[str(why)] += 1
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}, row {number} does not fit the schema of {schema.name}: {error!r}") from error
-    if not (has_held_out or whole):
+    source = sources.open_rows(dataset, split, sources.PREFERENCE_SPLITS)
+    raw, schema, convert, scan = remembered(("preferences", source.key, tokenizer), lambda: _open(source, tokenizer))
+    settle(scan.bad, source.words, bad_rows)
+    places = scan.places
+    if source.whole and not whole:
         # By prompt, not by row: pairs of one prompt on both sides would leak what was learnt into what is measured.
-        places = {text: place for place, text in enumerate(dict.fromkeys(row["prompt"] for row in preference_rows))}
-        first_held_out = len(places) - max(1, len(places) // 10)
-        preference_rows = [
-            row for row in preference_rows if (places[row["prompt"]] >= first_held_out) == (split == "validation")
-        ]
-    if not preference_rows:
-        raise ValueError(f"dataset {dataset!r} has too few pairs: at least 2 prompts are needed, one of them held out")
-    for reason, number in dropped.items():
-        print(f"{where}: of {len(rows)} rows dropped {number} {reason}", file=sys.stderr)
-    return Preferences(preference_rows, schema.name, dict(dropped))
+        _, first, prompt_of_row = np.unique(scan.digests, return_index=True, return_inverse=True)
+        order_of_prompt = np.argsort(np.argsort(first))
+        held_out = order_of_prompt[prompt_of_row] >= len(first) - max(1, len(first) // 10)
+        places = places[held_out if split == "validation" else ~held_out]
+    if not len(places):
+        because = "; ".join(str(report) for report in (scan.bad, scan.dropped) if report.counts)
+        raise ValueError(
+            f"dataset {dataset!r} has too few pairs: at least 2 prompts are needed, one of them held out"
+            + (f"; of its {scan.bad.total:,} rows could not be used {because}" if because else "")
+        )
+    for reason, number in scan.dropped.counts.items():
+        examples = "; ".join(scan.dropped.examples[reason])
+        say_once(f"{source.words}: of {scan.dropped.total:,} rows dropped {number:,} {reason} ({examples})")
+    return Preferences(Rows(raw, places, convert, scan.bad), schema.name, dict(scan.dropped.counts))
 
 
-def _as_mapping(row: object, where: str, number: int) -> Row:
+Opened = tuple[RawRows, PreferenceSchema, Callable[[Row], dict[str, Any]], Scan]
+"""The rows as they are written, what they are read by, and what was found in them."""
+
+
+def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
+    raw = Mapped(source.open(), _as_mapping)
+    columns = first_columns(raw, source.words)
+    schema = sources.match_schema(PREFERENCE_SCHEMAS, columns, source.words)
+
+    def convert(row: Row) -> dict[str, Any]:
+        try:
+            return {**row, **_texts(schema.convert(row), tokenizer)}
+        except BadRow:
+            raise
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            detail = str(error) if type(error) is ValueError else repr(error)
+            raise BadRow(f"does not fit the schema of {schema.name}", detail) from error
+
+    return raw, schema, convert, look_through(raw, source.words, columns, convert)
+
+
+def _as_mapping(row: object) -> object:
     """The row itself, or of OpenAI's own file of WebGPT, where a row is a list of two answers, its published form."""
     if isinstance(row, list) and len(row) == 2 and all(isinstance(half, Mapping) for half in row):
         halves = {f"{name}_{n}": half.get(name) for n, half in enumerate(row) for name in ("answer", "score")}
         return {"question": row[0].get("question"), **halves}
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}, row {number} is no object with columns but {str(row)[:60]!r}")
     return row
 
 
@@ -296,6 +322,7 @@ def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None) ->
     for text in [*texts, *([prompt] if isinstance(prompt, str) else [])]:
         if not isinstance(text, str):
             raise ValueError(f"{str(text)[:60]!r} is not a text")
+        check_characters(text, "a text")
     if not isinstance(prompt, str):
         dialogue = True
         if tokenizer is not None and tokenizer.chat_template:

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from textrl_gym.core import Row
 from textrl_gym.data import encoding, sources
+from textrl_gym.data.rows import (
+    BadRow,
+    RawRows,
+    RowRules,
+    Rows,
+    Scan,
+    current_rules,
+    first_columns,
+    look_through,
+    remembered,
+    say_once,
+    settle,
+    text_of,
+)
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 _HEAD = re.compile(r"^POST:", re.MULTILINE)
@@ -60,6 +79,68 @@ def encode_prompt(
             f"{keep_suffix!r} are kept, which leaves no room for the body; raise max_prompt_tokens"
         )
     return head_ids + _whole_characters(body_ids[:room], tokenizer) + suffix_ids
+
+
+def uncuttable(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, keep_suffix: str = ""
+) -> list[BadRow | None]:
+    """Why each prompt can be none (None: it can), as encode_prompt would say.
+
+    A million prompts take seconds, because few need to be encoded: no text has more tokens than bytes, and what is long
+    can be cut if what stands before its body is short.
+    """
+    faults: list[BadRow | None] = [None] * len(texts)
+    text_codec = encoding.codec(tokenizer)
+    added = tokenizer.num_special_tokens_to_add() + MERGE_SLACK
+    room = max_prompt_tokens - len(text_codec.behind(keep_suffix)) - 1 - added
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # A normaliser may make several letters of one beyond ASCII.
+    strict = getattr(backend, "normalizer", None) is not None
+    sure = text_codec.unknown_id is not None or _knows_bytes(backend)
+    unsure: list[int] = []
+    heads: dict[int, str] = {}
+    for place, text in enumerate(texts):
+        if not sure or not text or text.isspace() or (strict and not text.isascii()):
+            unsure.append(place)
+        elif len(text.encode()) + added > max_prompt_tokens:
+            match = _HEAD.search(text)
+            head = text[: match.end()] if match else ""
+            if not text.endswith(keep_suffix):
+                unsure.append(place)
+            elif len(head.encode()) > room:
+                heads[place] = head
+    counts = _count_tokens(list(heads.values()), backend, text_codec.name)
+    unsure += [place for place, count in zip(heads, counts, strict=True) if count > room]
+    for place in unsure:
+        try:
+            encode_prompt(texts[place], tokenizer, max_prompt_tokens, keep_suffix)
+        except ValueError as error:
+            faults[place] = BadRow(UNCUTTABLE, str(error))
+    return faults
+
+
+UNCUTTABLE = "its prompt cannot be encoded within max_prompt_tokens"
+MERGE_SLACK = 2
+"""Tokens that a text may have more than its bytes, or than its parts: a blank that is put first, a merge undone."""
+
+
+def _knows_bytes(backend: Tokenizer | None) -> bool:
+    """Whether every text has tokens, byte by byte where need be."""
+    state = b"" if backend is None or backend.decoder is None else backend.decoder.__getstate__()
+    return b'"ByteLevel"' in state or b'"ByteFallback"' in state
+
+
+def _count_tokens(texts: list[str], backend: Tokenizer | None, special: re.Pattern[str]) -> list[float]:
+    """How many tokens each text has, without those around it; infinitely many where that is not certain.
+
+    Args:
+        special: the names of special tokens, which are text here and would be counted as one token.
+    """
+    if backend is None or not texts:
+        return [math.inf] * len(texts)
+    # A third of the time of calling the tokenizer. It neither cuts nor pads, since the tokenizer was called before.
+    encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [math.inf if special.search(text) else len(one) for text, one in zip(texts, encoded, strict=True)]
 
 
 def _without_bos(text: str, text_codec: encoding.TextCodec) -> str:
@@ -121,6 +202,16 @@ class PromptSchema:
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
     """From a row to {"prompt", "completion"}; the row's remaining columns are added by `load_rows`."""
 
+    def checked(self, row: Row) -> dict[str, Any]:
+        """What convert gives.
+
+        Raises:
+            BadRow: a column holds no text.
+        """
+        for name in self.columns:
+            text_of(row, name)
+        return self.convert(row)
+
 
 def tldr_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     """The TL;DR prompt of a post, letter for letter as trl-lib/tldr has it."""
@@ -139,88 +230,89 @@ TLDR_FILTERED = PromptSchema(
 TLDR_SCHEMAS = (PROMPT_COMPLETION, TLDR_FILTERED)
 
 
-def load_rows(dataset: str | Path, split: str, schemas: Sequence[PromptSchema] = TLDR_SCHEMAS) -> list[dict[str, Any]]:
-    """The prompts of a split, in memory: rows with `prompt`, `completion` and every other column of the data.
+def load_rows(dataset: str | Path, split: str, schemas: Sequence[PromptSchema] = TLDR_SCHEMAS) -> Rows:
+    """The prompts of a split: rows with `prompt`, `completion` and every other column of the data.
+
+    Every row is looked at here, and read again when it is asked for. Bad ones are an error, or are left out where
+    `rows.row_rules` says so.
 
     Args:
-        dataset: a file (.jsonl, .jsonl.gz, .json, .csv, .parquet), a folder with a file for each split (train.jsonl,
-            or shards as train-00000-of-00002.parquet), or a Hub id. The prompts of a single file are parted by a hash
-            of their texts (`part_by_prompt`). A folder's validation split is its test split where it has no other.
+        dataset: a file (.jsonl, .json, .csv, each also as .gz, or .parquet), a folder with a file for each split
+            (train.jsonl, or shards as train-00000-of-00002.parquet, also in data/), a folder that datasets'
+            save_to_disk wrote, or a Hub id ("owner/name", "owner/name:folder"). The prompts of a single file, or of
+            what has one split only, are parted by a hash of their texts (`part_by_prompt`). A validation split is the
+            test split where there is no other.
         split: train, validation or test.
         schemas: the forms that are understood; the first whose columns are all there is taken.
 
     Raises:
-        ValueError: no such data or split, no rows, columns of no schema, or a row with something else than a text.
+        ValueError: no such data or split, no rows, columns of no schema, or bad rows.
         ImportError: a Hub id or a parquet file without the extra "hub".
     """
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        split = sources.held_out_split(path, split)
-    rows = _to_rows(sources.read_rows(dataset, split), f"dataset {str(dataset)!r}, split {split!r}", schemas)
-    if not path.is_file():
-        return rows
-    parts = part_by_prompt(rows)
-    _say_parts(str(dataset), parts)
-    return parts[split]
+    source, rules = sources.open_rows(dataset, split), current_rules()
+    key = ("prompts", source.key, source.whole, tuple(schemas), rules.check)
+    opened = remembered(key, lambda: _open(source, schemas, rules))
+    settle(opened.scan.bad, source.words, rules.bad_rows)
+    places = opened.scan.places
+    if source.whole:
+        parts = part_by_prompt(opened.scan.digests)
+        _say_parts(str(dataset), parts)
+        places = places[parts[split]]
+    return Rows(opened.raw, places, opened.convert, opened.scan.bad)
 
 
-def part_by_prompt(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A data set whose rows were looked at."""
+
+    raw: RawRows
+    convert: Callable[[Row], dict[str, Any]]
+    scan: Scan
+
+
+def _open(source: sources.Source, schemas: Sequence[PromptSchema], rules: RowRules) -> _Opened:
+    raw = source.open()
+    columns = first_columns(raw, source.words)
+    schema = sources.match_schema(schemas, columns, source.words)
+    scan = look_through(raw, source.words, columns, schema.checked, rules.check)
+
+    def convert(row: Row) -> dict[str, Any]:
+        # Rewards get whole columns, so every row has every column.
+        return {name: row.get(name) for name in scan.columns} | schema.convert(row)
+
+    return _Opened(raw, convert, scan)
+
+
+def part_by_prompt(digests: NDArray[np.uint64]) -> dict[str, NDArray[np.int64]]:
     """The rows of each split: of the prompts, 80% to train on, 10% for validation and 10% for test, by their hashes.
 
     By the prompt and not by the row: what is said of a prompt in training must not be asked in an evaluation. A
     prompt's split depends on its text only, whatever stands beside it; except that a split without prompts gets one of
     the largest. With fewer than three prompts nothing can be held out: all are in every split.
+
+    Args:
+        digests: a hash of each row's prompt, as `rows.digest` gives it.
     """
-    shares = {prompt: _share(prompt) for prompt in dict.fromkeys(row["prompt"] for row in rows)}
-    if len(shares) < len(sources.SPLITS):
-        return {split: list(rows) for split in sources.SPLITS}
-    split_of = {
-        prompt: "train" if share < 0.8 else "validation" if share < 0.9 else "test" for prompt, share in shares.items()
-    }
-    for split in sources.SPLITS:
-        if split not in split_of.values():
-            donor = max(sources.SPLITS, key=list(split_of.values()).count)
-            moved = max((prompt for prompt in shares if split_of[prompt] == donor), key=shares.__getitem__)
-            split_of[moved] = split
-    return {split: [row for row in rows if split_of[row["prompt"]] == split] for split in sources.SPLITS}
+    # Rounded to the floats that the first version of this compared, so that no prompt changes its split.
+    shares = digests.astype(np.float64) / 2**64
+    prompts = np.unique(shares)
+    if len(prompts) < len(sources.SPLITS):
+        return {split: np.arange(len(digests)) for split in sources.SPLITS}
+    bounds = np.array([0.8, 0.9])
+    number, of_prompts = (np.searchsorted(bounds, some, side="right") for some in (shares, prompts))
+    for missing in range(len(sources.SPLITS)):
+        if missing not in of_prompts:
+            donor = np.bincount(of_prompts, minlength=len(sources.SPLITS)).argmax()
+            moved = prompts[of_prompts == donor].max()
+            number[shares == moved] = of_prompts[prompts == moved] = missing
+    return {split: np.flatnonzero(number == place) for place, split in enumerate(sources.SPLITS)}
 
 
-def _share(prompt: str) -> float:
-    """A number in [0, 1) that is the same for a text on every machine, as Python's own hash is not."""
-    digest = hashlib.blake2b(prompt.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-_announced: set[str] = set()
-"""Files whose parts this process has printed."""
-
-
-def _say_parts(dataset: str, parts: Mapping[str, list[dict[str, Any]]]) -> None:
+def _say_parts(dataset: str, parts: Mapping[str, NDArray[np.int64]]) -> None:
     """Say once in a process how a file is parted."""
-    if dataset in _announced:
-        return
-    _announced.add(dataset)
-    if parts["train"] == parts["test"]:
+    if len(parts["train"]) == len(parts["test"]) and np.array_equal(parts["train"], parts["test"]):
         message = "has too few prompts to hold any out: evaluations are on the prompts that are trained on"
     else:
         counts = ", ".join(f"{len(rows):,} {split}" for split, rows in parts.items())
-        message = f"is one file, parted by a hash of the prompts: {counts} rows; give a folder for other splits"
-    print(f"dataset {dataset!r} {message}", file=sys.stderr)
-
-
-def _to_rows(raw: list[Any], where: str, schemas: Sequence[PromptSchema]) -> list[dict[str, Any]]:
-    if not raw:
-        raise ValueError(f"{where} is empty: it has no rows")
-    for number, row in enumerate(raw):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{where}, row {number} is no object with columns but {str(row)[:60]!r}")
-    columns = list(dict.fromkeys(name for row in raw for name in row))
-    schema = sources.match_schema(schemas, columns, where)
-    rows = []
-    for number, row in enumerate(raw):
-        for name in schema.columns:
-            if not isinstance(row.get(name), str):
-                raise ValueError(f"{where}, row {number}: column {name!r} is {row.get(name)!r}, not a text")
-        # Rewards get whole columns, so every row has every column.
-        rows.append({name: row.get(name) for name in columns} | schema.convert(row))
-    return rows
+        message = f"has one split, parted by a hash of the prompts: {counts} rows; give a folder for other splits"
+    say_once(f"dataset {dataset!r} {message}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from textrl_gym.data import encoding, preferences, prompts
+from textrl_gym.data.rows import BadRow, Dropped, OnBadRows, RowReport, say_once, settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ def read_preferences(
     most: int | None = None,
     seed: int = 0,
     whole: bool = False,
+    bad_rows: OnBadRows = "stop",
 ) -> list[RankedCompletions]:
     """A user's preferences, in any schema of `textrl_gym.data.preferences`, as token ids within the task's budgets.
 
@@ -75,6 +77,7 @@ def read_preferences(
         end_ids: tokens that end a completion, the usual one first; none: the tokenizer's EOS.
         most: so many rows at most, drawn with `seed`.
         whole: take the whole of what has no held-out split.
+        bad_rows: what to do with rows that do not fit their schema, and prompts that cannot be cut: "stop" or "skip".
 
     Raises:
         ValueError: see `textrl_gym.data.preferences.load_preferences`; or no pair is left within the budget.
@@ -82,16 +85,30 @@ def read_preferences(
     # Budgets count tokens: two texts that differ only behind the budget are equal for the model.
     prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
     ranked = []
-    rows = preferences.load_preferences(dataset, split, tokenizer, whole=whole).rows
+    rows = preferences.load_preferences(dataset, split, tokenizer, whole=whole, bad_rows=bad_rows).rows
+    drawn: Sequence[int] = range(len(rows))
     if most is not None and most < len(rows):
-        rows = random.Random(seed).sample(rows, most)
-    for row in rows:
+        drawn = random.Random(seed).sample(drawn, most)
+    bad, equal = RowReport(len(drawn)), RowReport(len(drawn))
+    for number in drawn:
+        row = rows[number]
         # What the budget cuts has no EOS, as a rollout that is truncated has none.
         prompt = row["chat"] or row["prompt"]
         ids = encoding.encode_completions(prompt, row["completions"], tokenizer, budget, end_ids=end_ids)
         pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
-        if pairs:
-            ranked.append(RankedCompletions(_encode_prompt(row, task, tokenizer, prompt_budget), ids, pairs))
+        if not pairs:
+            equal.add(rows.where(number), Dropped(f"completions that are equal within max_new_tokens={budget}"))
+            continue
+        try:
+            prompt_ids = _encode_prompt(row, task, tokenizer, prompt_budget)
+        except ValueError as error:
+            bad.add(rows.where(number), BadRow(prompts.UNCUTTABLE, str(error)))
+            continue
+        ranked.append(RankedCompletions(prompt_ids, ids, pairs))
+    where = f"dataset {dataset!r}, split {split!r}"
+    settle(bad, where, bad_rows)
     if not ranked:
-        raise ValueError(f"dataset {dataset!r}: within max_new_tokens={budget} no two completions of a prompt differ")
+        raise ValueError(f"{where}: within max_new_tokens={budget} no two completions of a prompt differ: {equal}")
+    if equal.counts:
+        say_once(f"{where}: of {equal.total:,} rows dropped {equal}")
     return ranked

@@ -1,4 +1,4 @@
-"""Sources of rows: local files, folders with a file for each split, and the Hub. Rows are returned as they are written.
+"""Sources of rows: local files, folders with files for each split, and the Hub. Rows are returned as they are written.
 
 Which columns mean what is said by `textrl_gym.data.prompts` and `textrl_gym.data.preferences`.
 """
@@ -6,27 +6,60 @@ Which columns mean what is said by `textrl_gym.data.prompts` and `textrl_gym.dat
 from __future__ import annotations
 
 import contextlib
-import csv
-import gzip
+import dataclasses
+import functools
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from textrl_gym.data.rows import Joined, RawRows, remembered
+from textrl_gym.data.text_files import IN_MEMORY_BYTES, CsvRows, JsonLines, ListRows, read_json
+
+if TYPE_CHECKING:
+    import datasets
 
 SPLITS = ("train", "validation", "test")
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 _DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# train-00001-of-00002, or with the hash that older uploads have: train-00000-of-00001-1a2b3c4d5e6f7a8b
+_SHARD = re.compile(r"(?P<split>.+?)-\d+(-of-\d+)?(-[0-9a-f]{8,})?")
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "test"), "test": ("test",)}
+"""Where a split of prompts is found: "test" stands in for "validation" where there is no other held-out split."""
 PREFERENCE_SPLITS = {
     "train": ("train", "train_prefs", "preference"),
     "validation": ("validation", "test", "test_prefs", "eval"),
 }
-"""What the Hub's data sets call a split; the first that is there is taken."""
-CONFIGS = {"openai/summarize_from_feedback": "comparisons", "tatsu-lab/alpaca_farm": "alpaca_human_preference"}
-"""The configuration of data sets that have several, where the preferences are."""
+"""What data sets of preferences call a split; the first that is there is taken."""
+CONFIGS = {
+    "openai/summarize_from_feedback": "comparisons",
+    "tatsu-lab/alpaca_farm": "alpaca_human_preference",
+    "openai/gsm8k": "main",
+}
+"""The configuration of data sets that have several."""
+MOST_STREAMED_ROWS = 1_000_000
+"""Of a data set that is larger than the disk."""
 PARQUET = "refs/convert/parquet"
 """The Hub's branch with the data of a data set's script as parquet files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows of a split as they are written."""
+
+    open: Callable[[], RawRows]
+    """Where they are decompressed, if they have to be."""
+    words: str
+    """The data in the words of an error."""
+    whole: bool
+    """Whether nothing says which rows are held out, as in a single file."""
+    key: Hashable
+    """Equal for two that hold the same."""
 
 
 def check_split(split: str) -> None:
@@ -35,144 +68,240 @@ def check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
 
 
-def read_rows(dataset: str | Path, split: str, hub: Callable[[str, str], list[Any]] | None = None) -> list[Any]:
+def open_rows(dataset: str | Path, split: str, names: Mapping[str, tuple[str, ...]] = SPLIT_NAMES) -> Source:
     """A split's rows as they are written; arguments and errors as `prompts.load_rows`.
 
     Args:
-        hub: reads a Hub id: f(name, split) -> rows; None: by `datasets.load_dataset`.
+        names: split -> what it may be called; the first that is there is taken.
     """
     check_split(split)
     # What is on the disk comes first: a folder named owner/name must not be looked for on the Hub.
     path = Path(dataset).expanduser()
     if path.is_file():
-        return _read_file(path)
+        keep = path.stat().st_size <= IN_MEMORY_BYTES
+        read = functools.partial(_read_file, path, keep)
+        return Source(read, f"dataset {str(dataset)!r}", True, _stamp([path]))
     if path.is_dir():
-        return [row for file in _split_files(path, split) for row in _read_file(file)]
-    if path.name.endswith(FORMATS) or _DATASET_ID.fullmatch(str(dataset)) is None:
+        return _open_folder(path, split, names)
+    name, _, part = str(dataset).partition(":")
+    if path.name.endswith(FORMATS) or _DATASET_ID.fullmatch(name) is None:
         raise ValueError(f"dataset {str(dataset)!r}: there is no such file or folder, and it is no Hub id (owner/name)")
-    return (hub or _read_hub_split)(str(dataset), split)
+    with hub_errors(str(dataset), split):
+        key = (str(dataset), split, names[split])
+        raw, whole = remembered(("hub", key), lambda: _open_hub(name, part, split, names))
+    return Source(lambda: raw, f"dataset {str(dataset)!r}, split {split!r}", whole, key)
 
 
-def held_out_split(folder: Path, split: str) -> str:
-    """The split of a folder to read: "test" stands in for "validation" where it has no other held-out split."""
-    names = {file.name.split(".")[0].split("-")[0] for file in folder.iterdir()}
-    return "test" if split == "validation" and "validation" not in names and "test" in names else split
+def _stamp(files: Sequence[Path]) -> Hashable:
+    """Of files as they are now."""
+    return tuple((str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _split_files(folder: Path, split: str) -> list[Path]:
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.endswith(FORMATS)]
-    matching = [f for f in files if re.fullmatch(rf"{split}(-\d+(-of-\d+)?)?", f.name.split(".")[0])]
-    if not matching:
-        names = ", ".join(f.name for f in files) or "no data file"
-        raise ValueError(f"folder {str(folder)!r} has no file for split {split!r} ({split}.jsonl, ...); it has {names}")
-    if len(matching) > 1 and any(f.name.split(".")[0] == split for f in matching):  # else they are shards
-        names = ", ".join(f.name for f in matching)
-        raise ValueError(f"folder {str(folder)!r} has more than one file for split {split!r}: {names}")
-    return matching
+def _open_folder(folder: Path, split: str, names: Mapping[str, tuple[str, ...]]) -> Source:
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _open_saved(folder, split, names)
+    found = _files_by_split(folder)
+    chosen, whole = _choose(split, names, found)
+    if chosen is None:
+        there = ", ".join(sorted(_shown(found))) or "no data file"
+        inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _files_by_split(path)]
+        also = f"; data are in its folders {', '.join(inside)}" if inside and not found else ""
+        raise ValueError(
+            f"folder {str(folder)!r} has no file for split {split!r} ({split}.jsonl, ...); it has {there}{also}"
+        )
+    files = found[chosen]
+    if len(files) > 1 and any(file.name.split(".")[0] == chosen for file in files):  # else they are shards
+        conflict = ", ".join(file.name for file in files)
+        raise ValueError(f"folder {str(folder)!r} has more than one file for split {chosen!r}: {conflict}")
+    keep = sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES
+
+    def read() -> RawRows:
+        parts = [_read_file(file, keep) for file in files]
+        return parts[0] if len(parts) == 1 else Joined(parts)
+
+    return Source(read, f"dataset {str(folder)!r}, split {split!r}", whole, _stamp(files))
 
 
-def _read_file(path: Path) -> list[Any]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(path)
-    if path.suffix == ".json":
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
-        if not isinstance(data, list):
-            raise ValueError(f"{str(path)!r} must hold a list of objects, not {type(data).__name__}")
-        return data
-    if path.suffix == ".csv":
-        return _read_csv(path)
-    if path.suffix == ".parquet":
-        _require("pyarrow", f"reading {path.name}")
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{str(path)!r} is no parquet file: {error}") from error
-    raise ValueError(f"{str(path)!r} is of no known format; allowed: {', '.join(FORMATS)}")
+def _choose(split: str, names: Mapping[str, tuple[str, ...]], there: Mapping[str, object]) -> tuple[str | None, bool]:
+    """What a split is called where these are there, and whether it is all there is, so that nothing is held out."""
+    own = next((name for name in names[split] if name in there), None)
+    training = next((name for name in names["train"] if name in there), None)
+    held_out = {name for kind, known in names.items() if kind != "train" for name in known}
+    whole = training is not None and not held_out & set(there)
+    return (training if whole else own), whole
 
 
-def _read_csv(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
-        try:
-            # restkey: fields beyond the header would be dropped in silence. strict: so would a quote that never ends.
-            rows = list(csv.DictReader(file, restkey="", strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{str(path)!r} is no CSV: {error}") from error
-    for number, row in enumerate(rows):
-        if "" in row:  # the restkey above
-            raise ValueError(f"{str(path)!r}, row {number} has more fields than the header: {row['']}")
-    return rows
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The data files of a folder by the names of their splits: its own, or those of data/, or a folder for each."""
+    for base in (folder, folder / "data", folder / "default"):
+        found: dict[str, list[Path]] = {}
+        if not base.is_dir():
+            continue
+        for file in sorted(base.iterdir()):
+            if file.is_file() and file.name.endswith(FORMATS):
+                stem = file.name.split(".")[0]
+                shard = _SHARD.fullmatch(stem)
+                found.setdefault(shard["split"] if shard else stem, []).append(file)
+        if not found:
+            for inner in sorted(path for path in base.iterdir() if path.is_dir() and _known(path.name)):
+                files = [file for file in sorted(inner.iterdir()) if file.name.endswith(FORMATS)]
+                if files:
+                    found[inner.name] = files
+        if found:
+            return found
+    return {}
 
 
-def _read_jsonl(path: Path) -> list[Any]:
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{str(path)!r}, line {number} is no JSON: {error}") from error
-    return rows
+def _known(name: str) -> bool:
+    return any(name in known for names in (SPLIT_NAMES, PREFERENCE_SPLITS) for known in names.values())
+
+
+def _shown(found: Mapping[str, list[Path]]) -> list[str]:
+    return [file.name for files in found.values() for file in files]
+
+
+def _open_saved(folder: Path, split: str, names: Mapping[str, tuple[str, ...]]) -> Source:
+    """What datasets' save_to_disk wrote: a data set, or one for each split."""
+    _require("datasets", f"reading what save_to_disk wrote in {str(folder)!r}")
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(folder)!r} cannot be read as a data set that save_to_disk wrote: {error}") from error
+    there = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    chosen, whole = _choose(split, names, there)
+    if chosen is None:
+        raise ValueError(f"folder {str(folder)!r} has no split {split!r}; it has {', '.join(there)}")
+    rows = ArrowRows(there[chosen], repr(str(folder)))
+    files = [file for file in sorted(folder.rglob("*.arrow")) if file.is_file()]
+    return Source(lambda: rows, f"dataset {str(folder)!r}, split {split!r}", whole, (chosen, _stamp(files)))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path, keep: bool) -> RawRows:
+    """The rows of a file; keep: in memory."""
+    if not path.name.endswith(FORMATS):
+        raise ValueError(f"{str(path)!r} is of no known format; allowed: {', '.join(FORMATS)}")
+    kind = path.name.removesuffix(".gz")
+    if kind.endswith(".jsonl"):
+        return JsonLines(path, keep)
+    if kind.endswith(".json"):
+        return read_json(path, keep)
+    if kind.endswith(".csv"):
+        return CsvRows(path, keep)
+    return _read_parquet(path, keep)
+
+
+def _read_parquet(path: Path, keep: bool) -> RawRows:
+    _require("pyarrow", f"reading {path.name}")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            large = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+            if keep and large <= IN_MEMORY_BYTES and file.metadata.num_rows <= IN_MEMORY_BYTES // 100:
+                return ListRows(file.read().to_pylist(), repr(str(path)))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{str(path)!r} is no parquet file: {error}") from error
+    _require("datasets", f"reading {path.name} of {large / 2**20:.0f} MB")
+    import datasets
+
+    # As an Arrow file in datasets' cache, mapped into memory: what is not looked at takes none.
+    return ArrowRows(datasets.Dataset.from_parquet(str(path), keep_in_memory=False), repr(str(path)))
+
+
+class ArrowRows(Sequence[object]):
+    """Rows of a data set of the library datasets, mapped into memory."""
+
+    def __init__(self, dataset: datasets.Dataset, name: str) -> None:
+        self.dataset, self.name = dataset, name
+        self._passed = 0
+
+    def read(self) -> Iterator[object]:
+        """Every row."""
+        self._passed = 0
+        for table in self.dataset.with_format("arrow").iter(1000):  # as Arrow: a thirtieth of the time of row by row
+            rows = table.to_pylist()
+            yield from rows
+            self._passed += len(rows)
+
+    def share_read(self) -> float:
+        """How many of the rows were read."""
+        return self._passed / max(len(self.dataset), 1)
+
+    def where(self, index: int) -> str:
+        """A row's place in words."""
+        return f"{self.name}, row {index}"
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any, /) -> Any:
+        return self.dataset[index]
 
 
 # -- the Hub ----------------------------------------------------------------------------------------------------------
 
 
-def _read_hub_split(name: str, split: str) -> list[Any]:
-    with hub_errors(name, split):
-        import datasets
+def _open_hub(name: str, part: str, split: str, names: Mapping[str, tuple[str, ...]]) -> tuple[RawRows, bool]:
+    """A split of a Hub data set, or of a folder in it, and whether it has no held-out one."""
+    import datasets
 
-        return datasets.load_dataset(name, split=split).to_list()
-
-
-def read_preference_rows(dataset: str, split: str) -> tuple[list[Any], bool]:
-    """A split of preference data as it is written, and whether the data set has held-out rows of its own."""
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return read_rows(dataset, held_out_split(path, split)), True
-    if path.is_file():
-        return read_rows(dataset, split), False
-    has_held_out: list[bool] = []
-
-    def hub(name: str, split: str) -> list[Any]:
-        rows, held_out = _read_hub_preferences(name, part, split)
-        has_held_out.append(held_out)
-        return rows
-
-    # A Hub id holds no colon, so that what comes after one is a folder of the data set.
-    name, _, part = dataset.partition(":")
-    return read_rows(name, split, hub), all(has_held_out)
+    splits = _load_hub(name, part)
+    chosen, whole = _choose(split, names, splits)
+    if chosen is None:
+        raise ValueError(f"it has the splits {', '.join(splits)}; known are {', '.join(names[split])}")
+    rows = splits[chosen]
+    words = f"{name}:{part}" if part else name
+    if isinstance(rows, datasets.IterableDataset):
+        return _Streamed(rows, words), whole
+    return ArrowRows(rows, f"{words}, split {chosen!r}"), whole
 
 
-def _read_hub_preferences(name: str, part: str, split: str) -> tuple[list[Any], bool]:
-    """A split of a Hub data set, and whether it has a held-out split."""
-    with hub_errors(f"{name}:{part}" if part else name, split):
-        import datasets
+def _load_hub(name: str, part: str) -> Mapping[str, Any]:
+    """All splits, since which there are decides what is held out."""
+    import datasets
 
-        try:
-            dataset = datasets.load_dataset(name, CONFIGS.get(name), data_dir=part or None)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            # The Hub keeps what such a script gives as parquet files on a branch of its own.
-            folder = part or CONFIGS.get(name, "default")
-            dataset = datasets.load_dataset(name, data_dir=folder, revision=PARQUET)
-        # All of them are loaded and one is taken, because which splits there are decides what is held out.
-        own = [n for n in PREFERENCE_SPLITS[split] if n in dataset]
-        names = own or [n for n in PREFERENCE_SPLITS["train"] if n in dataset]
-        if not names:
-            raise ValueError(f"it has the splits {', '.join(dataset)}; known are {', '.join(PREFERENCE_SPLITS[split])}")
-        has_held_out = any(n in dataset for n in PREFERENCE_SPLITS["validation"])
-        return dataset[names[0]].to_list(), has_held_out
+    where: dict[str, Any] = {"name": CONFIGS.get(name), "data_dir": part or None}
+    try:
+        size = _size(datasets.load_dataset_builder(name, **where))
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        # The Hub keeps what such a script gives as parquet files on a branch of its own.
+        where = {"data_dir": part or CONFIGS.get(name, "default"), "revision": PARQUET}
+        size = _size(datasets.load_dataset_builder(name, **where))
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    return datasets.load_dataset(name, **where, streaming=size > shutil.disk_usage(cache).free)
+
+
+def _size(builder: datasets.DatasetBuilder) -> int:
+    """Bytes on the disk, as far as the Hub says: of what is downloaded and of what it becomes."""
+    return (builder.info.download_size or 0) + (builder.info.dataset_size or 0)
+
+
+class _Streamed(JsonLines):
+    """The first rows of a data set that is larger than the disk."""
+
+    def __init__(self, rows: datasets.IterableDataset, name: str) -> None:
+        # Kept open as long as the rows are in use, and removed with them.
+        self._file = tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8")  # noqa: SIM115
+        most = shutil.disk_usage(tempfile.gettempdir()).free // 2
+        for number, row in enumerate(rows.take(MOST_STREAMED_ROWS)):
+            if number % 1000 == 0 and self._file.tell() > most:
+                break
+            self._file.write(json.dumps(row, default=str) + "\n")
+        self._file.flush()
+        print(f"dataset {name!r} is larger than the disk: its first {number + 1:,} rows are used", file=sys.stderr)
+        super().__init__(Path(self._file.name))
 
 
 @contextlib.contextmanager

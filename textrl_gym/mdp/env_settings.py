@@ -47,6 +47,9 @@ class EnvSettings:
     """False shows special tokens to the reward by their names, but for ends and padding."""
     missing_eos_penalty: Annotated[float, Ge(0)] = 0.0
     """Taken off the score of an episode whose budget ran out."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What to do with rows that cannot be used: no text where one must be, or a prompt that cannot be cut. All are
+    looked at before work begins."""
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from textrl_gym import kl
 from textrl_gym.bounds import MOST_ROWS, check, shown
+from textrl_gym.data.rows import OnBadRows
 
 if TYPE_CHECKING:
     from textrl_gym.mdp.task import Task
@@ -37,6 +38,7 @@ class MDPSettings(Protocol):
     stop: tuple[str, ...]
     skip_special_tokens: bool
     array: str
+    bad_rows: OnBadRows
     render_mode: str | None
     device: torch.device
     task: Task
@@ -60,6 +62,7 @@ ALLOWED: dict[str, object] = {
     "kl_coef": Annotated[float, Ge(0)],
     "missing_eos_penalty": Annotated[float, Ge(0)],
     "array": Literal["numpy", "torch"],
+    "bad_rows": OnBadRows,
     "render_mode": Literal["ansi", "human", "rgb_array"] | None,
     "stop": tuple[str, ...],
     "skip_special_tokens": bool,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from textrl_gym import files, registry
 from textrl_gym.core import PromptSource, RewardSpec, Row
 from textrl_gym.data import encoding, prompts
+from textrl_gym.data.rows import CHECKED_AT_ONCE, BadRow, Kept, OnBadRows, RowReport, RowRules, row_rules, settle
 from textrl_gym.models import adapters, fingerprint, loading, lora
 
 if TYPE_CHECKING:
@@ -73,6 +75,78 @@ class Task:
         if isinstance(row.get("chat"), encoding.Chat):
             return encoding.encode_chat(row["chat"], tokenizer, max_prompt_tokens)
         return prompts.encode_prompt(row["prompt"], tokenizer, max_prompt_tokens, self.keep_suffix)
+
+    def check_prompts(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+    ) -> list[BadRow | None]:
+        """Why each row can give no prompt; None: it can."""
+        if type(self).encode is Task.encode:
+            texts = [row["prompt"] for row in rows]
+            return prompts.uncuttable(texts, tokenizer, max_prompt_tokens, self.keep_suffix)
+        found: list[BadRow | None] = []
+        for row in rows:
+            try:
+                self.encode(row, tokenizer, max_prompt_tokens)
+                found.append(None)
+            except ValueError as error:
+                found.append(BadRow(prompts.UNCUTTABLE, str(error)))
+        return found
+
+
+class PromptCheck:
+    """Task.check_prompts for one tokenizer and budget; equal for the same objects, so that data are read once."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
+        self.key = (task, tokenizer, max_prompt_tokens)
+
+    def __call__(self, rows: Sequence[Row]) -> list[BadRow | None]:
+        """What is wrong with each row."""
+        task, tokenizer, budget = self.key
+        return task.check_prompts(rows, tokenizer, budget)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PromptCheck) and all(a is b for a, b in zip(self.key, other.key, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.key)))
+
+
+def checked_rows(
+    task: Task,
+    split: str,
+    dataset: str | None,
+    bad_rows: OnBadRows = "stop",
+    check: PromptCheck | None = None,
+) -> PromptSource:
+    """A task's rows, each looked at before work begins.
+
+    Rows that a task computes, as the embedded ones, are taken as they are; all others are read from data, or are a
+    list.
+
+    Args:
+        bad_rows: what to do with those that cannot be prompts: "stop" or "skip".
+        check: asks whether they can be encoded; None: only whether they are texts.
+
+    Raises:
+        ValueError: no rows, or bad ones.
+    """
+    with row_rules(RowRules(bad_rows, check)):
+        source = task.rows(split, dataset)
+    if len(source) == 0:
+        raise ValueError(f"dataset {dataset!r} has no rows in split {split!r}")
+    if not isinstance(source, list | tuple) or check is None:
+        return source
+    report = RowReport(len(source))
+    kept = []
+    for first in range(0, len(source), CHECKED_AT_ONCE):
+        faults = check(source[first : first + CHECKED_AT_ONCE])
+        for place, fault in enumerate(faults, start=first):
+            if fault is None:
+                kept.append(place)
+            else:
+                report.add(f"row {place}", fault)
+    settle(report, f"{type(task).__name__}.rows({split!r}, {dataset!r})", bad_rows)
+    return source if len(kept) == len(source) else Kept(source, kept)
 
 
 def load_task(task: Task | type[Task] | str) -> Task:

@@ -23,13 +23,14 @@ from textrl_gym import registry
 from textrl_gym.bounds import check, shown
 from textrl_gym.core import RewardSpec, Row, StopReason
 from textrl_gym.data import encoding
+from textrl_gym.data.rows import OnBadRows
 from textrl_gym.mdp.actions import Actions, parse_actions, penalty, to_tensor
 from textrl_gym.mdp.infos import final_info, reset_infos, with_finals
 from textrl_gym.mdp.prompt_streams import Prompt, PromptStreams
 from textrl_gym.mdp.render import RENDER_MODES, Renderer
 from textrl_gym.mdp.scorer import Scorer
 from textrl_gym.mdp.spaces import check_settings, spaces, stop_strings
-from textrl_gym.mdp.task import Task, load_task
+from textrl_gym.mdp.task import PromptCheck, Task, checked_rows, load_task
 from textrl_gym.mdp.transition import (
     BY_LENGTH,
     RUNNING,
@@ -77,6 +78,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             distribution, [B, V]). None with kl_coef > 0: the log-probability comes with the action, as
             {"token": a, "logprob": log pi}.
         missing_eos_penalty: taken off the score of an episode whose budget ran out.
+        bad_rows: what to do with rows that cannot be prompts (no text, or one that cannot be cut to the budget): "stop"
+            or "skip". All of them are looked at here.
         device: where the tensors live: "cpu", "cuda", "auto".
         array: "numpy", or "torch" to keep tensors on the device.
         render_mode: "ansi", "human", "rgb_array" (needs Pillow) or None.
@@ -106,6 +109,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         reference: torch.nn.Module | str | Path | None = None,
         policy_logprob: Callable[[Any, Any], Any] | None = None,
         missing_eos_penalty: float = 0.0,
+        bad_rows: OnBadRows = "stop",
         device: str = "cpu",
         array: str = "numpy",
         render_mode: str | None = None,
@@ -121,7 +125,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.stop = stop_strings(stop, self.task.stop)
         self.kl_coef, self.kl_estimator, self.policy_logprob = kl_coef, kl_estimator, policy_logprob
         self.missing_eos_penalty, self.array, self.render_mode = missing_eos_penalty, array, render_mode
-        self.skip_special_tokens = skip_special_tokens
+        self.skip_special_tokens, self.bad_rows = skip_special_tokens, bad_rows
         self._mode = check_settings(self, autoreset_mode)
         self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
         self.device = loading.resolve_device(device)
@@ -130,9 +134,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.vocab_size = vocab_size(self.tokenizer)
         self.end_ids = self._find_ends(tokenizer, eos_token_id)
         """The tokens that end an episode, the usual one first."""
-        self.source = self.task.rows(split, dataset)
-        if len(self.source) == 0:
-            raise ValueError(f"dataset {dataset!r} has no rows in split {split!r}")
+        prompt_check = PromptCheck(self.task, self.tokenizer, self.max_prompt_tokens)
+        self.source = checked_rows(self.task, split, dataset, bad_rows, prompt_check)
         self.streams_of_prompts = PromptStreams(self.source, self._encode, num_envs, group_size)
         self.reward_model = self._load_reward(reward)
         self.scorer = self._make_scorer()

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Gt
 
 from textrl_gym.bounds import Seed, check_settings
-from textrl_gym.core import Row
+from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import encode_completions, end_ids
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
-from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.task import PromptCheck, Task, checked_rows
 from textrl_gym.models.loading import declared_ends
 from textrl_gym.pipeline.simulated_comparisons import Comparer, ComparisonStream
 from textrl_gym.policy.policy import Policy
@@ -126,7 +126,7 @@ def gather(env_id: str, config: RewardModelConfig, env: EnvSettings | None = Non
     env = env or EnvSettings()
     task = env.task(env_id)
     tokenizer = task.load_tokenizer(env.tokenizer or config.model)
-    budget: dict[str, Any] = {"most": config.eval_prompts, "seed": drawn.seed, "whole": True}
+    budget: dict[str, Any] = {"most": config.eval_prompts, "seed": drawn.seed, "whole": True, "bad_rows": env.bad_rows}
     budget["end_ids"] = end_ids(tokenizer, declared_ends(tokenizer.name_or_path))
     more = {
         name: read_preferences(name, "validation", task, tokenizer, **budget)
@@ -144,12 +144,11 @@ def simulated(
     names = dict.fromkeys([config.policy, config.model])
     comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
     check_curve(config, config.prompts * math.comb(config.samples + config.candidates, 2))
-    rows_to_learn = task.rows(env.split, env.dataset)
-    total = min(config.prompts, len(rows_to_learn))
-    stream: Iterable[RankedCompletions] = ComparisonStream(comparer, rows_to_learn, total, config.seed + 1)
+    training, source = (prompt_rows(task, tokenizer, env, split) for split in (env.split, "validation"))
+    total = min(config.prompts, len(training))
+    stream: Iterable[RankedCompletions] = ComparisonStream(comparer, training, total, config.seed + 1)
     if config.curve:
         stream = list(stream)
-    source = task.rows("validation", env.dataset)
     heldout = list(comparer.stream(source, config.eval_prompts, config.seed))
     rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
     samples = comparer.compare(comparer.policies[0], rows, config.seed, samples=4, temperature=1.0, candidates=0)
@@ -166,13 +165,19 @@ def simulated(
     )
 
 
+def prompt_rows(task: Task, tokenizer: PreTrainedTokenizerBase, env: EnvSettings, split: str) -> PromptSource:
+    """The prompts of a split, looked at before any is sampled from."""
+    check = PromptCheck(task, tokenizer, task.max_prompt_tokens)
+    return checked_rows(task, split, env.dataset, env.bad_rows, check)
+
+
 def from_datasets(
     env_id: str, env: EnvSettings, task: Task, tokenizer: PreTrainedTokenizerBase, config: RewardModelConfig
 ) -> RewardData:
     """The user's preferences, of all data sets in one random order."""
     train: list[RankedCompletions] = []
     heldout = {}
-    drawn: dict[str, Any] = {"seed": config.seed}
+    drawn: dict[str, Any] = {"seed": config.seed, "bad_rows": env.bad_rows}
     drawn["end_ids"] = end_ids(tokenizer, declared_ends(tokenizer.name_or_path))
     for name in config.dataset:
         train += read_preferences(name, "train", task, tokenizer, most=config.prompts, **drawn)

@@ -40,6 +40,7 @@ from textrl_gym.pipeline.reward_data import (
     first_pairs,
     gather,
     in_order,
+    prompt_rows,
 )
 from textrl_gym.pipeline.reward_metrics import (
     accuracy_row,
@@ -115,7 +116,7 @@ def pretraining(model: PreTrainedModel, data: RewardData, config: RewardModelCon
         model,
         data.task,
         data.tokenizer,
-        data.task.rows(data.env.split, data.env.dataset),
+        prompt_rows(data.task, data.tokenizer, data.env, data.env.split),
         steps=config.replaced_token_steps,
         batch_size=config.replaced_token_batch_size,
         rate=config.learning_rate,

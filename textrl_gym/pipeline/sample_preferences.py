@@ -22,7 +22,7 @@ from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
-from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.task import PromptCheck, Task, checked_rows
 from textrl_gym.models import loading
 from textrl_gym.models.tokenizer import vocab_size
 from textrl_gym.pipeline.optim import progress_bar
@@ -157,8 +157,9 @@ class Pairer:
         """Raises ValueError where the models, the label or the prompts are not to be had."""
         self.task = task = env.task(env_id)
         self.config = config
-        self.source = task.rows(env.split, env.dataset)
         self.policies, self.tokenizer = load_policies(task, config)
+        check = PromptCheck(task, self.tokenizer, task.max_prompt_tokens)
+        self.source = checked_rows(task, env.split, env.dataset, env.bad_rows, check)
         self.labeller = Labeller(task, self.tokenizer, config)
         self.names = [config.model or START, config.other_model or config.model or START]
         self.counts = {"prompts": 0, "equal": 0, "ties": 0}

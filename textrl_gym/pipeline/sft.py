@@ -9,6 +9,7 @@ Shape legend: B rows, K completions a row, T places a completion, S = K T + 1, N
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import Chat, encode_completions, end_ids
 from textrl_gym.mdp.env_settings import EnvSettings
-from textrl_gym.mdp.task import Task
+from textrl_gym.mdp.task import PromptCheck, Task, checked_rows
 from textrl_gym.models import loading
 from textrl_gym.models.loading import declared_ends
 from textrl_gym.models.packing import Packed, pack
@@ -136,17 +137,21 @@ def encode_row(
     return task.encode(row, tokenizer, task.max_prompt_tokens), completions
 
 
-def demonstrations(task: Task, split: str, dataset: str | None) -> PromptSource:
+def demonstrations(task: Task, split: str, env: EnvSettings, check: PromptCheck | None = None) -> PromptSource:
     """Rows to learn from: the task's own `demonstrations(split)` where it has them, or the rows of a dataset.
 
     A row holds `prompt` and `completion`, or a list of `completions`, which cost little more to learn than one.
 
+    Args:
+        check: asks whether each prompt can be encoded.
+
     Raises:
-        ValueError: the rows have no completions to learn.
+        ValueError: the rows have no completions to learn, or bad ones.
     """
     # A task's own demonstrations may be poor on purpose, as those of TLDRSummarize-v0 are.
     own: Callable[[str], PromptSource] | None = getattr(task, "demonstrations", None)
-    source = own(split) if dataset is None and own is not None else task.rows(split, dataset)
+    rows = functools.partial(checked_rows, task, split, env.dataset, env.bad_rows, check)
+    source = own(split) if env.dataset is None and own is not None else rows()
     if len(source) == 0 or not (source[0].get("completions") or source[0].get("completion")):
         columns = sorted(source[0]) if len(source) else "no rows"
         raise ValueError(f"supervised training needs rows with the columns prompt and completion; found {columns}")
@@ -325,11 +330,10 @@ def sft(
         record = finished_record(out, RECORD, env_id, env, config)
         if record is not None:
             return record
-        source, heldout = (demonstrations(task, split, env.dataset) for split in (env.split, "validation"))
+        rows, _ = (demonstrations(task, split, env) for split in (env.split, "validation"))
         with Trainer(out, settings, save) as trainer:
             write_run(out, "sft", settings, save)
-            model, tokenizer, measured = _train(task, source, config, env, trainer)
-        measured["heldout_loss"] = heldout_loss(model, task, tokenizer, heldout, config.eval_rows)
+            model, tokenizer, measured = _train(task, rows, config, env, trainer)
         record = {"environment": env_id, "env": dataclasses.asdict(env), "config": dataclasses.asdict(config)}
         text = json.dumps(record | {"measured": measured}, indent=2)
 
@@ -343,15 +347,17 @@ def sft(
 
 
 def _train(
-    task: Task, source: PromptSource, config: SFTConfig, env: EnvSettings, trainer: Trainer
+    task: Task, rows: PromptSource, config: SFTConfig, env: EnvSettings, trainer: Trainer
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """The trained model, its tokenizer and what was measured, from the start or from the trainer's checkpoint."""
     torch.manual_seed(config.seed)
     if trainer.source is None:
-        model, tokenizer = load_initial(task, config, source, env.tokenizer)
+        model, tokenizer = load_initial(task, config, rows, env.tokenizer)
     else:
         saved = str(trainer.source / MODEL)
         model, tokenizer = cast("PreTrainedModel", task.load_model(saved)), task.load_tokenizer(saved)
+    check = PromptCheck(task, tokenizer, task.max_prompt_tokens)
+    source, heldout = (demonstrations(task, split, env, check) for split in (env.split, "validation"))
     model.eval()  # no dropout: the same function is trained that will be sampled from
     phases: list[Phase] = []
     if config.model is None and config.copy_steps:
@@ -370,6 +376,7 @@ def _train(
     stream = Batches(task, tokenizer, source, config.batch_size, config.seed, ends=ends)
     phases.append(Supervised(model, stream, config))
     measured = trainer.train(model, phases, lambda folder: save_model(model, tokenizer, folder / MODEL))
+    measured |= {"heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows)}
     return model, tokenizer, {"parameters": sum(p.numel() for p in model.parameters())} | measured
 
 

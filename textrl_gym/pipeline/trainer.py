@@ -301,8 +301,10 @@ def check_same_settings(folder: Path, before: Mapping[str, Any], settings: Mappi
     Raises:
         ValueError: naming the first that differs.
     """
+    # Of the environment a version before this one may not have known all: they had their defaults.
+    defaults = by_flag(dataclasses.asdict(EnvSettings()))
     for name, value in settings.items():
-        if before.get(name) != value:
+        if before.get(name, defaults.get(name)) != value:
             raise ValueError(
                 f"{str(folder)!r} holds a training with {name}={before.get(name)!r}, not {value!r}: go on with that, "
                 "or name another --out"
