@@ -343,21 +343,27 @@ def _open(path: Path, keep: bool) -> _Bytes:
             small = path.stat().st_size <= IN_MEMORY_BYTES
             if not packed and encoding.startswith("utf-8"):
                 return _Bytes(path, skip, data=stream.read() if keep and small else None)
-            file = tempfile.TemporaryFile()  # noqa: SIM115 - it stays open as long as the rows are in use
-            for chunk in _decoded(path, cast(BinaryIO, stream), encoding):
-                file.write(chunk)
+            return _unpacked(path, cast(BinaryIO, stream), encoding, skip)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{str(path)!r} is no whole gzip file: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is no {error.encoding}, which its first bytes say: {error.reason}") from error
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
-    if file.tell() > IN_MEMORY_BYTES:
+
+
+def _unpacked(path: Path, stream: BinaryIO, encoding: str, skip: int) -> _Bytes:
+    """The text of a stream that cannot be read from any place: in memory, or in a temporary file."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
+        for chunk in _decoded(path, stream, encoding):
+            file.write(chunk)
+        if file.tell() <= IN_MEMORY_BYTES:
+            file.seek(0)
+            return _Bytes(path, skip, data=file.read())
         file.flush()
+        stack.pop_all()  # it stays open as long as the rows are in use
         return _Bytes(path, skip, temporary=cast(BinaryIO, file))
-    with file:
-        file.seek(0)
-        return _Bytes(path, skip, data=file.read())
 
 
 def _decoded(path: Path, stream: BinaryIO, encoding: str) -> Iterator[bytes]:
