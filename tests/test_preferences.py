@@ -160,6 +160,48 @@ def test_ties_are_dropped_and_said(name: str, tmp_path: Path, capsys: pytest.Cap
     assert "of 3 rows dropped 2 ties" in capsys.readouterr().err
 
 
+LABELS: dict[str, tuple[str, dict[Any, str | None]]] = {
+    # what stands there -> why the row is bad; None: it is dropped, as one without a label
+    "shp": ("labels", {2: "is not 0 or 1", -1: "is not 0 or 1", 0.5: "is not 0 or 1", True: "finite number",
+                       "A": "not a number", 1e999: "finite number", None: None, float("nan"): None, "": None}),
+    "alpaca_farm": ("preference", {-1: "is not 0, 1, 2 or between", 3: "is not 0, 1, 2 or between", 0.5: "is not 0",
+                                   False: "finite number", None: None, float("nan"): None}),
+    "webgpt": ("score_0", {float("inf"): "finite number", True: "finite number", "x": "not a number", None: None}),
+    "summaries": ("choice", {-1: "is not 0 or 1", 2: "is not 0 or 1", True: "finite number", None: None}),
+    "trl": ("margin", {float("inf"): "finite number", "x": "not a number"}),
+    "implicit turns": ("score_chosen", {float("-inf"): "finite number", True: "finite number"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, values) in LABELS.items() for value in values])
+def test_labels_that_choose_nothing_are_bad_or_dropped(name: str, value: Any, tmp_path: Path) -> None:
+    column, reasons = LABELS[name]
+    good = SCHEMAS[name][0]
+    path = write(tmp_path / "a.jsonl", [good | {column: value}, good])
+    if reasons[value] is None:
+        found = preferences.load_preferences(path, "train", whole=True)
+        assert (len(found.rows), found.dropped) == (1, {"without a label": 1})
+        return
+    with pytest.raises(ValueError, match=rf"1 row: column '{column}' .*{reasons[value]}.* \(.*line 1: "):
+        preferences.load_preferences(path, "train", whole=True)
+    assert len(preferences.load_preferences(path, "train", whole=True, bad_rows="skip").rows) == 1
+
+
+def test_labels_of_a_csv_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("history,human_ref_A,human_ref_B,labels\nSalt?,Yes.,No.,0\nSalt?,Yes.,No.,1\n")
+    found = preferences.load_preferences(str(path), "train", whole=True).rows
+    assert [row["completions"] for row in found] == [[" No.", " Yes."], [" Yes.", " No."]]
+
+
+@pytest.mark.parametrize("name", ["title", "subreddit", "post"])
+def test_a_missing_text_is_not_written_as_none(name: str, tmp_path: Path) -> None:
+    row = SCHEMAS["summaries"][0]
+    path = write(tmp_path / "a.jsonl", [row | {"info": INFO | {name: None}}])
+    with pytest.raises(ValueError, match=f"column '{name}' is not a text"):
+        preferences.load_preferences(path, "train", whole=True)
+
+
 def test_a_chat_template_writes_conversations(tmp_path: Path) -> None:
     tokenizer = TLDRSummarize().load_tokenizer()
     turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

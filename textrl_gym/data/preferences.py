@@ -10,8 +10,10 @@ prompt as a text too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +36,8 @@ from textrl_gym.data.rows import (
     remembered,
     say_once,
     settle,
+    shown,
+    text_of,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
 
 
 TIE = "ties"
+UNLABELLED = "without a label"
 ASTRAY = "dialogues that differ in more than the last turn"
 
 
@@ -120,10 +125,38 @@ def _user(text: str) -> Talk:
 
 def _ordered(prompt: str | Talk, texts: Sequence[str], score: float) -> Preference:
     """Two texts, the first chosen where score > 0, the second where it is < 0."""
-    # A missing number in a column of floats is NaN: no preference either.
-    if score == 0 or math.isnan(score):
+    if score == 0:
         raise Dropped(TIE)
     return _pair(prompt, *(texts if score > 0 else reversed(texts)))
+
+
+def _label(row: Row, name: str) -> float:
+    """The number in a column by which annotators chose.
+
+    Raises:
+        Dropped: there is none.
+        BadRow: it is no finite number.
+    """
+    value = row[name]
+    if isinstance(value, str):  # as all values of a CSV file are
+        try:
+            value = float(value) if value.strip() else None
+        except ValueError:
+            raise BadRow(f"column {name!r} is not a number", shown(value)) from None
+    # In a column of floats, as pandas and Arrow have it, a missing number is NaN.
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise Dropped(UNLABELLED)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise BadRow(f"column {name!r} is not a finite number", shown(value))
+    return float(value)
+
+
+def _one_of(row: Row, name: str, allowed: Sequence[int]) -> int:
+    """A label that must be one of some."""
+    label = _label(row, name)
+    if label not in allowed:
+        raise BadRow(f"column {name!r} is not {' or '.join(map(str, allowed))}", shown(row[name]))
+    return int(label)
 
 
 # -- schemas ----------------------------------------------------------------------------------------------------------
@@ -175,37 +208,46 @@ def _explicit(row: Row) -> Preference:
 
 
 def _summaries(row: Row) -> Preference:
-    info, texts = row["info"], [summary["text"] for summary in row["summaries"]]
+    info, choice = row["info"], _one_of(row, "choice", (0, 1))
+    texts = [text_of(summary, "text") for summary in row["summaries"]]
+    if len(texts) != 2:
+        raise BadRow("column 'summaries' does not hold two", shown(texts))
     # Its rows come from two sources, Reddit and the news of CNN/DM, of which only the second has an article.
     if info.get("article"):
-        prompt = f"TITLE: {info['title']}\n\n{info['article']}\n\nTL;DR:"
+        title, article = (text_of(info, name) for name in ("title", "article"))
+        prompt = f"TITLE: {title}\n\n{article}\n\nTL;DR:"
     else:
-        prompt = prompts.tldr_prompt({**info, "summary": ""})["prompt"]
-    return _pair(prompt, texts[row["choice"]], texts[1 - row["choice"]])
+        texts_of_post = {name: text_of(info, name) for name in ("subreddit", "title", "post")}
+        prompt = prompts.tldr_prompt({**texts_of_post, "summary": ""})["prompt"]
+    return _pair(prompt, texts[choice], texts[1 - choice])
 
 
 def _webgpt(row: Row) -> Preference:
     question = row["question"]
-    text = question["full_text"] if isinstance(question, Mapping) else question
-    return _ordered(_user(text), [row["answer_0"], row["answer_1"]], row["score_0"] - row["score_1"])
+    text = text_of(question, "full_text") if isinstance(question, Mapping) else text_of(row, "question")
+    scores = [_label(row, name) for name in ("score_0", "score_1")]
+    return _ordered(_user(text), [row["answer_0"], row["answer_1"]], scores[0] - scores[1])
 
 
 def _shp(row: Row) -> Preference:
-    return _ordered(_user(row["history"]), [row["human_ref_A"], row["human_ref_B"]], 1 if row["labels"] else -1)
+    score = 1 if _one_of(row, "labels", (0, 1)) else -1
+    return _ordered(_user(text_of(row, "history")), [row["human_ref_A"], row["human_ref_B"]], score)
 
 
 def _two_outputs(row: Row) -> Preference:
-    """alpaca_farm and alpaca_eval: preference 1 or 2, or between them; 0, 1.5 or none for a tie."""
-    text = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-    score = 1.5 - row["preference"] if row["preference"] else 0.0
-    return _ordered(_user(text), [row["output_1"], row["output_2"]], score)
+    """alpaca_farm and alpaca_eval: preference 1 or 2, or between them; 0 or 1.5 for a tie."""
+    text = text_of(row, "instruction") + (f"\n\n{text_of(row, 'input')}" if row.get("input") else "")
+    preference = _label(row, "preference")
+    if preference != 0 and not 1 <= preference <= 2:
+        raise BadRow("column 'preference' is not 0, 1, 2 or between 1 and 2", shown(row["preference"]))
+    return _ordered(_user(text), [row["output_1"], row["output_2"]], 1.5 - preference if preference else 0.0)
 
 
 def rating(completion: Row) -> float | None:
     """The mean of a completion's ratings in UltraFeedback's aspects, which are texts; None where all are "N/A"."""
     ratings = [aspect.get("Rating") for aspect in (completion.get("annotations") or {}).values()]
-    numbers = [float(text) for text in ratings if text is not None and re.fullmatch(r"\d+(\.\d+)?", str(text))]
-    return sum(numbers) / len(numbers) if numbers else None
+    given = [float(text) for text in ratings if text is not None and re.fullmatch(r"\d+(\.\d+)?", str(text))]
+    return sum(given) / len(given) if given else None
 
 
 def _ultrafeedback(row: Row) -> Preference:
@@ -216,7 +258,7 @@ def _ultrafeedback(row: Row) -> Preference:
     pairs = [(a, b) for a in places for b in places if scores[a] > scores[b] and texts[a] != texts[b]]
     if not pairs:
         raise Dropped(TIE)
-    return Preference(_user(row["instruction"]), texts, pairs)
+    return Preference(_user(text_of(row, "instruction")), texts, pairs)
 
 
 def _conversations(row: Row) -> Preference:
@@ -297,6 +339,9 @@ def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None) -> 
 
     def convert(row: Row) -> dict[str, Any]:
         try:
+            for name in SCORES:
+                if row.get(name) is not None:
+                    check_score(row, name)
             return {**row, **_texts(schema.convert(row), tokenizer)}
         except BadRow:
             raise
@@ -305,6 +350,16 @@ def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None) -> 
             raise BadRow(f"does not fit the schema of {schema.name}", detail) from error
 
     return raw, schema, convert, look_through(raw, source.words, columns, convert)
+
+
+SCORES = ("score_chosen", "score_rejected", "margin")
+"""Columns that stand beside pairs, for those who use them."""
+
+
+def check_score(row: Row, name: str) -> None:
+    """Raise BadRow for a score that is no finite number; one that is missing is none."""
+    with contextlib.suppress(Dropped):
+        _label(row, name)
 
 
 def _as_mapping(row: object) -> object:

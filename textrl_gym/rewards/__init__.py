@@ -189,7 +189,7 @@ def _checked(name: str, function: Callable[..., Any], batch: dict[str, list[Any]
         if values.ndim != 1:
             raise ValueError(f"reward {name!r} gave a tensor of shape {list(values.shape)}, not [{len(completions)}]")
         values = values.tolist()
-    elif isinstance(values, str | Mapping) or not hasattr(values, "__len__"):
+    elif isinstance(values, str | bytes | Mapping | set | frozenset) or not hasattr(values, "__len__"):
         raise ValueError(f"reward {name!r} gave {values!r}, not a list or tensor of {len(completions)} numbers")
     if len(values) != len(completions):
         raise ValueError(f"reward {name!r} gave {len(values)} values for {len(completions)} completions")
