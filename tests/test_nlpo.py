@@ -10,6 +10,7 @@ from textrl_gym import functional
 from textrl_gym.agents import NLPO, PPO
 from textrl_gym.core import Rollout
 from textrl_gym.models import tiny
+from textrl_gym.policy.backbone import Trunk
 from textrl_gym.policy.policy import Policy
 from textrl_gym.policy.top_p_policy import MaskedPolicy, top_p_set
 from textrl_gym.registry import load_agent
@@ -63,11 +64,10 @@ def test_probability_is_that_of_the_allowed_tokens_alone() -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_sampling_and_training_see_the_same_distribution(shared: bool) -> None:
+def test_sampling_and_training_see_the_same_distribution(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = copy_policy(0.6)
     if not shared:
-        for trunk in (policy.trunk, policy.mask.trunk):
-            trunk.__dict__["shares_prompts"] = False
+        monkeypatch.setattr(Trunk, "shares_prompts", False)
     rollout = rollout_of(policy)
     for p in policy.parameters():
         p.requires_grad_(True)

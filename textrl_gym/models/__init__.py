@@ -8,6 +8,7 @@
 - `tokenizer`: training a byte-level BPE tokenizer
 - `tiny`: tiny tokenizers and models made in code
 - `onednn`: linear layers by oneDNN
+- `positions`: how long texts may be, and the lengths at which a model changes
 - `flops`: counting floating-point operations
 - `memory`: what a run holds in memory, before anything is loaded
 - `packing`: several completions of a prompt in one sequence

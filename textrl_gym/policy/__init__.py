@@ -2,6 +2,7 @@
 
 - `policy`: Policy: log-probabilities, values and actions of a model
 - `backbone`: the model's body on prompts and completions, each prompt computed once
+- `trial`: which ways of running a model give its own numbers
 - `prefix_attention`: attention over a prompt that a group of completions shares
 - `attention_kernels`: the same by PyTorch's fused kernels, in training passes
 - `decoders`: cached decoding, a token at a time

@@ -2,7 +2,8 @@
 
 Everything that reads a language model here goes through a Trunk: teacher-forced passes for training, for the reference,
 for values and for rewards, and the sampler's decoding. Where the model's attention can go on from shared prompts
-(policy.prefix_attention) it does; where it cannot, each row computes its own prompt: slower, and the same numbers.
+(policy.prefix_attention) it does; where it cannot, each row computes its own prompt; where padding on the left or going
+on from a cache changes the model's numbers, neither is done: slower, and the same numbers (policy.trial).
 
 Shape legend: U unique prompts, P prompt positions, B rows, T response positions, N positions in any order, D hidden
 width, V vocabulary.
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from textrl_gym.models import lora, onednn
+from textrl_gym.models import lora, onednn, positions
+from textrl_gym.policy import trial
 from textrl_gym.policy.prefix_attention import LAYERS, Prefix, StopAtLastLayer, attached, capped, configs, prompt_cache
+from textrl_gym.policy.trial import Ways
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,6 +70,12 @@ def unique_prompts(prompt_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
     return first_U, source_B
 
 
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """A causal LM without its head, or a decoder without another one."""
+    # Some families name a body that they do not have under that name (Llama 4), and are their own base then.
+    return model.base_model if model.base_model is not model else cast("nn.Module", model.model)
+
+
 class Trunk:
     """The body of a causal LM or of a decoder with another head; of a causal LM the head too.
 
@@ -81,54 +90,77 @@ class Trunk:
         self, model: nn.Module, dtype: torch.dtype = torch.float32, static: bool = False, adapter: bool = True
     ) -> None:
         self.model, self.dtype, self.static = lora.bare(model), dtype, static
-        self.body: Any = self.model.base_model
+        self.body: Any = body_of(self.model)
         self._without: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
         if not adapter:
             self._without = cast("PeftModel", model).disable_adapter
         self.configs = configs(self.model)
+        self._borders, self._limit = positions.borders(self.model.config), positions.limit(self.model)
+        self._ways: Ways | None = None
+        self._tried = 0
+        self._told: set[str] = set()
         onednn.prepare_(self.model)
 
-    def _some_tokens(self) -> Tensor:
-        """Four tokens to try the model on: the smallest models here have positions and tokens for no more."""
-        return torch.arange(4, device=self.device) % self.model.config.get_text_config().vocab_size
+    # -- which ways are right -----------------------------------------------------------------------------------------
 
-    @cached_property
+    def try_out(self, reach: int) -> Ways:
+        """How the model may be run on texts of up to so many tokens; compared with its plain forward when first asked.
+
+        What is slower than it could be is said once, with the reason.
+
+        Raises:
+            ValueError: no way gives the numbers of the model's own forward.
+        """
+        wanted = trial.length(self._borders, min(reach, self._limit or reach))
+        if self._ways is None or (wanted > self._tried and self._is_new(wanted)):
+            self._ways, self._tried = trial.examine(self, max(wanted, 2), self._borders), wanted
+            for reason in self._ways.reasons:
+                if reason not in self._told:
+                    warnings.warn(f"{type(self.model).__name__} {reason}", stacklevel=2)
+            self._told |= set(self._ways.reasons)
+        return self._ways
+
+    def _is_new(self, length: int) -> bool:
+        """Whether texts of a length may show what those tried before did not."""
+        # By doubling where no border lies between: texts that are stepped through grow a token at a time.
+        return length >= 2 * self._tried or any(self._tried <= border < length for border in self._borders)
+
+    def ways_for(self, mask_BP: Tensor, more: int) -> Ways:
+        """`try_out` for prompts and at most so many tokens after them."""
+        reach = mask_BP.shape[1] + more
+        if self._ways is not None and trial.length(self._borders, reach) <= self._tried:
+            return self._ways
+        return self.try_out(int(mask_BP.sum(1).max()) + more)  # padding may reach further than texts do
+
+    @property
     def shares_prompts(self) -> bool:
-        """Whether the model's attention goes on from shared prompts; if not, it is said once, with the reason."""
-        obstacle = self._obstacle()
-        if obstacle:
-            warnings.warn(
-                f"{type(self.model).__name__} cannot share a prompt among its completions ({obstacle}): prompts are "
-                "computed for each completion, which is slower and gives the same results",
-                stacklevel=2,
-            )
-        return not obstacle
+        """Whether the model's attention goes on from shared prompts."""
+        return (self._ways or self.try_out(4)).shares  # the smallest models here have positions for no more
 
-    def _obstacle(self) -> str:
-        """Why prompts cannot be shared; "" if they can. The last word has a comparison on made-up tokens."""
+    @property
+    def pads(self) -> bool:
+        """Whether texts of unequal length may stand side by side, padded on the left."""
+        return (self._ways or self.try_out(4)).pads
+
+    @property
+    def caches(self) -> bool:
+        """Whether such texts may go on from the cache of the model's own making."""
+        return (self._ways or self.try_out(4)).caches
+
+    def obstacle(self) -> str:
+        """Why prompts cannot be shared, as far as the model's configuration says; "" if it says nothing."""
         if not getattr(self.model, "_supports_attention_backend", False):
             return "its attention cannot be replaced"
         kinds = {kind for config in self.configs for kind in getattr(config, "layer_types", None) or ()}
         if kinds - LAYERS:
             return f"it has layers of the kind {', '.join(sorted(kinds - LAYERS))}"
-        a, b, c, d = self._some_tokens()
-        prompt_BP = torch.stack([torch.stack([a, b]), torch.stack([a, c]), torch.stack([a, c])])
-        # A padded prompt, and two rows of one prompt: what a family may do otherwise shows with these.
-        mask_BP = torch.tensor([[False, True], [True, True], [True, True]], device=self.device)
-        action_BT = torch.stack([torch.stack([c, d]), torch.stack([c, d]), torch.stack([d, b])])
-        action_mask_BT = torch.ones_like(action_BT, dtype=torch.bool)
-        with torch.no_grad(), self.running():
-            plain = self._whole(prompt_BP, mask_BP, action_BT, action_mask_BT)
-            try:
-                shared = self._shared(prompt_BP[:2], mask_BP[:2], torch.tensor([0, 1, 1], device=a.device), action_BT)
-            except NotImplementedError as reason:
-                return str(reason)
-        # Two orders of the same sums: float32 keeps 7 digits and bfloat16 2 to 3; a fault of ours changes the first.
-        digits = 1e-3 if {self.dtype, plain.dtype} <= {torch.float32, torch.float64} else 5e-2
-        # Written as "not <=", so that a NaN is an obstacle too.
-        if not (plain - shared).abs().max() <= digits * plain.abs().max():
-            return "its numbers would change"
         return ""
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """As `running`, in the precision of the weights."""
+        with onednn.fast(), self._without(), capped(self.configs):
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -162,14 +194,20 @@ class Trunk:
             action_BT, action_mask_BT: the tokens that follow, right-padded.
         """
         first_U, source_B = unique_prompts(prompt_BP, mask_BP)
-        # Where no prompt stands twice there is nothing to share, and one pass is faster than two.
-        if len(first_U) < len(prompt_BP) and self.shares_prompts:
-            with self.running():
-                return self._shared(prompt_BP[first_U], mask_BP[first_U], source_B, action_BT)
+        self.ways_for(mask_BP, action_BT.shape[1])
         with self.running():
-            return self._whole(prompt_BP, mask_BP, action_BT, action_mask_BT)
+            # Where no prompt stands twice there is nothing to share, and one pass is faster than two.
+            if len(first_U) < len(prompt_BP) and self.shares_prompts:
+                return self.shared(prompt_BP[first_U], mask_BP[first_U], source_B, action_BT)
+            way = self.whole if self.pads else self.apart
+            return way(prompt_BP, mask_BP, action_BT, action_mask_BT)
 
-    def _whole(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
+    def plain(self, ids_BL: Tensor) -> Tensor:
+        """The last hidden states of texts of one length, by the model's plain forward, [B, L, D]."""
+        return self.body(input_ids=ids_BL, use_cache=False)[0]
+
+    def whole(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
+        """`hidden` of all rows side by side, padded on the left."""
         mask_BL = torch.cat([mask_BP, action_mask_BT], 1)
         out = self.body(
             input_ids=torch.cat([prompt_BP, action_BT], 1),
@@ -179,7 +217,22 @@ class Trunk:
         )
         return out[0][:, prompt_BP.shape[1] - 1 :]
 
-    def _shared(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, action_BT: Tensor) -> Tensor:
+    def apart(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
+        """`hidden` of rows without padding on the left: those whose prompts have one length together."""
+        parts, rows = [], []
+        for length in mask_BP.sum(1).unique().tolist():
+            row_b = (mask_BP.sum(1) == length).nonzero().squeeze(1)
+            # Padding on the right is seen by nothing that is read.
+            own_bL = torch.cat([prompt_BP[row_b, prompt_BP.shape[1] - length :], action_BT[row_b]], 1)
+            own_bL = own_bL[:, : length + int(action_mask_BT[row_b].sum(1).max())]
+            hidden_bXD = self.plain(own_bL)[:, length - 1 :]
+            missing = action_BT.shape[1] + 1 - hidden_bXD.shape[1]
+            parts.append(nn.functional.pad(hidden_bXD, (0, 0, 0, missing)))
+            rows.append(row_b)
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def shared(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, action_BT: Tensor) -> Tensor:
+        """`hidden` of rows that go on from prompts, each of which is computed once."""
         prefix = self.prefix(prompt_UP, mask_UP, source_B)
         own_BS = torch.cat([prompt_UP[source_B, -1:], action_BT], 1)
         with attached(self.configs, prefix):
@@ -189,6 +242,34 @@ class Trunk:
                 position_ids=prefix.positions + torch.arange(own_BS.shape[1], device=own_BS.device),
                 use_cache=False,
             )[0]
+
+    def stepped(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor) -> Tensor:
+        """`hidden` by going on from the model's own cache, a token at a time, as decoding does.
+
+        Raises:
+            ValueError: the model keeps no cache.
+        """
+        out = fill(self.body, prompt_BP, mask_BP, None)
+        cache: Cache | None = getattr(out, "past_key_values", None)
+        if cache is None:
+            raise ValueError("it keeps no past_key_values")
+        hidden, mask_BL = [out[0][:, -1]], mask_BP
+        for token_B in action_BT.unbind(1):
+            out, mask_BL = self.go_on(token_B[:, None], mask_BL, cache)
+            hidden.append(out[0][:, -1])
+        return torch.stack(hidden, 1)
+
+    def go_on(self, token_BK: Tensor, mask_BL: Tensor, cache: Cache) -> tuple[ModelOutput, Tensor]:
+        """The body's output on more tokens of each row, and the mask with them; the cache grows."""
+        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(token_BK.shape)], 1)
+        out = self.body(
+            input_ids=token_BK,
+            attention_mask=mask_BL.long(),
+            position_ids=position_ids(mask_BL)[:, -token_BK.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out, mask_BL
 
     def prefix(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> Prefix:
         """What rows go on from: keys and values of all but the last token of each prompt.
@@ -205,12 +286,17 @@ class Trunk:
         return Prefix.of(cache, mask_UP, source_B)
 
     @cached_property
+    def _some_tokens(self) -> Tensor:
+        """A text of four tokens, [1, 4]: the smallest models here have positions and tokens for no more."""
+        return torch.tensor([(trial.plain_tokens(self.model.config) * 4)[:4]], device=self.device)
+
+    @cached_property
     def depth(self) -> int:
         """How many layers keep keys and values."""
         # Not num_hidden_layers: some layers of some families keep none, or share another layer's.
         cache = DynamicCache()
         with torch.no_grad(), self._precision(), capped(self.configs):
-            fill(self.body, self._some_tokens()[None], torch.ones_like(self._some_tokens())[None], cache)
+            fill(self.body, self._some_tokens, torch.ones_like(self._some_tokens), cache)
         return len(cache.layers)
 
     # -- the head -----------------------------------------------------------------------------------------------------
@@ -221,6 +307,14 @@ class Trunk:
         with self.running():
             return head(hidden_ND)
 
+    def check_head(self) -> None:
+        """Hold that the logits are a function of the last hidden state.
+
+        Raises:
+            ValueError: they are not.
+        """
+        assert self._head is not None
+
     @cached_property
     def _head(self) -> Callable[[Tensor], Tensor]:
         """The first of two ways that gives the model's logits on made-up tokens.
@@ -228,18 +322,30 @@ class Trunk:
         Raises:
             ValueError: neither does: the logits are no function of the last hidden state.
         """
-        ids_1L = self._some_tokens()[None]
+        ids_1L, name = self._some_tokens, type(self.model).__name__
         output_embeddings = self.model.get_output_embeddings()
-        with torch.no_grad(), self._without(), capped(self.configs):
-            hidden_LD = self.body(input_ids=ids_1L, use_cache=False)[0][0]
-            logits_LV = self.model(input_ids=ids_1L, use_cache=False).logits[0]
-            # The model's own forward first: it knows of capped or scaled logits. The output embeddings alone are for
-            # models that reach past their body (OPT calls model.decoder), for which the stand-in is not asked.
-            for head in (_Head(self.model), output_embeddings):
-                # In reversed order: a head that adds something of the position is no function of the hidden state.
-                if torch.allclose(head(hidden_LD.flip(0)).flip(0), logits_LV, rtol=1e-4, atol=1e-4):
-                    return head
-        raise ValueError(f"the logits of {type(self.model).__name__} are no function of its last hidden state")
+        try:
+            with torch.no_grad(), self._without(), capped(self.configs):
+                hidden_LD = self.plain(ids_1L)[0]
+                logits_LV = self.model(input_ids=ids_1L, use_cache=False).logits[0]
+                # The model's own forward first: it knows of capped or scaled logits. The output embeddings alone are
+                # for models that reach past their body (OPT calls model.decoder), for which the stand-in is not asked.
+                for head in (_Head(self.model), output_embeddings):
+                    # In reversed order: a head that adds something of the position is no function of the hidden state.
+                    if _gives(head, hidden_LD, logits_LV):
+                        return head
+        except Exception as error:  # whatever a family of models raises
+            raise ValueError(f"{name} cannot be run on text alone: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the logits of {name} are no function of its last hidden state")
+
+
+def _gives(head: Callable[[Tensor], Tensor], hidden_LD: Tensor, logits_LV: Tensor) -> bool:
+    """Whether a head gives the model's logits."""
+    try:
+        found_LV = head(hidden_LD.flip(0)).flip(0)
+    except Exception:  # noqa: BLE001 - a stand-in that does not fit the family; if no head does, that is told
+        return False
+    return found_LV.shape == logits_LV.shape and torch.allclose(found_LV, logits_LV, rtol=1e-4, atol=1e-4)
 
 
 class _Head:
@@ -250,10 +356,12 @@ class _Head:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        body, self._model = copy.copy(model.base_model), copy.copy(model)
+        original = body_of(model)
+        body, self._model = copy.copy(original), copy.copy(model)
         body.forward = self._give
         # A shallow copy shares its dict of children with the model: a new dict, so that only the copy's body changes.
-        vars(self._model)["_modules"] = {**vars(model)["_modules"], model.base_model_prefix: body}
+        children = vars(model)["_modules"]
+        vars(self._model)["_modules"] = {name: body if child is original else child for name, child in children.items()}
         self._hidden_ND: Tensor | None = None
 
     def _give(self, *_: object, **__: object) -> _Given:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from textrl_gym.policy.backbone import Trunk, fill, no_mask, position_ids
+from textrl_gym.policy.backbone import Trunk, fill, no_mask
 from textrl_gym.policy.prefix_attention import OwnLayer, attached, own_cache
 
 
@@ -136,7 +136,7 @@ class StaticDecoder(SharedDecoder):
 
 
 class RepeatedDecoder:
-    """Every row computes its own prompt and stays until the end: right for any model with a cache, and slow."""
+    """Every row computes its own prompt and stays until the end: right for most models with a cache, and slow."""
 
     compaction_threshold = 0.0
 
@@ -147,8 +147,7 @@ class RepeatedDecoder:
             # The cache of the model's own making: attention is not all that models keep.
             out = fill(trunk.body, prompt_UP[source_B], self.mask_BL, None)
         cache: Cache | None = getattr(out, "past_key_values", None)
-        if cache is None:
-            raise ValueError(f"{type(trunk.model).__name__} keeps no past_key_values: it cannot be sampled from here")
+        assert cache is not None  # else Trunk.caches would be False
         self.first_BD, self.cache = out[0][:, -1], cache
 
     def step(self, token_B: Tensor) -> Tensor:
@@ -160,22 +159,41 @@ class RepeatedDecoder:
         return self._run(token_BK, copy.deepcopy(self.cache))[0]
 
     def _run(self, token_kK: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-        rows, new = len(self.mask_BL), token_kK.shape[1]
         # Rows that left are fed token 0 and not read: not every cache can drop rows.
-        token_BK = token_kK.new_zeros(rows, new).index_copy_(0, self.row_k, token_kK)
-        mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(rows, new)], 1)
+        token_BK = token_kK.new_zeros(len(self.mask_BL), token_kK.shape[1]).index_copy_(0, self.row_k, token_kK)
         with self.trunk.running():
-            out = self.trunk.body(
-                input_ids=token_BK,
-                attention_mask=mask_BL.long(),
-                position_ids=position_ids(mask_BL)[:, -new:],
-                past_key_values=cache,
-                use_cache=True,
-            )
+            out, mask_BL = self.trunk.go_on(token_BK, self.mask_BL, cache)
         return out[0][self.row_k], mask_BL
 
     def keep(self, keep_k: Tensor) -> None:
         self.row_k = self.row_k[keep_k]
+
+
+class WholeTextDecoder:
+    """Every token is computed from the whole text: right for any causal LM, and much slower."""
+
+    compaction_threshold = 0.0
+
+    def __init__(self, trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> None:
+        self.trunk = trunk
+        self.prompt_BP, self.mask_BP = prompt_UP[source_B], mask_UP[source_B]
+        self.token_BT = self.prompt_BP[:, :0]
+        self.first_BD = self._hidden(self.token_BT)[:, -1]
+
+    def step(self, token_B: Tensor) -> Tensor:
+        self.token_BT = torch.cat([self.token_BT, token_B[:, None]], 1)
+        return self._hidden(self.token_BT)[:, -1]
+
+    def peek(self, token_BK: Tensor) -> Tensor:
+        return self._hidden(torch.cat([self.token_BT, token_BK], 1))[:, -token_BK.shape[1] :]
+
+    def _hidden(self, token_BT: Tensor) -> Tensor:
+        mask_BT = torch.ones_like(token_BT, dtype=torch.bool)
+        return self.trunk.hidden(self.prompt_BP, self.mask_BP, token_BT, mask_BT)
+
+    def keep(self, keep_k: Tensor) -> None:
+        self.prompt_BP, self.mask_BP = self.prompt_BP[keep_k], self.mask_BP[keep_k]
+        self.token_BT = self.token_BT[keep_k]
 
 
 def decoder(trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> Decoder:
@@ -187,15 +205,21 @@ def decoder(trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, 
         source_B: int64, which prompt a row goes on from.
         length: at most so many tokens will be appended to a row.
     """
+    trunk.ways_for(mask_UP, length)
     if not trunk.shares_prompts:
-        return RepeatedDecoder(trunk, prompt_UP, mask_UP, source_B)
+        return _apart(trunk)(trunk, prompt_UP, mask_UP, source_B)
     kind = StaticDecoder if trunk.static else SharedDecoder
     return kind(trunk, prompt_UP, mask_UP, source_B, length)
+
+
+def _apart(trunk: Trunk) -> type[RepeatedDecoder] | type[WholeTextDecoder]:
+    return RepeatedDecoder if trunk.caches else WholeTextDecoder
 
 
 def lookahead(trunk: Trunk, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> Lookahead:
     """Make a decoder for search; arguments as `decoder`, where length counts the tokens that are looked at too."""
     # Never at fixed shapes: a peek has as many tokens as the search asks for, and a CUDA graph has one shape.
+    trunk.ways_for(mask_UP, length)
     if not trunk.shares_prompts:
-        return RepeatedDecoder(trunk, prompt_UP, mask_UP, source_B)
+        return _apart(trunk)(trunk, prompt_UP, mask_UP, source_B)
     return SharedDecoder(trunk, prompt_UP, mask_UP, source_B, length)

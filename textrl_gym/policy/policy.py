@@ -10,9 +10,10 @@ of the first minibatch is 1. Position ids count real tokens only, so left paddin
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
-from textrl_gym.models import lora
+from textrl_gym.models import lora, positions
 from textrl_gym.policy import decoders
 from textrl_gym.policy.backbone import Trunk
 from textrl_gym.policy.step_cache import StepCache, aligned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_NUMBERS = 2**23
 """Logits that are held at a time, as numbers: 32 MiB of float32."""
@@ -44,6 +48,36 @@ class Response:
 def _inputs(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a teacher-forced pass reads. The last action is never an input: nothing comes after it."""
     return rollout.prompt_BP, rollout.prompt_mask_BP, rollout.token_BT[:, :-1], rollout.mask_BT[:, :-1]
+
+
+def _check_causal(model: nn.Module) -> None:
+    """Hold that a model is a decoder with a language-model head."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"a policy is a causal LM of transformers, not a {type(model).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder: a policy is a decoder alone (a causal LM)")
+    if getattr(cast("Any", model).get_output_embeddings(), "weight", None) is None:
+        raise ValueError(f"{type(model).__name__} has no language-model head: a policy is a causal LM")
+
+
+def check_positions(model: PreTrainedModel, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Hold that a model has positions for the budgets of an environment; warn where it was made for shorter texts.
+
+    Raises:
+        ValueError: its table of positions ends before.
+    """
+    name, reach = type(model).__name__, max_prompt_tokens + max_new_tokens
+    budgets = f"prompts of at most {max_prompt_tokens} tokens and completions of at most {max_new_tokens}"
+    limit, made_for = positions.limit(model), positions.stated(model.config)
+    if limit is not None and reach > limit:
+        where = f" {model.name_or_path!r}" if model.name_or_path else ""
+        raise ValueError(
+            f"the model{where} ({name}) has {limit} positions, and {budgets} need {reach}: lower max_prompt_tokens or "
+            "max_new_tokens of the environment, or take another model"
+        )
+    if made_for is not None and reach > made_for:
+        warnings.warn(f"{name} was made for texts of at most {made_for} tokens; {budgets} are more", stacklevel=3)
 
 
 class Policy(nn.Module):
@@ -79,6 +113,7 @@ class Policy(nn.Module):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
+        _check_causal(model)
         self.model: Any = model.eval()
         self.temperature, self.dtype = temperature, dtype
         rows = cast("Any", model).get_output_embeddings().weight.shape[0]
@@ -123,6 +158,20 @@ class Policy(nn.Module):
     def train(self, mode: bool = True) -> Policy:
         """Stay in eval mode: dropout must be off wherever log-probabilities are compared."""
         return super().train(False)
+
+    def try_out(self, max_prompt_tokens: int, max_new_tokens: int) -> None:
+        """Find out how the models may be run on texts of these lengths, rather than at the first sample.
+
+        Raises:
+            ValueError: a model has fewer positions, or no way of running it gives the numbers of its own forward.
+        """
+        for trunk in (self.trunk, self.value_trunk):
+            if trunk is not None:
+                check_positions(trunk.model, max_prompt_tokens, max_new_tokens)
+                trunk.try_out(max_prompt_tokens + max_new_tokens)
+        self.trunk.check_head()
+        if self.reference is not None:
+            self.reference.try_out(max_prompt_tokens, max_new_tokens)
 
     # -- teacher-forced passes ----------------------------------------------------------------------------------------
 

@@ -156,6 +156,10 @@ class StepCache:
     def _whole(self, input_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Cache | None]:
         """The full forward of some rows: last hidden states, and the cache that the model makes, if it makes one."""
         moved_BW, moved_mask_BW = aligned(input_BL, mask_BL)
+        self.trunk.ways_for(moved_mask_BW, 0)
+        if not self.trunk.caches:
+            no_action_B0 = moved_BW[:, :0]
+            return self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())[:, 0], None
         out = self.trunk.run(
             input_ids=moved_BW,
             attention_mask=moved_mask_BW.long(),
@@ -167,8 +171,8 @@ class StepCache:
     def _start(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
         hidden_BD, cache = self._whole(input_BL, mask_BL)
         self._rooms = []
-        # Exactly these layers: a sliding window or a recurrent state cannot be cut and put together by columns.
-        if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
+        # Exactly these: a sliding window, a recurrent state or a family's own cache cannot be put together by columns.
+        if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
             rows, places = input_BL.shape
             self._rooms = [_Room(cast("DynamicLayer", layer), rows, places + SLACK) for layer in cache.layers]
             self._end = places

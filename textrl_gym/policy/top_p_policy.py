@@ -58,6 +58,10 @@ class MaskedPolicy(Policy):
         """The mask policy."""
         return self._mask[0]
 
+    def try_out(self, max_prompt_tokens: int, max_new_tokens: int) -> None:
+        super().try_out(max_prompt_tokens, max_new_tokens)
+        self.mask.try_out(max_prompt_tokens, max_new_tokens)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Let the mask policy become the policy as it is now."""

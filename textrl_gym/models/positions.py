@@ -1,0 +1,66 @@
+"""Positions: how many a model has a place for in a table, and the lengths at which what it does changes.
+
+Learned positions and stored sines end with their table. Rotary ones have no end, but windows of attention and scaling
+of the rotation begin to matter at a length that stands in the configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+_TABLE = re.compile(r"(^|[._])(wpe|pos[a-z]*|[a-z]+_pos(itions?|itions_embed)?|positional[a-z_]*)([._]|$)")
+_BORDER = re.compile(r"window|chunk|block|local|max_pos|max_seq|n_positions|n_ctx|original_max")
+_NO_LENGTH = re.compile(r"expert|head|layer|num|global|size_per|factor|theta|type|rms|norm")
+
+
+def limit(model: nn.Module) -> int | None:
+    """The longest text that a model's table of positions has room for; None where it has no table."""
+    config: Any = model.config
+    made_for = stated(config)
+    tables: list[int] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _TABLE.search(name):
+            # Some families leave the first rows free: an offset, or those up to the padding's.
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            tables.append(module.num_embeddings - max(getattr(module, "offset", 0), padding + 1))
+    for name, buffer in model.named_buffers():
+        if buffer.ndim == 2 and buffer.shape[0] > 1 and _TABLE.search(name):
+            tables.append(buffer.shape[0])
+    # Tables of another length are of something else, as of distances.
+    found = [rows for rows in tables if made_for is None or abs(rows - made_for) <= 4]
+    return min(found, default=None)
+
+
+def stated(config: Any) -> int | None:
+    """The longest text that a model was made for, as its configuration says; None where it says nothing."""
+    fields = config.get_text_config(decoder=True).to_dict()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
+    return next((fields[name] for name in names if _is_length(fields.get(name))), None)
+
+
+def borders(config: Any) -> list[int]:
+    """The lengths of text beyond which a model may compute otherwise than below, ascending: windows, chunks, scaling.
+
+    Too many cost time only: they are lengths that must be tried.
+    """
+    return sorted({value for name, value in _numbers(config.to_dict()) if _is_border(name) and _is_length(value)})
+
+
+def _is_border(name: str) -> bool:
+    return _BORDER.search(name) is not None and _NO_LENGTH.search(name) is None
+
+
+def _is_length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 1
+
+
+def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _numbers({str(key): inner for key, inner in value.items()})
+        else:
+            yield name, value
