@@ -157,7 +157,7 @@ def compare(model: Any, lengths: tuple[int, ...] = (20, 5, 12), new: int = 8) ->
     policy = Policy(model, vocab_size=V)
     policy.try_out(most, new)
     uniform_BT = torch.rand((len(source_B), new), generator=generator)
-    made = generate(policy, prompt_UP, mask_UP, source_B, uniform_BT, max_new_tokens=new, eos_id=V)
+    made = generate(policy, prompt_UP, mask_UP, source_B, uniform_BT, max_new_tokens=new, end_ids=(V,))
     rollout = _rollout(prompt_UP[source_B], mask_UP[source_B], made.token_BT, made.logp_BT, source_B)
     logp_BT = policy.logprobs(rollout)
     policy.steps = StepCache(policy.trunk)
