@@ -228,7 +228,7 @@ def test_a_kernel_that_fails_its_trial_is_told_once_and_not_used(
 
 
 def test_the_trial_may_come_in_a_pass_without_gradients() -> None:
-    prefix_attention._trusted.cache_clear()
+    prefix_attention._TRUSTED.clear()
     with torch.inference_mode():
         assert prefix_attention._trusted(CPU, "cpu", torch.float32, 8, 8)
 

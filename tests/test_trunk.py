@@ -205,7 +205,7 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     Policy(model).response(rollout())
     assert model.config._attn_implementation == before
     assert "forward" not in vars(model.base_model)
-    assert prefix_attention._active.get() is None
+    assert prefix_attention._active.prefix is None
 
 
 def test_compaction_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,8 @@ class BenchConfig:
     """Of the forward passes."""
     cuda_graphs: bool = False
     """Decode at fixed shapes, on a GPU as CUDA graphs."""
+    compile: Literal["none", "update", "decode", "all"] = "none"
+    """What torch.compile compiles."""
     out: Path | None = None
     """Also write the numbers to this JSON file."""
 
@@ -137,7 +139,7 @@ def make_agent(
     device = loading.resolve_device(config.device)
     # No schedule, so that all iterations are the same work.
     usual: dict[str, Any] = {"epochs": 1, "minibatches": 1, "lr_schedule": "constant"}
-    usual |= {"dtype": config.dtype, "cuda_graphs": config.cuda_graphs}
+    usual |= {"dtype": config.dtype, "cuda_graphs": config.cuda_graphs, "compile": config.compile}
     rows = {"rollout_episodes": config.prompts * config.group, "group_size": config.group}
     made = (
         random_env(config)

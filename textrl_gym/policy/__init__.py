@@ -5,6 +5,7 @@
 - `trial`: which ways of running a model give its own numbers
 - `prefix_attention`: attention over a prompt that a group of completions shares
 - `attention_kernels`: the same by PyTorch's fused kernels, in training passes
+- `compiling`: torch.compile of passes and of the decode step
 - `decoders`: cached decoding, a token at a time
 - `step_cache`: cached decoding of observations that grow by a token (Stable-Baselines3)
 - `top_p_policy`: a policy on the top-p tokens of an older copy (NLPO)

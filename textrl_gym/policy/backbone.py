@@ -26,11 +26,24 @@ from transformers.utils.generic import ModelOutput
 
 from textrl_gym.models import lora, onednn, positions
 from textrl_gym.policy import trial
-from textrl_gym.policy.prefix_attention import LAYERS, Prefix, StopAtLastLayer, attached, capped, configs, prompt_cache
+from textrl_gym.policy.compiling import Compile, compiled, of_decode, of_update
+from textrl_gym.policy.prefix_attention import (
+    LAYERS,
+    Prefix,
+    StopAtLastLayer,
+    attached,
+    capped,
+    configs,
+    contents,
+    prompt_cache,
+)
 from textrl_gym.policy.trial import Ways
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+PromptPass = Callable[[Tensor, Tensor], tuple[list[Tensor], list[Tensor]]]
+"""From ids and mask of prompts to the keys and values of each layer."""
 
 
 def position_ids(mask_BL: Tensor) -> Tensor:
@@ -84,13 +97,24 @@ class Trunk:
         dtype: of the passes: torch.bfloat16 is autocast over the model's weights.
         static: decode at fixed shapes, on a GPU as a CUDA graph.
         adapter: False runs a model of peft with its adapter switched off.
+        compile: which passes are compiled by torch.compile: those of `hidden` (update), a decode step, or both.
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype = torch.float32, static: bool = False, adapter: bool = True
+        self,
+        model: nn.Module,
+        dtype: torch.dtype = torch.float32,
+        static: bool = False,
+        adapter: bool = True,
+        compile: Compile = "none",
     ) -> None:
         self.model, self.dtype, self.static = lora.bare(model), dtype, static
         self.body: Any = body_of(self.model)
+        self.step_body: Any = compiled(self.body) if of_decode(compile) else self.body
+        """What a decoder at fixed shapes runs."""
+        self._compiled: tuple[Any, PromptPass] | None = None
+        if of_update(compile):
+            self._compiled = compiled(self.body), compiled(self._all_of_prompts)
         self._without: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
         if not adapter:
             self._without = cast("PeftModel", model).disable_adapter
@@ -198,18 +222,22 @@ class Trunk:
         with self.running():
             # Where no prompt stands twice there is nothing to share, and one pass is faster than two.
             if len(first_U) < len(prompt_BP) and self.shares_prompts:
-                return self.shared(prompt_BP[first_U], mask_BP[first_U], source_B, action_BT)
-            way = self.whole if self.pads else self.apart
-            return way(prompt_BP, mask_BP, action_BT, action_mask_BT)
+                return self.shared(prompt_BP[first_U], mask_BP[first_U], source_B, action_BT, self._compiled)
+            if not self.pads:
+                return self.apart(prompt_BP, mask_BP, action_BT, action_mask_BT)
+            body = self._compiled[0] if self._compiled else self.body
+            return self.whole(prompt_BP, mask_BP, action_BT, action_mask_BT, body)
 
     def plain(self, ids_BL: Tensor) -> Tensor:
         """The last hidden states of texts of one length, by the model's plain forward, [B, L, D]."""
         return self.body(input_ids=ids_BL, use_cache=False)[0]
 
-    def whole(self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor) -> Tensor:
-        """`hidden` of all rows side by side, padded on the left."""
+    def whole(
+        self, prompt_BP: Tensor, mask_BP: Tensor, action_BT: Tensor, action_mask_BT: Tensor, body: Any = None
+    ) -> Tensor:
+        """`hidden` of all rows side by side, padded on the left; body: the compiled one."""
         mask_BL = torch.cat([mask_BP, action_mask_BT], 1)
-        out = self.body(
+        out = (body or self.body)(
             input_ids=torch.cat([prompt_BP, action_BT], 1),
             attention_mask=mask_BL.long(),
             position_ids=position_ids(mask_BL),
@@ -231,12 +259,20 @@ class Trunk:
             rows.append(row_b)
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
-    def shared(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, action_BT: Tensor) -> Tensor:
-        """`hidden` of rows that go on from prompts, each of which is computed once."""
-        prefix = self.prefix(prompt_UP, mask_UP, source_B)
+    def shared(
+        self,
+        prompt_UP: Tensor,
+        mask_UP: Tensor,
+        source_B: Tensor,
+        action_BT: Tensor,
+        compiled: tuple[Any, PromptPass] | None = None,
+    ) -> Tensor:
+        """`hidden` of rows that go on from prompts, each of which is computed once; compiled: body and prompt pass."""
+        body, prompts = compiled or (self.body, self._prompts)
+        prefix = self.prefix(prompt_UP, mask_UP, source_B, prompts)
         own_BS = torch.cat([prompt_UP[source_B, -1:], action_BT], 1)
         with attached(self.configs, prefix):
-            return self.body(
+            return body(
                 input_ids=own_BS,
                 attention_mask=no_mask(own_BS),
                 position_ids=prefix.positions + torch.arange(own_BS.shape[1], device=own_BS.device),
@@ -271,7 +307,7 @@ class Trunk:
         )
         return out, mask_BL
 
-    def prefix(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor) -> Prefix:
+    def prefix(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, prompts: PromptPass | None = None) -> Prefix:
         """What rows go on from: keys and values of all but the last token of each prompt.
 
         That token is the first of every row's own. So nothing is wanted of the last layer here but its keys and values,
@@ -280,10 +316,19 @@ class Trunk:
         if prompt_UP.shape[1] == 1:  # of no tokens but the last: one position that nothing attends to
             prompt_UP, mask_UP = (nn.functional.pad(x, (1, 0)) for x in (prompt_UP, mask_UP))
         ids_UP, mask_UP = prompt_UP[:, :-1], mask_UP[:, :-1]
+        return Prefix.of(*(prompts or self._prompts)(ids_UP, mask_UP), mask_UP, source_B)
+
+    def _prompts(self, ids_UP: Tensor, mask_UP: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         cache = prompt_cache(self.depth)
         with contextlib.suppress(StopAtLastLayer):
             fill(self.body, ids_UP, mask_UP, cache)
-        return Prefix.of(cache, mask_UP, source_B)
+        return contents(cache)
+
+    def _all_of_prompts(self, ids_UP: Tensor, mask_UP: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The same without the exception: what nobody reads of the last layer a compiler leaves out by itself."""
+        cache = prompt_cache(self.depth, stops=False)
+        fill(self.body, ids_UP, mask_UP, cache)
+        return contents(cache)
 
     @cached_property
     def _some_tokens(self) -> Tensor:

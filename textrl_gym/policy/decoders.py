@@ -53,6 +53,7 @@ class SharedDecoder:
             self.prefix = trunk.prefix(prompt_UP, mask_UP, source_B)
         self.position_B1 = self.prefix.positions
         self.no_mask = no_mask(prompt_UP)
+        self._body = trunk.body
         self._allocate(length + 1)  # the last token of the prompt is a row's own
         self.first_BD = self.step(prompt_UP[source_B, -1])
 
@@ -74,7 +75,7 @@ class SharedDecoder:
     def _run(self, token_BK: Tensor) -> Tensor:
         position_K = torch.arange(token_BK.shape[1], device=token_BK.device)
         with self.trunk.running(), attached(self.trunk.configs, self.prefix):
-            return self.trunk.body(
+            return self._body(
                 input_ids=token_BK,
                 attention_mask=self.no_mask,
                 position_ids=self.position_B1 + position_K,
@@ -98,6 +99,7 @@ class StaticDecoder(SharedDecoder):
     compaction_threshold = 0.5  # each time a graph is captured anew
 
     def _allocate(self, length: int) -> None:
+        self._body = self.trunk.step_body
         self.written = torch.zeros(1, dtype=torch.long, device=self.position_B1.device)
         self.prefix.written = self.written
         self.own = own_cache(self.trunk.depth, length, self.written)

@@ -24,6 +24,7 @@ from textrl_gym.core import Rollout
 from textrl_gym.models import lora, positions
 from textrl_gym.policy import decoders
 from textrl_gym.policy.backbone import Trunk
+from textrl_gym.policy.compiling import Compile, of_decode
 from textrl_gym.policy.step_cache import StepCache, aligned
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ class Policy(nn.Module):
         dtype: of the forward passes: torch.float32, or torch.bfloat16 by autocast over float32 weights, so that small
             updates are not rounded away. Log-probabilities are float32 in both.
         cuda_graphs: decode at fixed shapes, on a GPU as CUDA graphs.
+        compile: what of it torch.compile compiles: "update" the teacher-forced passes of model and value model,
+            "decode" the decode step, which is then one of fixed shapes, "all" both. The reference is never compiled.
         adapter: False leaves the adapter of a model of peft out.
     """
 
@@ -108,6 +111,7 @@ class Policy(nn.Module):
         vocab_size: int | None = None,
         dtype: torch.dtype = torch.float32,
         cuda_graphs: bool = False,
+        compile: Compile = "none",
         adapter: bool = True,
     ) -> None:
         super().__init__()
@@ -120,9 +124,10 @@ class Policy(nn.Module):
         if vocab_size is not None and vocab_size > rows:
             raise ValueError(f"the tokenizer has {vocab_size} tokens, the model only {rows}")
         self.vocab_size = vocab_size or rows
-        self.trunk = Trunk(self.model, dtype, static=cuda_graphs, adapter=adapter)
+        static = cuda_graphs or of_decode(compile)
+        self.trunk = Trunk(self.model, dtype, static=static, adapter=adapter, compile=compile)
         self.value_model: Any = value_model.eval() if value_model is not None else None
-        self.value_trunk = Trunk(value_model, dtype) if value_model is not None else None
+        self.value_trunk = Trunk(value_model, dtype, compile=compile) if value_model is not None else None
         self.steps: StepCache | None = None
         """Where set, `next_logprobs` and `act` go on from the observations of the call before."""
         self.value_head: nn.Linear | None = None

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -46,8 +46,8 @@ class Prefix:
     """bool, left-padded."""
     source_B: Tensor
     """int64: row b goes on from prompt source_B[b]."""
-    group: int
-    """G."""
+    filled_UG: Tensor | None
+    """bool: which places of the groups have a row; None: all."""
     place_B: Tensor | None
     """int64: where row b stands among the U * G rows of all groups; None: row u * G + g is group u's g-th."""
     padded: bool
@@ -56,10 +56,8 @@ class Prefix:
     """int64 [1], for decoding at fixed shapes: so many own positions are written, and the rest of S is yet to come."""
 
     @staticmethod
-    def of(cache: Cache, mask_UP: Tensor, source_B: Tensor) -> Prefix:
-        """The prompts in a cache."""
-        layers: list[Any] = cache.layers
-        keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+    def of(keys: list[Tensor], values: list[Tensor], mask_UP: Tensor, source_B: Tensor) -> Prefix:
+        """The prompts of which these are the keys and values."""
         return Prefix(keys, values, mask_UP, source_B, *_slots(source_B, len(mask_UP)), not bool(mask_UP.all()))
 
     @property
@@ -71,6 +69,12 @@ class Prefix:
     def positions(self) -> Tensor:
         """The position of each row's first own token, int64 [B, 1]."""
         return self.mask_UP.sum(1)[self.source_B][:, None]
+
+    @property
+    def group(self) -> int:
+        """G."""
+        # Of shapes and no field of its own: for each new number torch.compile would compile anew.
+        return len(self.source_B) // len(self.mask_UP) if self.filled_UG is None else self.filled_UG.shape[1]
 
     def to_groups(self, tensor: Tensor, key_heads: int) -> Tensor:
         """[B, H, T, *] to [U, K, G R T, *], which one product with a prompt's keys takes; short groups get zeros."""
@@ -115,23 +119,31 @@ class Prefix:
             self.keys = [key[used_u] for key in self.keys]
             self.values = [value[used_u] for value in self.values]
             self.mask_UP, self.source_B = self.mask_UP[used_u], renumbered_b
-        self.group, self.place_B = _slots(self.source_B, len(self.mask_UP))
+        self.filled_UG, self.place_B = _slots(self.source_B, len(self.mask_UP))
 
 
-def _slots(source_B: Tensor, prompts: int) -> tuple[int, Tensor | None]:
-    """group and place_B of a Prefix; None where groups of the same size stand in the prompts' order."""
+def _slots(source_B: Tensor, prompts: int) -> tuple[Tensor | None, Tensor | None]:
+    """filled_UG and place_B of a Prefix; None where groups of the same size stand in the prompts' order."""
     rows = torch.arange(len(source_B), device=source_B.device)
     count_U = torch.bincount(source_B, minlength=prompts)
     most = int(count_U.max())
     # A stable sort keeps the rows of a group in order: then the usual batch (G rows a prompt) needs no gather at all.
     sorted_B, order_B = source_B.sort(stable=True)
     if prompts * most == len(source_B) and torch.equal(order_B, rows):
-        return most, None
+        return None, None
     rank_B = rows - (count_U.cumsum(0) - count_U)[sorted_B]  # of the sorted rows within their groups
-    return most, torch.empty_like(rows).index_copy_(0, order_B, sorted_B * most + rank_B)
+    place_B = torch.empty_like(rows).index_copy_(0, order_B, sorted_B * most + rank_B)
+    filled_UG = torch.arange(most, device=rows.device) < count_U[:, None]
+    return filled_UG, place_B
 
 
-_active: ContextVar[Prefix | None] = ContextVar("prefix", default=None)
+class _Active(threading.local):
+    """What `attached` has set, in each thread apart. (Not a ContextVar: torch.compile cannot read one.)"""
+
+    prefix: Prefix | None = None
+
+
+_active = _Active()
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -161,7 +173,7 @@ def prefix_attention(
     Raises:
         NotImplementedError: an argument of this model family that is not known here (attention sinks, biases).
     """
-    prefix = _active.get()
+    prefix = _active.prefix
     assert prefix is not None, "group-prefix attention outside `attached`"
     unknown = [name for name in ("s_aux", "position_bias", "indices") if others.get(name) is not None]
     if unknown:
@@ -233,9 +245,20 @@ def _fused(prefix: Prefix, query: Tensor, key: Tensor, value: Tensor) -> Kernel 
     return kernel if _trusted(kernel, device, value.dtype, query.shape[3], value.shape[3]) else None
 
 
-@functools.cache
+_TRUSTED: dict[tuple[Kernel, str, torch.dtype, int, int], bool] = {}
+
+
 def _trusted(kernel: Kernel, device: str, dtype: torch.dtype, width: int, value_width: int) -> bool:
     """Whether a fused kernel gives our numbers for heads of these widths; if not, it is said once, with the reason."""
+    key = (kernel, device, dtype, width, value_width)
+    # A dict and not functools.cache, which torch.compile would not see.
+    if key not in _TRUSTED:
+        _TRUSTED[key] = _passes(*key)
+    return _TRUSTED[key]
+
+
+@torch.compiler.disable
+def _passes(kernel: Kernel, device: str, dtype: torch.dtype, width: int, value_width: int) -> bool:
     obstacle = "queries and values differ in width" if width != value_width else _obstacle(kernel, device, dtype, width)
     if obstacle:
         warnings.warn(
@@ -315,9 +338,15 @@ class PromptLayer(CacheLayerMixin):
         return -1
 
 
-def prompt_cache(layers: int) -> Cache:
-    """An empty cache for prompts; a pass that fills it ends with `StopAtLastLayer`."""
-    return Cache(layers=[PromptLayer(last=number == layers - 1) for number in range(layers)])
+def prompt_cache(layers: int, stops: bool = True) -> Cache:
+    """An empty cache for prompts; a pass that fills it ends with `StopAtLastLayer`, if it `stops`."""
+    return Cache(layers=[PromptLayer(last=stops and number == layers - 1) for number in range(layers)])
+
+
+def contents(cache: Cache) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all layers."""
+    layers: list[Any] = cache.layers
+    return [layer.keys for layer in layers], [layer.values for layer in layers]
 
 
 class OwnLayer(CacheLayerMixin):
@@ -412,10 +441,10 @@ def capped(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
 def attached(configs: Sequence[PreTrainedConfig], prefix: Prefix) -> Iterator[None]:
     """Inside, attention is this one and goes on from these prompts; afterwards it is as before."""
     # Models read the name from their configurations at each forward. It is set for the pass only: set once, the model's
-    # own forward, its masks and its saved config would be others. The prefix itself goes by a context
-    # variable, which reaches the attention whatever a family's layers do with keywords.
+    # own forward, its masks and its saved config would be others. The prefix itself goes by a variable of
+    # the thread, which reaches the attention whatever a family's layers do with keywords.
     before = [config._attn_implementation for config in configs]
-    token = _active.set(prefix)
+    outer, _active.prefix = _active.prefix, prefix
     try:
         for config in configs:
             config._attn_implementation = NAME
@@ -423,4 +452,4 @@ def attached(configs: Sequence[PreTrainedConfig], prefix: Prefix) -> Iterator[No
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
-        _active.reset(token)
+        _active.prefix = outer

@@ -25,6 +25,7 @@ from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import loading, lora
+from textrl_gym.policy.compiling import Compile, require_compiler
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import collect
 from textrl_gym.training import checkpoint, dependencies, loop
@@ -54,6 +55,7 @@ class PolicySettings(TypedDict):
     vocab_size: int
     dtype: torch.dtype
     cuda_graphs: bool
+    compile: Compile
 
 
 RENAMED_METHODS = {"memory": "extra_state", "remember": "load_extra_state"}
@@ -116,6 +118,8 @@ class Agent:
         check("out", out, Path | None)
         self.seed, self.out = seed, None if out is None else Path(out)
         self.device = loading.resolve_device(device)
+        if self.config.compile != "none":
+            require_compiler(self.device.type)
         self.model_spec = model if isinstance(model, str) else None
         self.reference_spec = reference if isinstance(reference, str) else None
         self.rebuilds_model = model is None or isinstance(model, str)
@@ -246,6 +250,7 @@ class Agent:
                 vocab_size=mdp.vocab_size,
                 dtype=loading.resolve_dtype(self.config.dtype),
                 cuda_graphs=self.config.cuda_graphs,
+                compile=self.config.compile,
             )
 
     def _new_policy(self, model: torch.nn.Module, **settings: Unpack[PolicySettings]) -> Policy:

@@ -66,6 +66,9 @@ class AgentConfig:
     """Of the forward passes; weights stay float32."""
     cuda_graphs: bool = False
     """Decode at fixed shapes, on a GPU as CUDA graphs. Tested on a CPU; it has not been run on a GPU yet."""
+    compile: Literal["none", "update", "decode", "all"] = "none"
+    """What torch.compile compiles: the passes of the update, the decode step (then at fixed shapes), or both. The first
+    updates take a minute longer. Needs a C++ compiler on a CPU, Triton on a GPU."""
 
     def __post_init__(self) -> None:
         check_settings(self)
