@@ -158,11 +158,11 @@ def test_capped_scores_and_windows_that_hide_go_by_plain_products(name: str, par
 @pytest.mark.parametrize("static", [False, True])
 def test_decoding_goes_by_plain_products(static: bool, parts: list[Part]) -> None:
     policy, r = Policy(make_model("llama"), cuda_graphs=static), rollout()
-    assert policy.trunk.shares_prompts
-    parts.clear()
     uniform_BT = torch.rand((6, 5), generator=torch.Generator().manual_seed(2))
     prompts = (r.prompt_BP[[0, 2, 3]], r.prompt_mask_BP[[0, 2, 3]], SOURCE)
-    generate(policy, *prompts, uniform_BT, max_new_tokens=5, end_ids=(3,))
+    for _ in range(2):  # the first time the model is tried out, by teacher-forced passes
+        parts.clear()
+        generate(policy, *prompts, uniform_BT, max_new_tokens=5, end_ids=(3,))
     assert not parts
 
 

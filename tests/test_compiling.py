@@ -72,7 +72,9 @@ def test_sampling_is_the_same_while_rows_leave(captured: list[Any]) -> None:
     r, uniform_BT = rollout(), torch.rand((6, 30), generator=torch.Generator().manual_seed(2))
     prompts = (r.prompt_BP[[0, 2, 3]], r.prompt_mask_BP[[0, 2, 3]], SOURCE, uniform_BT)
     eager, compiled = (
-        generate(Policy(make_model("llama", num_hidden_layers=1), compile=which), *prompts, max_new_tokens=30, end_ids=(3,))
+        generate(
+            Policy(make_model("llama", num_hidden_layers=1), compile=which), *prompts, max_new_tokens=30, end_ids=(3,)
+        )
         for which in ("none", "decode")
     )
     assert len(compiled.mask_BT.sum(1).unique()) > 2, "rows end together: the test shows nothing"

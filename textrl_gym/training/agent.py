@@ -118,8 +118,6 @@ class Agent:
         check("out", out, Path | None)
         self.seed, self.out = seed, None if out is None else Path(out)
         self.device = loading.resolve_device(device)
-        if self.config.compile != "none":
-            require_compiler(self.device.type)
         self.model_spec = model if isinstance(model, str) else None
         self.reference_spec = reference if isinstance(reference, str) else None
         self.rebuilds_model = model is None or isinstance(model, str)
@@ -228,6 +226,8 @@ class Agent:
         return KLPenalty(coef, mdp.kl_estimator, self.kl_where, config.kl_target, config.kl_horizon)
 
     def _make_policy(self, mdp: TextVectorEnv, model: ModelLike, reference: ModelLike) -> Policy:
+        if self.config.compile != "none":
+            require_compiler(self.device.type)
         loaded = model if isinstance(model, torch.nn.Module) else mdp.task.load_model(model)
         loading.check_vocab(mdp.tokenizer, loaded)
         loaded_reference: torch.nn.Module | Literal["copy"] = "copy"
