@@ -35,7 +35,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from textrl_gym.core import Rollout, StopReason
-from textrl_gym.data.ranked import read_preferences
 from textrl_gym.functional import pad
 from textrl_gym.mdp.transition import stop_reasons
 from textrl_gym.rollouts.collect import collect
@@ -82,9 +81,7 @@ class DPO(Agent):
         self.draws = 0
         """Rollouts of the reference that pairs have been sampled from."""
         if self.config.pairs is not None:
-            mdp, name = self.env, self.config.pairs
-            of = (mdp.task, mdp.tokenizer, mdp.max_prompt_tokens, mdp.max_new_tokens)
-            compared = read_preferences(name, "train", *of, end_ids=mdp.end_ids, bad_rows=mdp.bad_rows)
+            compared = self.env.read_preferences(self.config.pairs)
             self.pairs = [
                 (c.prompt_ids, c.completion_ids[a], c.completion_ids[b]) for c in compared for a, b in c.pairs
             ]

@@ -149,7 +149,7 @@ class TLDRSummarize(Task):
     ## Arguments
     Those of every text environment: `split`, `dataset`, `tokenizer`, `reward`, `max_prompt_tokens`, `max_new_tokens`,
     `stop`, `group_size`, `kl_coef`, `kl_estimator`, `reference`, `policy_logprob`, `missing_eos_penalty`, `bad_rows`,
-    `device`, `array`, `render_mode`.
+    `template`, `system_prompt`, `few_shot`, `device`, `array`, `render_mode`.
 
     ```python
     env = gym.make("TLDRSummarize-v0", reward="tldr_gold", split="validation")

@@ -20,7 +20,7 @@ from textrl_gym.data.ranked import read_preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.mdp.env_settings import EnvSettings
-from textrl_gym.mdp.task import PromptCheck, Task, checked_rows
+from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.mdp.vector_env import TextVectorEnv
 from textrl_gym.models.tokenizer import train_tokenizer
 from textrl_gym.pipeline import sft
@@ -244,7 +244,7 @@ def test_too_few_pairs_says_why(tmp_path: Path) -> None:
         read_preferences(path, "train", TLDRSummarize(), TOKENIZER, bad_rows="skip")
     words = str(caught.value)
     assert "too few pairs" in words
-    assert "of its 4 rows could not be used 1 row: does not fit the schema" in words
+    assert "of its 4 rows could not be used 1 row: neither a text nor a list of turns" in words
     assert f"2 rows: ties ({path!r}, line 2; {path!r}, line 3)" in words
 
 
@@ -304,7 +304,7 @@ def test_rows_are_a_sequence(tmp_path: Path) -> None:
 def test_the_check_is_asked_of_the_same_objects_only() -> None:
     task: Task = CopyText()
     tokenizer = task.load_tokenizer()
-    assert PromptCheck(task, tokenizer, 2) == PromptCheck(task, tokenizer, 2)
-    assert PromptCheck(task, tokenizer, 2) != PromptCheck(task, tokenizer, 3)
-    assert PromptCheck(task, tokenizer, 2) != PromptCheck(CopyText(), tokenizer, 2)
-    assert checked_rows(task, "train", None, check=PromptCheck(task, tokenizer, 2)) == task.rows("train")
+    assert PromptReader(task, tokenizer, 2) == PromptReader(task, tokenizer, 2)
+    assert PromptReader(task, tokenizer, 2) != PromptReader(task, tokenizer, 3)
+    assert PromptReader(task, tokenizer, 2) != PromptReader(CopyText(), tokenizer, 2)
+    assert checked_rows(task, "train", None, reader=PromptReader(task, tokenizer, 2))[3] == task.rows("train")[3]

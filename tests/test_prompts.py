@@ -276,10 +276,10 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
 
 
 def test_a_wrong_schema_names_the_columns_found_and_expected(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [{"question": "?", "answer": "!"}])
+    path = write(tmp_path / "a.jsonl", [{"header": "?", "body": "!"}])
     with pytest.raises(ValueError) as caught:
         prompts.load_rows(path, "train")
-    for part in ["question, answer", "prompt, completion", "trl-lib/tldr", "subreddit, title, post, summary"]:
+    for part in ["header, body", "prompt, completion", "trl-lib/tldr", "subreddit, title, post, summary"]:
         assert part in str(caught.value)
 
 

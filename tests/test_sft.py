@@ -167,8 +167,8 @@ def test_errors_name_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown environment 'Nothing-v0'; allowed: .*TLDRSummarize-v0"):
         sft.sft("Nothing-v0", TINY, tmp_path)
     file = tmp_path / "wrong.jsonl"
-    file.write_text('{"question": "a", "answer": "b"}\n')
-    with pytest.raises(ValueError, match=r"columns question, answer; expected: .*prompt, completion"):
+    file.write_text('{"header": "a", "body": "b"}\n')
+    with pytest.raises(ValueError, match=r"columns header, body; expected: .*prompt, completion"):
         sft.sft("TLDRSummarize-v0", SFTConfig(), tmp_path, EnvSettings(dataset=str(file)))
     with pytest.raises(ValueError, match=r"found .*prompt"):
         sft.demonstrations(_NoTexts(), "train", EnvSettings())

@@ -5,6 +5,7 @@ In reading order:
 - `text_files`: JSON lines and CSV, compressed or not, read where they lie
 - `sources`: where rows come from: files, folders and the Hub
 - `encoding`: text to tokens and back, of one text behind another
+- `chat`: conversations: how data sets write them, system prompts and examples
 - `prompts`: the published schemas of prompts, and their encoding within a token budget
 - `preferences`: the published schemas of preferences
 - `ranked`: preferences as token ids, in the form that reward models and DPO train on
@@ -18,6 +19,7 @@ __getattr__ = lazy(
     __name__,
     {
         "BadRow": "rows",
+        "ChatSettings": "chat",
         "Preference": "preferences",
         "Preferences": "preferences",
         "RankedCompletions": "ranked",

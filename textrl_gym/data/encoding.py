@@ -45,6 +45,12 @@ class Chat(list[dict[str, str]]):
     """
 
 
+def prompt_of(row: Mapping[str, Any]) -> str | Chat:
+    """What a row's completions stand behind: its conversation where a chat template writes it, else its text."""
+    chat = row.get("chat")
+    return chat if isinstance(chat, Chat) else row["prompt"]
+
+
 class Encoded(NamedTuple):
     """A text as tokens."""
 

@@ -16,12 +16,14 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from textrl_gym.core import Row
-from textrl_gym.data import encoding, prompts, sources
+from textrl_gym.data import chat, prompts, sources
+from textrl_gym.data.chat import ASSISTANT, HUMAN, ChatSettings
+from textrl_gym.data.encoding import Chat
 from textrl_gym.data.rows import (
     BadRow,
     Dropped,
@@ -45,10 +47,6 @@ if TYPE_CHECKING:
 
 Talk = list[dict[str, str]]
 """A conversation: {"role": "user", "assistant" or "system", "content": text} for each turn."""
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-ROLES = {"human": "user", "gpt": "assistant", "prompter": "user"}
-
-
 TIE = "ties"
 UNLABELLED = "without a label"
 ASTRAY = "dialogues that differ in more than the last turn"
@@ -96,18 +94,6 @@ class PreferenceSchema:
 # -- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def _talk(turns: Row | Sequence[Row]) -> Talk:
-    """A conversation of {"role", "content"} or {"from", "value"} turns; one turn may stand alone."""
-    turns = [turns] if isinstance(turns, Mapping) else turns
-    messages = []
-    for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(f"no turn with role and content: {str(turn)[:60]!r}")
-        messages.append({"role": ROLES.get(role, role), "content": content})
-    return messages
-
-
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many items two sequences begin with alike."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -117,10 +103,6 @@ def _pair(prompt: str | Talk, chosen: str, rejected: str, plain: str | None = No
     if chosen == rejected:
         raise Dropped(TIE)
     return Preference(prompt, [chosen, rejected], [(0, 1)], plain)
-
-
-def _user(text: str) -> Talk:
-    return [{"role": "user", "content": text}]
 
 
 def _ordered(prompt: str | Talk, texts: Sequence[str], score: float) -> Preference:
@@ -164,7 +146,7 @@ def _one_of(row: Row, name: str, allowed: Sequence[int]) -> int:
 
 def _of_two_talks(before: Talk, row: Row, plain: str | None) -> Preference:
     """What two conversations share is the prompt, the turns after it are the completions."""
-    chosen, rejected = before + _talk(row["chosen"]), before + _talk(row["rejected"])
+    chosen, rejected = before + chat.messages(row["chosen"]), before + chat.messages(row["rejected"])
     if chosen == rejected:
         raise Dropped(TIE)
     shared = _common(chosen, rejected)
@@ -200,11 +182,11 @@ def _explicit(row: Row) -> Preference:
     if isinstance(chosen, str) and isinstance(prompt, str):
         return _pair(prompt, chosen, row["rejected"])
     if isinstance(chosen, str):
-        return _pair(_talk(prompt), chosen, row["rejected"])
+        return _pair(chat.messages(prompt), chosen, row["rejected"])
     if not isinstance(prompt, str):
-        return _of_two_talks(_talk(prompt), row, None)
-    alone = len(_talk(chosen)) == 1  # else the conversation holds the prompt again
-    return _of_two_talks(_user(prompt) if alone else [], row, prompt)
+        return _of_two_talks(chat.messages(prompt), row, None)
+    alone = len(chat.messages(chosen)) == 1  # else the conversation holds the prompt again
+    return _of_two_talks(chat.user(prompt) if alone else [], row, prompt)
 
 
 def _summaries(row: Row) -> Preference:
@@ -226,12 +208,12 @@ def _webgpt(row: Row) -> Preference:
     question = row["question"]
     text = text_of(question, "full_text") if isinstance(question, Mapping) else text_of(row, "question")
     scores = [_label(row, name) for name in ("score_0", "score_1")]
-    return _ordered(_user(text), [row["answer_0"], row["answer_1"]], scores[0] - scores[1])
+    return _ordered(chat.user(text), [row["answer_0"], row["answer_1"]], scores[0] - scores[1])
 
 
 def _shp(row: Row) -> Preference:
     score = 1 if _one_of(row, "labels", (0, 1)) else -1
-    return _ordered(_user(text_of(row, "history")), [row["human_ref_A"], row["human_ref_B"]], score)
+    return _ordered(chat.user(text_of(row, "history")), [row["human_ref_A"], row["human_ref_B"]], score)
 
 
 def _two_outputs(row: Row) -> Preference:
@@ -240,7 +222,7 @@ def _two_outputs(row: Row) -> Preference:
     preference = _label(row, "preference")
     if preference != 0 and not 1 <= preference <= 2:
         raise BadRow("column 'preference' is not 0, 1, 2 or between 1 and 2", shown(row["preference"]))
-    return _ordered(_user(text), [row["output_1"], row["output_2"]], 1.5 - preference if preference else 0.0)
+    return _ordered(chat.user(text), [row["output_1"], row["output_2"]], 1.5 - preference if preference else 0.0)
 
 
 def rating(completion: Row) -> float | None:
@@ -258,11 +240,11 @@ def _ultrafeedback(row: Row) -> Preference:
     pairs = [(a, b) for a in places for b in places if scores[a] > scores[b] and texts[a] != texts[b]]
     if not pairs:
         raise Dropped(TIE)
-    return Preference(_user(text_of(row, "instruction")), texts, pairs)
+    return Preference(chat.user(text_of(row, "instruction")), texts, pairs)
 
 
 def _conversations(row: Row) -> Preference:
-    return _of_two_talks(_talk(row["conversations"]), row, None)
+    return _of_two_talks(chat.messages(row["conversations"]), row, None)
 
 
 PAIR = ("prompt", "chosen", "rejected")
@@ -291,6 +273,7 @@ def load_preferences(
     *,
     whole: bool = False,
     bad_rows: OnBadRows = "stop",
+    chat_settings: ChatSettings | None = None,
 ) -> Preferences:
     """The preferences of a split: "train", or "validation" for those held out. They are read when they are asked for.
 
@@ -301,13 +284,16 @@ def load_preferences(
         tokenizer: whose chat template writes conversations, where it has one.
         whole: nothing is held out of what has no held-out split: all of it is either split.
         bad_rows: what to do with rows that do not fit their schema: "stop" or "skip".
+        chat_settings: what stands before conversations, and whether the chat template writes them.
 
     Raises:
         ValueError: no such data, columns of no schema, a row that does not fit, or too few rows to hold any out.
         ImportError: a Hub id or a parquet file without the extra "hub".
     """
     source = sources.open_rows(dataset, split, sources.PREFERENCE_SPLITS)
-    raw, schema, convert, scan = remembered(("preferences", source.key, tokenizer), lambda: _open(source, tokenizer))
+    settings = chat_settings or ChatSettings()
+    key = ("preferences", source.key, tokenizer, settings.key)
+    raw, schema, convert, scan = remembered(key, lambda: _open(source, tokenizer, settings))
     settle(scan.bad, source.words, bad_rows)
     places = scan.places
     if source.whole and not whole:
@@ -332,7 +318,7 @@ Opened = tuple[RawRows, PreferenceSchema, Callable[[Row], dict[str, Any]], Scan]
 """The rows as they are written, what they are read by, and what was found in them."""
 
 
-def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None) -> Opened:
+def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None, settings: ChatSettings) -> Opened:
     raw = Mapped(source.open(), _as_mapping)
     columns = first_columns(raw, source.words)
     schema = sources.match_schema(PREFERENCE_SCHEMAS, columns, source.words)
@@ -342,7 +328,7 @@ def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None) -> 
             for name in SCORES:
                 if row.get(name) is not None:
                     check_score(row, name)
-            return {**row, **_texts(schema.convert(row), tokenizer)}
+            return {**row, **_texts(schema.convert(row), tokenizer, settings)}
         except BadRow:
             raise
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -370,28 +356,29 @@ def _as_mapping(row: object) -> object:
     return row
 
 
-def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None, settings: ChatSettings) -> dict[str, Any]:
     """A preference with every part a text, as a policy reads and writes it."""
     prompt, texts, dialogue = preference.prompt, preference.completions, preference.dialogue
-    chat = None
     for text in [*texts, *([prompt] if isinstance(prompt, str) else [])]:
         if not isinstance(text, str):
-            raise ValueError(f"{str(text)[:60]!r} is not a text")
+            raise ValueError(f"{shown(text)} is not a text")
         check_characters(text, "a text")
+    row: Row = {"prompt": prompt, "chat": None}
     if not isinstance(prompt, str):
-        dialogue = True
-        if tokenizer is not None and tokenizer.chat_template:
-            chat = encoding.Chat(prompt)
-            # A text and no list of ids: tokenize=False, of one conversation.
-            prompt = cast(str, tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        else:
-            dialogue = not preference.plain
-            prompt = preference.plain or "".join(_written(turn) for turn in prompt) + ASSISTANT
-            # Completions begin with a blank, as Anthropic's do: with most tokenizers "Yes" and " Yes" are other tokens.
-            texts = [text if text[:1].isspace() or prompt[-1:].isspace() else f" {text}" for text in texts]
-    return {"prompt": prompt, "completions": texts, "pairs": preference.pairs, "dialogue": dialogue, "chat": chat}
-
-
-def _written(turn: dict[str, str]) -> str:
-    names = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
-    return names.get(turn["role"], "\n\n") + turn["content"]
+        row = {"prompt": preference.plain or chat.as_text(prompt), "chat": Chat(prompt)}
+        dialogue = not preference.plain
+    elif dialogue:
+        row = {"prompt": prompt, "chat": chat.dialogue(prompt)}
+    if tokenizer is not None:
+        row = chat.written(row, tokenizer, settings)
+    by_template = tokenizer is not None and tokenizer.chat_template and settings.template != "none"
+    spoken = row["chat"] if by_template else None
+    if spoken is not None:
+        # Anthropic's answers begin with a blank, those of chat templates do not.
+        texts, dialogue = [text.strip() for text in texts] if preference.dialogue else texts, True
+    elif not isinstance(prompt, str):
+        # Completions begin with a blank, as Anthropic's do: with most tokenizers "Yes" and " Yes" are other tokens.
+        blank = row["prompt"][-1:].isspace()
+        texts = [text if text[:1].isspace() or blank else f" {text}" for text in texts]
+    texts_and_pairs = {"completions": texts, "pairs": preference.pairs}
+    return {"prompt": row["prompt"], "chat": spoken, "dialogue": dialogue} | texts_and_pairs

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from textrl_gym.core import Row
-from textrl_gym.data import encoding, sources
+from textrl_gym.data import chat, encoding, sources
+from textrl_gym.data.encoding import Chat
 from textrl_gym.data.rows import (
     BadRow,
     RawRows,
@@ -27,6 +29,7 @@ from textrl_gym.data.rows import (
     remembered,
     say_once,
     settle,
+    shown,
     text_of,
 )
 
@@ -119,6 +122,72 @@ def uncuttable(
     return faults
 
 
+def encode_conversation(
+    conversation: Chat, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, keep_suffix: str = ""
+) -> list[int]:
+    """Token ids of a conversation by the chat template, at most max_prompt_tokens.
+
+    A longer one loses its first turns, but for the system prompt. If the last turn alone is too long, its text is cut:
+    at the end of its body where it ends in keep_suffix, else at its beginning.
+
+    Raises:
+        ValueError: the template and the system prompt leave no room for the last turn.
+    """
+    text_codec = encoding.codec(tokenizer)
+    turns = Chat(conversation)
+    first = next((n for n, turn in enumerate(turns) if turn["role"] != "system"), 0)
+    ids = text_codec.chat(turns)
+    while len(ids) > max_prompt_tokens and len(turns) - first > 1:
+        later = [n for n, turn in enumerate(turns) if n > first and turn["role"] == "user"]
+        del turns[first : later[0] if later else len(turns) - 1]
+        ids = text_codec.chat(turns)
+    text, whole = turns[-1]["content"], len(ids)
+    suffix = keep_suffix if text.endswith(keep_suffix) else ""
+    room = max_prompt_tokens - len(text_codec.chat(Chat([*turns[:-1], {**turns[-1], "content": ""}])))
+    while len(ids) > max_prompt_tokens:
+        if room < 1:
+            raise ValueError(
+                f"the conversation that ends in {text[-60:]!r} has {whole} tokens, max_prompt_tokens is "
+                f"{max_prompt_tokens}, and the chat template and the system prompt leave no room for its last turn; "
+                "raise max_prompt_tokens"
+            )
+        if suffix:
+            added = len(text_codec.encode("", begin=True))
+            kept = encode_prompt(text, tokenizer, room + added, suffix)
+        else:
+            kept = text_codec.encode(text)[-room:]
+        turns[-1] = {**turns[-1], "content": text_codec.decode(kept, begin=True)}
+        ids = text_codec.chat(turns)
+        room -= max(1, len(ids) - max_prompt_tokens)  # a cut text may have other tokens than those that were kept
+    return ids
+
+
+def unspeakable(
+    conversations: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, keep_suffix: str = ""
+) -> list[BadRow | None]:
+    """Why each conversation can be no prompt (None: it can), as encode_conversation would say.
+
+    Few are encoded: what stands before a last turn is the same in many, and that turn is a text as any.
+    """
+    text_codec = encoding.codec(tokenizer)
+    sizes: dict[tuple[str, ...], int] = {}
+    faults: list[BadRow | None] = [None] * len(conversations)
+    for place, turns in enumerate(conversations):
+        kept = [turn for n, turn in enumerate(turns) if turn["role"] == "system" or n == len(turns) - 1]
+        text = kept[-1]["content"]
+        frame = (kept[-1]["role"], *(turn["content"] for turn in kept[:-1]))
+        try:
+            if frame not in sizes:
+                sizes[frame] = len(text_codec.chat(Chat([*kept[:-1], {**kept[-1], "content": ""}]))) + MERGE_SLACK
+            room = max_prompt_tokens - sizes[frame]
+            suffix = keep_suffix if text.endswith(keep_suffix) else ""
+            if room < MERGE_SLACK or not text or uncuttable([text], tokenizer, room, suffix) != [None]:
+                encode_conversation(turns, tokenizer, max_prompt_tokens, keep_suffix)
+        except (ValueError, TemplateError) as error:
+            faults[place] = BadRow(UNCUTTABLE, str(error))
+    return faults
+
+
 UNCUTTABLE = "its prompt cannot be encoded within max_prompt_tokens"
 MERGE_SLACK = 2
 """Tokens that a text may have more than its bytes, or than its parts: a blank that is put first, a merge undone."""
@@ -198,40 +267,78 @@ class PromptSchema:
     name: str
     """Where it is published."""
     columns: tuple[str, ...]
-    """The columns that must be there, each a text in every row."""
-    convert: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """From a row to {"prompt", "completion"}; the row's remaining columns are added by `load_rows`."""
-
-    def checked(self, row: Row) -> dict[str, Any]:
-        """What convert gives.
-
-        Raises:
-            BadRow: a column holds no text.
-        """
-        for name in self.columns:
-            text_of(row, name)
-        return self.convert(row)
+    """The columns that must be there."""
+    convert: Callable[[Row], dict[str, Any]]
+    """From a row to {"prompt"}, a text, with "completion" where there is one and "chat" (encoding.Chat) where the
+    prompt is a conversation; or BadRow. The row's remaining columns are added by `load_rows`."""
 
 
-def tldr_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+def tldr_prompt(row: Row) -> dict[str, Any]:
     """The TL;DR prompt of a post, letter for letter as trl-lib/tldr has it."""
     prompt = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: {row['post']}\n\nTL;DR:"
     return {"prompt": prompt, "completion": " " + row["summary"]}
 
 
-PROMPT_COMPLETION = PromptSchema(
-    "trl-lib/tldr",
-    ("prompt", "completion"),
-    lambda row: {"prompt": row["prompt"], "completion": row["completion"]},
-)
-TLDR_FILTERED = PromptSchema(
-    "vwxyzjn/summarize_from_feedback_tldr_3_filtered", ("subreddit", "title", "post", "summary"), tldr_prompt
-)
-TLDR_SCHEMAS = (PROMPT_COMPLETION, TLDR_FILTERED)
+def _tldr_texts(row: Row) -> dict[str, Any]:
+    return tldr_prompt({name: text_of(row, name) for name in TLDR_COLUMNS})
 
 
-def load_rows(dataset: str | Path, split: str, schemas: Sequence[PromptSchema] = TLDR_SCHEMAS) -> Rows:
-    """The prompts of a split: rows with `prompt`, `completion` and every other column of the data.
+def _spoken(conversation: Chat, text: str | None = None, answer: str | None = None) -> dict[str, Any]:
+    """A row whose prompt is a conversation, and a text for models without a chat template."""
+    row: dict[str, Any] = {"prompt": chat.as_text(conversation) if text is None else text, "chat": conversation}
+    return row if answer is None else row | {"completion": answer}
+
+
+def _prompt_only(row: Row) -> dict[str, Any]:
+    if isinstance(row.get("prompt"), list | Mapping):
+        conversation, answer = chat.asked(row["prompt"])
+        if answer is not None:
+            raise BadRow("column 'prompt' ends in the assistant's turn", shown(row["prompt"]))
+        return _spoken(conversation)
+    text = text_of(row, "prompt")
+    spoken = chat.dialogue(text)
+    return {"prompt": text} if spoken is None else _spoken(spoken, text)
+
+
+def _prompt_completion(row: Row) -> dict[str, Any]:
+    return _prompt_only(row) | {"completion": chat.answer_of(row.get("completion"))}
+
+
+def _turns(name: str) -> Callable[[Row], dict[str, Any]]:
+    def convert(row: Row) -> dict[str, Any]:
+        conversation, answer = chat.asked(row.get(name))
+        return _spoken(conversation, answer=answer)
+
+    return convert
+
+
+def _instruction(row: Row) -> dict[str, Any]:
+    text = text_of(row, "instruction") + (f"\n\n{text_of(row, 'input')}" if row.get("input") else "")
+    return _spoken(chat.user(text), text, None if row.get("output") is None else text_of(row, "output"))
+
+
+def _question(row: Row) -> dict[str, Any]:
+    text = text_of(row, "question")
+    return _spoken(chat.user(text), text, text_of(row, "answer"))
+
+
+TLDR_COLUMNS = ("subreddit", "title", "post", "summary")
+PROMPT_SCHEMAS = (
+    PromptSchema("trl-lib/tldr", ("prompt", "completion"), _prompt_completion),
+    PromptSchema("vwxyzjn/summarize_from_feedback_tldr_3_filtered", TLDR_COLUMNS, _tldr_texts),
+    PromptSchema("HuggingFaceH4/ultrachat_200k, conversations of role and content", ("messages",), _turns("messages")),
+    PromptSchema("ShareGPT", ("conversations",), _turns("conversations")),
+    PromptSchema("tatsu-lab/alpaca, also with input and output", ("instruction",), _instruction),
+    PromptSchema("openai/gsm8k", ("question", "answer"), _question),
+    PromptSchema("prompts alone, texts or conversations", ("prompt",), _prompt_only),
+)
+"""The first whose columns are all there is taken."""
+
+
+def load_rows(dataset: str | Path, split: str, schemas: Sequence[PromptSchema] = PROMPT_SCHEMAS) -> Rows:
+    """The prompts of a split: rows with `prompt`, and every other column of the data.
+
+    `completion` is the reference text, where there is one; `chat` the conversation, where the prompt is one.
 
     Every row is looked at here, and read again when it is asked for. Bad ones are an error, or are left out where
     `rows.row_rules` says so.
@@ -274,7 +381,7 @@ def _open(source: sources.Source, schemas: Sequence[PromptSchema], rules: RowRul
     raw = source.open()
     columns = first_columns(raw, source.words)
     schema = sources.match_schema(schemas, columns, source.words)
-    scan = look_through(raw, source.words, columns, schema.checked, rules.check)
+    scan = look_through(raw, source.words, columns, schema.convert, rules.check)
 
     def convert(row: Row) -> dict[str, Any]:
         # Rewards get whole columns, so every row has every column.

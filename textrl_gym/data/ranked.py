@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from textrl_gym.data import encoding, preferences, prompts
+from textrl_gym.data.chat import ChatSettings
 from textrl_gym.data.rows import BadRow, Dropped, OnBadRows, RowReport, say_once, settle
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class RankedCompletions:
 def _encode_prompt(row: Row, task: PromptEncoder, tokenizer: PreTrainedTokenizerBase, budget: int) -> list[int]:
     """Ids of a prompt from a user's data, which need not be of the task's form."""
     if isinstance(row["chat"], encoding.Chat):
-        return encoding.encode_chat(row["chat"], tokenizer, budget)
+        return prompts.encode_conversation(row["chat"], tokenizer, budget, task.keep_suffix)
     if row["dialogue"] or not row["prompt"].endswith(task.keep_suffix):
         ids = prompts.encode_prompt(row["prompt"], tokenizer, sys.maxsize)
         return encoding.cut_beginning(ids, tokenizer, budget)
@@ -67,6 +68,7 @@ def read_preferences(
     seed: int = 0,
     whole: bool = False,
     bad_rows: OnBadRows = "stop",
+    chat_settings: ChatSettings | None = None,
 ) -> list[RankedCompletions]:
     """A user's preferences, in any schema of `textrl_gym.data.preferences`, as token ids within the task's budgets.
 
@@ -78,6 +80,7 @@ def read_preferences(
         most: so many rows at most, drawn with `seed`.
         whole: take the whole of what has no held-out split.
         bad_rows: what to do with rows that do not fit their schema, and prompts that cannot be cut: "stop" or "skip".
+        chat_settings: what stands before conversations, and whether the chat template writes them.
 
     Raises:
         ValueError: see `textrl_gym.data.preferences.load_preferences`; or no pair is left within the budget.
@@ -85,16 +88,17 @@ def read_preferences(
     # Budgets count tokens: two texts that differ only behind the budget are equal for the model.
     prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
     ranked = []
-    rows = preferences.load_preferences(dataset, split, tokenizer, whole=whole, bad_rows=bad_rows).rows
-    drawn: Sequence[int] = range(len(rows))
-    if most is not None and most < len(rows):
-        drawn = random.Random(seed).sample(drawn, most)
+    rows = preferences.load_preferences(
+        dataset, split, tokenizer, whole=whole, bad_rows=bad_rows, chat_settings=chat_settings
+    ).rows
+    places = range(len(rows))
+    drawn = places if most is None or most >= len(rows) else random.Random(seed).sample(places, most)
     bad, equal = RowReport(len(drawn)), RowReport(len(drawn))
     for number in drawn:
         row = rows[number]
         # What the budget cuts has no EOS, as a rollout that is truncated has none.
-        prompt = row["chat"] or row["prompt"]
-        ids = encoding.encode_completions(prompt, row["completions"], tokenizer, budget, end_ids=end_ids)
+        texts = row["completions"]
+        ids = encoding.encode_completions(encoding.prompt_of(row), texts, tokenizer, budget, end_ids=end_ids)
         pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
         if not pairs:
             equal.add(rows.where(number), Dropped(f"completions that are equal within max_new_tokens={budget}"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from textrl_gym.bounds import Seed, check
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
-from textrl_gym.data.encoding import encode_completions
+from textrl_gym.data.encoding import encode_completions, prompt_of
 from textrl_gym.evaluation.metrics import measure
 from textrl_gym.judges.judge import Answer, load_scorer, reward_of
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
@@ -143,7 +143,7 @@ class Evaluator:
             return None
         # With EOS, as a completion that ended: a reward model has seen its texts so.
         ends = self.mdp.end_ids
-        (ids,) = encode_completions(row["prompt"], [text], self.mdp.tokenizer, end_ids=ends, unknown="skip")
+        (ids,) = encode_completions(prompt_of(row), [text], self.mdp.tokenizer, end_ids=ends, unknown="skip")
         return Answer(text, tuple(ids)) if len(prompt_ids) + len(ids) <= places else None
 
     def _batches(self, rollouts: list[Rollout]) -> Iterator[tuple[list[Row], list[list[int]], Rollout]]:

@@ -18,6 +18,7 @@ from textrl_gym.bounds import check_settings
 if TYPE_CHECKING:  # loads no torch
     from gymnasium.vector import VectorEnv
 
+    from textrl_gym.data.chat import ChatSettings
     from textrl_gym.mdp.task import Task
 
 
@@ -50,6 +51,13 @@ class EnvSettings:
     bad_rows: Literal["stop", "skip"] = "stop"
     """What to do with rows that cannot be used: no text where one must be, or a prompt that cannot be cut. All are
     looked at before work begins."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """auto: conversations are written by the tokenizer's chat template, texts letter for letter; chat: a text is what a
+    user says; none: no chat template."""
+    system_prompt: str | None = None
+    """Stands before every conversation; with it, or with few_shot, a text is what a user says."""
+    few_shot: str | None = None
+    """A JSON file of messages, [{"role": ..., "content": ...}, ...], before every conversation."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -80,6 +88,12 @@ class EnvSettings:
         if self.reward is not None:
             task.reward = parse_reward(self.reward)
         return task
+
+    def chat_settings(self) -> ChatSettings:
+        """How prompts become conversations."""
+        from textrl_gym.data.chat import ChatSettings, read_few_shot
+
+        return ChatSettings(self.template, self.system_prompt, read_few_shot(self.few_shot))
 
     def import_code(self) -> None:
         """Import the rewards that are named as module:name, so that a checkpoint may name them too."""

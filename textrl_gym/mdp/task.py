@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from textrl_gym import files, registry
 from textrl_gym.core import PromptSource, RewardSpec, Row
-from textrl_gym.data import encoding, prompts
-from textrl_gym.data.rows import CHECKED_AT_ONCE, BadRow, Kept, OnBadRows, RowReport, RowRules, row_rules, settle
+from textrl_gym.data import chat, encoding, prompts
+from textrl_gym.data.chat import ChatSettings
+from textrl_gym.data.rows import (
+    CHECKED_AT_ONCE,
+    BadRow,
+    Kept,
+    OnBadRows,
+    RowReport,
+    RowRules,
+    Rows,
+    row_rules,
+    say_once,
+    settle,
+    text_of,
+)
 from textrl_gym.models import adapters, fingerprint, loading, lora
 
 if TYPE_CHECKING:
@@ -73,7 +86,7 @@ class Task:
             ValueError: the prompt is too long and its kept suffix leaves no room for any of the body.
         """
         if isinstance(row.get("chat"), encoding.Chat):
-            return encoding.encode_chat(row["chat"], tokenizer, max_prompt_tokens)
+            return prompts.encode_conversation(row["chat"], tokenizer, max_prompt_tokens, self.keep_suffix)
         return prompts.encode_prompt(row["prompt"], tokenizer, max_prompt_tokens, self.keep_suffix)
 
     def check_prompts(
@@ -81,8 +94,11 @@ class Task:
     ) -> list[BadRow | None]:
         """Why each row can give no prompt; None: it can."""
         if type(self).encode is Task.encode:
-            texts = [row["prompt"] for row in rows]
-            return prompts.uncuttable(texts, tokenizer, max_prompt_tokens, self.keep_suffix)
+            budget = (tokenizer, max_prompt_tokens, self.keep_suffix)
+            spoken = [isinstance(row.get("chat"), encoding.Chat) for row in rows]
+            of_texts = prompts.uncuttable([r["prompt"] for r, s in zip(rows, spoken, strict=True) if not s], *budget)
+            of_chats = prompts.unspeakable([r["chat"] for r, s in zip(rows, spoken, strict=True) if s], *budget)
+            return [(of_chats if s else of_texts).pop(0) for s in spoken]
         found: list[BadRow | None] = []
         for row in rows:
             try:
@@ -93,22 +109,65 @@ class Task:
         return found
 
 
-class PromptCheck:
-    """Task.check_prompts for one tokenizer and budget; equal for the same objects, so that data are read once."""
+class PromptReader:
+    """Rows as one model is given them; equal for the same objects, so that data are read once.
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> None:
-        self.key = (task, tokenizer, max_prompt_tokens)
+    Args:
+        task: says how prompts are encoded.
+        chat_settings: how they become conversations.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int,
+        chat_settings: ChatSettings | None = None,
+    ) -> None:
+        self.task, self.tokenizer, self.max_prompt_tokens = task, tokenizer, max_prompt_tokens
+        self.chat_settings = chat_settings or ChatSettings()
 
     def __call__(self, rows: Sequence[Row]) -> list[BadRow | None]:
-        """What is wrong with each row."""
-        task, tokenizer, budget = self.key
-        return task.check_prompts(rows, tokenizer, budget)
+        """What is wrong with each row, as it is in the data."""
+        # Writing a conversation takes longer than all else, and the task's own check does without it.
+        own = type(self.task).encode is Task.encode
+        prepare = chat.conversation if own else chat.written
+        found: list[BadRow | None] = [None] * len(rows)
+        whole: list[tuple[int, Row]] = []
+        for place, row in enumerate(rows):
+            try:
+                text_of(row, "prompt")
+                whole.append((place, prepare(row, self.tokenizer, self.chat_settings)))
+            except BadRow as bad:
+                found[place] = bad
+        faults = self.task.check_prompts([row for _, row in whole], self.tokenizer, self.max_prompt_tokens)
+        for (place, _), fault in zip(whole, faults, strict=True):
+            found[place] = fault
+        return found
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PromptCheck) and all(a is b for a, b in zip(self.key, other.key, strict=True))
+        return isinstance(other, PromptReader) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash(tuple(map(id, self.key)))
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return (id(self.task), id(self.tokenizer), self.max_prompt_tokens, self.chat_settings.key)
+
+
+class WrittenRows(Sequence[Row]):
+    """Rows with their prompts as a model reads them."""
+
+    def __init__(self, source: PromptSource, reader: PromptReader) -> None:
+        self.source, self.reader = source, reader
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any, /) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return chat.written(self.source[index], self.reader.tokenizer, self.reader.chat_settings)
 
 
 def checked_rows(
@@ -116,37 +175,53 @@ def checked_rows(
     split: str,
     dataset: str | None,
     bad_rows: OnBadRows = "stop",
-    check: PromptCheck | None = None,
+    reader: PromptReader | None = None,
 ) -> PromptSource:
-    """A task's rows, each looked at before work begins.
+    """A task's rows as a model is given them, each looked at before work begins.
 
     Rows that a task computes, as the embedded ones, are taken as they are; all others are read from data, or are a
     list.
 
     Args:
         bad_rows: what to do with those that cannot be prompts: "stop" or "skip".
-        check: asks whether they can be encoded; None: only whether they are texts.
+        reader: the model's; None: they stay as they are in the data, and only their columns are looked at.
 
     Raises:
         ValueError: no rows, or bad ones.
     """
-    with row_rules(RowRules(bad_rows, check)):
+    with row_rules(RowRules(bad_rows, reader)):
         source = task.rows(split, dataset)
     if len(source) == 0:
         raise ValueError(f"dataset {dataset!r} has no rows in split {split!r}")
-    if not isinstance(source, list | tuple) or check is None:
+    if reader is None:
         return source
+    if not isinstance(source, list | tuple):
+        _say_texts(source, dataset, reader)
+        computed = not isinstance(source, Rows)
+        return source if computed and not reader.chat_settings.wraps_texts else WrittenRows(source, reader)
     report = RowReport(len(source))
     kept = []
     for first in range(0, len(source), CHECKED_AT_ONCE):
-        faults = check(source[first : first + CHECKED_AT_ONCE])
+        faults = reader(source[first : first + CHECKED_AT_ONCE])
         for place, fault in enumerate(faults, start=first):
             if fault is None:
                 kept.append(place)
             else:
                 report.add(f"row {place}", fault)
     settle(report, f"{type(task).__name__}.rows({split!r}, {dataset!r})", bad_rows)
-    return source if len(kept) == len(source) else Kept(source, kept)
+    return WrittenRows(source if len(kept) == len(source) else Kept(source, kept), reader)
+
+
+def _say_texts(source: PromptSource, dataset: str | None, reader: PromptReader) -> None:
+    """Say once that a model with a chat template is given texts letter for letter."""
+    settings = reader.chat_settings
+    if dataset is None or settings.template != "auto" or settings.wraps_texts or not reader.tokenizer.chat_template:
+        return
+    if not isinstance(source[0].get("chat"), encoding.Chat):
+        say_once(
+            f"dataset {dataset!r} has texts as prompts, which the model is given letter for letter; "
+            'template="chat" (--env.template chat) makes them what a user says, by the model\'s chat template'
+        )
 
 
 def load_task(task: Task | type[Task] | str) -> Task:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from textrl_gym import registry
 from textrl_gym.bounds import check, shown
-from textrl_gym.core import RewardSpec, Row, StopReason
+from textrl_gym.core import PromptSource, RewardSpec, Row, StopReason
 from textrl_gym.data import encoding
+from textrl_gym.data.chat import ChatSettings, Template, read_few_shot
+from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.data.rows import OnBadRows
 from textrl_gym.mdp.actions import Actions, parse_actions, penalty, to_tensor
 from textrl_gym.mdp.infos import final_info, reset_infos, with_finals
@@ -30,7 +32,7 @@ from textrl_gym.mdp.prompt_streams import Prompt, PromptStreams
 from textrl_gym.mdp.render import RENDER_MODES, Renderer
 from textrl_gym.mdp.scorer import Scorer
 from textrl_gym.mdp.spaces import check_settings, spaces, stop_strings
-from textrl_gym.mdp.task import PromptCheck, Task, checked_rows, load_task
+from textrl_gym.mdp.task import PromptReader, Task, checked_rows, load_task
 from textrl_gym.mdp.transition import (
     BY_LENGTH,
     RUNNING,
@@ -80,6 +82,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         missing_eos_penalty: taken off the score of an episode whose budget ran out.
         bad_rows: what to do with rows that cannot be prompts (no text, or one that cannot be cut to the budget): "stop"
             or "skip". All of them are looked at here.
+        template: "auto": conversations are written by the tokenizer's chat template, texts letter for letter; "chat": a
+            text is what a user says; "none": no chat template.
+        system_prompt: stands before every conversation; with it, or with few_shot, a text is what a user says.
+        few_shot: messages, {"role", "content"}, before every conversation; or a JSON file of them.
         device: where the tensors live: "cpu", "cuda", "auto".
         array: "numpy", or "torch" to keep tensors on the device.
         render_mode: "ansi", "human", "rgb_array" (needs Pillow) or None.
@@ -110,6 +116,9 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         policy_logprob: Callable[[Any, Any], Any] | None = None,
         missing_eos_penalty: float = 0.0,
         bad_rows: OnBadRows = "stop",
+        template: Template = "auto",
+        system_prompt: str | None = None,
+        few_shot: str | Path | Sequence[Mapping[str, Any]] | None = None,
         device: str = "cpu",
         array: str = "numpy",
         render_mode: str | None = None,
@@ -127,15 +136,14 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.missing_eos_penalty, self.array, self.render_mode = missing_eos_penalty, array, render_mode
         self.skip_special_tokens, self.bad_rows = skip_special_tokens, bad_rows
         self._mode = check_settings(self, autoreset_mode)
+        self.chat_settings = ChatSettings(template, system_prompt, read_few_shot(few_shot))
         self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
         self.device = loading.resolve_device(device)
-        self._on_host = self.device.type == "cpu"
         self.tokenizer = self._load_tokenizer(tokenizer)
         self.vocab_size = vocab_size(self.tokenizer)
         self.end_ids = self._find_ends(tokenizer, eos_token_id)
         """The tokens that end an episode, the usual one first."""
-        prompt_check = PromptCheck(self.task, self.tokenizer, self.max_prompt_tokens)
-        self.source = checked_rows(self.task, split, dataset, bad_rows, prompt_check)
+        self.source = self._read_rows(split, dataset)
         self.streams_of_prompts = PromptStreams(self.source, self._encode, num_envs, group_size)
         self.reward_model = self._load_reward(reward)
         self.scorer = self._make_scorer()
@@ -146,9 +154,20 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._state: State | None = None
         self._over_B = np.zeros(num_envs, bool)  # what state.stop_B says, on the host
         self._renderer = Renderer(self.tokenizer) if render_mode else None
+        self._make_spaces()
+
+    def _read_rows(self, split: str, dataset: str | None) -> PromptSource:
+        reader = PromptReader(self.task, self.tokenizer, self.max_prompt_tokens, self.chat_settings)
+        return checked_rows(self.task, split, dataset, self.bad_rows, reader)
+
+    def _make_spaces(self) -> None:
         self.single_observation_space, self.single_action_space = spaces(self)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    @property
+    def _on_host(self) -> bool:
+        return self.device.type == "cpu"
 
     def _load_tokenizer(self, tokenizer: PreTrainedTokenizerBase | str | Path | None) -> PreTrainedTokenizerBase:
         if tokenizer is None or isinstance(tokenizer, str | Path):
@@ -293,6 +312,20 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._prompts, self._state = prompts, state if self._on_host else state.to(self.device)
         self._over_B = np.zeros(self.num_envs, bool)
         return self._observation()
+
+    def read_preferences(self, dataset: str) -> list[RankedCompletions]:
+        """The pairs to train on in a user's data set, as token ids within this environment's budgets."""
+        return read_preferences(
+            dataset,
+            "train",
+            self.task,
+            self.tokenizer,
+            self.max_prompt_tokens,
+            self.max_new_tokens,
+            end_ids=self.end_ids,
+            bad_rows=self.bad_rows,
+            chat_settings=self.chat_settings,
+        )
 
     def draw(self, indices: ArrayLike | None = None) -> tuple[list[Row], list[list[int]]]:
         """The next prompt of every row, as reset() would draw it; the episodes being stepped stay as they are.

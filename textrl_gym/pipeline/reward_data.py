@@ -13,11 +13,11 @@ from annotated_types import Ge, Gt
 
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.data.encoding import encode_completions, end_ids
+from textrl_gym.data.encoding import encode_completions, end_ids, prompt_of
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
-from textrl_gym.mdp.task import PromptCheck, Task, checked_rows
+from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.models.loading import declared_ends
 from textrl_gym.pipeline.simulated_comparisons import Comparer, ComparisonStream
 from textrl_gym.policy.policy import Policy
@@ -127,6 +127,7 @@ def gather(env_id: str, config: RewardModelConfig, env: EnvSettings | None = Non
     task = env.task(env_id)
     tokenizer = task.load_tokenizer(env.tokenizer or config.model)
     budget: dict[str, Any] = {"most": config.eval_prompts, "seed": drawn.seed, "whole": True, "bad_rows": env.bad_rows}
+    budget["chat_settings"] = env.chat_settings()
     budget["end_ids"] = end_ids(tokenizer, declared_ends(tokenizer.name_or_path))
     more = {
         name: read_preferences(name, "validation", task, tokenizer, **budget)
@@ -167,8 +168,8 @@ def simulated(
 
 def prompt_rows(task: Task, tokenizer: PreTrainedTokenizerBase, env: EnvSettings, split: str) -> PromptSource:
     """The prompts of a split, looked at before any is sampled from."""
-    check = PromptCheck(task, tokenizer, task.max_prompt_tokens)
-    return checked_rows(task, split, env.dataset, env.bad_rows, check)
+    reader = PromptReader(task, tokenizer, task.max_prompt_tokens, env.chat_settings())
+    return checked_rows(task, split, env.dataset, env.bad_rows, reader)
 
 
 def from_datasets(
@@ -178,6 +179,7 @@ def from_datasets(
     train: list[RankedCompletions] = []
     heldout = {}
     drawn: dict[str, Any] = {"seed": config.seed, "bad_rows": env.bad_rows}
+    drawn["chat_settings"] = env.chat_settings()
     drawn["end_ids"] = end_ids(tokenizer, declared_ends(tokenizer.name_or_path))
     for name in config.dataset:
         train += read_preferences(name, "train", task, tokenizer, most=config.prompts, **drawn)
@@ -222,6 +224,6 @@ def references(task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Ro
     """The rows' reference texts, as comparisons of one completion each."""
     completions = []
     for row in rows:
-        ids = encode_completions(row["prompt"], [row["completion"]], tokenizer, task.max_new_tokens)
+        ids = encode_completions(prompt_of(row), [row["completion"]], tokenizer, task.max_new_tokens)
         completions.append(RankedCompletions(task.encode(row, tokenizer, task.max_prompt_tokens), ids, []))
     return completions

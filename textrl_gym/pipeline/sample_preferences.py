@@ -22,7 +22,7 @@ from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
-from textrl_gym.mdp.task import PromptCheck, Task, checked_rows
+from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.models import loading
 from textrl_gym.models.tokenizer import vocab_size
 from textrl_gym.pipeline.optim import progress_bar
@@ -158,8 +158,8 @@ class Pairer:
         self.task = task = env.task(env_id)
         self.config = config
         self.policies, self.tokenizer = load_policies(task, config)
-        check = PromptCheck(task, self.tokenizer, task.max_prompt_tokens)
-        self.source = checked_rows(task, env.split, env.dataset, env.bad_rows, check)
+        reader = PromptReader(task, self.tokenizer, task.max_prompt_tokens, env.chat_settings())
+        self.source = checked_rows(task, env.split, env.dataset, env.bad_rows, reader)
         self.labeller = Labeller(task, self.tokenizer, config)
         self.names = [config.model or START, config.other_model or config.model or START]
         self.counts = {"prompts": 0, "equal": 0, "ties": 0}

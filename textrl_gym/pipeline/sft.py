@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from textrl_gym import files
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.data.encoding import Chat, encode_completions, end_ids
+from textrl_gym.data.encoding import encode_completions, end_ids, prompt_of
 from textrl_gym.mdp.env_settings import EnvSettings
-from textrl_gym.mdp.task import PromptCheck, Task, checked_rows
+from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.models import loading
 from textrl_gym.models.loading import declared_ends
 from textrl_gym.models.packing import Packed, pack
@@ -132,25 +132,24 @@ def encode_row(
         ends: tokens that end a completion, the usual one first; none: the tokenizer's EOS.
     """
     texts = row.get("completions") or [row["completion"]]
-    prompt = row["chat"] if isinstance(row.get("chat"), Chat) else row["prompt"]
-    completions = encode_completions(prompt, texts, tokenizer, task.max_new_tokens, end_ids=ends)
+    completions = encode_completions(prompt_of(row), texts, tokenizer, task.max_new_tokens, end_ids=ends)
     return task.encode(row, tokenizer, task.max_prompt_tokens), completions
 
 
-def demonstrations(task: Task, split: str, env: EnvSettings, check: PromptCheck | None = None) -> PromptSource:
+def demonstrations(task: Task, split: str, env: EnvSettings, reader: PromptReader | None = None) -> PromptSource:
     """Rows to learn from: the task's own `demonstrations(split)` where it has them, or the rows of a dataset.
 
     A row holds `prompt` and `completion`, or a list of `completions`, which cost little more to learn than one.
 
     Args:
-        check: asks whether each prompt can be encoded.
+        reader: of the model that is to learn.
 
     Raises:
         ValueError: the rows have no completions to learn, or bad ones.
     """
     # A task's own demonstrations may be poor on purpose, as those of TLDRSummarize-v0 are.
     own: Callable[[str], PromptSource] | None = getattr(task, "demonstrations", None)
-    rows = functools.partial(checked_rows, task, split, env.dataset, env.bad_rows, check)
+    rows = functools.partial(checked_rows, task, split, env.dataset, env.bad_rows, reader)
     source = own(split) if env.dataset is None and own is not None else rows()
     if len(source) == 0 or not (source[0].get("completions") or source[0].get("completion")):
         columns = sorted(source[0]) if len(source) else "no rows"
@@ -356,8 +355,8 @@ def _train(
     else:
         saved = str(trainer.source / MODEL)
         model, tokenizer = cast("PreTrainedModel", task.load_model(saved)), task.load_tokenizer(saved)
-    check = PromptCheck(task, tokenizer, task.max_prompt_tokens)
-    source, heldout = (demonstrations(task, split, env, check) for split in (env.split, "validation"))
+    reader = PromptReader(task, tokenizer, task.max_prompt_tokens, env.chat_settings())
+    source, heldout = (demonstrations(task, split, env, reader) for split in (env.split, "validation"))
     model.eval()  # no dropout: the same function is trained that will be sampled from
     phases: list[Phase] = []
     if config.model is None and config.copy_steps:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.data.encoding import codec, encode_completions, end_ids
+from textrl_gym.data.encoding import codec, encode_completions, end_ids, prompt_of
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.functional import pad
 from textrl_gym.judges.annotators import Annotators
@@ -108,7 +108,7 @@ class Comparer:
         for row, own in zip(rows, sampled, strict=True):
             prompt_ids = self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens)
             texts = self.candidates(row, rng, candidates)
-            given = encode_completions(row["prompt"], texts, self.tokenizer, self.task.max_new_tokens)
+            given = encode_completions(prompt_of(row), texts, self.tokenizer, self.task.max_new_tokens)
             # Equal texts once: annotators would toss a coin between them, and the model can only give them one reward.
             ids = [list(key) for key in dict.fromkeys(tuple(i[: self.task.max_new_tokens]) for i in own + given)]
             distinct = len({tuple(i) for i in own})
