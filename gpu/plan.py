@@ -25,6 +25,7 @@ TINY = (
     "--turns",
     "1",
 )
+SMALL = ("--prompts", "2", "--group", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--iterations", "1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ PLAN = (
     Step(
         "tests",
         "the CUDA paths are right",
-        105,
+        100,
         ("-m", "gpu.tests", "--device", "cuda", "--out", "{out}"),
         ("-m", "gpu.tests", "--device", "cpu", "--out", "{out}"),
         "the same test bodies on the CPU; CUDA graphs and the watch for host synchronisation need a GPU",
@@ -58,7 +59,7 @@ PLAN = (
     Step(
         "decode",
         "tokens a second beside transformers.generate and beside the roofline",
-        70,
+        65,
         ("-m", "gpu.decode_speed", *SHAPE, *LENGTHS, "--turns", "3", "--out", "{out}"),
         ("-m", "gpu.decode_speed", *TINY, "--out", "{out}"),
         "a tiny shape; kernel launches are counted on a GPU only",
@@ -66,15 +67,15 @@ PLAN = (
     Step(
         "train",
         "GRPO and PPO end to end beside TRL's GRPO, in turns, with peak memory",
-        95,
-        ("-m", "gpu.train_speed", *SHAPE, *LENGTHS, "--seconds", "85", "--out", "{out}"),
+        85,
+        ("-m", "gpu.train_speed", *SHAPE, *LENGTHS, "--seconds", "76", "--out", "{out}"),
         ("-m", "gpu.train_speed", *TINY, "--iterations", "1", "--out", "{out}"),
         "a tiny shape; TRL's side only where TRL is installed",
     ),
     Step(
         "tldr",
         "200 updates of GRPO on TLDRSummarize-v0 in bfloat16 reach the CPU's gold score",
-        100,
+        90,
         ("-m", "gpu.tldr", "--dtype", "bfloat16", "--cuda-graphs", "--out", "{out}"),
         ("-m", "gpu.tldr", "--tokens", "2000", "--episodes", "8", "--out", "{out}"),
         "two updates and 8 posts",
@@ -82,15 +83,23 @@ PLAN = (
     Step(
         "decode-compiled",
         "transformers.generate with a static cache and torch.compile, beside ours",
-        65,
+        60,
         ("-m", "gpu.decode_speed", *SHAPE, *LENGTHS, "--sides", "graphs", "compiled", "--turns", "2", "--out", "{out}"),
         None,
         "transformers compiles its decoding on a GPU only",
     ),
     Step(
+        "compile",
+        "GRPO with the update's passes, the decode step, or both compiled, beside nothing compiled",
+        45,
+        ("-m", "gpu.compile_speed", "--dtype", "bfloat16", "--cuda-graphs", "--out", "{out}"),
+        ("-m", "gpu.compile_speed", *SMALL, "--backend", "eager", "--sides", "none", "update", "--out", "{out}"),
+        "tiny sizes; what the compiler is given is run as it is, since compiling takes a CPU minutes",
+    ),
+    Step(
         "decode-0.5b",
         "the same as decode with the shape of Qwen2.5-0.5B",
-        40,
+        35,
         ("-m", "gpu.decode_speed", *SHAPE, *LENGTHS, *LARGER, "--out", "{out}"),
         None,
         "a model of that size takes minutes on a CPU",
@@ -98,7 +107,7 @@ PLAN = (
     Step(
         "real-posts",
         "200 updates on real posts with the weights that TEXTRL_GYM_WEIGHTS names",
-        45,
+        40,
         ("-m", "gpu.tldr", "--dtype", "bfloat16", "--real", "--cuda-graphs", "--out", "{out}"),
         None,
         "a real model takes minutes an update on a CPU",

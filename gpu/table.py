@@ -95,6 +95,22 @@ def train_table(numbers: dict[str, Any]) -> str:
     return f"Training: {of_work(numbers['work'])}\n\n{table(head, rows)}"
 
 
+def compile_table(numbers: dict[str, Any]) -> str:
+    """Training with parts compiled: speed, phases, and what the first iteration took with compiling."""
+    rows = [
+        [
+            f'`compile="{name}"`',
+            f"{side['completion_tokens_per_second']:,.0f}",
+            f"{side['phase_seconds']['rollout']:.3f}",
+            f"{side['phase_seconds']['update']:.3f}",
+            f"{side['first_seconds']:.0f}",
+        ]
+        for name, side in numbers["sides"].items()
+    ]
+    head = ["compiled", "completion tokens/s", "rollout, s", "update, s", "first iteration, s"]
+    return f"torch.compile: {of_work(numbers['work'])}\n\n{table(head, rows)}"
+
+
 def tldr_lines(numbers: dict[str, Any]) -> str:
     """The score of held-out posts before and after training."""
     words = ", ".join(
@@ -123,7 +139,7 @@ def section(result: dict[str, Any] | None) -> str:
         f"transformers {result['transformers']}. Each ratio is of medians; ranges are over the turns."
     ]
     writers = {"tests": tests_lines, "decode": decode_table, "train": train_table, "tldr": tldr_lines}
-    writers |= {"real": tldr_lines}
+    writers |= {"real": tldr_lines, "compile": compile_table}
     for step in result["steps"]:
         write = writers[step["name"].split("-")[0]]
         # A step that was cut short has some of its numbers: without the first of them there is nothing to write.

@@ -23,7 +23,7 @@ import textrl_gym
 from textrl_gym import registry
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
-from textrl_gym.policy import decoders
+from textrl_gym.policy import attention_kernels, decoders, prefix_attention
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts import sampler
 from textrl_gym.rollouts.collect import collect
@@ -113,6 +113,16 @@ def test_the_health_card_passes(name: str, cuda_graphs: bool, dtype: str, device
     one = agent(name, device, tmp_path, dtype=dtype, cuda_graphs=cuda_graphs)
     lines = health.card(one.policy, one.collect(), one.env.end_ids, fresh=True)
     assert all(line.ok for line in lines), health.text(lines)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_fused_attention_and_its_gradients_are_those_of_plain_products(
+    width: int, dtype: torch.dtype, device: str
+) -> None:
+    kernel = attention_kernels.KERNELS[device]
+    assert prefix_attention._obstacle(kernel, device, dtype, width) == ""
 
 
 @pytest.mark.parametrize("device", DEVICES)

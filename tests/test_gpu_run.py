@@ -191,6 +191,8 @@ def a_result() -> dict[str, Any]:
     }
     turn = {"tokens_per_second": 900.0, "peak_bytes": 2**30}
     train = {"work": work, "turns": {"grpo": [turn], "trl_grpo": [{"tokens_per_second": 300.0, "peak_bytes": 2**32}]}}
+    side = {"completion_tokens_per_second": 1234.0, "phase_seconds": {"rollout": 0.5, "update": 0.25}}
+    compiled = {"work": work, "sides": {"update": side | {"first_seconds": 40.0}}}
     usual = {"status": "ok", "reason": "", "seconds": 1.0}
     return MACHINE | {
         "date": "2026-11-28T12:00:00+00:00",
@@ -198,6 +200,7 @@ def a_result() -> dict[str, Any]:
             usual | {"name": "tests", "numbers": {"passed": ["a", "b"], "failed": ["c"], "skipped": []}},
             usual | {"name": "decode", "numbers": decode},
             usual | {"name": "train", "numbers": train},
+            usual | {"name": "compile", "numbers": compiled},
             usual | {"name": "tldr", "status": "timed out", "reason": "ended at 9 s", "numbers": {"device": "cuda"}},
             usual | {"name": "real-posts", "status": "skipped", "reason": "no weights", "numbers": {}},
         ],
@@ -212,6 +215,7 @@ def test_the_page_has_the_numbers_of_a_run() -> None:
     assert "| textrl-gym, step by step | 20 (10 to 30) | 4.0 | 25% | 700 | 2.0 |" in text
     # 900 / 300 in speed; 1 GiB / 4 GiB in memory
     assert "| GRPO, textrl-gym | 900 (900 to 900) | 1.0 | 3.00 | 0.25 |" in text
+    assert '| `compile="update"` | 1,234 | 0.500 | 0.250 | 40 |' in text
     assert "Step `tldr` timed out: ended at 9 s." in text
     assert "Step `real-posts` skipped: no weights." in text
 
