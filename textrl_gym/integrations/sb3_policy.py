@@ -111,6 +111,8 @@ class CausalLMPolicy(ActorCriticPolicy):
         self.lm = _policy(task, int(action_space.n), model, temperature)
         self.lm.steps = StepCache(self.lm.trunk)
         self.prompt_places: int = observation_space.prompt_places  # type: ignore[attr-defined] # as mdp.spaces sets it
+        (places,) = observation_space["input_ids"].shape  # type: ignore[index] # prompt and completion
+        self.lm.try_out(self.prompt_places, places - self.prompt_places)
         trained = [p for p in self.lm.parameters() if p.requires_grad]
         # SB3's constructor has made one of the parameters that were there before the LM.
         self.optimizer = optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]

@@ -155,6 +155,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._over_B = np.zeros(num_envs, bool)  # what state.stop_B says, on the host
         self._renderer = Renderer(self.tokenizer) if render_mode else None
         self._make_spaces()
+        if kl_coef > 0 and isinstance(self._reference_spec, torch.nn.Module):
+            self._reference = self.reference  # what is loaded already is tried now, and not at the first step
 
     def _read_rows(self, split: str, dataset: str | None) -> PromptSource:
         reader = PromptReader(self.task, self.tokenizer, self.max_prompt_tokens, self.chat_settings)
@@ -238,7 +240,11 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
 
     @property
     def reference(self) -> Policy | None:
-        """The frozen policy that the KL penalty is measured to; loaded when first needed, None with no penalty."""
+        """The frozen policy that the KL penalty is measured to; loaded when first needed, None with no penalty.
+
+        Raises:
+            ValueError: nothing can be loaded, or the model cannot be run on texts of these budgets.
+        """
         if self._reference is None and (self.settings["reference"] is not None or self.kl_coef > 0):
             spec = self._reference_spec
             if not isinstance(spec, Policy):
@@ -246,6 +252,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
                     spec = self.task.load_model(None if spec is None else str(spec))
                 loading.check_vocab(self.tokenizer, spec)
                 spec = Policy(spec.to(self.device).requires_grad_(False), vocab_size=self.vocab_size)
+            spec.try_out(self.max_prompt_tokens, self.max_new_tokens)
             self._reference = spec
         return self._reference
 

@@ -119,7 +119,9 @@ class Trunk:
         if not adapter:
             self._without = cast("PeftModel", model).disable_adapter
         self.configs = configs(self.model)
-        self._borders, self._limit = positions.borders(self.model.config), positions.limit(self.model)
+        self._borders = positions.borders(self.model.config)
+        self.limit = positions.limit(self.model)
+        """The longest text that the model has positions for; None: no table of positions ends."""
         self._ways: Ways | None = None
         self._tried = 0
         self._told: set[str] = set()
@@ -135,7 +137,7 @@ class Trunk:
         Raises:
             ValueError: no way gives the numbers of the model's own forward.
         """
-        wanted = trial.length(self._borders, min(reach, self._limit or reach))
+        wanted = trial.length(self._borders, min(reach, self.limit or reach))
         if self._ways is None or (wanted > self._tried and self._is_new(wanted)):
             self._ways, self._tried = trial.examine(self, max(wanted, 2), self._borders), wanted
             for reason in self._ways.reasons:
@@ -143,6 +145,12 @@ class Trunk:
                     warnings.warn(f"{type(self.model).__name__} {reason}", stacklevel=2)
             self._told |= set(self._ways.reasons)
         return self._ways
+
+    def take_over(self, other: Trunk) -> None:
+        """Believe what another trunk has tried, where it is one of a model of the same kind."""
+        one, two = self.model, other.model
+        if type(one) is type(two) and one.dtype == two.dtype and one.config.to_dict() == two.config.to_dict():
+            self._ways, self._tried, self._told = other._ways, other._tried, set(other._told)
 
     def _is_new(self, length: int) -> bool:
         """Whether texts of a length may show what those tried before did not."""
@@ -330,9 +338,10 @@ class Trunk:
         fill(self.body, ids_UP, mask_UP, cache)
         return contents(cache)
 
-    @cached_property
+    @property
     def _some_tokens(self) -> Tensor:
         """A text of four tokens, [1, 4]: the smallest models here have positions and tokens for no more."""
+        # Made anew, since the model may be moved to another device.
         return torch.tensor([(trial.plain_tokens(self.model.config) * 4)[:4]], device=self.device)
 
     @cached_property

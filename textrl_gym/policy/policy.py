@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from textrl_gym.policy import decoders
 from textrl_gym.policy.backbone import Trunk
 from textrl_gym.policy.compiling import Compile, of_decode
 from textrl_gym.policy.step_cache import StepCache, aligned
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHUNK_NUMBERS = 2**23
 """Logits that are held at a time, as numbers: 32 MiB of float32."""
@@ -62,15 +59,15 @@ def _check_causal(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no language-model head: a policy is a causal LM")
 
 
-def check_positions(model: PreTrainedModel, max_prompt_tokens: int, max_new_tokens: int) -> None:
+def _check_positions(trunk: Trunk, max_prompt_tokens: int, max_new_tokens: int) -> None:
     """Hold that a model has positions for the budgets of an environment; warn where it was made for shorter texts.
 
     Raises:
         ValueError: its table of positions ends before.
     """
+    model, limit, made_for = trunk.model, trunk.limit, positions.stated(trunk.model.config)
     name, reach = type(model).__name__, max_prompt_tokens + max_new_tokens
     budgets = f"prompts of at most {max_prompt_tokens} tokens and completions of at most {max_new_tokens}"
-    limit, made_for = positions.limit(model), positions.stated(model.config)
     if limit is not None and reach > limit:
         where = f" {model.name_or_path!r}" if model.name_or_path else ""
         raise ValueError(
@@ -170,12 +167,16 @@ class Policy(nn.Module):
         Raises:
             ValueError: a model has fewer positions, or no way of running it gives the numbers of its own forward.
         """
-        for trunk in (self.trunk, self.value_trunk):
+        own = self.trunk
+        for trunk in (own, self.value_trunk):
             if trunk is not None:
-                check_positions(trunk.model, max_prompt_tokens, max_new_tokens)
+                _check_positions(trunk, max_prompt_tokens, max_new_tokens)
+                if trunk is not own:
+                    trunk.take_over(own)
                 trunk.try_out(max_prompt_tokens + max_new_tokens)
-        self.trunk.check_head()
+        own.check_head()
         if self.reference is not None:
+            self.reference.trunk.take_over(own)
             self.reference.try_out(max_prompt_tokens, max_new_tokens)
 
     # -- teacher-forced passes ----------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from torch import Tensor
 
 SHORT = 14
 """Tokens of the longest text where nothing in the model depends on the length."""
-STEPS = 4
-"""Tokens that follow a prompt."""
+STEPS = 3
+"""Tokens that follow a prompt: enough to cross a border from two tokens below it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def texts(longest: int, borders: Sequence[int], tokens: Sequence[int], device: t
     """Made-up texts, the longest of so many tokens; some prompts end just below a border."""
     steps = max(0, min(STEPS, longest - 1, longest // 2))
     most = longest - steps
-    sizes = {most, max(1, most // 2), min(most, 2)} | {max(1, b - 2) for b in borders if b - 2 < most}
+    sizes = {most, min(most, 2)} | {max(1, b - 2) for b in borders if b - 2 < most}
     lengths = sorted(sizes, reverse=True)
     source = [0, *range(len(lengths))]
     generator = torch.Generator().manual_seed(0)
@@ -143,12 +143,15 @@ def examine(runner: Runner, longest: int, borders: Sequence[int]) -> Ways:
 def _truth(runner: Runner, made: Texts) -> Tensor:
     """The last hidden states of each row alone, below the logits of its actions and of one action more, [B, X, D]."""
     name, steps = type(runner.model).__name__, made.action_BT.shape[1]
+    prompt_BP, mask_BP = made.rows
     rows = [
         torch.cat([prompt_P[mask_P], action_T])
-        for prompt_P, mask_P, action_T in zip(*made.rows, made.action_BT, strict=True)
+        for prompt_P, mask_P, action_T in zip(prompt_BP, mask_BP, made.action_BT, strict=True)
     ]
     try:
-        truth_BXD = torch.stack([runner.plain(ids_L[None])[0, -steps - 1 :] for ids_L in rows])
+        # The first two have one length, and need no padding together.
+        twins_2XD = runner.plain(torch.stack(rows[:2]))[:, -steps - 1 :]
+        truth_BXD = torch.cat([twins_2XD, *(runner.plain(ids_L[None])[:, -steps - 1 :] for ids_L in rows[2:])])
         # What comes after a token must not change what was said of it.
         before = [runner.plain(rows[b][None, : len(rows[b]) - steps])[0, -1] for b in made.crossing]
     except Exception as error:  # whatever a family of models raises

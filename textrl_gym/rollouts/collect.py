@@ -48,12 +48,15 @@ def collect(
         a Rollout on the policy's device, cut to its longest prompt and completion.
 
     Raises:
-        ValueError: kl_coef > 0 and neither the policy nor the environment has a reference.
+        ValueError: kl_coef > 0 and neither the policy nor the environment has a reference; or a model cannot be run on
+            texts of the environment's budgets.
     """
     mdp = vector_env(env)
     kl_coef = mdp.kl_coef if kl_coef is None else kl_coef
     if kl_coef > 0 and policy.reference is None and mdp.reference is None:
         raise ValueError(f"kl_coef={kl_coef} needs a reference: Policy(model, reference=...) or the environment's")
+
+    policy.try_out(mdp.max_prompt_tokens, mdp.max_new_tokens)
 
     # 1. Prompts, and a completion of each.
     rows, prompt_ids = mdp.draw(indices=prompt_indices)
