@@ -149,14 +149,12 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.scorer = self._make_scorer()
         # Who names another model's tokenizer starts from that model; the task's own could not score its ids.
         self._reference_spec = tokenizer if reference is None and isinstance(tokenizer, str) else reference
-        self._reference: Policy | None = None
+        self._reference = self._loaded_reference()
         self._prompts: list[Prompt] = []
         self._state: State | None = None
         self._over_B = np.zeros(num_envs, bool)  # what state.stop_B says, on the host
         self._renderer = Renderer(self.tokenizer) if render_mode else None
         self._make_spaces()
-        if kl_coef > 0 and isinstance(self._reference_spec, torch.nn.Module):
-            self._reference = self.reference  # what is loaded already is tried now, and not at the first step
 
     def _read_rows(self, split: str, dataset: str | None) -> PromptSource:
         reader = PromptReader(self.task, self.tokenizer, self.max_prompt_tokens, self.chat_settings)
@@ -247,14 +245,22 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         """
         if self._reference is None and (self.settings["reference"] is not None or self.kl_coef > 0):
             spec = self._reference_spec
-            if not isinstance(spec, Policy):
-                if not isinstance(spec, torch.nn.Module):
-                    spec = self.task.load_model(None if spec is None else str(spec))
-                loading.check_vocab(self.tokenizer, spec)
-                spec = Policy(spec.to(self.device).requires_grad_(False), vocab_size=self.vocab_size)
-            spec.try_out(self.max_prompt_tokens, self.max_new_tokens)
-            self._reference = spec
+            if not isinstance(spec, torch.nn.Module):
+                spec = self.task.load_model(None if spec is None else str(spec))
+            self._reference = self._as_policy(spec)
         return self._reference
+
+    def _loaded_reference(self) -> Policy | None:
+        """The reference where it is given loaded and used: tried now, and not at the first step."""
+        given = self._reference_spec
+        return self._as_policy(given) if self.kl_coef > 0 and isinstance(given, torch.nn.Module) else None
+
+    def _as_policy(self, model: torch.nn.Module) -> Policy:
+        if not isinstance(model, Policy):
+            loading.check_vocab(self.tokenizer, model)
+            model = Policy(model.to(self.device).requires_grad_(False), vocab_size=self.vocab_size)
+        model.try_out(self.max_prompt_tokens, self.max_new_tokens)
+        return model
 
     def use_reference(self, reference: Policy | None) -> None:
         """Measure the KL to this policy from now on, in place of what the settings name."""
