@@ -87,18 +87,17 @@ def read_preferences(
     """
     # Budgets count tokens: two texts that differ only behind the budget are equal for the model.
     prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
-    ranked = []
     rows = preferences.load_preferences(
         dataset, split, tokenizer, whole=whole, bad_rows=bad_rows, chat_settings=chat_settings
     ).rows
     places = range(len(rows))
     drawn = places if most is None or most >= len(rows) else random.Random(seed).sample(places, most)
-    bad, equal = RowReport(len(drawn)), RowReport(len(drawn))
+    ranked, bad, equal = [], RowReport(len(drawn)), RowReport(len(drawn))
     for number in drawn:
         row = rows[number]
         # What the budget cuts has no EOS, as a rollout that is truncated has none.
-        texts = row["completions"]
-        ids = encoding.encode_completions(encoding.prompt_of(row), texts, tokenizer, budget, end_ids=end_ids)
+        behind = (encoding.prompt_of(row), row["completions"], tokenizer, budget)
+        ids = encoding.encode_completions(*behind, end_ids=end_ids)
         pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
         if not pairs:
             equal.add(rows.where(number), Dropped(f"completions that are equal within max_new_tokens={budget}"))
