@@ -45,7 +45,7 @@ class RankedCompletions:
     """The first so many completions are the model's own samples."""
 
 
-def _encode_prompt(row: Row, task: PromptEncoder, tokenizer: PreTrainedTokenizerBase, budget: int) -> list[int]:
+def encode_prompt(row: Row, task: PromptEncoder, tokenizer: PreTrainedTokenizerBase, budget: int) -> list[int]:
     """Ids of a prompt from a user's data, which need not be of the task's form."""
     if isinstance(row["chat"], encoding.Chat):
         return prompts.encode_conversation(row["chat"], tokenizer, budget, task.keep_suffix)
@@ -103,7 +103,7 @@ def read_preferences(
             equal.add(rows.where(number), Dropped(f"completions that are equal within max_new_tokens={budget}"))
             continue
         try:
-            prompt_ids = _encode_prompt(row, task, tokenizer, prompt_budget)
+            prompt_ids = encode_prompt(row, task, tokenizer, prompt_budget)
         except ValueError as error:
             bad.add(rows.where(number), BadRow(prompts.UNCUTTABLE, str(error)))
             continue

@@ -2,6 +2,7 @@
 
 - `task`: Task: prompts, budgets, model and reward of one environment id
 - `env_settings`: EnvSettings: the environment as flags, TOML files and the pipeline's functions name it
+- `budgets`: how long prompts and completions of data are, and how many a budget cuts
 - `transition`: the MDP as pure functions: append a token, when an episode ends, reward
 - `vector_env`: TextVectorEnv: B rows on one device
 - `text_env`: TextEnv: one row

@@ -14,8 +14,10 @@ from annotated_types import Ge, Gt
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import encode_completions, end_ids, prompt_of
+from textrl_gym.data.preferences import load_preferences
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
+from textrl_gym.mdp import budgets
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.models.loading import declared_ends
@@ -107,6 +109,8 @@ class RewardData:
     """By data set; held out in whole."""
     samples: list[RankedCompletions] = dataclasses.field(default_factory=list)
     """Samples of the policy at temperature 1 on held-out prompts; none where the pairs are a user's."""
+    lengths: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """By split, or by data set and split: see mdp.budgets."""
     references: list[RankedCompletions] = dataclasses.field(default_factory=list)
     """The reference texts of these prompts."""
 
@@ -146,6 +150,7 @@ def simulated(
     comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
     check_curve(config, config.prompts * math.comb(config.samples + config.candidates, 2))
     training, source = (prompt_rows(task, tokenizer, env, split) for split in (env.split, "validation"))
+    lengths = budgets.told_of_splits({env.split: training, "validation": source}, task, tokenizer)
     total = min(config.prompts, len(training))
     stream: Iterable[RankedCompletions] = ComparisonStream(comparer, training, total, config.seed + 1)
     if config.curve:
@@ -162,6 +167,7 @@ def simulated(
         total,
         {"simulated annotators": heldout},
         samples=samples,
+        lengths=lengths,
         references=references(task, tokenizer, rows),
     )
 
@@ -181,12 +187,19 @@ def from_datasets(
     drawn: dict[str, Any] = {"seed": config.seed, "bad_rows": env.bad_rows}
     drawn["chat_settings"] = env.chat_settings()
     drawn["end_ids"] = end_ids(tokenizer, declared_ends(tokenizer.name_or_path))
+    lengths = {}
     for name in config.dataset:
+        for split in ("train", "validation"):
+            rows = load_preferences(
+                name, split, tokenizer, bad_rows=env.bad_rows, chat_settings=drawn["chat_settings"]
+            ).rows
+            lengths[f"{name}, {split}"] = budgets.measure_preferences(rows, task, tokenizer, drawn["end_ids"])
         train += read_preferences(name, "train", task, tokenizer, most=config.prompts, **drawn)
         heldout[name] = read_preferences(name, "validation", task, tokenizer, most=config.eval_prompts, **drawn)
+    budgets.tell(lengths)
     random.Random(config.seed).shuffle(train)
     check_curve(config, sum(len(c.pairs) for c in train))
-    return RewardData(env_id, env, task, tokenizer, train, len(train), heldout)
+    return RewardData(env_id, env, task, tokenizer, train, len(train), heldout, lengths=budgets.record(lengths))
 
 
 def in_order(train: Iterable[RankedCompletions], config: RewardModelConfig) -> Iterable[RankedCompletions]:

@@ -269,6 +269,7 @@ def train_on(data: RewardData, config: RewardModelConfig, out: Path, save: SaveO
         "config": dataclasses.asdict(config),
         **measured,
         "measured": trained | measured["measured"],
+        "lengths": data.lengths,
         "curve": [] if initial is None else measure_curve(initial, data, config, trainer),
     }
     text = json.dumps(record, indent=2)

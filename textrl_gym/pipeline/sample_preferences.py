@@ -21,6 +21,7 @@ from textrl_gym import files
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
+from textrl_gym.mdp import budgets
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.models import loading
@@ -160,6 +161,7 @@ class Pairer:
         self.policies, self.tokenizer = load_policies(task, config)
         reader = PromptReader(task, self.tokenizer, task.max_prompt_tokens, env.chat_settings())
         self.source = checked_rows(task, env.split, env.dataset, env.bad_rows, reader)
+        self.lengths = budgets.told_of_splits({env.split: self.source}, task, self.tokenizer)
         self.labeller = Labeller(task, self.tokenizer, config)
         self.names = [config.model or START, config.other_model or config.model or START]
         self.counts = {"prompts": 0, "equal": 0, "ties": 0}
@@ -249,4 +251,4 @@ def make_preferences(
             total = {name: value + pair[name] for name, value in total.items()}
             bar.update(line, advance=1, note=f"{counts['equal']} equal, {counts['ties']} ties")
     means = {name: value / config.n for name, value in total.items()}
-    return {"measured": {"pairs": config.n, **counts, **means}}
+    return {"measured": {"pairs": config.n, **counts, **means}, "lengths": pairer.lengths}

@@ -26,6 +26,7 @@ from textrl_gym import files
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import encode_completions, end_ids, prompt_of
+from textrl_gym.mdp import budgets
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.models import loading
@@ -357,6 +358,8 @@ def _train(
         model, tokenizer = cast("PreTrainedModel", task.load_model(saved)), task.load_tokenizer(saved)
     reader = PromptReader(task, tokenizer, task.max_prompt_tokens, env.chat_settings())
     source, heldout = (demonstrations(task, split, env, reader) for split in (env.split, "validation"))
+    ends = end_ids(tokenizer, declared_ends(model))
+    found = budgets.told_of_splits({env.split: source, "validation": heldout}, task, tokenizer, ends)
     model.eval()  # no dropout: the same function is trained that will be sampled from
     phases: list[Phase] = []
     if config.model is None and config.copy_steps:
@@ -371,12 +374,12 @@ def _train(
                 seed=config.seed,
             )
         )
-    ends = end_ids(tokenizer, declared_ends(model))
     stream = Batches(task, tokenizer, source, config.batch_size, config.seed, ends=ends)
     phases.append(Supervised(model, stream, config))
     measured = trainer.train(model, phases, lambda folder: save_model(model, tokenizer, folder / MODEL))
     measured |= {"heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows)}
-    return model, tokenizer, {"parameters": sum(p.numel() for p in model.parameters())} | measured
+    record = {"parameters": sum(p.numel() for p in model.parameters()), **measured, "lengths": found}
+    return model, tokenizer, record
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

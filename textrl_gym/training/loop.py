@@ -28,6 +28,7 @@ from textrl_gym.evaluation import health
 from textrl_gym.evaluation.evaluator import Evaluator, Player
 from textrl_gym.evaluation.reward_hacking import Evaluation
 from textrl_gym.kl import KLPenalty
+from textrl_gym.mdp import budgets
 from textrl_gym.persistence import run_lock, signals, update_log
 from textrl_gym.persistence.save_schedule import SaveOptions, SaveSchedule
 from textrl_gym.rollouts.phases import phase
@@ -250,12 +251,22 @@ class _Run:
             # Stopped between an update and its evaluation, which is made up for.
             owed = self._evaluation_due(total) and not _evaluated(earlier, agent.num_updates)
             return self._evaluate() if owed else True
+        self._tell_data()
         if agent.trains:
             self._evaluate(greedy=True)
             if agent.num_timesteps < total:
                 # What cannot be saved is found out now, and not after hours of training.
                 self._save()
         return True
+
+    def _tell_data(self) -> None:
+        """Say how much of the data the budgets cut, and write it down."""
+        envs = {str(env.settings["split"]): env for env in (self.agent.env, self.evaluator.mdp)}
+        found = {split: budgets.of_env(env) for split, env in envs.items()}
+        if any(found.values()):
+            if not self.console.quiet:
+                budgets.tell(found)
+            budgets.write(self.out, {split: env.source for split, env in envs.items()}, found)
 
     def _evaluation_due(self, total: int) -> bool:
         # The last evaluation comes behind the loop, with greedy decoding too, and would be done twice otherwise.
