@@ -29,7 +29,7 @@ demo: $(STAMP)  ## Compare PPO, GRPO and best-of-n on the embedded corpus: runs/
 test: $(STAMP)  ## Run the tests: two workers, one thread each.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
-reliability: $(STAMP)  ## Run the long tests: learning to known optima, real models, hacked rewards.
+reliability: $(STAMP)  ## Run the long tests: known optima, real models, hacked rewards, kills, bad inputs, flat memory.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 lint: $(STAMP)  ## Check style and format.

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors import SafetensorError
+
 STATE_FILE = "agent.json"
 """The JSON part of an agent's checkpoint folder."""
 MANIFEST = "checkpoint.json"
@@ -118,7 +120,10 @@ def write_folder(folder: str | Path, fill: Callable[[Path], object], keep_previo
     fresh = final / f".checkpoint.{os.getpid()}.new"
     try:
         fresh.mkdir()
-        fill(fresh)
+        try:
+            fill(fresh)
+        except SafetensorError as error:  # of a disk that is full, among others, and no OSError
+            raise OSError(f"{str(folder)!r} cannot be written: {error}") from error
         listed = sorted(path.relative_to(fresh).as_posix() for path in fresh.rglob("*") if path.is_file())
         (fresh / MANIFEST).write_text(json.dumps({"files": [*listed, MANIFEST]}, indent=1) + "\n", encoding="utf-8")
         # A damaged one would push the last good one out.

@@ -43,7 +43,7 @@ def parse_actions(env: MDPSettings, actions: Actions) -> tuple[BatchArray, Tenso
     token: ArrayLike | Tensor
     if isinstance(actions, Mapping):
         if "token" not in actions or (env.wants_logprob and "logprob" not in actions):
-            raise ValueError(f"an action needs the keys 'token' and 'logprob', got {sorted(actions)}")
+            raise ValueError(f"an action needs the keys 'token' and 'logprob', got {shown(list(actions))}")
         if env.wants_logprob:
             shape = (env.num_envs, env.vocab_size) if env.kl_estimator == "full" else (env.num_envs,)
             logprob = parse_logprob("logprob", actions["logprob"], shape, env.device)
@@ -55,12 +55,15 @@ def parse_actions(env: MDPSettings, actions: Actions) -> tuple[BatchArray, Tenso
         )
     else:
         token = actions
-    if env.device.type == "cpu":  # the state is numpy's there
-        action_B: Any = token.numpy() if isinstance(token, Tensor) else np.asarray(token)
-        integers = action_B.dtype.kind in "iu"
-    else:
-        action_B = to_tensor(token, env.device)
-        integers = action_B.dtype in _INTEGERS
+    try:
+        if env.device.type == "cpu":  # the state is numpy's there
+            action_B: Any = token.numpy() if isinstance(token, Tensor) else np.asarray(token)
+            integers = action_B.dtype.kind in "iu"
+        else:
+            action_B = to_tensor(token, env.device)
+            integers = action_B.dtype in _INTEGERS
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # lists of several lengths, say
+        raise ValueError(f"actions must be {env.num_envs} integers, got {shown(token)}") from error
     if action_B.shape != (env.num_envs,) or not integers:
         raise ValueError(f"actions must be {env.num_envs} integers, got {shown(token)}")
     if action_B.min() < 0 or action_B.max() >= env.vocab_size:
@@ -81,7 +84,7 @@ def parse_logprob(what: str, values: ArrayLike | Tensor, shape: tuple[int, ...],
     """
     try:
         given = to_tensor(values, device)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{what} must be numbers of shape {shape}, got {shown(values)}") from error
     # True and 1j would pass for 1.0: a tensor turns them into numbers with a warning at most.
     if given.dtype == torch.bool or given.is_complex():

@@ -108,7 +108,7 @@ class PromptStreams:
         else:
             try:
                 fixed_B = np.asarray(indices)
-            except (TypeError, ValueError) as error:  # lists of several lengths
+            except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths
                 raise ValueError(f"prompt_indices must be {self.num_envs} integers, got {shown(indices)}") from error
             if fixed_B.shape != (self.num_envs,) or not np.issubdtype(fixed_B.dtype, np.integer):
                 raise ValueError(f"prompt_indices must be {self.num_envs} integers, got {shown(indices)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import gymnasium as gym
@@ -14,10 +15,10 @@ from gymnasium.vector import AutoresetMode
 from textrl_gym import kl
 from textrl_gym.bounds import MOST_ROWS, check, shown
 from textrl_gym.data.rows import OnBadRows
+from textrl_gym.policy.policy import Policy
 
 if TYPE_CHECKING:
     from textrl_gym.mdp.task import Task
-    from textrl_gym.policy.policy import Policy
 
 MOST_TOKENS = 10_000_000
 """Of a prompt or a completion: more than any model has positions for, and less than would fill the memory."""
@@ -26,6 +27,7 @@ MOST_TOKENS = 10_000_000
 class MDPSettings(Protocol):
     """What the parts of TextVectorEnv read of it."""
 
+    settings: dict[str, Any]
     num_envs: int
     group_size: int
     max_prompt_tokens: int
@@ -68,6 +70,8 @@ ALLOWED: dict[str, object] = {
     "skip_special_tokens": bool,
 }
 """The types and bounds of an environment's settings."""
+GIVEN: dict[str, object] = {"split": str, "dataset": str | Path | None, "system_prompt": str | None}
+"""Those of arguments that the environment does not keep."""
 
 
 def stop_strings(stop: object, of_task: Sequence[str]) -> tuple[str, ...]:
@@ -88,6 +92,11 @@ def check_settings(env: MDPSettings, autoreset_mode: AutoresetMode | str) -> Aut
     """Raise ValueError naming a setting with a value that is not allowed; return the autoreset mode."""
     for name, hint in ALLOWED.items():
         check(name, getattr(env, name), hint)
+    for name, hint in GIVEN.items():
+        check(name, env.settings[name], hint)
+    reference = env.settings["reference"]
+    if not isinstance(reference, torch.nn.Module | Policy | str | Path | None):
+        raise ValueError(f"reference must be a model, a Hub id or a folder, got {shown(reference)}")
     if env.num_envs % env.group_size:
         raise ValueError(f"num_envs={env.num_envs} is no multiple of group_size={env.group_size}")
     kl.check_estimator(env.kl_estimator)

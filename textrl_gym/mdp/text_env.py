@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from annotated_types import Ge
 from gymnasium.vector import AutoresetMode
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from textrl_gym.bounds import check
+from textrl_gym.bounds import check, shown
 from textrl_gym.mdp.render import RENDER_MODES
 from textrl_gym.mdp.vector_env import (
     TextVectorEnv as TextVectorEnv,  # "textrl_gym.mdp.text_env:TextVectorEnv" is its registered name
@@ -65,9 +65,9 @@ class TextEnv(gym.Env[Any, Any]):
     ) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Append one token; action is an int, or {"token": a, "logprob": log pi} where the KL penalty asks for it."""
         if isinstance(action, Mapping):
-            batched: Any = {k: v[None] if isinstance(v, Tensor) else np.asarray(v)[None] for k, v in action.items()}
+            batched: Any = {name: _batched(name, value) for name, value in action.items()}
         else:
-            batched = action[None] if isinstance(action, Tensor) else np.asarray(action)[None]
+            batched = _batched("action", action)
         observation, reward, terminated, truncated, infos = self.vector.step(batched)
         return (
             _first(observation),
@@ -83,6 +83,14 @@ class TextEnv(gym.Env[Any, Any]):
         return frames[0] if frames else None
 
 
+def _batched(name: str, value: Tensor | ArrayLike) -> Tensor | np.ndarray:
+    """A value of the one row as a batch of one."""
+    try:
+        return value[None] if isinstance(value, Tensor) else np.asarray(value)[None]
+    except (TypeError, ValueError) as error:  # lists of several lengths
+        raise ValueError(f"{name} of an action must be a number or an array, got {shown(value)}") from error
+
+
 def vector_env(env: object, **settings: Any) -> TextVectorEnv:
     """The TextVectorEnv under any wrappers; a TextEnv's own one-row one; of an id, one made with the settings.
 
@@ -95,7 +103,7 @@ def vector_env(env: object, **settings: Any) -> TextVectorEnv:
     if isinstance(bare, TextEnv):
         return bare.vector
     if not isinstance(bare, TextVectorEnv):
-        raise ValueError(f"{env!r} is not a text environment (TextEnv or TextVectorEnv)")
+        raise ValueError(f"{shown(env)} is not a text environment (TextEnv or TextVectorEnv)")
     return bare
 
 

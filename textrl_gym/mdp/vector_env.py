@@ -289,7 +289,11 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"unknown reset options {shown(list(options))}; allowed: prompt_indices, reset_mask")
         chosen_B = np.ones(self.num_envs, bool)
         if chosen is not None:
-            chosen_B = np.asarray(chosen.cpu() if isinstance(chosen, Tensor) else chosen)
+            wanted = f"{self.num_envs} booleans with at least one True"
+            try:
+                chosen_B = np.asarray(chosen.cpu() if isinstance(chosen, Tensor) else chosen)
+            except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths
+                raise ValueError(f"reset_mask must be {wanted}, got {shown(chosen)}") from error
             if chosen_B.shape != (self.num_envs,) or chosen_B.dtype != np.bool_ or not chosen_B.any():
                 raise ValueError(
                     f"reset_mask must be {self.num_envs} booleans with at least one True, got {shown(chosen)}"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from textrl_gym import registry
+from textrl_gym.bounds import shown
 from textrl_gym.core import RewardSpec
 
 if TYPE_CHECKING:
@@ -189,8 +190,8 @@ def _checked(name: str, function: Callable[..., Any], batch: dict[str, list[Any]
         if values.ndim != 1:
             raise ValueError(f"reward {name!r} gave a tensor of shape {list(values.shape)}, not [{len(completions)}]")
         values = values.tolist()
-    elif isinstance(values, str | bytes | Mapping | set | frozenset) or not hasattr(values, "__len__"):
-        raise ValueError(f"reward {name!r} gave {values!r}, not a list or tensor of {len(completions)} numbers")
+    elif isinstance(values, str | bytes | Mapping | set | frozenset) or not _has_length(values):
+        raise ValueError(f"reward {name!r} gave {shown(values)}, not a list or tensor of {len(completions)} numbers")
     if len(values) != len(completions):
         raise ValueError(f"reward {name!r} gave {len(values)} values for {len(completions)} completions")
     score_B = torch.tensor(
@@ -201,8 +202,12 @@ def _checked(name: str, function: Callable[..., Any], batch: dict[str, list[Any]
     return score_B
 
 
+def _has_length(values: object) -> bool:
+    return hasattr(values, "__len__") and getattr(values, "shape", None) != ()  # an array of no dimension has none
+
+
 def _where(name: str, row: int, value: object, completion: str) -> str:
-    return f"reward {name!r} gave {value!r} for row {row}, completion {completion[:60]!r}"
+    return f"reward {name!r} gave {shown(value)} for row {row}, completion {completion[:60]!r}"
 
 
 def _number(name: str, row: int, value: Any, completion: str) -> float:
@@ -211,7 +216,7 @@ def _number(name: str, row: int, value: Any, completion: str) -> float:
         raise ValueError(f"{_where(name, row, value, completion)}: every row needs a number")
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{_where(name, row, value, completion)}: every row needs a number") from error
 
 

@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym import functional
-from textrl_gym.bounds import Seed, check
+from textrl_gym.bounds import Seed, check, shown
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
@@ -116,6 +116,8 @@ class Agent:
         self.config: Any = make_config(self.Config, settings, type(self).__name__)
         check("seed", seed, Seed)
         check("out", out, Path | None)
+        _check_model("model", model)
+        _check_model("reference", reference)
         self.seed, self.out = seed, None if out is None else Path(out)
         self.device = loading.resolve_device(device)
         self.model_spec = model if isinstance(model, str) else None
@@ -547,6 +549,11 @@ class Agent:
             self.generator.manual_seed(self.seed + self.num_timesteps)
         if env:
             self.env.restore_streams(numbers["env"])
+
+
+def _check_model(name: str, model: object) -> None:
+    if not isinstance(model, str | Path | torch.nn.Module | None):
+        raise ValueError(f"{name} must be a Hub id, a folder, a loaded model or None, got {shown(model)}")
 
 
 def _require_finite_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:

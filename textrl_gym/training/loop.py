@@ -165,14 +165,15 @@ class _Run:
         self.console = Console(stderr=True, quiet=not progress_bar)
         assert agent.out is not None
         self.out = agent.out
-        if not hasattr(agent, "logger"):  # one that set_logger() gave is kept, as in Stable-Baselines3
-            agent.set_logger(update_log.new_logger(self.out / tb_log_name if tb_log_name else self.out))
         self.callback = _callback(callback)
         if options.on_hacking != "off" and not any(isinstance(c, RewardHackingMonitor) for c in _each(self.callback)):
             tell = functools.partial(self.console.print, style="bold yellow", markup=False, highlight=False)
             self.callback = CallbackList([self.callback, RewardHackingMonitor(options.on_hacking, tell=tell)])
         # One evaluator for the whole run: it keeps the reference's completions, which the win rate is against.
         self.evaluator = Evaluator(agent.env, options.eval_episodes, gold=options.gold)
+        # After all that may fail: close() comes only where this came to its end.
+        if not hasattr(agent, "logger"):  # one that set_logger() gave is kept, as in Stable-Baselines3
+            agent.set_logger(update_log.new_logger(self.out / tb_log_name if tb_log_name else self.out))
         self.last = recovery.LastUpdate(agent)
         self.saved_at: int | None = agent.num_updates if agent.num_updates else None
         """Updates of the checkpoint in the folder; None: there is none of this run."""
