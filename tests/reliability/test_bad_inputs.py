@@ -99,16 +99,17 @@ KEYWORDS = ("split", "dataset", "tokenizer", "reward", "max_prompt_tokens", "max
 
 
 def is_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float | np.number) and not isinstance(value, bool | np.bool_) and math.isfinite(value)
-    )
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return isinstance(value, int) or bool(math.isfinite(value))
 
 
 def may_be(name: str, value: Any) -> bool:
     """Whether the card of the environments allows it, written apart from the checks."""
     if value is None:
         return name not in ("split", "group_size", "num_envs", "kl_coef", "kl_estimator", "missing_eos_penalty",
-                            "device", "array", "autoreset_mode", "skip_special_tokens", "bad_rows", "template")  # fmt: skip
+                            "device", "array", "autoreset_mode", "skip_special_tokens", "bad_rows",
+                            "template")  # fmt: skip
     if name in ("kl_coef", "missing_eos_penalty"):
         return is_number(value) and bool(value >= 0)
     if name in (*POSITIVE, "num_envs"):
@@ -118,6 +119,11 @@ def may_be(name: str, value: Any) -> bool:
         return isinstance(texts, list | tuple) and all(isinstance(text, str) and text for text in texts)
     if name == "device":
         return isinstance(value, str) and value in ("cpu", "auto")
+    if name == "eos_token_id":
+        ids = value if isinstance(value, list | tuple) else [value]
+        return all(isinstance(one, int | np.integer) and not isinstance(one, bool) and 0 <= one < 5 for one in ids)
+    if name == "few_shot":
+        return isinstance(value, list | tuple) and not value
     # A reference is read when it is first needed, and with no penalty it never is.
     return name == "reference" and isinstance(value, str)
 
@@ -128,8 +134,8 @@ def test_keywords_of_gym_make(examples: int) -> None:
         try:
             envs = gym.make_vec(ENV, **({"num_envs": 2} | {name: value}))
         except Exception as error:  # noqa: BLE001 - what it may be is asserted
-            # Of a mixture, a list of stops or a device the part is named that is wrong.
-            assert_named(error, name, *{"reference": ["model"], "dataset": ["prompts"]}.get(name, []))
+            # What is loaded is named by its own name.
+            assert_named(error, name, *{"tokenizer": ["no Hub id"], "system_prompt": ["encoded"]}.get(name, []))
             return
         assert may_be(name, value), (name, value)
         envs.reset(seed=0)

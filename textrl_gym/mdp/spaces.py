@@ -94,6 +94,8 @@ def check_settings(env: MDPSettings, autoreset_mode: AutoresetMode | str) -> Aut
         check(name, getattr(env, name), hint)
     for name, hint in GIVEN.items():
         check(name, env.settings[name], hint)
+    if isinstance(env.settings["tokenizer"], str):  # or a loaded one
+        check("tokenizer", env.settings["tokenizer"], str | None)
     reference = env.settings["reference"]
     if not isinstance(reference, torch.nn.Module | Policy | str | Path | None):
         raise ValueError(f"reference must be a model, a Hub id or a folder, got {shown(reference)}")

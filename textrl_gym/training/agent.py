@@ -116,8 +116,7 @@ class Agent:
         self.config: Any = make_config(self.Config, settings, type(self).__name__)
         check("seed", seed, Seed)
         check("out", out, Path | None)
-        _check_model("model", model)
-        _check_model("reference", reference)
+        _check_models(model=model, reference=reference)
         self.seed, self.out = seed, None if out is None else Path(out)
         self.device = loading.resolve_device(device)
         self.model_spec = model if isinstance(model, str) else None
@@ -551,9 +550,10 @@ class Agent:
             self.env.restore_streams(numbers["env"])
 
 
-def _check_model(name: str, model: object) -> None:
-    if not isinstance(model, str | Path | torch.nn.Module | None):
-        raise ValueError(f"{name} must be a Hub id, a folder, a loaded model or None, got {shown(model)}")
+def _check_models(**models: object) -> None:
+    for name, model in models.items():
+        if not isinstance(model, str | Path | torch.nn.Module | None):
+            raise ValueError(f"{name} must be a Hub id, a folder, a loaded model or None, got {shown(model)}")
 
 
 def _require_finite_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
