@@ -1,11 +1,15 @@
 """Tiny models of every family of causal LMs that transformers has, and what a policy of one does beside the truth.
 
+python tests/model_families.py writes the table of docs/models.md anew (a minute).
+
 Shape legend: U prompts, P prompt positions, B rows, T response positions, L positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,22 +61,45 @@ SIZES: dict[str, Any] = {
     "decoder_start_token_id": 0,
 }
 WINDOWS = ("sliding_window", "attention_window", "window_size", "attention_chunk_size", "attention_window_size")
-DENSE_ROPE: dict[str, Any] = {"num_key_value_heads": 4}
 MLA: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 4, "first_k_dense_replace": 1}
-HYBRID: dict[str, Any] = {"layer_types": ["full_attention", "linear_attention"]}
+HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+TEXT: dict[str, Any] = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size_per_layer_input": V}
+TEXT |= {"hidden_size_per_layer_input": 8, "max_position_embeddings": 128, "pad_token_id": 1}
+VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 CHANGES: dict[str, dict[str, Any]] = {
-    "axk1": MLA,
-    "axk2": MLA,
-    "deepseek_v2": MLA,
-    "deepseek_v3": MLA,
-    "deepseek_v32": MLA,
-    "glm4_moe_lite": MLA,
-    "glm_moe_dsa": MLA,
-    "longcat_flash": MLA,
-    "minicpm3": MLA,
-    "youtu": MLA,
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), MLA),
+    **dict.fromkeys(("longcat_flash", "minicpm3", "youtu"), MLA),
+    "deepseek_v2": {**MLA, "num_experts_per_tok": 2},
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), HYBRID),
+    "bailing_hybrid": MLA | HYBRID,
+    "dots3_note_text": {"num_key_value_heads": 4},
+    **{family: {"text_config": TEXT, "vision_config": VISION} for family in ("gemma3", "gemma4", "gemma4_unified")},
+    "fuyu": {"text_config": TEXT | {"model_type": "persimmon"}},
+    "git": {"vision_config": VISION},
+    "got_ocr2": {"text_config": TEXT | {"model_type": "qwen2"}, "vision_config": VISION | {"output_channels": 32}},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    **{family: {"layer_types": ["conv", "full_attention"]} for family in ("lfm2_moe", "lfm3")},
+    "recurrent_gemma": {"block_types": ("recurrent", "attention")},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    **{family: {"head_dim": 8} for family in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_experts_per_tok": 2},
+    "falcon": {"head_dim": None},
+    "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 2, "num_decoder_layers": 2}
+    | {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
+    "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 16), "attention_head_size": 8},
+    "xlnet": {"max_position_embeddings": None},
+    "xlstm": {"v_head_dim": None, "embedding_dim": 32, "num_blocks": 2},
+    "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
+    "zamba": {"layer_types": None, "num_hidden_layers": 3},
+    "zaya": {"num_experts_per_tok": 1},
 }
-"""Family -> what its sizes need beside those above."""
+"""Family -> what its sizes need beside those above; None: leave it out."""
 
 
 def families() -> dict[str, str]:
@@ -87,7 +114,10 @@ def tiny_config(family: str, window: int | None = None, **changes: Any) -> Any:
     usual = config_class()
 
     def has(name: str) -> bool:
-        value = getattr(usual, name, None)
+        try:
+            value = getattr(usual, name, None)
+        except Exception:  # noqa: BLE001 - of its own for each layer: the one given is for all of them
+            return True
         return value is not None and not isinstance(value, list | tuple | dict | str | bool)
 
     sizes = {name: size for name, size in SIZES.items() if has(name)}
@@ -99,7 +129,8 @@ def tiny_config(family: str, window: int | None = None, **changes: Any) -> Any:
         }
         sizes |= {"use_sliding_window": True} if hasattr(usual, "use_sliding_window") else {}
         sizes |= {"max_window_layers": 1} if hasattr(usual, "max_window_layers") else {}
-    return config_class(**(sizes | CHANGES.get(family, {}) | changes))
+    wanted = sizes | CHANGES.get(family, {}) | changes
+    return config_class(**{name: value for name, value in wanted.items() if value is not None})
 
 
 def tiny_model(family: str, window: int | None = None, **changes: Any) -> Any:
@@ -195,3 +226,88 @@ def _rollout(prompt_BP: Tensor, mask_BP: Tensor, token_BT: Tensor, logp_BT: Tens
         prompts=[""] * rows,
         completions=[""] * rows,
     )
+
+
+# -- the table of docs/models.md --------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- families: written by tests/model_families.py -->", "<!-- end of families -->"
+ALLOWED = 1e-3
+"""Nats that another order of the same sums may move the random models by; a fault moves them by 0.1 and more."""
+RIGHT = "Right, and everything is used"
+ROWS = (
+    RIGHT,
+    "Right; prompts are not shared among their completions",
+    "Right; nor does a token go on from the cache",
+    "Right; nor is there padding on the left, so that texts are computed by length",
+    "Refused",
+    "Not tried",
+)
+
+
+def judge(family: str) -> tuple[str, str]:
+    """The row of the table that a family belongs to, and why.
+
+    Raises:
+        AssertionError: its numbers are wrong.
+    """
+    try:
+        models = [tiny_model(family, window) for window in (None, WINDOW)]
+        truth(models[0], torch.arange(4, 16))
+    except Exception as error:  # noqa: BLE001 - whatever a family says of sizes that do not suit it
+        return ROWS[5], type(error).__name__
+    try:
+        found = [compare(model) for model in models]
+    except ValueError as error:
+        return ROWS[4], str(error)
+    for one in found:
+        assert one.worst < ALLOWED, f"{family}: {one}"
+    # The slowest way of the two, by what is left of it.
+    ways = min((one.ways for one in found), key=lambda ways: (ways.shares, ways.caches, ways.pads))
+    reasons = " ".join(ways.reasons)
+    if not ways.pads:
+        return ROWS[3], reasons
+    return ROWS[2 if not ways.caches else 1 if not ways.shares else 0], reasons
+
+
+def table(verdicts: dict[str, tuple[str, str]]) -> str:
+    """The verdicts as the page shows them."""
+    lines = [f"With transformers {transformers.__version__}:", "", "| | families (`model_type`) |", "|---|---|"]
+    for row in ROWS:
+        names = [f"`{family}`" for family, (of, _) in verdicts.items() if of == row]
+        if names:
+            lines.append(f"| {row} ({len(names)}) | {', '.join(names)} |")
+    return "\n".join(lines)
+
+
+def walk() -> dict[str, tuple[str, str]]:
+    """The verdict on every family; of several of one class, the first that can be built."""
+    verdicts: dict[str, tuple[str, str]] = {}
+    of_class: dict[str, str] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for family, name in families().items():
+            verdicts[family] = judge(family)
+            if verdicts[family][0] != ROWS[5]:
+                of_class[name] = family
+    # A configuration with pictures in it, say, whose class takes the one of its text.
+    return {
+        family: verdict
+        for family, verdict in verdicts.items()
+        if verdict[0] != ROWS[5] or families()[family] not in of_class
+    }
+
+
+def main() -> None:
+    """Write the table into the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    verdicts = walk()
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(verdicts)}\n\n{END}{after}", encoding="utf-8")
+    for family, (row, why) in verdicts.items():
+        print(f"{family:28} {row}: {why[:150]}")
+
+
+if __name__ == "__main__":
+    main()

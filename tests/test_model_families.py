@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from model_families import WINDOW, V, compare, tiny_model, truth
+from model_families import BEGIN, END, PAGE, WINDOW, V, compare, table, tiny_model, truth, walk
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import textrl_gym  # noqa: F401 - registers the environments
@@ -166,3 +166,12 @@ def test_what_was_made_for_shorter_texts_is_said() -> None:
     short = tiny_model("llama", max_position_embeddings=16)
     with pytest.warns(UserWarning, match="LlamaForCausalLM was made for texts of at most 16 tokens; "):
         Policy(short).try_out(12, 8)
+
+
+@pytest.mark.slow  # a minute
+def test_every_family_of_transformers_is_right_or_refused_in_words() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    written = text.partition(BEGIN)[2].partition(END)[0].strip()
+    found = table(walk())  # wrong numbers, and errors that are no ValueError, end it
+    if found.partition("\n")[0] == written.partition("\n")[0]:  # the same version of transformers
+        assert found == written, "python tests/model_families.py writes docs/models.md anew"
