@@ -86,6 +86,11 @@ FORMS: dict[str, tuple[dict[str, Any], list[tuple[str, str]], str, str | None]] 
     ),
     "instruction alone": ({"instruction": "Add.", "input": ""}, [("user", "Add.")], "Add.", None),
     "gsm8k": ({"question": "1 + 1?", "answer": "#### 2"}, [("user", "1 + 1?")], "1 + 1?", "#### 2"),
+    "hh's pairs": ({"chosen": f"{HH} So.", "rejected": f"{HH} No."}, TURNS, HH, "So."),
+    "pairs of conversations": (
+        {"chosen": turns(*TURNS, ("assistant", "So.")), "rejected": turns(*TURNS, ("assistant", "No."))},
+        TURNS, HH, "So.",
+    ),
     "hh": ({"prompt": HH}, TURNS, HH, None),
     "hh with line ends of windows": ({"prompt": HH.replace("\n", "\r\n")}, TURNS, HH.replace("\n", "\r\n"), None),
 }  # fmt: skip

@@ -153,7 +153,11 @@ def encode_conversation(
             )
         if suffix:
             added = len(text_codec.encode("", begin=True))
-            kept = encode_prompt(text, tokenizer, room + added, suffix)
+            try:
+                kept = encode_prompt(text, tokenizer, room + added, suffix)
+            except ValueError as error:
+                taken = max_prompt_tokens - room
+                raise ValueError(f"{error} (the chat template takes {taken} of {max_prompt_tokens})") from error
         else:
             kept = text_codec.encode(text)[-room:]
         turns[-1] = {**turns[-1], "content": text_codec.decode(kept, begin=True)}
@@ -283,7 +287,7 @@ def _tldr_texts(row: Row) -> dict[str, Any]:
     return tldr_prompt({name: text_of(row, name) for name in TLDR_COLUMNS})
 
 
-def _spoken(conversation: Chat, text: str | None = None, answer: str | None = None) -> dict[str, Any]:
+def _spoken(conversation: Chat, answer: str | None = None, text: str | None = None) -> dict[str, Any]:
     """A row whose prompt is a conversation, and a text for models without a chat template."""
     row: dict[str, Any] = {"prompt": chat.as_text(conversation) if text is None else text, "chat": conversation}
     return row if answer is None else row | {"completion": answer}
@@ -297,7 +301,19 @@ def _prompt_only(row: Row) -> dict[str, Any]:
         return _spoken(conversation)
     text = text_of(row, "prompt")
     spoken = chat.dialogue(text)
-    return {"prompt": text} if spoken is None else _spoken(spoken, text)
+    return {"prompt": text} if spoken is None else _spoken(spoken, text=text)
+
+
+def _chosen(row: Row) -> dict[str, Any]:
+    """The prompt of a pair of whole conversations, with the chosen answer."""
+    if not isinstance(row.get("chosen"), str):
+        return _spoken(*chat.asked(row.get("chosen")))
+    text = text_of(row, "chosen")
+    cut = text.rfind(chat.ASSISTANT) + len(chat.ASSISTANT)
+    spoken = chat.dialogue(text[:cut])
+    if spoken is None:
+        raise BadRow("column 'chosen' is no dialogue of Human and Assistant", shown(text))
+    return _spoken(spoken, text[cut:].strip(), text[:cut])
 
 
 def _prompt_completion(row: Row) -> dict[str, Any]:
@@ -306,20 +322,19 @@ def _prompt_completion(row: Row) -> dict[str, Any]:
 
 def _turns(name: str) -> Callable[[Row], dict[str, Any]]:
     def convert(row: Row) -> dict[str, Any]:
-        conversation, answer = chat.asked(row.get(name))
-        return _spoken(conversation, answer=answer)
+        return _spoken(*chat.asked(row.get(name)))
 
     return convert
 
 
 def _instruction(row: Row) -> dict[str, Any]:
     text = text_of(row, "instruction") + (f"\n\n{text_of(row, 'input')}" if row.get("input") else "")
-    return _spoken(chat.user(text), text, None if row.get("output") is None else text_of(row, "output"))
+    return _spoken(chat.user(text), None if row.get("output") is None else text_of(row, "output"), text)
 
 
 def _question(row: Row) -> dict[str, Any]:
     text = text_of(row, "question")
-    return _spoken(chat.user(text), text, text_of(row, "answer"))
+    return _spoken(chat.user(text), text_of(row, "answer"), text)
 
 
 TLDR_COLUMNS = ("subreddit", "title", "post", "summary")
@@ -331,6 +346,7 @@ PROMPT_SCHEMAS = (
     PromptSchema("tatsu-lab/alpaca, also with input and output", ("instruction",), _instruction),
     PromptSchema("openai/gsm8k", ("question", "answer"), _question),
     PromptSchema("prompts alone, texts or conversations", ("prompt",), _prompt_only),
+    PromptSchema("Anthropic/hh-rlhf", ("chosen", "rejected"), _chosen),
 )
 """The first whose columns are all there is taken."""
 
