@@ -227,10 +227,24 @@ class ArrowRows(Sequence[object]):
     def read(self) -> Iterator[object]:
         """Every row."""
         self._passed = 0
-        for table in self.dataset.with_format("arrow").iter(1000):  # as Arrow: a thirtieth of the time of row by row
-            rows = table.to_pylist()
+        for batch in self._batches():  # a thirtieth of the time of row by row
+            rows = batch.to_pylist()
             yield from rows
             self._passed += len(rows)
+
+    def _batches(self) -> Iterator[Any]:
+        """Some rows at a time, as Arrow has them."""
+        import pyarrow
+
+        files = [entry["filename"] for entry in self.dataset.cache_files]
+        # Read and not mapped where the files hold these rows and no others: pages that were looked at stay in memory as
+        # long as there is room, a million rows of 1.6 KB.
+        if sum(map(_arrow_rows, files)) != len(self.dataset):
+            yield from self.dataset.with_format("arrow").iter(1000)
+            return
+        for name in files:
+            with pyarrow.OSFile(name) as file, pyarrow.ipc.open_stream(file) as stream:
+                yield from stream
 
     def share_read(self) -> float:
         """How many of the rows were read."""
@@ -245,6 +259,14 @@ class ArrowRows(Sequence[object]):
 
     def __getitem__(self, index: Any, /) -> Any:
         return self.dataset[index]
+
+
+def _arrow_rows(name: str) -> int:
+    """How many rows a file of Arrow's stream format has, by its batches' heads."""
+    import pyarrow
+
+    with pyarrow.memory_map(name) as file, pyarrow.ipc.open_stream(file) as stream:
+        return sum(batch.num_rows for batch in stream)
 
 
 # -- the Hub ----------------------------------------------------------------------------------------------------------
