@@ -210,6 +210,17 @@ def test_a_template_that_refuses_a_conversation_is_told(tmp_path: Path) -> None:
         env(rows, tmp_path, tokenizer)
 
 
+def test_a_template_that_wants_turns_to_alternate(tmp_path: Path) -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no turns') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    good, bad = turns(*TURNS), turns(("user", "a"), ("user", "b"))
+    with pytest.raises(ValueError, match=r"1 of 3 rows .*line 2: no turns"):
+        env([{"messages": good}, {"messages": bad}, {"messages": good}], tmp_path, tokenizer)
+
+
 # -- cutting ----------------------------------------------------------------------------------------------------------
 
 

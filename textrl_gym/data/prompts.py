@@ -176,18 +176,34 @@ def unspeakable(
     """
     text_codec = encoding.codec(tokenizer)
     sizes: dict[tuple[str, ...], int] = {}
+    written: set[tuple[str, ...]] = set()
+    unsure: list[int] = []
+    alike: dict[tuple[int, str], list[int]] = {}
     faults: list[BadRow | None] = [None] * len(conversations)
     for place, turns in enumerate(conversations):
-        kept = [turn for n, turn in enumerate(turns) if turn["role"] == "system" or n == len(turns) - 1]
-        text = kept[-1]["content"]
-        frame = (kept[-1]["role"], *(turn["content"] for turn in kept[:-1]))
+        before, last = [turn for turn in turns[:-1] if turn["role"] == "system"], turns[-1]
+        frame = (last["role"], *(turn["content"] for turn in before))
+        roles = tuple(turn["role"] for turn in turns)
         try:
+            if roles not in written:  # some templates want users and assistants to take turns
+                text_codec.chat(Chat([{**turn, "content": "a"} for turn in turns]))
+                written.add(roles)
             if frame not in sizes:
-                sizes[frame] = len(text_codec.chat(Chat([*kept[:-1], {**kept[-1], "content": ""}]))) + MERGE_SLACK
-            room = max_prompt_tokens - sizes[frame]
-            suffix = keep_suffix if text.endswith(keep_suffix) else ""
-            if room < MERGE_SLACK or not text or uncuttable([text], tokenizer, room, suffix) != [None]:
-                encode_conversation(turns, tokenizer, max_prompt_tokens, keep_suffix)
+                sizes[frame] = len(text_codec.chat(Chat([*before, {**last, "content": ""}]))) + MERGE_SLACK
+        except TemplateError as error:
+            faults[place] = BadRow(UNCUTTABLE, str(error))
+            continue
+        text, room = last["content"], max_prompt_tokens - sizes[frame]
+        if text and room >= MERGE_SLACK:
+            alike.setdefault((room, keep_suffix if text.endswith(keep_suffix) else ""), []).append(place)
+        else:
+            unsure.append(place)
+    for (room, suffix), places in alike.items():
+        found = uncuttable([conversations[place][-1]["content"] for place in places], tokenizer, room, suffix)
+        unsure += [place for place, fault in zip(places, found, strict=True) if fault is not None]
+    for place in unsure:
+        try:
+            encode_conversation(conversations[place], tokenizer, max_prompt_tokens, keep_suffix)
         except (ValueError, TemplateError) as error:
             faults[place] = BadRow(UNCUTTABLE, str(error))
     return faults
