@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Iterator
 from importlib.resources import files
-from typing import Any
+from typing import Any, ClassVar
 
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
@@ -114,6 +114,18 @@ def _told_again(text: str, slots: dict[str, str], rng: random.Random) -> str:
     return " " + " ".join(sentences)
 
 
+class ReferenceRows(MediocreRows):
+    """The posts of a corpus with three wordings of their references: what the fluent model learns.
+
+    From one wording alone the model would learn that wording's words by heart.
+    """
+
+    def __getitem__(self, index: int, /) -> Row:
+        """The row with three summaries of the same facts."""
+        row = self.corpus[index]
+        return {**row, "completions": wordings(row, 3, index)}
+
+
 class TLDRSummarize(Task):
     """Sum up a forum post after "TL;DR:", as in "Learning to summarize from human feedback" (Stiennon et al. 2020).
 
@@ -175,10 +187,22 @@ class TLDRSummarize(Task):
     # 0.05 let PPO and GRPO go to 9 to 12 nats for no more gold: the reward's standard deviation is 1 at the start.
     kl_coef = 0.1
     keep_suffix = "\n\nTL;DR:"
+    recipe: ClassVar = {
+        # After 1,500 updates its noise at temperature 1 still costs a fifth of its gold.
+        "fluent": {"steps": 4500},
+        # A policy that unlearns is mediocre by its behaviour. One trained from scratch on poor summaries could not copy
+        # well, and 50 updates on the gold score itself took it to 0.61 only, where this one went to 0.75 in 20.
+        "policy": {"steps": 250, "learning_rate": 1e-3},
+        "reward_model": {},
+    }
 
     def rows(self, split: str, dataset: str | None = None) -> PromptSource:
         """The posts of a split with their reference summaries."""
         return TLDRCorpus(split) if dataset is None else prompts.load_rows(dataset, split)
+
+    def references(self, split: str) -> PromptSource:
+        """Training data of the fluent model."""
+        return ReferenceRows(TLDRCorpus(split))
 
     def demonstrations(self, split: str) -> PromptSource:
         """Training data of the initial policy: poor summaries, so that RL has room."""

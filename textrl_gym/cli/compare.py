@@ -59,6 +59,36 @@ def compare_command(args: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
+def lesson_command(args: Sequence[str]) -> int:
+    """Run the lesson of an environment: train its trials, and say with intervals what came out."""
+    from textrl_gym.experiments import lessons
+
+    about = "its folder; the same one goes on. None: runs/lesson-ENV"
+    parts: list[Part] = [
+        environment(),
+        ("out", flag(Path | None, about), None),
+        ("settings", flat(lessons.LessonConfig)),
+    ]
+    parsed = parse_flags("lesson", lesson_command.__doc__, parts, args)
+    from textrl_gym.cli.terminal import make_table, print_tables
+    from textrl_gym.reports import lesson_page
+
+    env_id = find_env(parsed.environment)
+    out = parsed.out or Path("runs") / f"lesson-{env_id}"
+    result = lessons.run_lesson(env_id, parsed.settings, out)
+    print(f"\n{env_id}: {result.lesson.words}\n")
+    for title, (head, rows) in (
+        ("Trials", lesson_page.numbers_table(result)),
+        ("Findings", lesson_page.findings_table(result)),
+    ):
+        print_tables(make_table(title, head, rows, left=(head[0],), no_wrap=head[-1:]))
+    for trial in result.numbers:
+        show_page(out / trial)
+    print(lesson_page.lesson_report(result))
+    # What was measured is shown and saved all the same.
+    return 0 if result.holds else 1
+
+
 def show_page(folder: Path) -> None:
     """Write a comparison's page; what has been computed is not worth less without plotly."""
     from textrl_gym.reports.comparison_page import comparison_report

@@ -91,8 +91,13 @@ class Evaluator:
         self._start: tuple[Policy, list[Rollout], Tensor] | None = None
         self._human: Tensor | None = None
 
-    def play(self, player: Policy | Player, greedy: bool = False) -> list[Rollout]:
-        """Rollouts of every prompt, in order, by a Policy or by an Agent's own `play`."""
+    def play(self, player: Policy | Player, greedy: bool = False, sampling_seed: int | None = None) -> list[Rollout]:
+        """Rollouts of every prompt, in order, by a Policy or by an Agent's own `play`.
+
+        Args:
+            greedy: the most likely tokens.
+            sampling_seed: of sampling alone, for another completion of each prompt; None: the evaluator's own.
+        """
         plays: Callable[..., Rollout]
         if isinstance(player, Policy):
             plays = functools.partial(collect, policy=player, kl_coef=0.0)
@@ -100,7 +105,8 @@ class Evaluator:
             plays = player.play
         # The same random numbers for every player: differences of two evaluations are then of the policies, prompt by
         # prompt, and their standard error is that of paired differences.
-        generator = torch.Generator(player.device).manual_seed(self.seed)
+        seed = self.seed if sampling_seed is None else sampling_seed
+        generator = torch.Generator(player.device).manual_seed(seed)
         rollouts = []
         for first in range(0, self.episodes, self.mdp.num_envs):
             indices = self.indices[first : first + self.mdp.num_envs]
@@ -177,6 +183,7 @@ class Evaluator:
             metrics |= player.extra_metrics(rollouts)
         if self.gold is not None:
             metrics["gold"] = float(gold_N.mean())
+        metrics |= self._of_task(samples)
         if policy.reference is not None:
             metrics["win_rate"] = float(outcomes(gold_N, self._played_start(policy.reference)[1]).mean())
         human = self.human(rollouts)
@@ -188,6 +195,13 @@ class Evaluator:
             if self.gold is not None:
                 metrics["gold_greedy"] = float(self.gold_scores(argmax).mean())
         return metrics, samples
+
+    def _of_task(self, samples: list[dict[str, Any]]) -> dict[str, float]:
+        """The task's own measures of its embedded prompts, whose rows have the columns that they need."""
+        if self.mdp.settings["dataset"] is not None:
+            return {}
+        rows = [self.mdp.source[sample["index"]] for sample in samples]
+        return self.mdp.task.measures(rows, [sample["completion"] for sample in samples])
 
     def start(self, reference: Policy) -> list[dict[str, Any]]:
         """What the reference answered to each prompt, which the win rate is against: samples as those of `run`."""

@@ -27,8 +27,11 @@ from textrl_gym.data.rows import (
     text_of,
 )
 from textrl_gym.models import adapters, fingerprint, loading, lora
+from textrl_gym.worlds.lesson import Lesson
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from transformers import PreTrainedTokenizerBase
 
 
@@ -50,6 +53,11 @@ class Task:
     kl_coef: float = 0.05
     """The per-token KL coefficient that agents start with on this task."""
     stop: tuple[str, ...] = ()
+    lesson: Lesson | None = None
+    """What the task shows about RL from feedback; `textrl-gym lesson ENV` runs it."""
+    recipe: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """How the embedded models were made (`pipeline.build_assets`): the settings of "fluent" and "policy", and those of
+    each reward model by the name of its folder."""
     keep_suffix: str = ""
     """The end of every prompt that cutting must not touch, such as "\\n\\nTL;DR:"."""
 
@@ -62,6 +70,14 @@ class Task:
     def rows(self, split: str, dataset: str | None = None) -> PromptSource:
         """The prompts of a split: embedded where dataset is None, else a Hub id or a local file or folder."""
         raise ValueError(f"{type(self).__name__} defines no rows(split, dataset)")
+
+    def references(self, split: str) -> PromptSource:
+        """What a competent model learns before the embedded policy is made of it (`recipe`)."""
+        return self.rows(split)
+
+    def measures(self, rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float]:
+        """Numbers of the task's own about completions of its embedded rows, which evaluations report too."""
+        return {}
 
     def load_tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer `name` (Hub id, folder), or the task's own."""

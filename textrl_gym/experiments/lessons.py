@@ -1,0 +1,207 @@
+"""Running a lesson: every trial with several seeds, each a comparison of its own, and what the seeds say of it.
+
+    OUT/TRIAL/      a comparison of one agent, with its page
+    OUT/start/      the initial policy, evaluated
+    OUT/lesson.json what came out
+
+Stopped, the same call goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from annotated_types import Ge
+
+from textrl_gym import files, registry
+from textrl_gym.bounds import check_settings
+from textrl_gym.experiments.compare import CompareConfig, compare
+from textrl_gym.experiments.results import EPISODES, RESULT, RUNS
+from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.stats.estimates import Estimate, difference_of_means
+from textrl_gym.worlds.lesson import START, Finding, Lesson, Numbers, Trial
+
+if TYPE_CHECKING:
+    from textrl_gym.training.agent import Agent
+
+RECORD = "lesson.json"
+"""What came out, in a lesson's folder."""
+BEST_OF = "gold_best_of_{k}"
+"""The mean over prompts of the best gold score among k completions: pass@k, where gold is 0 or 1."""
+ENOUGH = 0.8
+"""Share of the seeds that must agree: 4 of 5."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LessonConfig:
+    """How much work a lesson may cost."""
+
+    seeds: Annotated[int, Ge(2)] = 5
+    """Runs of each trial. One seed leaves no interval."""
+    eval_episodes: Annotated[int, Ge(1)] = 256
+    """Held-out prompts that everything is measured on."""
+    scale: Annotated[float, Ge(0)] = 1.0
+    """Multiplies the training of every trial: 0.1 for a quick look, which need not show the lesson."""
+    workers: Annotated[int, Ge(0)] = 0
+    """Runs at a time; 0: one for each core."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the seeds say of a finding."""
+
+    words: str
+    effects: list[float]
+    """Of each seed."""
+
+    @property
+    def estimate(self) -> Estimate:
+        """The mean effect with its 95% interval over seeds."""
+        return difference_of_means(self.effects, 0.0)
+
+    @property
+    def agreeing(self) -> int:
+        """Seeds whose effect is above 0."""
+        return sum(effect > 0 for effect in self.effects)
+
+    @property
+    def holds(self) -> bool:
+        """Whether four of five seeds agree and the interval is clear of 0."""
+        return self.agreeing >= ENOUGH * len(self.effects) and self.estimate.low > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LessonResult:
+    """A lesson that was run."""
+
+    env_id: str
+    lesson: Lesson
+    folder: Path
+    numbers: dict[str, list[dict[str, float]]]
+    """Trial -> the metrics of each seed; of `start` the same for all."""
+    outcomes: list[Outcome]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every finding does."""
+        return all(outcome.holds for outcome in self.outcomes)
+
+
+def lesson_of(env_id: str) -> Lesson:
+    """The lesson of an environment.
+
+    Raises:
+        ValueError: it has none, naming those that have one.
+    """
+    task = EnvSettings().task(env_id)
+    if task.lesson is None:
+        have = [name for name in sorted(registry.text_envs()) if EnvSettings().task(name).lesson is not None]
+        raise ValueError(f"{env_id} has no lesson; these have: {', '.join(have)}")
+    return task.lesson
+
+
+def run_lesson(env_id: str, config: LessonConfig, out: str | Path, progress_bar: bool = True) -> LessonResult:
+    """Run what is left of a lesson, and say what came out.
+
+    Args:
+        env_id: an environment whose task has a `lesson`.
+        out: the folder; the same one goes on.
+
+    Raises:
+        ValueError: the environment has no lesson, or the folder holds another one.
+        RuntimeError: a run failed, with its reason.
+    """
+    env_id = registry.find_env(env_id)
+    lesson, out = lesson_of(env_id), Path(out)
+    numbers: dict[str, list[dict[str, float]]] = {}
+    everything = {START: Trial("The initial policy", "reference", 1), **lesson.trials}
+    for number, (name, trial) in enumerate(everything.items(), 1):
+        if progress_bar:
+            print(f"{number}/{len(everything)} {name}: {trial.words}", flush=True)
+        settings = compare_config(trial, config)
+        table = compare(env_id, settings, out / name, progress_bar, env=EnvSettings(reward=trial.reward))
+        runs = sorted((out / name / RUNS).iterdir())
+        missing = [run.name for run in runs if not (run / RESULT).is_file()]
+        if missing:
+            raise RuntimeError(f"{', '.join(missing)} in {str(out / name)!r} failed; its log.txt says why")
+        assert len(table) >= len(runs)
+        numbers[name] = [measured(run, lesson, config) for run in runs]
+    numbers[START] *= config.seeds
+    seeds = [{name: of_seed[seed] for name, of_seed in numbers.items()} for seed in range(config.seeds)]
+    result = LessonResult(env_id, lesson, out, numbers, [outcome(finding, seeds) for finding in lesson.findings])
+    record: dict[str, Any] = {"environment": env_id, "config": dataclasses.asdict(config), "numbers": numbers}
+    record["findings"] = [
+        {**dataclasses.asdict(one), **dataclasses.asdict(one.estimate), "agreeing": one.agreeing, "holds": one.holds}
+        for one in result.outcomes
+    ]
+    files.write_text(out / RECORD, json.dumps(record, indent=1) + "\n")
+    return result
+
+
+def compare_config(trial: Trial, config: LessonConfig) -> CompareConfig:
+    """The comparison that runs a trial."""
+    given = [f"{trial.agent}.{name}={json.dumps(value)}" for name, value in trial.settings.items()]
+    return CompareConfig(
+        agents=(trial.agent,),
+        seeds=config.seeds,
+        total_timesteps=max(1, round(trial.total_timesteps * config.scale)),
+        set=tuple(given),
+        eval_episodes=config.eval_episodes,
+        eval_every=20,
+        workers=config.workers,
+        device=config.device,
+    )
+
+
+def outcome(finding: Finding, seeds: Sequence[Mapping[str, Numbers]]) -> Outcome:
+    """What the seeds say of a finding."""
+    return Outcome(finding.words, [float(finding.effect(trials)) for trials in seeds])
+
+
+# -- more than one completion a prompt ---------------------------------------------------------------------------------
+
+
+def measured(run: Path, lesson: Lesson, config: LessonConfig) -> dict[str, float]:
+    """The last evaluation of a run; with the best of several completions of each prompt, where the lesson asks."""
+    metrics: dict[str, float] = files.read_json(run / RESULT)
+    if lesson.samples == 1:
+        return metrics
+    name = BEST_OF.format(k=lesson.samples)
+    file = run / f"{name}.json"
+    if not file.is_file():
+        files.write_text(file, json.dumps({name: best_of(run, lesson.samples, config)}) + "\n")
+    return metrics | files.read_json(file)
+
+
+def best_of(run: Path, k: int, config: LessonConfig) -> float:
+    """The mean over prompts of the best gold score of k samples, on the prompts of the run's last evaluation."""
+    import torch
+
+    from textrl_gym.evaluation.evaluator import Evaluator
+
+    agent: Agent = _agent_of(run, config)
+    best_N: Any = None
+    evaluator = Evaluator(agent.env, config.eval_episodes)
+    for seed in range(1, k + 1):
+        scores_N = evaluator.gold_scores(evaluator.play(agent, sampling_seed=seed))
+        best_N = scores_N if best_N is None else torch.maximum(best_N, scores_N)
+    return float(np.mean(best_N.numpy()))
+
+
+def _agent_of(run: Path, config: LessonConfig) -> Agent:
+    return registry.load_agent(run, device=config.device)
+
+
+def first_completions(run: Path, count: int) -> list[dict[str, Any]]:
+    """The first completions of a run's last evaluation."""
+    return files.read_json_lines(run / EPISODES)[:count]

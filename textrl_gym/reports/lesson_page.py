@@ -1,0 +1,119 @@
+"""The page of a lesson: what it says, whether it came out, and what each trial's policy writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from textrl_gym import files
+from textrl_gym.evaluation.metrics import metric
+from textrl_gym.experiments.lessons import LessonResult, first_completions
+from textrl_gym.experiments.results import RUNS
+from textrl_gym.reports.run_page import PAGE_SECURITY_POLICY, STYLE
+from textrl_gym.stats.estimates import difference_of_means
+from textrl_gym.worlds.lesson import START
+
+PAGE = "report.html"
+SHOWN = 6
+"""Prompts whose completions are shown."""
+
+Rows = list[list[str]]
+
+
+def mean_and_interval(values: Sequence[float], decimals: int = 3) -> str:
+    """The mean over seeds; with its 95% interval where seeds differ."""
+    mean = float(np.mean(values))
+    if np.ptp(values) == 0:
+        return f"{mean:.{decimals}f}"
+    estimate = difference_of_means(values, 0.0)
+    return f"{mean:.{decimals}f} ({estimate.low:.{decimals}f} to {estimate.high:.{decimals}f})"
+
+
+def numbers_table(result: LessonResult) -> tuple[list[str], Rows]:
+    """Headings and rows: a trial in each, and the lesson's metrics."""
+    seeds = [seed for trial in result.numbers.values() for seed in trial]
+    names = [name for name in result.lesson.metrics if all(name in seed for seed in seeds)]
+    rows = [
+        [trial, *(mean_and_interval([s[name] for s in of_trial], metric(name).decimals) for name in names)]
+        for trial, of_trial in result.numbers.items()
+    ]
+    return ["trial", *(metric(name).heading for name in names)], rows
+
+
+def findings_table(result: LessonResult) -> tuple[list[str], Rows]:
+    """Headings and rows: a finding in each."""
+    rows = []
+    for one in result.outcomes:
+        estimate = one.estimate
+        interval = f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+        rows.append([one.words, interval, f"{one.agreeing} of {len(one.effects)}", "yes" if one.holds else "no"])
+    return ["finding", "effect (95% over seeds)", "seeds", "holds"], rows
+
+
+def table_html(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str) -> Markup:
+    """A table; cells are text, whatever they hold, or Markup."""
+    top = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in head)
+    lines = []
+    for first, *rest in rows:
+        cells = Markup("").join(Markup("<td>{}</td>").format(cell) for cell in rest)
+        lines.append(Markup('<tr><th scope="row">{}</th>{}</tr>').format(first, cells))
+    table = '<table class="{}"><thead><tr>{}</tr></thead><tbody>{}</tbody></table>'
+    region = '<div class="wide" role="region" tabindex="0">' + table + "</div>"
+    return Markup(region).format(kind, top, Markup("").join(lines))
+
+
+def samples_html(result: LessonResult) -> Markup:
+    """The first held-out prompts, not picked, with each trial's completion by its first seed."""
+    episodes: dict[str, list[dict[str, Any]]] = {}
+    for trial in result.numbers:
+        run = sorted((result.folder / trial / RUNS).iterdir())[0]
+        episodes[trial] = first_completions(run, SHOWN)
+    rows = []
+    for number, first in enumerate(episodes[START]):
+        cells: list[object] = [Markup('<div class="text prompt">{}</div>').format(first["prompt"].strip())]
+        for of_trial in episodes.values():
+            shown = of_trial[number]
+            gold = f"gold {shown['gold']:.2f}, " if "gold" in shown else ""
+            marks = Markup('<div class="marks">{}score {}</div>').format(gold, f"{shown['score']:.2f}")
+            cells.append(Markup('<div class="text">{}</div>{}').format(shown["completion"].strip(), marks))
+        rows.append(cells)
+    return table_html(["prompt", *episodes], rows, "samples")
+
+
+def lesson_html(result: LessonResult) -> str:
+    """The whole page."""
+    lesson = result.lesson
+    trials = Markup("").join(
+        Markup('<li><a href="{0}/report.html">{0}</a>: {1}</li>').format(name, trial.words)
+        for name, trial in lesson.trials.items()
+    )
+    head = Markup(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><style>'
+    ).format(title=f"{result.env_id}: the lesson", policy=PAGE_SECURITY_POLICY)
+    body = Markup(
+        "</style></head><body><h1>{env}: the lesson</h1><p>{words} <b>{verdict}</b></p><h2>Findings</h2>{findings}"
+        "<h2>Trials</h2><ul>{trials}</ul>{numbers}<h2>Samples</h2><p class=muted>The first held-out prompts, not "
+        "picked; one sample of each trial's first seed.</p>{samples}</body></html>\n"
+    ).format(
+        env=result.env_id,
+        words=lesson.words,
+        verdict="It came out." if result.holds else "It did not come out in all findings.",
+        findings=table_html(*findings_table(result), "words"),
+        trials=trials,
+        numbers=table_html(*numbers_table(result), "words"),
+        samples=samples_html(result),
+    )
+    return str(head) + STYLE + str(body)
+
+
+def lesson_report(result: LessonResult) -> Path:
+    """Write the lesson's page into its folder."""
+    page = result.folder / PAGE
+    files.write_text(page, lesson_html(result))
+    return page

@@ -1,0 +1,57 @@
+"""Lesson: what a task shows about RL from feedback, as runs to compare and findings that may come out or not.
+
+`experiments.lessons` runs it, `textrl-gym lesson ENV` prints and draws it. Nothing here knows how it ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Numbers = Mapping[str, float]
+"""Metrics of an evaluation."""
+START = "start"
+"""The trial of the initial policy, which every lesson has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One way to train, of which a lesson compares several."""
+
+    words: str
+    """What is different about it."""
+    agent: str
+    total_timesteps: int
+    """Generated tokens of a run."""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the agent."""
+    reward: str | None = None
+    """None: the task's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A sentence, and the number that is above 0 where it holds."""
+
+    words: str
+    effect: Callable[[Mapping[str, Numbers]], float]
+    """Of one seed: from the metrics of each trial, and of `start`, to the size of what the sentence says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """Trials of a task, and what they are to show."""
+
+    words: str
+    """The lesson in a sentence."""
+    trials: Mapping[str, Trial]
+    findings: tuple[Finding, ...]
+    metrics: tuple[str, ...]
+    """The metrics that tell it, in the order of the table."""
+    samples: int = 1
+    """Completions of each prompt that gold_best_of_k is measured on; 1: not measured."""
+
+    def __post_init__(self) -> None:
+        if START in self.trials:
+            raise ValueError(f"a trial may not be called {START!r}, which is the initial policy")

@@ -1,0 +1,53 @@
+"""Procedural worlds: rows that are a function of (split, seed, index), and that no two splits share.
+
+A world's facts are drawn until a hash of them falls into the split, so that train, validation and test have different
+problems and not only different wordings.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+
+from textrl_gym.core import Row
+
+SIZES = {"train": 1_000_000, "validation": 10_000, "test": 10_000}
+"""Rows of each split: as many as an index may name; the worlds have no end."""
+SHARES = {"train": range(18), "validation": range(18, 19), "test": range(19, 20)}
+"""Residues of the hash, of 20, that belong to each split."""
+
+
+def in_split(key: str, split: str) -> bool:
+    """Whether facts belong to a split, by a hash of what identifies them."""
+    # Not hash(), which is salted in each process.
+    return zlib.crc32(key.encode()) % 20 in SHARES[split]
+
+
+class Rows:
+    """The rows of a world's split: each is drawn by a generator of its own.
+
+    Args:
+        draw: draw(split, rng) -> row.
+        split: train, validation or test.
+        seed: of the rows; another seed gives other rows of the same split.
+        salt: makes rows of one seed differ between two uses of a world.
+    """
+
+    def __init__(self, draw: Callable[[str, random.Random], Row], split: str, seed: int = 0, salt: str = "") -> None:
+        if split not in SIZES:
+            raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SIZES)}")
+        self.draw, self.split, self.seed, self.salt = draw, split, seed, salt
+
+    def __len__(self) -> int:
+        return SIZES[self.split]
+
+    def __getitem__(self, index: int, /) -> Row:
+        """The row at a place."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        return self.draw(self.split, random.Random(f"{self.salt}/{self.split}/{self.seed}/{index}"))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
