@@ -44,7 +44,7 @@ docs: $(STAMP)  ## Build the documentation into site/, with warnings as errors.
 
 check: lint types docs test  ## All that CI holds.
 
-assets: $(STAMP)  ## Rebuild the embedded tokenizer, language model and reward model.
+assets: $(STAMP)  ## Rebuild the embedded models of every environment.
 	$(BIN)/python -m textrl_gym.pipeline.build_assets
 
 # Without the virtual environment too: a machine with a GPU has a Python of its own, whose torch is to be used.

@@ -17,8 +17,10 @@ import pandas as pd
 import pytest
 
 from textrl_gym import registry
+from textrl_gym.cli.main import main
 from textrl_gym.experiments.compare import CompareConfig, compare, prepare, print_finals
-from textrl_gym.experiments.results import CREDIT, EPISODES, FLOPS, LOG, RESULT, SPEC, tidy
+from textrl_gym.experiments.reproduce import Reproduction
+from textrl_gym.experiments.results import CREDIT, EPISODES, FLOPS, LOG, MACHINE, RESULT, SPEC, tidy
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
 from textrl_gym.registry import load_agent
@@ -43,6 +45,31 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = compare(ENV, SMALL, out, progress_bar=False)
     assert len(table[table["final"]]) == 4
     return out
+
+
+def test_a_run_comes_out_the_same_again(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = done / "runs" / "reinforce-0"
+    machine = json.loads((run / MACHINE).read_text())
+    assert machine["threads"] >= 1 and "torch" in machine
+    assert main(["reproduce", str(run), "--out", str(tmp_path / "again")]) == 0
+    assert "The same: all" in capsys.readouterr().out
+    assert main(["reproduce", str(done)]) == 2
+    assert "holds no finished run of a comparison" in capsys.readouterr().err
+
+
+def test_a_run_that_comes_out_otherwise_says_what_differs() -> None:
+    again = Reproduction(
+        {"score": 1.0, "kl": 0.5, "train_seconds": 3}, {"score": 1.5, "kl": 0.5, "train_seconds": 4}, {}, {}
+    )
+    assert again.differences == {"score": (1.0, 1.5)}
+    assert again.words() == (
+        "1 of 2 numbers of the last evaluation differ. score: 1.0, now 1.5. Machine and versions are the same as far "
+        "as they were written down."
+    )
+    other = dataclasses.replace(
+        again, machine_before={"threads": 1, "torch": "2"}, machine_again={"threads": 2, "torch": "2"}
+    )
+    assert "So does the machine, which rounds sums in its own way: threads 1, now 2." in other.words()
 
 
 def test_the_table_has_a_row_an_evaluation(done: Path) -> None:

@@ -35,28 +35,67 @@ def compare_command(args: Sequence[str]) -> int:
     """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
     from textrl_gym.experiments import compare as home
     from textrl_gym.experiments.results import ERROR, RUNS
+    from textrl_gym.experiments.suite import compare_suite, suite
 
-    parts: list[Part] = [environment(), ("output", flat(Output)), ("settings", flat(home.CompareConfig)), env_flags()]
+    about = "environment ids, module:ID or module:Class; several make a comparison over tasks"
+    parts: list[Part] = [
+        ("environments", positional("ENV", tuple[str, ...], about), ()),
+        ("suite", flag(str | None, "all, lessons or verifiable: the environments of a suite in place of ENV"), None),
+        ("output", flat(Output)),
+        ("settings", flat(home.CompareConfig)),
+        env_flags(),
+    ]
     tables = {"output": "compare", "settings": "compare", "env": "env"}
     parsed = parse_command("compare", compare_command.__doc__, parts, tables, args)
-    env_id, out = find_env(parsed.environment), parsed.output.out
+    out = parsed.output.out
+    if parsed.suite is not None and parsed.environments:
+        raise ValueError("give environments or --suite, and not both")
+    names = suite(parsed.suite) if parsed.suite is not None else parsed.environments
+    if not names:
+        raise ValueError("compare needs ENV first, or --suite all, lessons or verifiable")
+    env_ids = [find_env(name) for name in names]
     # A wrong name is said before the folder is made and any worker starts.
     for agent in parsed.settings.agents:
         if not Path(agent).is_dir():
             find_agent(agent)
     try:
-        table = home.compare(env_id, parsed.settings, out, env=parsed.env)
+        if len(env_ids) > 1:
+            table = compare_suite(env_ids, parsed.settings, out, env=parsed.env)
+        else:
+            table = home.compare(env_ids[0], parsed.settings, out, env=parsed.env)
     except KeyboardInterrupt:
         print(f"go on with the same command, --out {out}", file=sys.stderr)
         raise
     write_toml(out / CONFIG_FILE, {"env": parsed.env, "compare": [parsed.output, parsed.settings]})
-    home.print_finals(table)
-    failed = [path.parent.name for path in sorted((out / RUNS).glob(f"*/{ERROR}"))]
-    if not table.empty:
-        show_page(out)
+    several = len(env_ids) > 1
+    folders = {env_id: out / env_id for env_id in env_ids} if several else {env_ids[0]: out}
+    for env_id, folder in folders.items():
+        finished = table[table["environment"] == env_id] if several else table
+        if several:
+            print(env_id)
+        home.print_finals(finished)
+        if not finished.empty:
+            show_page(folder)
+    if several:
+        show_suite(out)
+    failed = [
+        f"{env_id}/{path.parent.name}" if several else path.parent.name
+        for env_id, folder in folders.items()
+        for path in sorted((folder / RUNS).glob(f"*/{ERROR}"))
+    ]
     print(f"saved in {out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     # What has finished is shown and saved all the same.
     return 1 if failed else 0
+
+
+def show_suite(folder: Path) -> None:
+    """Write the page over all tasks."""
+    from textrl_gym.reports.suite_page import suite_report
+
+    try:
+        print(suite_report(folder))
+    except ImportError as error:
+        print(f"no page: {error}", file=sys.stderr)
 
 
 def lesson_command(args: Sequence[str]) -> int:
@@ -81,12 +120,26 @@ def lesson_command(args: Sequence[str]) -> int:
         ("Trials", lesson_page.numbers_table(result)),
         ("Findings", lesson_page.findings_table(result)),
     ):
-        print_tables(make_table(title, head, rows, left=(head[0],), no_wrap=head[-1:]))
+        print_tables(make_table(title, head, rows, left=(head[0],)))
     for trial in result.numbers:
         show_page(out / trial)
     print(lesson_page.lesson_report(result))
     # What was measured is shown and saved all the same.
     return 0 if result.holds else 1
+
+
+def reproduce_command(args: Sequence[str]) -> int:
+    """Run one run of a comparison again, and say whether it came out the same: COMPARISON/runs/NAME."""
+    parts: list[Part] = [
+        ("run", positional("RUN", Path, "a finished run of a comparison: COMPARISON/runs/NAME")),
+        ("out", flag(Path | None, "keep the repetition in this folder; None: nowhere"), None),
+    ]
+    parsed = parse_flags("reproduce", reproduce_command.__doc__, parts, args)
+    from textrl_gym.experiments.reproduce import reproduce
+
+    reproduction = reproduce(parsed.run, parsed.out)
+    print(reproduction.words())
+    return 1 if reproduction.differences else 0
 
 
 def show_page(folder: Path) -> None:
@@ -108,8 +161,14 @@ def report_command(args: Sequence[str]) -> int:
     ]
     parsed = parse_flags("report", report_command.__doc__, parts, args)
     from textrl_gym.experiments.results import PLAN
+    from textrl_gym.experiments.suite import SUITE
     from textrl_gym.reports import run_page as home
 
+    if (parsed.folder / SUITE).is_file():
+        for plan in sorted(parsed.folder.glob(f"*/{PLAN}")):
+            show_page(plan.parent)
+        show_suite(parsed.folder)
+        return 0
     if (parsed.folder / PLAN).is_file():
         from textrl_gym.reports.comparison_page import comparison_report
         from textrl_gym.reports.export_figures import comparison_figures

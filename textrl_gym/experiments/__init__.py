@@ -1,6 +1,9 @@
 """Many runs: comparisons of agents, win rates, speed.
 
 - `compare`: every agent, seed and KL coefficient on the same prompts and budget
+- `suite`: a comparison over several tasks
+- `lessons`: a task's lesson: trials, and what the seeds say of them
+- `reproduce`: one run again
 - `worker`: one run of a comparison, in a process of its own
 - `progress`: how far the runs of a comparison are
 - `results`: the finished runs of a comparison's folder

@@ -276,11 +276,22 @@ def compare(
         ValueError: an unknown agent, environment, reward or gold score, a wrong setting, a folder with another
             comparison.
     """
+    out, env = Path(out), env or EnvSettings()
+    environment = check(environment, config, env)
+    run_folders(prepare(out, environment, config, env), config, progress_bar, trust_code)
+    return collect_table(out)
+
+
+def check(environment: str, config: CompareConfig, env: EnvSettings) -> str:
+    """Check what a comparison names before anything is written or run; returns the environment's id.
+
+    Raises:
+        ValueError: as of `compare`.
+    """
     from textrl_gym.judges.judge import load_scorer
     from textrl_gym.rewards import load_reward
 
     environment = registry.find_env(environment)  # of module:ID the id
-    env = env or EnvSettings()
     task = env.task(environment)
     # Both are made again in each worker: an object with a model cannot be handed to another process.
     if config.gold is not None:  # a wrong name is told before any run begins
@@ -289,8 +300,13 @@ def compare(
         load_reward(task.reward, task=task)
     if len(task.rows(env.split, env.dataset)) == 0:
         raise ValueError(f"dataset {env.dataset!r} has no rows in split {env.split!r}")
-    out = Path(out)
-    folders = prepare(out, environment, config, env)
+    return environment
+
+
+def run_folders(
+    folders: Mapping[str, Path], config: CompareConfig, progress_bar: bool = True, trust_code: bool = False
+) -> None:
+    """Run what is not finished of some folders, with a live table; runs that failed are named in a warning."""
     gpus = 0
     if config.device != "cpu":
         import torch
@@ -304,7 +320,11 @@ def compare(
         import warnings
 
         errors = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        warnings.warn(f"{len(failed)} of {len(folders)} runs failed: {errors}", stacklevel=2)
+        warnings.warn(f"{len(failed)} of {len(folders)} runs failed: {errors}", stacklevel=3)
+
+
+def collect_table(out: Path) -> DataFrame:
+    """The tidy table of a comparison's finished runs, which is also saved."""
     table_of_runs = tidy(out)
     _save(table_of_runs, out)
     return table_of_runs

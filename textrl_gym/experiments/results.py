@@ -50,6 +50,8 @@ FLOPS = "flops.json"
 """The floating-point operations of the first rollout and update, and that rollout's tokens."""
 ERROR = "error.txt"
 """Why a run failed, written by the comparison when its process has ended."""
+MACHINE = "machine.json"
+"""Threads, processor and versions that a run was made with, on which its last digits depend."""
 LOG = "log.txt"
 """What a run printed."""
 PLAN_FIELDS: files.Kinds = {"environment": (str,), "config": (dict,)}
@@ -150,8 +152,9 @@ class Comparison:
 
     environment: str
     config: dict[str, Any]
-    env: EnvSettings
     """What was asked for, a CompareConfig."""
+    env: EnvSettings
+    """The settings of the environment."""
     versions: dict[str, str]
     groups: tuple[Group, ...]
     """In the order in which the agents were named."""

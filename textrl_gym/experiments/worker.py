@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files, registry
-from textrl_gym.experiments.results import CREDIT, EPISODES, ERROR, FLOPS, LOG, RESULT, SPEC, spec_env
+from textrl_gym.experiments.reproduce import machine
+from textrl_gym.experiments.results import CREDIT, EPISODES, ERROR, FLOPS, LOG, MACHINE, RESULT, SPEC, spec_env
 from textrl_gym.mdp.env_settings import EnvSettings, make_env
 from textrl_gym.mdp.task import load_env_task
 from textrl_gym.training.config import make_config
@@ -65,6 +66,7 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
         files.write_text(folder / CREDIT, "".join(line + "\n" for line in credit_lines))
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     files.write_text(folder / EPISODES, lines)
+    files.write_text(folder / MACHINE, json.dumps(dict(machine()), indent=1) + "\n")
     seconds = agent.seconds["collect"] + agent.seconds["update"]
     result = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics | {"train_seconds": seconds}
     # Last of all: a run counts as finished when this file is there, and a reader may come at any time.

@@ -50,6 +50,8 @@ class Task:
     reward: RewardSpec = "reward_model"
     gold: RewardSpec | None = None
     """The reward that `evaluate` reports beside the training reward; never trained on unless asked for."""
+    best_gold: float | None = None
+    """The best gold score that is known, which is 1 on the scale of a comparison over tasks; None: what is reached."""
     kl_coef: float = 0.05
     """The per-token KL coefficient that agents start with on this task."""
     stop: tuple[str, ...] = ()

@@ -8,6 +8,8 @@
 - `credit_section`: its section on the credit of tokens
 - `plotting`: colours, symbols and numbers in words
 - `export_figures`: the charts as PNG and SVG
+- `suite_page`: a comparison over tasks
+- `lesson_page`: a lesson: its findings, numbers and samples
 - `watch`: the page over HTTP while the runs go on
 """
 

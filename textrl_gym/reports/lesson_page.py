@@ -34,14 +34,20 @@ def mean_and_interval(values: Sequence[float], decimals: int = 3) -> str:
 
 
 def numbers_table(result: LessonResult) -> tuple[list[str], Rows]:
-    """Headings and rows: a trial in each, and the lesson's metrics."""
+    """Headings and rows: a metric of the lesson in each, and what every trial gave."""
     seeds = [seed for trial in result.numbers.values() for seed in trial]
     names = [name for name in result.lesson.metrics if all(name in seed for seed in seeds)]
     rows = [
-        [trial, *(mean_and_interval([s[name] for s in of_trial], metric(name).decimals) for name in names)]
-        for trial, of_trial in result.numbers.items()
+        [
+            metric(name).heading,
+            *(
+                mean_and_interval([seed[name] for seed in of_trial], metric(name).decimals)
+                for of_trial in result.numbers.values()
+            ),
+        ]
+        for name in names
     ]
-    return ["trial", *(metric(name).heading for name in names)], rows
+    return ["mean of seeds (95%)", *result.numbers], rows
 
 
 def findings_table(result: LessonResult) -> tuple[list[str], Rows]:

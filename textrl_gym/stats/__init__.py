@@ -3,6 +3,7 @@
 - `estimates`: means and interquartile means with their intervals; paired differences
 - `pairwise`: win rates, with length taken out; agreement; Bradley-Terry ratings
 - `overoptimization`: gold score against KL, best of n, reward against length
+- `suites`: agents over several tasks: one scale, ranks, differences by a pooled variance
 """
 
 from __future__ import annotations
