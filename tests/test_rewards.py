@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from textrl_gym import registry
+from textrl_gym.data.prompts import encode_prompt
 from textrl_gym.rewards import RewardFunction, load_reward
 from textrl_gym.rewards.reward_model import Bundled, RewardModel, make, sequence_batches
 
@@ -252,9 +253,10 @@ def byte_tokenizer(order: int = 1, **kwargs: Any) -> PreTrainedTokenizerFast:
 
 def classifier(family: str, **changes: Any) -> Any:
     """A random tiny classifier, with a spread of scores that a wrong place or mask would change by far over 1e-5."""
-    sizes = SIZES | changes
     shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    sizes = {name: value for name, value in (SIZES | changes).items() if name not in shape}
+    shape |= {name: value for name, value in changes.items() if name in shape}
     torch.manual_seed(0)
     if family == "gpt2":
         model: Any = GPT2ForSequenceClassification(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **sizes))
@@ -415,3 +417,64 @@ def test_a_tasks_own_reward_model_is_loaded_at_its_first_score(tmp_path: Path) -
     ids: dict[str, Any] = {"prompt_ids": [[1, 2]], "completion_ids": [[3, 4]]}
     assert lazy(["a"], ["b"], **ids).tolist() == plain(["a"], ["b"], **ids).tolist()
     assert lazy.loaded is lazy.loaded
+
+
+# -- texts that are longer than a reward model has positions ----------------------------------------------------------
+
+POST = "TITLE: t\nPOST: " + "abcdefghij" * 12
+END = "\n\nTL;DR:"
+
+
+def test_a_reward_model_reads_the_prompt_that_the_policy_read() -> None:
+    """The policy's tokens are its own: 40 of the prompt's, less of the body and all of the suffix."""
+    model, own, policys = classifier("llama", max_position_embeddings=200), byte_tokenizer(), byte_tokenizer(order=-1)
+    reward = RewardModel(model, own, env_tokenizer=policys, keep_suffix=END)
+    cut = encode_prompt(POST + END, policys, 40, END)
+    read = POST[: 40 - len(END)] + END  # a byte a token
+    given = {"prompt_ids": [cut], "completion_ids": [policys(" ok")["input_ids"]]}
+    expected = reward.score_ids([own(read + " ok")["input_ids"]])
+    torch.testing.assert_close(reward([POST + END], [" ok"], **given), expected, atol=1e-5, rtol=0)
+    # A prompt that the policy read whole is itself.
+    whole = {**given, "prompt_ids": [policys(POST + END)["input_ids"]]}
+    expected = reward.score_ids([own(POST + END + " ok")["input_ids"]])
+    torch.testing.assert_close(reward([POST + END], [" ok"], **whole), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_prompt_beyond_a_reward_models_positions_loses_the_end_of_its_body(family: str, shares: bool) -> None:
+    model, own = classifier(family), byte_tokenizer()  # of 64 positions
+    policys = own if shares else byte_tokenizer(order=-1)
+    reward = RewardModel(model, own, env_tokenizer=policys, keep_suffix=END)
+    given = {"prompt_ids": [policys(POST + END)["input_ids"]], "completion_ids": [policys(" ok")["input_ids"]]}
+    with pytest.warns(UserWarning, match=r"takes texts of at most 64 tokens, and a prompt .* has 146: the end of"):
+        found = reward([POST + END], [" ok"], **given)
+    kept = POST[: 64 - len(END + " ok")] + END + " ok"
+    torch.testing.assert_close(found, reward.score_ids([own(kept)["input_ids"]]), atol=1e-5, rtol=0)
+    reward([POST + END], [" ok"], **given)  # it is said once
+    with pytest.raises(ValueError, match="the reward model takes 1 to 64"):  # a completion is never cut
+        reward(["p"], ["a" * 80], prompt_ids=[policys("p")["input_ids"]], completion_ids=[[1] * 80])
+
+
+def test_a_reward_model_that_is_scaled_by_the_length_reads_a_text_at_a_time() -> None:
+    scaled = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}}
+    reward = RewardModel(classifier("llama", max_position_embeddings=16, **scaled), byte_tokenizer())
+    reward.limit = 64  # as a tokenizer's model_max_length and a larger stated length may say
+    reward.model.config.pad_token_id = None
+    rows = [list(range(1, 9)), list(range(1, 31)), list(range(5, 15))]
+    with torch.no_grad():
+        alone = torch.cat([reward.model(input_ids=torch.tensor([row])).logits[:, 0] for row in rows])
+    with pytest.warns(UserWarning, match="rewards are computed a text at a time: .* is no policy on texts of"):
+        found = reward.score_ids(rows, [4, 4, 4])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+
+
+def test_a_classifier_of_others_needs_no_eos(tmp_path: Path) -> None:
+    own = byte_tokenizer()
+    own.eos_token = None
+    RewardModel(classifier("bert"), own).save(tmp_path)
+    (tmp_path / "reward_model.json").unlink()
+    assert load_reward(str(tmp_path), tokenizer=byte_tokenizer())(["p"], ["text"]).shape == (1,)
+    (tmp_path / "reward_model.json").write_text('{"bias": 0.0, "scale": 1.0}')
+    with pytest.raises(ValueError, match="has no EOS token, which the reward model was trained to read"):
+        load_reward(str(tmp_path), tokenizer=byte_tokenizer())

@@ -43,13 +43,14 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def load_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> Any:
+def load_tokenizer(spec: str | Path | PreTrainedTokenizerBase, *, ends: bool = True) -> Any:
     """The tokenizer of a model.
 
     A missing pad token is fine: masks are made from lengths.
 
     Args:
         spec: a folder, a Hub id, "smollm2-135m", or a loaded tokenizer, which is returned as it is.
+        ends: it must have an EOS token, as a policy's.
 
     Raises:
         ValueError: nothing can be loaded from spec, or its tokenizer has no EOS token.
@@ -61,7 +62,7 @@ def load_tokenizer(spec: str | Path | PreTrainedTokenizerBase) -> Any:
             tokenizer = _tokenizer_class(source).from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(_cannot_load("tokenizer", spec, error)) from error
-    if getattr(tokenizer, "eos_token_id", None) is None:
+    if ends and getattr(tokenizer, "eos_token_id", None) is None:
         name = spec if isinstance(spec, str | Path) else getattr(spec, "name_or_path", "") or type(spec).__name__
         raise ValueError(
             f"the tokenizer {str(name)!r} has no EOS token, so no episode could end before its budget: set "

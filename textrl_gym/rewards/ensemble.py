@@ -91,8 +91,9 @@ def make(
         tokenizer = task.load_tokenizer()
     # Each member has its own normalisation, so that scores of equal scale are combined: an unnormalised member of
     # large scale would decide alone.
+    keep = getattr(task, "keep_suffix", "")
     members = [
-        reward_model.load_reward_model(str(folder / name), device=device, env_tokenizer=tokenizer)
+        reward_model.load_reward_model(str(folder / name), device=device, env_tokenizer=tokenizer, keep_suffix=keep)
         for name in settings["members"]
     ]
     return Ensemble(

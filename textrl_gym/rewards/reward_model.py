@@ -5,15 +5,19 @@ A reward model of this project is a folder: the model, its tokenizer, and reward
 having no EOS. Any other classifier is scored on the plain text, with b = 0 and s = 1.
 
 Where the model's tokenizer is the environment's own, its token ids are scored as they were generated: decoding and
-encoding again may give other tokens. Else the text is encoded with the model's tokenizer.
+encoding again may give other tokens. Else the text is encoded with the model's tokenizer: the prompt as far as the
+policy read it, since a longer one is cut for the policy too. What is still longer than the model has positions loses
+the end of the prompt's body, never the completion.
 
 Shape legend: B rows (of the micro-batch), S places, D width.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +27,7 @@ from torch import Tensor, nn
 
 from textrl_gym.data.encoding import codec, control_ids
 from textrl_gym.functional import pad
-from textrl_gym.models import loading
+from textrl_gym.models import loading, positions
 from textrl_gym.policy.backbone import Trunk
 
 if TYPE_CHECKING:
@@ -54,6 +58,7 @@ class RewardModel:
         scale: float = 1.0,
         appends_eos: bool = False,
         env_tokenizer: PreTrainedTokenizerBase | None = None,
+        keep_suffix: str = "",
     ) -> None:
         """Wrap a loaded classifier.
 
@@ -65,6 +70,7 @@ class RewardModel:
             appends_eos: the model was trained on texts that end in EOS; matters only where texts are encoded here.
             env_tokenizer: the tokenizer of the ids in the columns `prompt_ids` and `completion_ids`; None: unknown, so
                 that texts are encoded here.
+            keep_suffix: the end of every prompt that is not cut, as of a Task.
 
         Raises:
             ValueError: the model has not one label, or fewer rows than the tokenizer has tokens.
@@ -81,7 +87,11 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.bias, self.scale = bias, scale
         self.appends_eos = appends_eos
-        self.env_tokenizer = env_tokenizer
+        self.env_tokenizer, self.keep_suffix = env_tokenizer, keep_suffix
+        own = (positions.limit(model), positions.stated(config), self.tokenizer.model_max_length)
+        self.limit = int(min(number for number in own if number is not None))
+        """Tokens of the longest text that it takes."""
+        self._said_cut = self._said_apart = False
         # Ids mean the same where the vocabularies are equal; how a text is split into them does not matter here.
         self.shares_tokenizer = env_tokenizer is not None and env_tokenizer.get_vocab() == tokenizer.get_vocab()
 
@@ -95,13 +105,42 @@ class RewardModel:
     ) -> Tensor:
         """Normalised scores, float32 [B] on the CPU."""
         if self.shares_tokenizer and prompt_ids is not None and completion_ids is not None:
-            sequences = [p + c for p, c in zip(prompt_ids, completion_ids, strict=True)]
-            return self.score_ids(sequences, [len(ids) for ids in prompt_ids])
+            shown = [self._cut_ids(p, self.limit - len(c)) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+            sequences = [p + c for p, c in zip(shown, completion_ids, strict=True)]
+            return self.score_ids(sequences, [len(ids) for ids in shown])
+        if prompt_ids is not None:
+            prompts = [self._read(prompt, ids) for prompt, ids in zip(prompts, prompt_ids, strict=True)]
         ends = [[] for _ in completions] if completion_ids is None else completion_ids
-        texts = zip(prompts, completions, ends, strict=True)
-        return self.score_ids([self._encode(prompt + completion, ids) for prompt, completion, ids in texts])
+        return self.score_ids([self._encode(*row) for row in zip(prompts, completions, ends, strict=True)])
 
-    def _encode(self, text: str, completion_ids: list[int]) -> list[int]:
+    def _read(self, prompt: str, ids: list[int]) -> str:
+        """A prompt as far as the policy read it."""
+        if self.env_tokenizer is None:
+            return prompt
+        text_codec = codec(self.env_tokenizer)
+        # A text that fits is itself; decoding may give other spaces.
+        whole = text_codec.encode(prompt, begin=True, unknown="skip")
+        return prompt if len(ids) >= len(whole) else text_codec.decode(ids, begin=True)
+
+    def _encode(self, prompt: str, completion: str, completion_ids: list[int]) -> list[int]:
+        """Ids of an episode's text in the model's own tokens, cut to its positions."""
+        ids = self._ids(prompt + completion, completion_ids)
+        if len(ids) <= self.limit:
+            return ids
+        self._say_cut(len(ids))
+        suffix = self.keep_suffix if prompt.endswith(self.keep_suffix) else ""
+        body = prompt.removesuffix(suffix)
+
+        def cut(size: int) -> list[int]:
+            return self._ids(body[:size] + suffix + completion, completion_ids)
+
+        # By characters: a tokenizer may merge over any cut, so that tokens cannot be counted apart.
+        size = bisect.bisect_right(range(len(body)), self.limit, key=lambda n: len(cut(n)))
+        while size > 0 and len(cut(size)) > self.limit:
+            size -= 1
+        return cut(size)
+
+    def _ids(self, text: str, completion_ids: list[int]) -> list[int]:
         """Ids of a text in the model's own tokens, with EOS where the model expects it and the episode had one.
 
         A text that came without ids, or with ids of an unknown tokenizer, is taken as finished.
@@ -114,6 +153,25 @@ class RewardModel:
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids
 
+    def _cut_ids(self, ids: list[int], room: int) -> list[int]:
+        """A prompt's ids, of which so many have room: its body loses its end."""
+        if len(ids) <= room:
+            return ids
+        self._say_cut(len(ids) + self.limit - room)
+        suffix = codec(self.tokenizer).behind(self.keep_suffix, unknown="skip") if self.keep_suffix else []
+        kept = len(suffix) if suffix and ids[-len(suffix) :] == suffix else 0
+        return ids[: max(room - kept, 0)] + ids[len(ids) - kept :]
+
+    def _say_cut(self, length: int) -> None:
+        if not self._said_cut:
+            self._said_cut = True
+            name = type(self.model).__name__
+            warnings.warn(
+                f"the reward model ({name}) takes texts of at most {self.limit} tokens, and a prompt with its "
+                f"completion has {length}: the end of the prompt's body is left out",
+                stacklevel=3,
+            )
+
     @torch.inference_mode()
     def score_ids(self, sequences: list[list[int]], prompt_lengths: list[int] | None = None) -> Tensor:
         """Normalised scores of N token sequences (prompt and completion), float32 [N] on the CPU.
@@ -124,14 +182,15 @@ class RewardModel:
         Raises:
             ValueError: a sequence is empty, or longer than the model has positions.
         """
-        limit = min(getattr(self.model.config, "max_position_embeddings", math.inf), self.tokenizer.model_max_length)
         for row, ids in enumerate(sequences):
-            if not 0 < len(ids) <= limit:
-                raise ValueError(f"row {row} has {len(ids)} tokens; the reward model takes 1 to {limit}")
+            if not 0 < len(ids) <= self.limit:
+                raise ValueError(f"row {row} has {len(ids)} tokens; the reward model takes 1 to {self.limit}")
         rows_of = range(len(sequences))
-        if prompt_lengths is None or min(prompt_lengths, default=0) == 0 or not self.decodes:
+        apart = self.decodes and not self._depends_on_the_past_alone(max(map(len, sequences), default=1))
+        if prompt_lengths is None or min(prompt_lengths, default=0) == 0 or not self.decodes or apart:
             order = sorted(rows_of, key=lambda row: len(sequences[row]))
-            batches = [self._raw([sequences[row] for row in rows]) for rows in sequence_batches(sequences, order)]
+            all_rows = sequence_batches(sequences, order, 1) if apart else sequence_batches(sequences, order)
+            batches = [self._raw([sequences[row] for row in rows]) for rows in all_rows]
         else:
             parts = [(ids[:n], ids[n:]) for ids, n in zip(sequences, prompt_lengths, strict=True)]
             order = sorted(rows_of, key=lambda row: (len(parts[row][0]), parts[row][0]))  # a prompt's rows together
@@ -140,6 +199,18 @@ class RewardModel:
         raw_N = torch.empty_like(sorted_N)
         raw_N[torch.tensor(order, dtype=torch.int64)] = sorted_N
         return (raw_N - self.bias) * self.scale
+
+    def _depends_on_the_past_alone(self, length: int) -> bool:
+        """Whether what a decoder says of a token is the same whatever follows, padding and longer rows included."""
+        # What a policy must be; a reward model that is not is read a whole text at a time.
+        try:
+            self.trunk.try_out(length)
+        except ValueError as reason:
+            if not self._said_apart:
+                self._said_apart = True
+                warnings.warn(f"rewards are computed a text at a time: {reason}", stacklevel=3)
+            return False
+        return True
 
     def _raw(self, sequences: list[list[int]]) -> Tensor:
         """The classifier's values of one micro-batch, float32 [B] on the model's device."""
@@ -227,7 +298,8 @@ def make(
         tokenizer = task.load_tokenizer()
 
     def load_it() -> RewardModel:
-        return load_reward_model(source, device=device, env_tokenizer=tokenizer, dtype=dtype)
+        keep = getattr(task, "keep_suffix", "")
+        return load_reward_model(source, device=device, env_tokenizer=tokenizer, dtype=dtype, keep_suffix=keep)
 
     if argument is None and (Path(source) / NORMALISATION_FILE).is_file():
         return Bundled(load_it)
@@ -240,16 +312,19 @@ def load_reward_model(
     device: str | torch.device,
     env_tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype = torch.float32,
+    keep_suffix: str = "",
 ) -> RewardModel:
     """The reward model of a folder or Hub id, with the normalisation that the folder holds.
 
     Raises:
         ValueError: none can be loaded.
     """
-    own = loading.load_tokenizer(source)
+    own = loading.load_tokenizer(source, ends=False)  # another project's classifier may have no EOS
     model = loading.load_classifier(source, device=device, dtype=dtype)
     normalisation = read_normalisation(Path(source).expanduser() / NORMALISATION_FILE)
-    return RewardModel(model, own, **normalisation, env_tokenizer=env_tokenizer)
+    if normalisation and own.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {source!r} has no EOS token, which the reward model was trained to read")
+    return RewardModel(model, own, **normalisation, env_tokenizer=env_tokenizer, keep_suffix=keep_suffix)
 
 
 def read_normalisation(path: Path) -> dict[str, Any]:
