@@ -132,6 +132,10 @@ def test_texts_are_given_letter_for_letter_unless_a_user_is_to_say_them(
     for few_shot in (examples, str(file)):
         found = only(env([row], tmp_path, few_shot=few_shot, system_prompt="Be brief."))[1]
         assert found == template(("system", "Be brief."), ("user", "1?"), ("assistant", "2"), ("user", "Why?"))
+    # A checkpoint, and what is made from the environment, does not need the file.
+    found_env = env([row], tmp_path, few_shot=str(file))
+    file.unlink()
+    assert found_env.remake(2).settings["few_shot"] == examples
     # Where there is no template, as a text.
     found = only(env([row], tmp_path, PLAIN, few_shot=examples, system_prompt="Be brief."))[1]
     assert found == "\n\nBe brief.\n\nHuman: 1?\n\nAssistant: 2\n\nHuman: Why?\n\nAssistant:"

@@ -242,6 +242,7 @@ def test_a_folder_has_its_own_splits(tmp_path: Path) -> None:
     [
         ({"question": "?", "answer": "!"}, r"columns question, answer; expected: prompt, chosen, rejected .*SHP"),
         (PLAIN | {"chosen": 3}, r"neither a text nor a list of turns .*line 2: 3"),
+        (PLAIN | {"rejected": None}, r"column 'rejected' is not a text .*line 2: None"),
         (PLAIN | {"prompt": None}, r"neither a text nor a list of turns .*line 2: None"),
         ("a text", r"is no object with columns \(.*line 2: 'a text'"),
         ({"prompt": "x", "chosen": [{"role": "user"}], "rejected": [user("b")]}, "no turn with role and content"),

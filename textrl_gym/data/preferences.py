@@ -159,9 +159,9 @@ def _of_two_talks(before: Talk, row: Row, plain: str | None) -> Preference:
 
 def _implicit(row: Row) -> Preference:
     """No column for the prompt: it is what chosen and rejected begin with alike."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if not isinstance(chosen, str):
+    if not isinstance(row["chosen"], str):
         return _of_two_talks([], row, None)
+    chosen, rejected = (text_of(row, name) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise Dropped(TIE)
     shared = _common(chosen, rejected)
@@ -179,10 +179,8 @@ def _implicit(row: Row) -> Preference:
 
 def _explicit(row: Row) -> Preference:
     prompt, chosen = row["prompt"], row["chosen"]
-    if isinstance(chosen, str) and isinstance(prompt, str):
-        return _pair(prompt, chosen, row["rejected"])
     if isinstance(chosen, str):
-        return _pair(chat.messages(prompt), chosen, row["rejected"])
+        return _pair(prompt if isinstance(prompt, str) else chat.messages(prompt), chosen, text_of(row, "rejected"))
     if not isinstance(prompt, str):
         return _of_two_talks(chat.messages(prompt), row, None)
     alone = len(chat.messages(chosen)) == 1  # else the conversation holds the prompt again

@@ -157,6 +157,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._make_spaces()
 
     def _read_rows(self, split: str, dataset: str | None) -> PromptSource:
+        # The messages and not their file, so that a checkpoint needs none.
+        self.settings["few_shot"] = list(self.chat_settings.few_shot) or None
         reader = PromptReader(self.task, self.tokenizer, self.max_prompt_tokens, self.chat_settings)
         return checked_rows(self.task, split, dataset, self.bad_rows, reader)
 
