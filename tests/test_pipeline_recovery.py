@@ -22,6 +22,7 @@ from textrl_gym.persistence import run_lock
 from textrl_gym.persistence.save_schedule import SaveOptions
 from textrl_gym.persistence.signals import Terminated
 from textrl_gym.pipeline import reward_ensemble, reward_model, sft, trainer
+from textrl_gym.pipeline.optim import TunedModel
 from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.pipeline.sft import SFTConfig
 from textrl_gym.pipeline.trainer import CHECKPOINT, Trainer
@@ -72,10 +73,31 @@ def works(data: EnvSettings, policy: str) -> dict[str, Work]:
         "curve": lambda out: reward_ensemble.train_rewards(
             ENV, dataclasses.replace(reward, curve=(3, 12)), out, None, EVERY_5
         ),
+        "sft-lora": lambda out: sft.sft(
+            ENV, dataclasses.replace(SFT, model=policy, lora_rank=2, epochs=0.3, eval_every=3), out, data, EVERY_5
+        ),
+        "reward-lora": lambda out: reward_ensemble.train_rewards(
+            ENV,
+            RewardModelConfig(
+                model=policy, dataset=(pairs(policy),), lora_rank=2, epochs=2, batch_size=4, warmup_steps=1
+            ),
+            out,
+            None,
+            EVERY_5,
+        ),
         "ensemble": lambda out: reward_ensemble.train_rewards(
             ENV, dataclasses.replace(reward, ensemble=2), out, None, EVERY_5
         ),
     }
+
+
+def pairs(policy: str) -> str:
+    """A user's pairs, in a file beside the policy."""
+    file = Path(policy).with_name("pairs.jsonl")
+    if not file.is_file():
+        rows = [{"prompt": f"Post {i}\n\nTL;DR:", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(24)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
 
 
 class AtUpdate:
@@ -134,7 +156,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: EnvSettings, policy: s
 
 # sft: 4 updates of copying, 12 of the rows; reward: 3 of replaced tokens, 6 of comparisons; curve: another 1 and 6.
 STOPS = [("sft", 2), ("sft", 4), ("sft", 7), ("sft", 16), ("reward", 2), ("reward", 3), ("reward", 6), ("reward", 9)]
-STOPS += [("curve", 8), ("curve", 11), ("ensemble", 5), ("ensemble", 13)]
+STOPS += [
+    ("sft-lora", 8),
+    ("reward-lora", 4),
+    ("reward-lora", 9),
+    ("curve", 8),
+    ("curve", 11),
+    ("ensemble", 5),
+    ("ensemble", 13),
+]
 
 
 @pytest.mark.parametrize(("name", "updates"), STOPS)
@@ -200,7 +230,7 @@ def test_it_is_saved_before_it_is_measured(
 ) -> None:
     work, out = works(data, policy)[name], tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(*{"sft": (sft, "heldout_loss"), "reward": (reward_model, "measure")}[name], fail)
+        patch.setattr(*{"sft": (sft, "heldout_losses"), "reward": (reward_model, "measure")}[name], fail)
         with pytest.raises(ConnectionError):
             work(out)
     with monkeypatch.context() as patch:
@@ -290,7 +320,7 @@ def test_a_folder_in_which_nothing_was_trained_is_free(
     data: EnvSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "sft_loss", fail)
+        patch.setattr(sft, "completion_nll", fail)
         with pytest.raises(ConnectionError):
             sft.sft(ENV, dataclasses.replace(SFT, copy_steps=0), tmp_path, data)
     record = sft.sft(ENV, dataclasses.replace(SFT, steps=1), tmp_path, data)
@@ -315,7 +345,7 @@ def test_what_cannot_be_saved_is_found_out_before_the_first_update(
     data: EnvSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     updates = AtUpdate(monkeypatch, 0, fail)
-    monkeypatch.setattr(sft, "save_model", fail)
+    monkeypatch.setattr(TunedModel, "save", fail)
     with pytest.raises(ConnectionError):
         sft.sft(ENV, SFT, tmp_path, data)
     assert updates.calls == 0

@@ -1,5 +1,6 @@
 """Supervised training: the loss counts completion tokens only, packing changes nothing, the seed decides everything."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading, tiny
-from textrl_gym.models.packing import pack
+from textrl_gym.models.packing import Item, pack, split
 from textrl_gym.models.tokenizer import EOS, train_tokenizer
 from textrl_gym.pipeline import induction, optim, sft
+from textrl_gym.pipeline.optim import TunedModel
 from textrl_gym.pipeline.sft import SFTConfig
 
 TEXTS = ["Anna broke my lamp on Monday. It cost me $450.", "Is it right to tell her?", "My boss Tom lost 2 keys."]
@@ -184,6 +186,115 @@ def test_batches_hold_prompts_of_about_one_length() -> None:
     stream = sft.Batches(task, task.load_tokenizer(), task.demonstrations("train"), 4, seed=0)
     padding = []
     for _ in range(8):
-        batch = next(stream)
+        batch = pack(next(stream))
         padding.append((~batch.sees_BLL[:, -1, : batch.prompt_places]).float().mean().item())
     assert sum(padding) / 8 < 0.1
+
+
+# -- how it is trained ------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_are_one_batch() -> None:
+    items: list[Item] = [([3, 4, 5, 6], [[7, 8, 0], [9, 0]]), ([2], [[1, 2, 3, 4, 0]]), ([5, 6], [[7, 0]])]
+    assert split(items, 10**6) == [[0, 1, 2]]
+    # 4 + 2 * 3 positions; then 1 + 5; (2 + 2) * 1 would be 2 * (2 + 5) with the one before
+    assert split(items, 12) == [[0], [1], [2]]
+    assert split(items, 1) == [[0], [1], [2]]  # a row that alone is too long still goes
+    assert split(items, 14) == [[0], [1, 2]]
+    found = []
+    for most in (10**6, 14, 1):
+        config = SFTConfig(micro_batch_tokens=most, steps=1)
+        model = tiny.llama(20, scale=0.3)
+        phase = sft.Supervised(TunedModel(model, config, 0), _Fixed(items), config, dict)
+        losses = list(phase.losses(0))
+        assert len(losses) == len(split(items, most))
+        sum(losses, torch.zeros(())).backward()
+        found.append((sum(loss.item() for loss in losses), model.model.layers[0].mlp.up_proj.weight.grad))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], atol=1e-5, rtol=0)
+
+
+class _Fixed(sft.Batches):
+    """Always the same batch."""
+
+    def __init__(self, items: list[Item]) -> None:
+        self.items, self.source = items, []
+
+    def __next__(self) -> list[Item]:
+        return self.items
+
+
+def test_an_epoch_has_every_row_once_in_another_order() -> None:
+    rows = [{"prompt": f"{i}", "completion": " a"} for i in range(10)]
+    task, tokenizer = TLDRSummarize(), train_tokenizer(TEXTS, 300)
+    stream = sft.Batches(task, tokenizer, rows, 5, seed=0, pool=2, once=True)
+    passes = []
+    for _ in range(3):
+        passes.append([prompt for _ in range(2) for prompt, _ in next(stream)])
+    assert all(sorted(one) == sorted(passes[0]) for one in passes)
+    assert len({str(one) for one in passes[0]}) == 10
+    assert [SFTConfig(epochs=n, batch_size=4).updates(10) for n in (0.01, 1.0, 2.0)] == [1, 2, 5]
+    assert SFTConfig(steps=7).updates(10) == 7
+
+
+@pytest.mark.parametrize("make", [tiny.llama, lambda size: tiny.gpt2(size, 64)], ids=["llama", "gpt2"])
+def test_gradient_checkpointing_changes_nothing(make: Any) -> None:
+    batch = pack([([3, 4, 5, 6], [[7, 8, 0], [9, 0]]), ([2], [[1, 2, 3, 4, 0]])])
+    gradients = []
+    for checkpointing in (False, True):
+        model = make(20)
+        model.config.attention_dropout = 0.5  # which must stay off
+        tuned = TunedModel(model, SFTConfig(gradient_checkpointing=checkpointing), 0)
+        assert model.training == checkpointing
+        sft.sft_loss(tuned.model, batch).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_bfloat16_is_near_float32_and_finite() -> None:
+    batch = pack([([3, 4, 5, 6], [[7, 8, 0], [9, 0]]), ([2], [[1, 2, 3, 4, 0]])])
+    losses = []
+    dtypes: tuple[Any, ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        config = SFTConfig(dtype=dtype)
+        tuned = TunedModel(tiny.llama(20, scale=0.3), config, 0)
+        with tuned.precision():
+            nll, _ = sft.completion_nll(tuned.model, batch)
+        nll.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in tuned.model.parameters())
+        assert {p.dtype for p in tuned.model.parameters()} == {torch.float32}
+        losses.append(nll.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] != losses[0]
+
+
+def test_held_out_losses_by_subset(tmp_path: Path, few_rows: EnvSettings) -> None:
+    """That of all rows is the mean over their tokens, and is logged as training goes."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"prompt": f"Say {i}.", "completion": f" {i}" * (i % 3 + 1), "subset": "ab"[i % 2]} for i in range(8)]
+    for split_name in ("train", "validation"):
+        (folder / f"{split_name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = dataclasses.replace(TINY, steps=4, eval_every=2, eval_rows=8)
+    record = sft.sft("TLDRSummarize-v0", config, tmp_path / "out", EnvSettings(dataset=str(folder)))
+    measured = record["measured"]
+    low, high = sorted(measured[f"heldout_loss/{subset}"] for subset in "ab")
+    assert low < measured["heldout_loss"] < high
+    logged = [json.loads(line) for line in (tmp_path / "out" / "progress.json").read_text().splitlines()]
+    assert [row["train/updates"] for row in logged if "supervised/heldout_loss" in row] == [TINY.copy_steps + 2]
+    assert "supervised/heldout_loss/a" in logged[TINY.copy_steps + 1]
+
+
+def test_a_lora_is_merged_and_only_it_is_trained(tmp_path: Path, few_rows: EnvSettings) -> None:
+    sft.sft("TLDRSummarize-v0", TINY, tmp_path / "first", few_rows)
+    config = dataclasses.replace(TINY, model=str(tmp_path / "first"), lora_rank=2, learning_rate=1e-2, steps=3)
+    sft.sft("TLDRSummarize-v0", config, tmp_path / "second", few_rows)
+    assert not [path for path in (tmp_path / "second").iterdir() if "adapter" in path.name]
+    before, after = (loading.load_model(tmp_path / name).state_dict() for name in ("first", "second"))
+    assert before.keys() == after.keys()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in after if "_proj.weight" in name}
+    with pytest.raises(ValueError, match="lora_rank=2 needs a model to start from"):
+        dataclasses.replace(TINY, lora_rank=2)

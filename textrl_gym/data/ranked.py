@@ -43,6 +43,8 @@ class RankedCompletions:
     """The judge's scores of the completions, where there is a judge; for measuring only."""
     sampled: int = 0
     """The first so many completions are the model's own samples."""
+    subset: str = ""
+    """The part of the data set that the row names in its column `subset`, as RewardBench has them."""
 
 
 def encode_prompt(row: Row, task: PromptEncoder, tokenizer: PreTrainedTokenizerBase, budget: int) -> list[int]:
@@ -107,7 +109,8 @@ def read_preferences(
         except ValueError as error:
             bad.add(rows.where(number), BadRow(prompts.UNCUTTABLE, str(error)))
             continue
-        ranked.append(RankedCompletions(prompt_ids, ids, pairs))
+        subset = row.get("subset")
+        ranked.append(RankedCompletions(prompt_ids, ids, pairs, subset=subset if isinstance(subset, str) else ""))
     where = f"dataset {dataset!r}, split {split!r}"
     settle(bad, where, bad_rows)
     if not ranked:

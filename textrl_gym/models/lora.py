@@ -61,7 +61,8 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> PeftModel:
             lora_alpha=alpha,
             target_modules="all-linear",
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # as GPT-2's layers are
-            task_type="CAUSAL_LM",
+            # peft's class for language models wants what generates; a classifier has no such thing.
+            task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         )
         with adapters.quiet():
             return cast("PeftModel", get_peft_model(cast("PreTrainedModel", model), config))

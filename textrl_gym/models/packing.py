@@ -41,7 +41,10 @@ class Packed:
         """Keyword arguments of a transformers decoder, on its device."""
         # An additive mask of four dimensions: models pass it on as it is, and a flat one could not part completions.
         dtype = model.dtype
-        mask_B1LL = torch.zeros(self.sees_BLL.shape, dtype=dtype).masked_fill_(~self.sees_BLL, torch.finfo(dtype).min)
+        # Of bfloat16 also where weights are float32: autocast would make infinity of float32's least number, and NaN of
+        # a padded position, which sees nothing.
+        least = torch.finfo(torch.bfloat16 if dtype == torch.float32 else dtype).min
+        mask_B1LL = torch.zeros(self.sees_BLL.shape, dtype=dtype).masked_fill_(~self.sees_BLL, least)
         return {
             "input_ids": self.input_BL.to(model.device),
             "attention_mask": mask_B1LL.unsqueeze(1).to(model.device),
@@ -50,7 +53,25 @@ class Packed:
         }
 
 
-def pack(items: Sequence[tuple[list[int], list[list[int]]]]) -> Packed:
+Item = tuple[list[int], list[list[int]]]
+"""Prompt ids, and the ids of its completions."""
+
+
+def split(items: Sequence[Item], places: int) -> list[list[int]]:
+    """Numbers of items in parts of which each has at most so many positions when it is packed, or one item."""
+    parts: list[list[int]] = []
+    prompt = most = width = 0
+    for number, (prompt_ids, completions) in enumerate(items):
+        prompt, most = max(prompt, len(prompt_ids)), max(most, len(completions))
+        width = max(width, *map(len, completions), 0)
+        if not parts or (len(parts[-1]) + 1) * (prompt + most * width) > places:
+            parts.append([])
+            prompt, most, width = len(prompt_ids), len(completions), max(map(len, completions), default=0)
+        parts[-1].append(number)
+    return parts
+
+
+def pack(items: Sequence[Item]) -> Packed:
     """One batch of (prompt ids, ids of its completions); where a prompt has fewer than K, the rest is masked."""
     most = max(len(completions) for _, completions in items)
     prompt_BP, prompt_mask_BP = pad([prompt for prompt, _ in items], "left")

@@ -2,21 +2,129 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from textrl_gym.functional import require_finite
+from textrl_gym.models import loading, lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """How a model is trained, whatever it learns: the base of the settings of supervised training."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward passes; weights and moments stay float32."""
+    lora_rank: Annotated[int, Ge(0)] = 0
+    """Train a LoRA of this rank (needs peft), which is merged into the model that is saved; 0: all weights."""
+    lora_alpha: Annotated[int, Gt(0)] = 32
+    """A LoRA's change is scaled by lora_alpha / lora_rank."""
+    gradient_checkpointing: bool = False
+    """Keep the layers' inputs alone for the backward pass, and compute the rest again: less memory, a third slower."""
+    micro_batch_tokens: Annotated[int, Ge(1)] = 32_768
+    """Positions in one forward and backward pass, padding included: memory, not result."""
+    eval_every: Annotated[int, Ge(0)] = 200
+    """Updates between two measurements on held-out data; 0: only at the end."""
+
+
+class TunedModel:
+    """A model in training: on its device, with a LoRA where the settings say so.
+
+    Args:
+        model: a language model, or a classifier whose head `score` is trained besides a LoRA.
+    """
+
+    ADAPTER = "adapter.safetensors"
+    """What is trained, in a checkpoint, where it is not the whole model."""
+
+    def __init__(self, model: PreTrainedModel, config: FineTuning, seed: int) -> None:
+        self.config = config
+        self.model = model.to(
+            loading.resolve_device(config.device)
+        ).eval()  # no dropout: what is sampled from is trained
+        self.adapted: nn.Module | None = None
+        if config.lora_rank:
+            head = getattr(self.model, "score", None)
+            self.adapted = lora.add_lora(self.model, config.lora_rank, config.lora_alpha, seed)
+            if isinstance(head, nn.Linear):
+                self.model.score = head.requires_grad_()
+        if config.gradient_checkpointing:
+            self._checkpoint_gradients()
+
+    def _checkpoint_gradients(self) -> None:
+        model: Any = self.model
+        # Its name from transformers 5.18 on, and the one before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+        self.model.enable_input_require_grads()
+        self.model.train()  # transformers checkpoints in this mode only, which must not switch dropout on
+        for module in self.model.modules():
+            for name in ("p", "attention_dropout", "dropout", "hidden_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+
+    def precision(self) -> contextlib.AbstractContextManager[object]:
+        """Forward passes inside it are in the settings' dtype."""
+        if self.config.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, torch.bfloat16)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained into a checkpoint: the model, or the LoRA alone."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adapted is not None:
+            save_file({name: p.detach().contiguous() for name, p in self.trained().items()}, folder / self.ADAPTER)
+            return
+        with loading.no_bars():
+            self.model.save_pretrained(folder)
+
+    @torch.no_grad()
+    def load_adapter(self, folder: Path) -> None:
+        """Put the LoRA that `save` wrote into this model."""
+        saved = load_file(folder / self.ADAPTER)
+        trained = self.trained()
+        if saved.keys() != trained.keys():
+            raise ValueError(f"{str(folder / self.ADAPTER)!r} is of another model")
+        for name, p in trained.items():
+            p.copy_(saved[name])
+
+    def merged(self) -> PreTrainedModel:
+        """The model itself, a LoRA merged into it; it is trained no more after this."""
+        if self.adapted is None:
+            return self.model
+        adapted: Any = self.adapted
+        head = getattr(self.model, "score", None)
+        merged: PreTrainedModel = adapted.merge_and_unload()
+        if isinstance(head, nn.Linear):
+            merged.score = head
+        return merged
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW over all parameters."""
+    """AdamW over all parameters that are trained."""
     # beta_2 = 0.95 as is usual for language models (Brown et al. 2020, arXiv:2005.14165, appendix B): the second moment
     # forgets within some 20 updates, where PyTorch's 0.999 takes 1,000, more than most of these runs have.
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
 def descend(

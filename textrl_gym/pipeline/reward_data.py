@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.core import PromptSource, Row
@@ -21,6 +21,7 @@ from textrl_gym.mdp import budgets
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.models.loading import declared_ends
+from textrl_gym.pipeline.optim import FineTuning
 from textrl_gym.pipeline.simulated_comparisons import Comparer, ComparisonStream
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards.ensemble import COEFFICIENT, Combination, check_combination
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardModelConfig:
-    """Settings of reward-model training. One epoch: every prompt is seen once."""
+class RewardModelConfig(FineTuning):
+    """Settings of reward-model training."""
 
     model: str | None = None
     """The causal LM whose body and tokenizer are taken (Hub id, folder); None: the task's own."""
@@ -56,10 +57,13 @@ class RewardModelConfig:
     """Completions that the model samples for each prompt, at a temperature between 0.5 and 1.2."""
     candidates: Annotated[int, Ge(0)] = 7
     """Completions that the task makes for each prompt, from perfect to poor."""
+    epochs: Annotated[int, Ge(1), Le(1_000)] = 1
+    """Passes over the comparisons. One: a second one overfits (Stiennon et al. 2020, appendix B.1)."""
     batch_size: Annotated[int, Ge(1)] = 8
     """Prompts of an update."""
     learning_rate: Annotated[float, Gt(0)] = 1e-3
-    """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth."""
+    """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth. 1e-3 suits models of a few million
+    parameters; those of 100M and more want 5e-6 to 2e-5 when all of it is trained, 1e-4 to 3e-4 by a LoRA."""
     warmup_steps: Annotated[int, Ge(0)] = 50
     """Updates until the peak learning rate."""
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
@@ -89,6 +93,8 @@ class RewardModelConfig:
         check_settings(self)
         if self.ensemble and self.curve:
             raise ValueError("curve is of a single reward model: leave ensemble out")
+        if self.lora_rank and (self.curve or not self.dataset):
+            raise ValueError(f"lora_rank={self.lora_rank} is for a user's pairs (dataset), and not with a curve")
         check_combination(self.combine, self.coefficient)
 
 

@@ -109,6 +109,18 @@ def accuracy_row(name: str, gap_N: Sequence[float]) -> dict[str, Any]:
     return {"data": name, "pairs": len(gap_N), "accuracy": agreement(gap_N), "low": share.low, "high": share.high}
 
 
+def by_subset(
+    raw: Mapping[str, Sequence[Sequence[float]]], compared: Mapping[str, Sequence[RankedCompletions]]
+) -> dict[str, list[float]]:
+    """The gaps of every data set's pairs, in parts by their column `subset` where they have one."""
+    parts: dict[str, list[float]] = {}
+    for name, pairs in compared.items():
+        for c, values in zip(pairs, raw[name], strict=True):
+            place = f"{name} / {c.subset}" if c.subset else name
+            parts.setdefault(place, []).extend(gaps([values], [c]))
+    return parts
+
+
 def accuracy_table(gaps_of: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """A line for each data set and, of several, one for all their pairs."""
     rows = [accuracy_row(name, gap_N) for name, gap_N in gaps_of.items()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -28,9 +29,10 @@ from textrl_gym import files
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading
+from textrl_gym.models.packing import split
 from textrl_gym.persistence import run_lock
 from textrl_gym.persistence.save_schedule import SaveOptions
-from textrl_gym.pipeline.optim import cosine
+from textrl_gym.pipeline.optim import TunedModel, cosine
 from textrl_gym.pipeline.replaced_tokens import CorruptingTask, ReplacedTokens
 from textrl_gym.pipeline.reward_data import (
     RewardData,
@@ -45,6 +47,7 @@ from textrl_gym.pipeline.reward_data import (
 from textrl_gym.pipeline.reward_metrics import (
     accuracy_row,
     accuracy_table,
+    by_subset,
     calibration,
     gaps,
     gold_agreement,
@@ -126,29 +129,48 @@ def pretraining(model: PreTrainedModel, data: RewardData, config: RewardModelCon
     return [phase]
 
 
-class PreferenceEpoch(Phase):
-    """Updates on comparisons, each of which is seen once; the place in them is the number of updates."""
+class PreferenceUpdates(Phase):
+    """Updates on comparisons; the place in them is the number of updates."""
 
     name = "reward model"
 
     def __init__(
-        self, model: PreTrainedModel, train: Iterable[RankedCompletions], total: int, config: RewardModelConfig
+        self,
+        tuned: TunedModel,
+        train: Iterable[RankedCompletions],
+        total: int,
+        config: RewardModelConfig,
+        measure: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        super().__init__(math.ceil(total / config.batch_size), config.max_grad_norm)
-        self.model, self.train, self.config = model, train, config
+        """measure: gives the accuracies on held-out pairs."""
+        self.in_a_pass = math.ceil(total / config.batch_size)
+        super().__init__(self.in_a_pass * config.epochs, config.max_grad_norm)
+        self.tuned, self.train, self.config, self.measure = tuned, train, config, measure
 
     def go_to(self, step: int, state: Mapping[str, Any]) -> None:
-        self._batches = batched(after(self.train, step * self.config.batch_size), self.config.batch_size)
+        size, done = self.config.batch_size, step % self.in_a_pass
+        self._batches = batched(after(self.train, done * size), size)
 
     def losses(self, step: int) -> Iterator[Tensor]:
+        if step and step % self.in_a_pass == 0:
+            self.go_to(step, {})
         batch = next(self._batches)
-        winner_N3 = winners(batch).to(self.model.device)
-        # The mean of no pairs is nan, and one step with it would be the end of the model.
-        if len(winner_N3):  # else every prompt had one distinct completion
-            yield bradley_terry_loss(raw_rewards(self.model, batch), winner_N3)
+        model, pairs = self.tuned.model, sum(len(c.pairs) for c in batch)
+        for part in split([(c.prompt_ids, c.completion_ids) for c in batch], self.config.micro_batch_tokens):
+            some = [batch[number] for number in part]
+            winner_N3 = winners(some).to(model.device)
+            # The mean of no pairs is nan, and one step with it would be the end of the model.
+            if len(winner_N3):  # else every prompt had one distinct completion
+                with self.tuned.precision():
+                    raw_BK = raw_rewards(model, some)
+                yield bradley_terry_loss(raw_BK, winner_N3) * (len(winner_N3) / pairs)
 
     def learning_rate(self, step: int) -> float:
         return self.config.learning_rate * cosine(step, self.steps, self.config.warmup_steps)
+
+    def heldout(self, updates: int) -> dict[str, float]:
+        every = self.config.eval_every
+        return self.measure() if every and updates % every == 0 and updates < self.steps else {}
 
     def measured(self, steps: int, mean_loss: float) -> dict[str, float]:
         """The running mean of the loss at its end, in nats a pair."""
@@ -195,7 +217,8 @@ def measure_curve(
             with Trainer(folder, trainer.settings, trainer.schedule.options) as point:
                 if point.source is not None:
                     model = cast("PreTrainedModel", loading.load_classifier(point.source / MODEL))
-                point.train(model, [PreferenceEpoch(model, some, len(some), config)], saving(model, data))
+                tuned = TunedModel(model, config, config.seed)
+                point.train(model, [PreferenceUpdates(tuned, some, len(some), config)], saving(tuned, data))
             gap_N = [gap for pairs in data.compared.values() for gap in gaps(score_all(model, pairs), pairs)]
             row = {"training pairs": number} | {k: v for k, v in accuracy_row("", gap_N).items() if k != "data"}
             files.write_text(file, json.dumps(row) + "\n")
@@ -204,13 +227,13 @@ def measure_curve(
     return rows
 
 
-def saving(model: PreTrainedModel, data: RewardData, initial: PreTrainedModel | None = None) -> Callable[[Path], None]:
+def saving(tuned: TunedModel, data: RewardData, initial: PreTrainedModel | None = None) -> Callable[[Path], None]:
     """A function that writes a model and its tokenizer into a checkpoint, and the model that the curve begins with."""
 
     def save(folder: Path) -> None:
-        with loading.no_bars():
-            model.save_pretrained(folder / MODEL)
-            if initial is not None:
+        tuned.save(folder / MODEL)
+        if initial is not None:
+            with loading.no_bars():
                 initial.save_pretrained(folder / INITIAL)
         data.tokenizer.save_pretrained(folder / MODEL)
 
@@ -292,24 +315,36 @@ def _train(
 ) -> tuple[PreTrainedModel, PreTrainedModel | None, dict[str, float | None]]:
     """The trained model, the one that the curve begins with, and what was measured of the training."""
     initial: PreTrainedModel | None = None
-    if trainer.source is None:
+    if trainer.source is None or config.lora_rank:  # a checkpoint of a LoRA has what is trained alone
         model = new_reward_model(data.task.load_model(config.model), config.seed)
     else:
         model = cast("PreTrainedModel", loading.load_classifier(trainer.source / MODEL))
         if (trainer.source / INITIAL).is_dir():
             initial = cast("PreTrainedModel", loading.load_classifier(trainer.source / INITIAL))
-    phases = pretraining(model, data, config)
+    tuned = TunedModel(model, config, config.seed)
+    if trainer.source is not None and config.lora_rank:
+        tuned.load_adapter(trainer.source / MODEL)
+    phases = pretraining(tuned.model, data, config)
     if phases:
-        trainer.train(model, phases, saving(model, data, initial))
+        trainer.train(tuned.model, phases, saving(tuned, data, initial))
     if config.curve and initial is None:
         # Each point of the curve begins where this training does, pretraining included.
-        initial = copy.deepcopy(model)
-    # One epoch: a second one overfits (Stiennon et al. 2020, appendix B.1).
-    phases.append(PreferenceEpoch(model, data.train, data.total, config))
-    measured: dict[str, float | None] = {**trainer.train(model, phases, saving(model, data, initial))}
+        initial = copy.deepcopy(tuned.model)
+    measure = functools.partial(heldout_accuracies, tuned, data)
+    phases.append(PreferenceUpdates(tuned, data.train, data.total, config, measure))
+    trained = trainer.train(tuned.model, phases, saving(tuned, data, initial))
+    measured: dict[str, float | None] = {**trained}
     if not config.dataset:
         measured.setdefault("replaced_token_loss", None)
-    return model, initial, measured
+    return tuned.merged(), initial, measured
+
+
+def heldout_accuracies(tuned: TunedModel, data: RewardData) -> dict[str, float]:
+    """The accuracy on held-out pairs as training goes, by data set and subset where there are several."""
+    with tuned.precision():
+        scores = {name: score_all(tuned.model, pairs) for name, pairs in data.compared.items()}
+    rows = accuracy_table(by_subset(scores, data.compared))
+    return {"accuracy" if len(rows) == 1 else f"accuracy/{row['data']}": row["accuracy"] for row in rows}
 
 
 def measure(
@@ -318,6 +353,7 @@ def measure(
     """The normalisation, and what the record says of the held-out pairs."""
     raw = {name: score_all(model, pairs) for name, pairs in data.compared.items()}
     gaps_of = {name: gaps(raw[name], pairs) for name, pairs in data.compared.items()}
+    subsets = by_subset(raw, data.compared)
     if config.dataset:
         own = data.heldout
         # Users' data have no samples of the policy, so that scores are scaled by their own completions.
@@ -330,7 +366,7 @@ def measure(
         norm, measured = measure_simulated(model, data, raw[next(iter(data.heldout))])
     return norm, {
         "measured": measured,
-        "accuracy": accuracy_table(gaps_of),
+        "accuracy": accuracy_table(subsets),
         "calibration": calibration([gap for gap_N in gaps_of.values() for gap in gap_N]),
     }
 

@@ -31,12 +31,12 @@ from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.models import loading
 from textrl_gym.models.loading import declared_ends
-from textrl_gym.models.packing import Packed, pack
+from textrl_gym.models.packing import Item, Packed, pack, split
 from textrl_gym.models.tokenizer import train_tokenizer, vocab_size
 from textrl_gym.persistence import run_lock
 from textrl_gym.persistence.save_schedule import SaveOptions
 from textrl_gym.pipeline import induction
-from textrl_gym.pipeline.optim import cosine
+from textrl_gym.pipeline.optim import FineTuning, TunedModel, cosine
 from textrl_gym.pipeline.trainer import MODEL, Phase, Trainer, finished_record, restore_random, settings_of, write_run
 
 if TYPE_CHECKING:
@@ -48,18 +48,21 @@ RECORD = "sft.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(FineTuning):
     """Settings of supervised fine-tuning. Budgets are in steps, never in seconds, so that a run can be repeated."""
 
     model: str | None = None
     """The causal LM to start from (Hub id, folder); None: a new Llama, and a new tokenizer that is trained on the rows
     (or the one of --env.tokenizer)."""
     steps: Annotated[int, Ge(1)] = 1500
-    """Updates of supervised training."""
+    """Updates of supervised training, of rows that are drawn with repetition."""
+    epochs: Annotated[float | None, Gt(0)] = None
+    """Passes over the rows, each of which comes once in a pass; None: so many steps instead."""
     batch_size: Annotated[int, Ge(1)] = 12
     """Rows of an update."""
     learning_rate: Annotated[float, Gt(0)] = 2e-3
-    """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth."""
+    """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth. 2e-3 suits models of a few million
+    parameters; those of 100M and more want 1e-5 to 5e-5 when all of it is trained, 1e-4 to 3e-4 by a LoRA."""
     warmup_steps: Annotated[int, Ge(0)] = 50
     """Updates until the peak learning rate."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
@@ -93,6 +96,12 @@ class SFTConfig:
         check_settings(self)
         if self.hidden_size % self.heads:
             raise ValueError(f"hidden_size={self.hidden_size} is no multiple of heads={self.heads}")
+        if self.lora_rank and self.model is None:
+            raise ValueError(f"lora_rank={self.lora_rank} needs a model to start from: give model")
+
+    def updates(self, rows: int) -> int:
+        """Of supervised training on so many rows."""
+        return self.steps if self.epochs is None else max(1, round(self.epochs * rows / self.batch_size))
 
 
 # -- loss -------------------------------------------------------------------------------------------------------------
@@ -170,36 +179,53 @@ class Batches:
         seed: int,
         pool: int = 8,
         ends: Sequence[int] = (),
+        once: bool = False,
     ) -> None:
-        """pool: so many batches are drawn together; ends: as of `encode_row`."""
+        """pool: so many batches are drawn together; ends: as of `encode_row`; once: each row comes once in a pass."""
         self.task, self.tokenizer, self.source, self.ends = task, tokenizer, source, ends
-        self.batch_size, self.pool = batch_size, pool
+        self.batch_size, self.pool, self.seed, self.once = batch_size, pool, seed, once
         self.rng = random.Random(seed)
-        self._before: Any = None
-        self._drawn: list[Packed] = []
+        self._before: tuple[Any, int] = (None, 0)
+        self._number = 0
+        """Rows drawn so far."""
+        self._order: tuple[int, list[int]] = (-1, [])
+        """A pass, and the order of its rows."""
+        self._drawn: list[list[Item]] = []
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Packed:
+    def __next__(self) -> list[Item]:
         """The next batch."""
         if not self._drawn:
             self._draw()
         return self._drawn.pop(0)
 
+    def _place(self) -> int:
+        """The place of the next row in the source."""
+        if not self.once:
+            return self.rng.randrange(len(self.source))
+        number, self._number = self._number, self._number + 1
+        turn, place = divmod(number, len(self.source))
+        if self._order[0] != turn:
+            # By the number of the pass alone: a run that goes on in its middle has the same order.
+            self._order = turn, random.Random(f"{self.seed} {turn}").sample(range(len(self.source)), len(self.source))
+        return self._order[1][place]
+
     def _draw(self) -> None:
-        self._before = self.rng.getstate()
+        self._before = self.rng.getstate(), self._number
         # Eight batches are drawn together and sorted: similar lengths within a batch, a random order of batches.
-        picked = [self.source[self.rng.randrange(len(self.source))] for _ in range(self.batch_size * self.pool)]
+        picked = [self.source[self._place()] for _ in range(self.batch_size * self.pool)]
         pairs = [encode_row(self.task, self.tokenizer, row, self.ends) for row in picked]
         pairs.sort(key=lambda pair: len(pair[0]))
         chunks = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
         self.rng.shuffle(chunks)
-        self._drawn = [pack(chunk) for chunk in chunks]
+        self._drawn = chunks
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON can hold it: before the pool, and how many of its batches are left."""
-        return {"rng": self._before, "left": len(self._drawn), "rows": len(self.source)}
+        rng, number = self._before
+        return {"rng": rng, "number": number, "left": len(self._drawn), "rows": len(self.source)}
 
     def go_to(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()`.
@@ -210,6 +236,7 @@ class Batches:
         if state["rows"] != len(self.source):
             raise ValueError(f"the run was started on {state['rows']:,} rows, and there are {len(self.source):,} now")
         restore_random(self.rng, state["rng"])
+        self._number = state["number"]
         self._draw()
         self._drawn = self._drawn[len(self._drawn) - state["left"] :]
 
@@ -244,16 +271,24 @@ class Supervised(Phase):
 
     name = "supervised"
 
-    def __init__(self, model: PreTrainedModel, batches: Batches, config: SFTConfig) -> None:
-        super().__init__(config.steps, config.max_grad_norm, config.weight_decay)
-        self.model, self.batches, self.config = model, batches, config
+    def __init__(
+        self, tuned: TunedModel, batches: Batches, config: SFTConfig, measure: Callable[[], dict[str, float]]
+    ) -> None:
+        """measure: gives the losses on held-out rows."""
+        super().__init__(config.updates(len(batches.source)), config.max_grad_norm, config.weight_decay)
+        self.tuned, self.batches, self.config, self.measure = tuned, batches, config, measure
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        yield sft_loss(self.model, next(self.batches))
+        items = next(self.batches)
+        parts = split(items, self.config.micro_batch_tokens)
+        tokens = sum(len(ids) for _, completions in items for ids in completions)
+        for part in parts:
+            with self.tuned.precision():
+                nll, _ = completion_nll(self.tuned.model, pack([items[number] for number in part]))
+            yield nll / tokens
 
     def learning_rate(self, step: int) -> float:
-        config = self.config
-        return config.learning_rate * cosine(step, config.steps, config.warmup_steps)
+        return self.config.learning_rate * cosine(step, self.steps, self.config.warmup_steps)
 
     def state(self) -> dict[str, Any]:
         return self.batches.state()
@@ -262,23 +297,35 @@ class Supervised(Phase):
         if state:
             self.batches.go_to(state)
 
+    def heldout(self, updates: int) -> dict[str, float]:
+        every = self.config.eval_every
+        return self.measure() if every and updates % every == 0 and updates < self.steps else {}
+
     def measured(self, steps: int, mean_loss: float) -> dict[str, float]:
         return {"train_loss": mean_loss}
 
 
 @torch.no_grad()
-def heldout_loss(
-    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, source: PromptSource, rows: int
-) -> float:
-    """Nats a completion token over the first `rows` rows."""
-    total, count = 0.0, 0
-    ends = end_ids(tokenizer, declared_ends(model))
-    picked = [source[i] for i in range(min(rows, len(source)))]
-    for start in range(0, len(picked), 32):
-        batch = pack([encode_row(task, tokenizer, row, ends) for row in picked[start : start + 32]])
-        nll, tokens = completion_nll(model, batch)
-        total, count = total + nll.item(), count + int(tokens)
-    return total / count
+def heldout_losses(
+    tuned: TunedModel, task: Task, tokenizer: PreTrainedTokenizerBase, source: PromptSource, rows: int
+) -> dict[str, float]:
+    """Nats a completion token over the first `rows` rows, and by their column `subset` where they have one."""
+    ends = end_ids(tokenizer, declared_ends(tuned.model))
+    by_subset: dict[str, list[Item]] = {}
+    for number in range(min(rows, len(source))):
+        row = source[number]
+        by_subset.setdefault(str(row.get("subset") or ""), []).append(encode_row(task, tokenizer, row, ends))
+    totals: dict[str, tuple[float, int]] = {}
+    for subset, items in by_subset.items():
+        total, count = 0.0, 0
+        for part in split(items, tuned.config.micro_batch_tokens):
+            with tuned.precision():
+                nll, tokens = completion_nll(tuned.model, pack([items[number] for number in part]))
+            total, count = total + nll.item(), count + int(tokens)
+        totals[subset] = total, count
+    everything = sum(total for total, _ in totals.values()) / sum(count for _, count in totals.values())
+    of_subsets = {f"heldout_loss/{subset}": total / count for subset, (total, count) in totals.items() if subset}
+    return {"heldout_loss": everything, **of_subsets}
 
 
 def load_initial(
@@ -355,12 +402,16 @@ def _train(
         model, tokenizer = load_initial(task, config, rows, env.tokenizer)
     else:
         saved = str(trainer.source / MODEL)
-        model, tokenizer = cast("PreTrainedModel", task.load_model(saved)), task.load_tokenizer(saved)
+        # A checkpoint of a LoRA has what is trained alone.
+        whole = str(config.model) if config.lora_rank else saved
+        model, tokenizer = cast("PreTrainedModel", task.load_model(whole)), task.load_tokenizer(saved)
+    tuned = TunedModel(model, config, config.seed)
+    if trainer.source is not None and config.lora_rank:
+        tuned.load_adapter(trainer.source / MODEL)
     reader = PromptReader(task, tokenizer, task.max_prompt_tokens, env.chat_settings())
     source, heldout = (demonstrations(task, split, env, reader) for split in (env.split, "validation"))
     ends = end_ids(tokenizer, declared_ends(model))
     found = budgets.told_of_splits({env.split: source, "validation": heldout}, task, tokenizer, ends)
-    model.eval()  # no dropout: the same function is trained that will be sampled from
     phases: list[Phase] = []
     if config.model is None and config.copy_steps:
         phases.append(
@@ -374,12 +425,18 @@ def _train(
                 seed=config.seed,
             )
         )
-    stream = Batches(task, tokenizer, source, config.batch_size, config.seed, ends=ends)
-    phases.append(Supervised(model, stream, config))
-    measured = trainer.train(model, phases, lambda folder: save_model(model, tokenizer, folder / MODEL))
-    measured |= {"heldout_loss": heldout_loss(model, task, tokenizer, heldout, config.eval_rows)}
-    record = {"parameters": sum(p.numel() for p in model.parameters()), **measured, "lengths": found}
-    return model, tokenizer, record
+    stream = Batches(task, tokenizer, source, config.batch_size, config.seed, ends=ends, once=config.epochs is not None)
+    measure = functools.partial(heldout_losses, tuned, task, tokenizer, heldout, config.eval_rows)
+    phases.append(Supervised(tuned, stream, config, measure))
+
+    def save(folder: Path) -> None:
+        tuned.save(folder / MODEL)
+        tokenizer.save_pretrained(folder / MODEL)
+
+    measured = trainer.train(tuned.model, phases, save) | measure()
+    merged = tuned.merged()
+    record = {"parameters": sum(p.numel() for p in merged.parameters()), **measured, "lengths": found}
+    return merged, tokenizer, record
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -82,6 +82,10 @@ class Phase:
         """What the run's record says of this phase."""
         return {}
 
+    def heldout(self, updates: int) -> dict[str, float]:
+        """Measurements on held-out data after so many updates of the phase, by their names in the log; none by then."""
+        return {}
+
 
 @dataclasses.dataclass
 class Place:
@@ -240,7 +244,8 @@ class Trainer:
             place.data = phase.state()
             self._is_whole = True
             if loss is not None:
-                self._log(phase, {"loss": loss, "gradient_norm": norm, "learning_rate": rate})
+                heldout = phase.heldout(place.step)
+                self._log(phase, {"loss": loss, "gradient_norm": norm, "learning_rate": rate, **heldout})
             bar.update(row, completed=place.step, note=f"loss {place.mean_loss:.3f}")
             if not ended and self.schedule.due(place.updates):
                 self.save()
@@ -293,6 +298,10 @@ def settings_of(env_id: str, env: EnvSettings, config: Any) -> dict[str, Any]:
     of_env = by_flag(dataclasses.asdict(env))
     settings: dict[str, Any] = {"environment": env_id, **of_env, **dataclasses.asdict(config)}
     return json.loads(json.dumps(settings))
+
+
+MAY_CHANGE = ("device", "micro_batch_tokens", "gradient_checkpointing")
+"""Settings that say where and in what memory, and not what is trained: a run may go on with others."""
 
 
 def check_same_settings(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
