@@ -109,8 +109,7 @@ def read_preferences(
         except ValueError as error:
             bad.add(rows.where(number), BadRow(prompts.UNCUTTABLE, str(error)))
             continue
-        subset = row.get("subset")
-        ranked.append(RankedCompletions(prompt_ids, ids, pairs, subset=subset if isinstance(subset, str) else ""))
+        ranked.append(RankedCompletions(prompt_ids, ids, pairs, subset=str(row.get("subset") or "")))
     where = f"dataset {dataset!r}, split {split!r}"
     settle(bad, where, bad_rows)
     if not ranked:
