@@ -54,9 +54,9 @@ class TunedModel:
 
     def __init__(self, model: PreTrainedModel, config: FineTuning, seed: int) -> None:
         self.config = config
-        self.model = model.to(
-            loading.resolve_device(config.device)
-        ).eval()  # no dropout: what is sampled from is trained
+        untyped: Any = model  # transformers' own type of .to() knows no devices
+        untyped.to(loading.resolve_device(config.device))
+        self.model = model.eval()  # no dropout: the function that is sampled from is trained
         self.adapted: nn.Module | None = None
         if config.lora_rank:
             head = getattr(self.model, "score", None)
