@@ -55,7 +55,7 @@ def test_a_judge_gets_columns_and_tokens_and_scores_nothing_twice() -> None:
     def judge(
         prompts: list[str], completions: list[str], completion: list[str], completion_ids: list[list[int]], **more: Any
     ) -> list[float]:
-        assert set(more) == {"prompt_ids"}
+        assert set(more) == {"prompt_ids", "trainer_state", "log_extra", "log_metric"}
         seen.extend(zip(prompts, completions, completion, completion_ids, strict=True))
         return [float(len(text)) for text in completions]
 

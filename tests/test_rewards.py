@@ -83,7 +83,7 @@ def test_a_mixture_is_a_weighted_sum_with_its_parts_at_hand() -> None:
     mixture = load_reward({"length": -0.5, "regex:y": 2.0})
     # words 1, 2, 3 and y in rows 1 and 2: -0.5 + 0, -1 + 2, -1.5 + 2
     assert mixture(PROMPTS, TEXTS).tolist() == [-0.5, 1.0, 0.5]
-    components = mixture.components(PROMPTS, TEXTS)
+    components = mixture.score(PROMPTS, TEXTS, {}).components
     assert {name: score_B.tolist() for name, score_B in components.items()} == {
         "length": [1, 2, 3],
         "regex:y": [0, 1, 1],
@@ -127,7 +127,6 @@ def test_a_wrong_specification_is_named(spec: Any, named: str) -> None:
         ([1.0, math.nan, 0.0], r"reward 'mine' gave nan for row 1, completion 'x y': every row needs a finite number"),
         (torch.tensor([0.0, 0.0, -math.inf]), r"reward 'mine' gave -inf for row 2, completion 'x y z'"),
         ([1e39, 0.0, 0.0], r"reward 'mine' gave 1e\+39 for row 0.*finite"),  # finite as a double only
-        ([0.0, None, 0.0], r"reward 'mine' gave None for row 1, completion 'x y'"),
         ([0.0, 0.0, "1"], r"reward 'mine' gave '1' for row 2"),
         ([0.0, [1.0], 0.0], r"reward 'mine' gave \[1.0\] for row 1"),
         ([1.0, 2.0], r"reward 'mine' gave 2 values for 3 completions"),

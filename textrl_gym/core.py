@@ -55,7 +55,10 @@ class Scores(NamedTuple):
     texts: list[str]
     """As the reward saw them."""
     components: dict[str, Tensor]
-    """Of a reward that is a mixture: name of each part -> float32 [N], its unweighted scores; else empty."""
+    """Of a reward that is a mixture: name of each part -> float32 [N], its unweighted scores; else empty. NaN where the
+    part gave None."""
+    logged: dict[str, list[Any]]
+    """What the reward said of each completion by log_extra: name -> N items."""
 
 
 @dataclasses.dataclass
@@ -98,7 +101,10 @@ class Rollout:
     """float32, states that a model was asked about for the completion, as agents that search count them; None: one for
     each token."""
     components: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    """Of a reward that is a mixture: name of each part -> float32 [B], its unweighted scores; else empty."""
+    """Of a reward that is a mixture: name of each part -> float32 [B], its unweighted scores; else empty. NaN where the
+    part gave None."""
+    logged: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """What the reward said of each completion by log_extra: name -> B items."""
     extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """What an update adds by `with_`: advantages, returns; the names end in _B or _BT."""
 
@@ -133,9 +139,9 @@ class Rollout:
         for field in dataclasses.fields(Rollout):
             value = getattr(self, field.name)
             if isinstance(value, dict):
-                value = {name: part_B[rows_B] for name, part_B in value.items()}
+                value = {name: _rows(part_B, rows_B) for name, part_B in value.items()}
             elif value is not None:
-                value = value[rows_B] if isinstance(value, Tensor) else [value[i] for i in rows_B.tolist()]
+                value = _rows(value, rows_B)
             picked[field.name] = value
         return Rollout(**picked).trim()
 
@@ -159,6 +165,12 @@ class Rollout:
             # One part that does not count calls makes the sum unknown.
             if field.name == "model_calls_B":
                 joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
+                continue
+            if field.name == "logged":
+                names = dict.fromkeys(name for part in parts for name in part)
+                # A reward may say of some completions what it does not say of others.
+                filled = [{name: [None] * len(r) for name in names} | r.logged for r in rollouts]
+                joined[field.name] = {name: [item for part in filled for item in part[name]] for name in names}
                 continue
             if field.name in ("components", "extra"):
                 names = parts[0].keys()
@@ -187,6 +199,11 @@ class Rollout:
                 value = value[:, :longest]
             cut[field.name] = value
         return Rollout(**cut)
+
+
+def _rows(value: Tensor | list[Any], rows_B: Tensor) -> Tensor | list[Any]:
+    """Some rows of a tensor or a list."""
+    return value[rows_B] if isinstance(value, Tensor) else [value[i] for i in rows_B.tolist()]
 
 
 def _widened(name: str, tensor: Tensor, places: int) -> Tensor:

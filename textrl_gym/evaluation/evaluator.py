@@ -15,6 +15,7 @@ from annotated_types import Ge
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from textrl_gym import files
 from textrl_gym.bounds import Seed, check
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.data.encoding import encode_completions, prompt_of
@@ -172,13 +173,17 @@ class Evaluator:
                 the most likely tokens.
             samples: a dict for each prompt.
         """
+        with self.mdp.reward_model.apart():
+            return self._run(player, greedy)
+
+    def _run(self, player: Policy | Player, greedy: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
         policy = player if isinstance(player, Policy) else player.policy
         rollouts = self.play(player)
+        logged = self.mdp.reward_model.take_metrics()  # before others play
         gold_N = self.gold_scores(rollouts)
         samples = self._samples(rollouts, gold_N)
         metrics = measure(rollouts, samples) | {"entropy_token": mean_entropy(policy, rollouts)}
-        for name in rollouts[0].components:
-            metrics[f"reward/{name}"] = float(torch.cat([r.components[name] for r in rollouts]).mean())
+        metrics |= mean_components(rollouts) | logged
         if not isinstance(player, Policy):
             metrics |= player.extra_metrics(rollouts)
         if self.gold is not None:
@@ -217,6 +222,7 @@ class Evaluator:
     def _samples(self, rollouts: list[Rollout], gold_N: Tensor) -> list[dict[str, Any]]:
         samples: list[dict[str, Any]] = []
         for rollout in rollouts:
+            first = len(samples)
             scores, stops, lengths = rollout.score_B.tolist(), rollout.stop_B.tolist(), rollout.mask_BT.sum(1).tolist()
             for prompt, completion, tokens, score, stop in zip(
                 rollout.prompts, rollout.completions, lengths, scores, stops, strict=True
@@ -224,10 +230,26 @@ class Evaluator:
                 index = int(self.indices[len(samples)])
                 sample = {"index": index, "prompt": prompt, "completion": completion, "tokens": tokens, "score": score}
                 sample |= {"stop_reason": StopReason(stop).name, "reference": self.mdp.source[index].get("completion")}
+                if rollout.logged:
+                    row = len(samples) - first
+                    sample["logged"] = {name: _as_json(items[row]) for name, items in rollout.logged.items()}
                 if self.gold is not None:
                     sample["gold"] = float(gold_N[len(samples)])
                 samples.append(sample)
         return samples
+
+
+def mean_components(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean unweighted score of each part of a mixed reward, of the completions that it applies to: reward/NAME."""
+    parts = {name: torch.cat([r.components[name] for r in rollouts]) for name in rollouts[0].components}
+    return {f"reward/{name}": float(part_B.nanmean()) for name, part_B in parts.items() if not part_B.isnan().all()}
+
+
+def _as_json(value: Any) -> Any:
+    """A value that a reward logged, as a line of the samples can hold it."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        value = value.item()
+    return value if files.jsonable(value) else str(value)
 
 
 def mean_entropy(policy: Policy, rollouts: list[Rollout]) -> float:

@@ -287,6 +287,10 @@ class _Episodes(BaseCallback):
                 name: torch.tensor([info["components"][name] for info in ended], device=device)
                 for name in ended[0].get("components", ())
             },
+            logged={
+                name: [info.get("logged", {}).get(name) for info in ended]
+                for name in sorted({name for info in ended for name in info.get("logged", ())})
+            },
         ).trim()
         assert policy.reference is not None
         ref_logp_BT = rollout_logprobs(rollout, policy.reference)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from textrl_gym.core import RewardSpec, Row
-from textrl_gym.rewards import RewardFunction, load_reward
+from textrl_gym.rewards import RewardFunction, columns_of, load_reward
 from textrl_gym.stats.estimates import Array, outcomes
 
 if TYPE_CHECKING:
@@ -80,12 +80,10 @@ class Pointwise:
 
 def reward_of(reward: RewardFunction, rows: Sequence[Row], answers: Sequence[Answer]) -> torch.Tensor:
     """A reward of given texts, with every column of their rows, and their tokens where all are known. [N]"""
-    # A row's own `completion_ids` would not be those of the answer that is scored.
-    names = {name for row in rows for name in row} - {"prompt", "completion_ids"}
-    columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
+    columns = columns_of(rows)
     if all(answer.ids is not None for answer in answers):
         columns["completion_ids"] = [list(answer.ids or ()) for answer in answers]
-    return reward([row["prompt"] for row in rows], [answer.text for answer in answers], **columns)
+    return reward.score([row["prompt"] for row in rows], [answer.text for answer in answers], columns).total_B
 
 
 class Noisy:

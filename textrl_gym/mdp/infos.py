@@ -24,18 +24,26 @@ def reset_infos(prompts: Sequence[Prompt], chosen_B: np.ndarray) -> dict[str, An
 
 
 def final_info(
-    row: Row, completion: str, score: float, stop_reason: StopReason, components: dict[str, float]
+    row: Row,
+    completion: str,
+    score: float,
+    stop_reason: StopReason,
+    components: dict[str, float],
+    logged: dict[str, Any],
 ) -> dict[str, Any]:
     """What an episode's last info tells beside the step's own.
 
     Args:
         components: of a reward that is a mixture, the unweighted score of each part; else empty.
+        logged: what the reward said by log_extra.
     """
     final = {"score": score, "prompt": row["prompt"], "completion": completion, "stop_reason": stop_reason}
     if row.get("completion") is not None:
         final["reference"] = row["completion"]
     if components:
         final["components"] = components
+    if logged:
+        final["logged"] = logged
     return final
 
 

@@ -13,7 +13,7 @@ import torch
 
 from textrl_gym.core import Row, Scores
 from textrl_gym.data.encoding import codec
-from textrl_gym.rewards import RewardFunction
+from textrl_gym.rewards import RewardFunction, columns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,14 +125,11 @@ class Scorer:
             reward: scores instead of the environment's own.
         """
         texts = [self.text(ids) for ids in completion_ids]
-        names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "completion_ids"}
-        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
-        columns |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
-        reward = reward or self.reward
-        components = reward.components([row["prompt"] for row in rows], texts, **columns)
-        score = reward.total(components).to(self.device)
-        mixed = components if len(components) > 1 else {}
-        return Scores(score, texts, {name: part.to(self.device) for name, part in mixed.items()})
+        columns = columns_of(rows) | {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+        scores = (reward or self.reward).score([row["prompt"] for row in rows], texts, columns)
+        mixed = scores.components if len(scores.components) > 1 else {}
+        parts = {name: part.to(self.device) for name, part in mixed.items()}
+        return Scores(scores.total_B.to(self.device), texts, parts, scores.logged)
 
 
 def decodes_locally(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -472,7 +472,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         stop_B = self._host(self._state.stop_B) * ended_B  # a row that ended before is not paid again
         for i, (b, prompt, text) in enumerate(zip(ended, prompts, scores.texts, strict=True)):
             components = {name: part[i] for name, part in parts.items()}
-            finals.append(final_info(prompt.row, text, values[i], StopReason(stop_B[b]), components))
+            logged = {name: items[i] for name, items in scores.logged.items()}
+            finals.append(final_info(prompt.row, text, values[i], StopReason(stop_B[b]), components, logged))
         if self._on_host:
             score_B[ended] = scores.score_N.numpy()
         else:

@@ -29,7 +29,7 @@ from textrl_gym.models.tokenizer import vocab_size
 from textrl_gym.pipeline.optim import progress_bar
 from textrl_gym.pipeline.simulated_comparisons import decode, sample_texts
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rewards import load_reward
+from textrl_gym.rewards import columns_of, load_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,10 +123,8 @@ class Labeller:
         self, rows: Sequence[Row], prompt_ids: list[list[int]], completion_ids: list[list[int]], texts: list[str]
     ) -> NDArray[np.float64]:
         """The score of each text."""
-        names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "completion_ids"}
-        columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in sorted(names)}
-        columns |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
-        return self.reward([row["prompt"] for row in rows], texts, **columns).double().numpy()
+        columns = columns_of(rows) | {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+        return self.reward.score([row["prompt"] for row in rows], texts, columns).total_B.double().numpy()
 
     def choose(
         self, score_N2: NDArray[np.float64], texts_N2: list[list[str]], rng: np.random.Generator

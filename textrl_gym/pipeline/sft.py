@@ -146,10 +146,24 @@ def encode_row(
     return task.encode(row, tokenizer, task.max_prompt_tokens), completions
 
 
+class OneCompletion:
+    """The rows of a dataset without a column `completions`, which only a task's own rows have."""
+
+    def __init__(self, rows: PromptSource) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int, /) -> Row:
+        return {name: value for name, value in self.rows[index].items() if name != "completions"}
+
+
 def demonstrations(task: Task, split: str, env: EnvSettings, reader: PromptReader | None = None) -> PromptSource:
     """Rows to learn from: the task's own `demonstrations(split)` where it has them, or the rows of a dataset.
 
-    A row holds `prompt` and `completion`, or a list of `completions`, which cost little more to learn than one.
+    A row holds `prompt` and `completion`, or a list of `completions`, which cost little more to learn than one. In a
+    dataset a column called `completions` is anything, and not what is learnt.
 
     Args:
         reader: of the model that is to learn.
@@ -160,7 +174,10 @@ def demonstrations(task: Task, split: str, env: EnvSettings, reader: PromptReade
     # A task's own demonstrations may be poor on purpose, as those of TLDRSummarize-v0 are.
     own: Callable[[str], PromptSource] | None = getattr(task, "demonstrations", None)
     rows = functools.partial(checked_rows, task, split, env.dataset, env.bad_rows, reader)
-    source = own(split) if env.dataset is None and own is not None else rows()
+    if env.dataset is not None:
+        source: PromptSource = OneCompletion(rows())
+    else:
+        source = rows() if own is None else own(split)
     if len(source) == 0 or not (source[0].get("completions") or source[0].get("completion")):
         columns = sorted(source[0]) if len(source) else "no rows"
         raise ValueError(f"supervised training needs rows with the columns prompt and completion; found {columns}")

@@ -19,7 +19,7 @@ from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.task import Task
 from textrl_gym.models.loading import declared_ends
 from textrl_gym.policy.policy import Policy
-from textrl_gym.rewards import load_reward
+from textrl_gym.rewards import columns_of, load_reward
 from textrl_gym.rollouts import sampler
 
 if TYPE_CHECKING:
@@ -129,8 +129,7 @@ class Comparer:
     def _gold(self, rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> list[float]:
         spread = [row for row, some in zip(rows, texts, strict=True) for _ in some]
         flat = [text for some in texts for text in some]
-        columns = {name: [row[name] for row in spread] for name in rows[0] if name != "prompt"}
-        return self.gold([row["prompt"] for row in spread], flat, **columns).tolist()
+        return self.gold.score([row["prompt"] for row in spread], flat, columns_of(spread)).total_B.tolist()
 
     def stream(
         self, source: PromptSource, count: int, seed: int, chunk: int = 64, skip: int = 0

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from textrl_gym.rewards import missing_reference
+
 SIGN = r"(?:(?<![\w.)])[-\u2212])?"
 """A minus; behind a digit, a letter or a bracket it is a subtraction or a hyphen."""
 NUMBER = re.compile(rf"{SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|{SIGN}\.\d+", re.ASCII)
@@ -45,7 +47,7 @@ def make(argument: str | None) -> Callable[..., list[float]]:
         """
         references = columns.get("answer") if completion is None else completion
         if references is None:
-            raise ValueError(f"number needs a reference text, column 'completion'; the rows have {sorted(columns)}")
+            raise missing_reference("number", columns)
         return [float(same(str(reference), text)) for reference, text in zip(references, completions, strict=True)]
 
     return reward

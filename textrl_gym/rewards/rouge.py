@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from textrl_gym.rewards import missing_reference
+
 
 def make(argument: str | None) -> Callable[..., list[float]]:
     """The reward of one kind of ROUGE: rouge1 to rouge9 (n-grams), rougeL (default), rougeLsum (line by line).
@@ -31,7 +33,7 @@ def make(argument: str | None) -> Callable[..., list[float]]:
     ) -> list[float]:
         """The F measure of each row; the reference is the rows' column `completion`."""
         if completion is None:
-            raise ValueError(f"rouge needs a reference text, column 'completion'; the rows have {sorted(columns)}")
+            raise missing_reference("rouge", columns)
         pairs = zip(completion, completions, strict=True)
         return [scorer.score(target, prediction)[kind].fmeasure for target, prediction in pairs]
 

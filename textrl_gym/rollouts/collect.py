@@ -125,6 +125,7 @@ def rollout_of(
         prompts=[row["prompt"] for row in rows],
         completions=scores.texts,
         components={name: part_B.to(policy.device) for name, part_B in scores.components.items()},
+        logged=scores.logged,
         **vars(out),
     ).trim()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from textrl_gym.bounds import check_settings
 from textrl_gym.console import plain
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.evaluation import health
-from textrl_gym.evaluation.evaluator import Evaluator, Player
+from textrl_gym.evaluation.evaluator import Evaluator, Player, mean_components
 from textrl_gym.evaluation.reward_hacking import Evaluation
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp import budgets
@@ -206,6 +207,7 @@ class _Run:
                 stop.check()
                 # The clock counts from before the rollout: with it the last update of every run had learning rate 0.
                 agent.clock = Clock(agent.num_updates + 1, agent.num_timesteps / total)
+                self._tell_reward()
                 # 1. Collect.
                 # A rollout that is not learnt from is collected again after a resumption.
                 self.last.before_rollout()
@@ -321,6 +323,15 @@ class _Run:
         self.seconds[name] += time.perf_counter() - begin
         return result
 
+    def _tell_reward(self) -> None:
+        """Give the reward how far training is, as TRL's trainer does."""
+        agent, mdp = self.agent, self.agent.env
+        # A run's length is in tokens. Until there are any, completions are taken to be as long as they may be.
+        tokens = agent.num_timesteps / agent.num_updates if agent.num_updates else mdp.num_envs * mdp.max_new_tokens
+        state = mdp.reward_model.trainer_state
+        state.global_step, state.max_steps = agent.num_updates, math.ceil(agent.total_timesteps / tokens)
+        state.epoch = agent.num_updates * mdp.num_envs / mdp.group_size / len(mdp.source)
+
     def _collect(self) -> Rollout:
         rollout = self.agent.collect()
         # The first rollout's health card has more to say of the same faults.
@@ -355,7 +366,7 @@ class _Run:
 
     def _log(self, facts: dict[str, float], metrics: dict[str, float]) -> None:
         agent = self.agent
-        for name, value in facts.items():
+        for name, value in (facts | agent.env.reward_model.take_metrics()).items():
             agent.logger.record(name, value)
         for name, value in metrics.items():
             agent.logger.record(f"train/{name}", value)
@@ -373,6 +384,7 @@ class _Run:
     def _evaluate(self, greedy: bool = False) -> bool:
         """Evaluate, write it down and tell those who watch; whether all of them want to go on."""
         agent = self.agent
+        self._tell_reward()
         metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent, greedy=greedy))
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
         row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
@@ -416,7 +428,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/completion_tokens": rollout.num_tokens / len(rollout),
         "rollout/eos_share": float((rollout.stop_B == StopReason.EOS).float().mean()),
         "rollout/logprob_token": float(rollout.logp_BT.sum()) / max(rollout.num_tokens, 1),
-    } | {f"reward/{name}": float(part_B.mean()) for name, part_B in rollout.components.items()}
+    } | mean_components([rollout])
 
 
 def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], timesteps: int) -> Table:
