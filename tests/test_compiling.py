@@ -10,6 +10,7 @@ import torch
 from test_trunk import SOURCE, make_model, rollout
 
 from textrl_gym.agents import GRPO
+from textrl_gym.models import onednn
 from textrl_gym.policy import attention_kernels, compiling
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.sampler import generate
@@ -81,6 +82,17 @@ def test_sampling_is_the_same_while_rows_leave(captured: list[Any]) -> None:
     assert torch.equal(compiled.token_BT, eager.token_BT)
     torch.testing.assert_close(compiled.logp_BT, eager.logp_BT, atol=5e-5, rtol=0)
     assert 1 <= len(captured) <= 4  # not one a token
+
+
+def test_a_compiler_is_given_plain_linear_layers(captured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own cannot lower the call of oneDNN that this project makes."""
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+    monkeypatch.setattr(onednn, "LEAST_PRODUCT", 0)
+    policy = Policy(make_model("llama", num_hidden_layers=1), compile="update")
+    assert isinstance(policy.model.model.layers[0].mlp.up_proj, onednn.OneDNNLinear)
+    policy.logprobs(rollout(torch.arange(3)))
+    targets = {str(node.target) for graph in captured for node in graph.graph.nodes}
+    assert any("linear" in target for target in targets) and not any("mkldnn" in target for target in targets)
 
 
 def test_what_is_not_asked_for_is_not_compiled(captured: list[Any]) -> None:

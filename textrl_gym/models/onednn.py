@@ -37,8 +37,8 @@ class OneDNNLinear(nn.Linear):
     """A linear layer that goes by oneDNN inside `fast`, and is PyTorch's own outside."""
 
     def forward(self, input: Tensor) -> Tensor:
-        # torch.compile cannot read context variables; what is compiled here is always run inside `fast`.
-        if torch.compiler.is_compiling() or (_fast.get() and not _twice_differentiable.get()):
+        # torch.compile reads no context variables, and its compiler takes that call of oneDNN from nobody but itself.
+        if not torch.compiler.is_compiling() and _fast.get() and not _twice_differentiable.get():
             return linear(self, input)
         return super().forward(input)
 
