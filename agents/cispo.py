@@ -17,6 +17,7 @@ from typing import Annotated
 from annotated_types import Ge
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.agents.grpo import GRPO, GroupConfig, kl_penalty
 from textrl_gym.training.minibatch import Minibatch
 
@@ -45,6 +46,7 @@ def cispo_loss(
         "loss": loss.detach(),
         "clip_fraction": part.mean(ratio_BT > weight_BT),
         "ratio": part.mean(ratio_BT),
+        "approx_kl_token": part.mean(functional.approx_kl(logp_BT, part.logp_BT)),
     }
     return loss, metrics | kl_metrics
 

@@ -32,18 +32,24 @@ import numpy as np
 import torch
 from annotated_types import Ge
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from textrl_gym.core import Rollout, StopReason
-from textrl_gym.functional import pad
-from textrl_gym.mdp.transition import stop_reasons
-from textrl_gym.rollouts.collect import collect
-from textrl_gym.rollouts.scoring import rollout_logprobs
+from textrl_gym.core import Rollout
 from textrl_gym.training.agent import Agent, EnvLike, ModelLike
-from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
+from textrl_gym.training.preference_pairs import (
+    PAIR_BAR,
+    Pair,
+    PairConfig,
+    check_beta,
+    learn_pairs,
+    pair_metrics,
+    pairs_of,
+    pairs_rollout,
+    sample_pairs,
+    with_logprobs,
+)
 
-Pair = tuple[list[int], list[int], list[int]]
 FILE = "pairs.safetensors"
+HELD_OUT = 64  # held-out rows of a file, or prompts to sample pairs of
 MOST_DRAWS = 50  # rollouts of the reference in a row that may give no pair
 
 
@@ -72,6 +78,8 @@ class DPO(Agent):
     Config = DPOConfig
     config: DPOConfig
     kl_where = "loss"
+    is_offline = True
+    bar_metrics = PAIR_BAR
 
     def __init__(self, env: EnvLike, model: ModelLike = None, reference: ModelLike = None, **settings: Any) -> None:
         super().__init__(env, model, reference, **settings)
@@ -80,11 +88,9 @@ class DPO(Agent):
         """Token ids of prompt, chosen and rejected completion."""
         self.draws = 0
         """Rollouts of the reference that pairs have been sampled from."""
+        self._held_out: Rollout | None = None
         if self.config.pairs is not None:
-            compared = self.env.read_preferences(self.config.pairs)
-            self.pairs = [
-                (c.prompt_ids, c.completion_ids[a], c.completion_ids[b]) for c in compared for a, b in c.pairs
-            ]
+            self.pairs = pairs_of(self.env.read_preferences(self.config.pairs))
 
     # -- collecting ---------------------------------------------------------------------------------------------------
 
@@ -98,13 +104,7 @@ class DPO(Agent):
         size = len(self.pairs) if self.config.pairs is not None else self.config.num_pairs
         chosen = [self.pairs[self._order(place // size, size)[place % size]] for place in places]
         # 2. Their log-probabilities, now and under the reference.
-        rollout = self._rollout(chosen)
-        assert self.policy.reference is not None
-        return dataclasses.replace(
-            rollout,
-            logp_BT=rollout_logprobs(rollout, self.policy),
-            ref_logp_BT=rollout_logprobs(rollout, self.policy.reference),
-        )
+        return with_logprobs(pairs_rollout(self.env, chosen), self.policy)
 
     def _order(self, number: int, size: int) -> np.ndarray:
         """The order of pass `number` over the pairs. Sampled ones come as they are made in the first."""
@@ -113,39 +113,13 @@ class DPO(Agent):
         # A function of seed and pass, so that nothing of the order has to be saved.
         return np.random.default_rng([self.seed, number]).permutation(size)
 
-    def _rollout(self, pairs: list[Pair]) -> Rollout:
-        prompt_BP, prompt_mask_BP = pad([prompt for prompt, _, _ in pairs for _ in range(2)], "left")
-        texts = [ids for _, chosen, rejected in pairs for ids in (chosen, rejected)]
-        token_BT, mask_BT = pad(texts, "right")
-        tensors = {"prompt_BP": prompt_BP, "prompt_mask_BP": prompt_mask_BP, "token_BT": token_BT, "mask_BT": mask_BT}
-        names = ("logp_BT", "ref_logp_BT", "kl_BT", "value_BT", "reward_BT")
-        tensors |= dict.fromkeys(names, torch.zeros(mask_BT.shape)) | {"score_B": torch.zeros(len(texts))}
-        tensors |= {
-            "stop_B": self._stops(texts),
-            "group_B": torch.arange(len(texts)) // 2,
-        }
-        prompts = [self.env.scorer.codec.decode(ids, begin=True) for ids, _, _ in pairs for _ in range(2)]
-        completions = [self.env.scorer.text(ids) for ids in texts]
-        on_device: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        rollout = Rollout(**on_device, prompts=prompts, completions=completions)
-        return as_pairs(rollout, torch.arange(len(texts), device=self.device).view(-1, 2))
-
-    def _stops(self, completions: list[list[int]]) -> Tensor:
-        """Why each completion ended, as StopReason. int64 [B]."""
-        env = self.env
-        last_B, length_B = (torch.tensor(x) for x in ([ids[-1] for ids in completions], [*map(len, completions)]))
-        hit_B = torch.tensor(env.scorer.stopped(completions)) if env.stop else None
-        stop_B = stop_reasons(last_B, length_B, hit_B, env.max_new_tokens, env.end_ids)
-        # A completion of a file that no rule ends was ended by what its writer stopped at.
-        return torch.where(stop_B == StopReason.RUNNING, StopReason.STOP_STRING.value, stop_B)
-
     # -- sampling pairs -----------------------------------------------------------------------------------------------
 
     def _sample(self, wanted: int) -> None:
         """Sample until there are so many pairs. Each draw has a seed of its own, so that resuming draws the same."""
         empty = 0
         while len(self.pairs) < wanted:
-            drawn = self._draw()
+            drawn = sample_pairs(self, self.env, (self.seed, self.draws))
             # Never more than num_pairs, so that later passes are over the same set whatever the last draw brought.
             self.pairs += drawn[: self.config.num_pairs - len(self.pairs)]
             self.draws += 1
@@ -153,25 +127,21 @@ class DPO(Agent):
             if empty == MOST_DRAWS:
                 raise ValueError(f"in {MOST_DRAWS} rollouts no prompt had two completions of different reward")
 
-    def _draw(self) -> list[Pair]:
-        rows, seed = self.config.rollout_episodes, (self.seed, self.draws)
-        mdp = self.env.remake(rows, group_size=2)
-        rng = np.random.default_rng(seed)
-        generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
-        # Not the environment's own streams: how many draws there were would change the prompts after a resumption.
-        indices = rng.integers(len(mdp.source), size=rows // 2).repeat(2)
-        assert self.policy.reference is not None
-        drawn = collect(mdp, self.policy.reference, kl_coef=0.0, generator=generator, prompt_indices=indices)
-        row_N2 = label_pairs(drawn.reward_BT.sum(1), drawn.group_B, self.config.labels, generator)
-
-        prompt_B = [ids[mask].tolist() for ids, mask in zip(drawn.prompt_BP, drawn.prompt_mask_BP, strict=True)]
-        text_B = [ids[mask].tolist() for ids, mask in zip(drawn.token_BT, drawn.mask_BT, strict=True)]
-        return [(prompt_B[a], text_B[a], text_B[b]) for a, b in row_N2.tolist()]
-
     # -- learning -----------------------------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         return learn_pairs(self, rollout)
+
+    def extra_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Accuracy and margin on held-out pairs: the file's, or as many sampled from the reference."""
+        if self._held_out is None:
+            if self.config.pairs is None:
+                env = self.env.remake(2 * HELD_OUT, split="validation", group_size=2)
+                pairs = sample_pairs(self, env, (self.seed, 0))
+            else:
+                pairs = pairs_of(self.env.read_preferences(self.config.pairs, "validation", most=HELD_OUT))
+            self._held_out = pairs_rollout(self.env, pairs) if pairs else None
+        return {} if self._held_out is None else pair_metrics(self, self._held_out)
 
     # -- save and load ------------------------------------------------------------------------------------------------
 

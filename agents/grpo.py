@@ -111,6 +111,7 @@ def grpo_loss(logp_BT: Tensor, part: Minibatch, config: GRPOConfig, kl_coef: flo
         "loss": loss.detach(),
         "clip_fraction": part.mean(clipped_BT),
         "ratio": part.mean(ratio_BT.detach()),
+        "approx_kl_token": part.mean(functional.approx_kl(logp_BT, part.logp_BT)),
     }
     return loss, metrics | kl_metrics
 

@@ -56,6 +56,7 @@ def gspo_loss(logp_BT: Tensor, part: Minibatch, config: GSPOConfig, kl_coef: flo
         "loss": loss.detach(),
         "clip_fraction": part.mean(clipped_B.float()),
         "ratio": part.mean(ratio_B.detach()),
+        "approx_kl_token": part.mean(functional.approx_kl(logp_BT, part.logp_BT)),
     }
     return loss, metrics | kl_metrics
 

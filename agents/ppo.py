@@ -90,13 +90,12 @@ def ppo_loss(
     policy_loss = part.mean(policy_BT)
     value_loss = 0.5 * part.mean(error_BT)
     loss = policy_loss + config.vf_coef * value_loss
-    log_ratio_BT = (logp_BT - part.logp_BT).detach()
     metrics = {
         "policy_loss": policy_loss.detach(),
         "value_loss": value_loss.detach(),
         "clip_fraction": part.mean(clipped_BT),
         "ratio": part.mean(ratio_BT.detach()),
-        "approx_kl_token": part.mean(ratio_BT.detach() - 1 - log_ratio_BT),  # k3, Schulman 2020
+        "approx_kl_token": part.mean(functional.approx_kl(logp_BT, part.logp_BT)),
     }
     if entropy_BT is not None:
         bonus = part.mean(entropy_BT)

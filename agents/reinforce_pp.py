@@ -47,6 +47,7 @@ def reinforce_pp_loss(logp_BT: Tensor, part: Minibatch, clip_range: float) -> tu
         "loss": loss.detach(),
         "clip_fraction": part.mean(clipped_BT),
         "ratio": part.mean(ratio_BT.detach()),
+        "approx_kl_token": part.mean(functional.approx_kl(logp_BT, part.logp_BT)),
     }
     return loss, metrics
 

@@ -69,6 +69,10 @@ def test_version_is_written_once_in_two_places(project: dict[str, Any]) -> None:
     assert textrl_gym.__version__ == project["project"]["version"]
 
 
+UNTESTED = {"vllm", "wandb", "trackio", "mlflow"}
+"""Extras that the tests do without: what is large, or talks to services."""
+
+
 def test_constraints_meet_the_requirements(root: Path, project: dict[str, Any]) -> None:
     pins = re.findall(r"^([\w.-]+)==\S+$", (root / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     pinned = {normal(p) for p in pins}

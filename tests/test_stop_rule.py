@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textrl_gym.agents.dpo import DPO
 from textrl_gym.core import StopReason
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.mdp.transition import stop_reasons
 from textrl_gym.models import tiny
 from textrl_gym.training.guided_decoding import Endings
+from textrl_gym.training.preference_pairs import stops_of
 
 EOS_ID, OTHER_END, BUDGET = 0, 5, 3
 SYMBOLS = ("a", "b", "c", "d")
@@ -76,6 +74,4 @@ def test_every_user_of_the_rule_agrees_with_stepping(ids: list[int], end: int | 
     endings = Endings(ENV, [], [], scored=False)
     assert endings.stops([completion]) == [stepped]
     # Pairs of a file, where a completion that no rule ends was ended by its writer.
-    pairs: Any = DPO.__new__(DPO)
-    pairs.env = ENV
-    assert pairs._stops([completion]).tolist() == [stepped or StopReason.STOP_STRING]
+    assert stops_of(ENV, [completion]).tolist() == [stepped or StopReason.STOP_STRING]

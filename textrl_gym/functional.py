@@ -90,6 +90,16 @@ def clipped_surrogate(
     return torch.maximum(free_BT, clipped_BT), ratio_BT, clipped_BT > free_BT
 
 
+def approx_kl(logp_BT: Tensor, old_logp_BT: Tensor) -> Tensor:
+    """How far the policy has moved from the one that sampled, nats per token, without gradient: Schulman's k3 (2020).
+
+    Of a sampled token, with d = log pi - log pi_old: exp(d) - 1 - d, which is never negative.
+    """
+    assert logp_BT.shape == old_logp_BT.shape, (logp_BT.shape, old_logp_BT.shape)
+    log_ratio_BT = (logp_BT - old_logp_BT).detach()
+    return log_ratio_BT.exp() - 1 - log_ratio_BT
+
+
 def aggregate(loss_BT: Tensor, mask_BT: Tensor, how: Aggregation, rows: int, tokens: int) -> Tensor:
     """Sum of a per-token loss over one micro-batch, divided by the counts of the whole minibatch.
 

@@ -159,6 +159,8 @@ METRICS: dict[str, Metric] = {
     "scored_completions": Metric("Completions scored per prompt", decimals=0, table="none"),
     "generated_tokens": Metric("Tokens generated per prompt", decimals=1, table="none"),
     "kl_bound": Metric("Best-of-n's KL to its own policy, bound", "nats", decimals=2, table="none"),
+    "pair_accuracy": Metric("Held-out pairs ranked as labelled", table="none"),
+    "pair_margin": Metric("Margin of implicit rewards on held-out pairs", table="none"),
     "train_seconds": Metric("Training", "seconds", decimals=0, short="sec.", table="summary"),
 }
 """Key in evaluations, logs and tables -> the metric. The order is that of the tables."""

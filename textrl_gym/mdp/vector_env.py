@@ -332,16 +332,17 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._over_B = np.zeros(self.num_envs, bool)
         return self._observation()
 
-    def read_preferences(self, dataset: str) -> list[RankedCompletions]:
-        """The pairs to train on in a user's data set, as token ids within this environment's budgets."""
+    def read_preferences(self, dataset: str, split: str = "train", most: int | None = None) -> list[RankedCompletions]:
+        """The pairs of a split of a user's data set (of at most so many rows), as token ids within the budgets."""
         return read_preferences(
             dataset,
-            "train",
+            split,
             self.task,
             self.tokenizer,
             self.max_prompt_tokens,
             self.max_new_tokens,
             end_ids=self.end_ids,
+            most=most,
             bad_rows=self.bad_rows,
             chat_settings=self.chat_settings,
         )

@@ -27,8 +27,15 @@ def phase(name: Phase) -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, the listener hears of every phase; of several listeners only the innermost."""
-    token = _listener.set(listener)
+    """Inside, the listener hears of every phase, and so do those outside."""
+    outer = _listener.get()
+
+    @contextlib.contextmanager
+    def both(name: Phase) -> Iterator[None]:
+        with contextlib.nullcontext() if outer is None else outer(name), listener(name):
+            yield
+
+    token = _listener.set(both)
     try:
         yield
     finally:

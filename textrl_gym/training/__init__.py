@@ -3,6 +3,7 @@
 - `config`: settings that every agent has
 - `agent`: Agent: the base of every algorithm
 - `loop`: collect, update, adapt the KL coefficient, log, evaluate, save
+- `logs`: what is logged of updates and evaluations, and where
 - `callbacks`: callbacks that see evaluations; the monitor of reward hacking
 - `checkpoint`: saving an agent to a folder, and loading it
 - `dependencies`: what a run stands on beside its checkpoint, known by hash

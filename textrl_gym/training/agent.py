@@ -95,6 +95,14 @@ class Agent:
     kl_where: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is in the rollout's rewards or in the loss."""
 
+    is_offline: ClassVar[bool] = False
+    """Whether rollouts are made of given texts, which the policy has not sampled."""
+    bar_metrics: ClassVar[Mapping[str, str]] = {
+        "rollout/score": "score {:.3f}",
+        "rollout/kl_sequence": "KL {:.2f} nats/seq",
+    }
+    """What the progress bar shows: keys of the log and how each is written; of an evaluation the last one's."""
+
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         # Methods of 0.1 that nothing would call: the state of such an agent would be lost in silence.

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -24,16 +24,16 @@ from torch import Tensor
 from textrl_gym import functional
 from textrl_gym.bounds import check_settings
 from textrl_gym.console import plain
-from textrl_gym.core import Rollout, StopReason
+from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
-from textrl_gym.evaluation.evaluator import Evaluator, Player, mean_components
+from textrl_gym.evaluation.evaluator import Evaluator, Player
 from textrl_gym.evaluation.reward_hacking import Evaluation
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp import budgets
 from textrl_gym.persistence import run_lock, signals, update_log
 from textrl_gym.persistence.save_schedule import SaveOptions, SaveSchedule
-from textrl_gym.rollouts.phases import phase
-from textrl_gym.training import recovery, run_folder
+from textrl_gym.rollouts.phases import listening, phase
+from textrl_gym.training import logs, recovery, run_folder
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
 from textrl_gym.training.config import Clock
 from textrl_gym.training.run_folder import append_evaluation
@@ -71,6 +71,10 @@ class Learner(Player, Protocol):
     @property
     def config(self) -> Any: ...
     @property
+    def is_offline(self) -> bool: ...
+    @property
+    def bar_metrics(self) -> Mapping[str, str]: ...
+    @property
     def logger(self) -> Logger: ...
 
     def set_logger(self, logger: Logger | None) -> None: ...
@@ -96,6 +100,8 @@ class TrainOptions(SaveOptions):
     reward model); None: the task's own, where it has one."""
     show_samples: Annotated[int, Ge(0)] = 2
     """Sample completions printed at each evaluation; all of them are in samples.jsonl."""
+    log_to: logs.Tracker = "none"
+    """An experiment tracker that gets all that TensorBoard gets: wandb, trackio or mlflow (an extra each)."""
     on_bad_health: Literal["stop", "warn"] = "stop"
     """What to do when a line of the health card fails before the first update."""
     on_hacking: Literal["off", "warn", "stop"] = "warn"
@@ -104,6 +110,7 @@ class TrainOptions(SaveOptions):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        logs.require_tracker(self.log_to)
 
 
 def train(
@@ -141,7 +148,8 @@ def train(
         agent.home = out.resolve()
         run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
         try:
-            with signals.hearing_signals() as stop:
+            run.open_tracker()
+            with signals.hearing_signals() as stop, listening(run.phases):
                 run.loop(stop)
         except BaseException as error:
             run.rescue(error)
@@ -166,6 +174,7 @@ class _Run:
         self.console = Console(stderr=True, quiet=not progress_bar)
         assert agent.out is not None
         self.out = agent.out
+        self.phases = logs.PhaseSeconds()
         self.callback = _callback(callback)
         if options.on_hacking != "off" and not any(isinstance(c, RewardHackingMonitor) for c in _each(self.callback)):
             tell = functools.partial(self.console.print, style="bold yellow", markup=False, highlight=False)
@@ -175,6 +184,8 @@ class _Run:
         # After all that may fail: close() comes only where this came to its end.
         if not hasattr(agent, "logger"):  # one that set_logger() gave is kept, as in Stable-Baselines3
             agent.set_logger(update_log.new_logger(self.out / tb_log_name if tb_log_name else self.out))
+        self.evaluated: dict[str, float] = {}
+        """Numbers of the last evaluation, as they are logged."""
         self.last = recovery.LastUpdate(agent)
         self.saved_at: int | None = agent.num_updates if agent.num_updates else None
         """Updates of the checkpoint in the folder; None: there is none of this run."""
@@ -191,6 +202,16 @@ class _Run:
             console=self.console,
             disable=not progress_bar,
         )
+
+    def open_tracker(self) -> None:
+        """Log to the tracker too, where one is wanted."""
+        name, agent = self.options.log_to, self.agent
+        if name != "none":
+            settings = dataclasses.asdict(agent.config) | {"agent": type(agent).__name__, "seed": agent.seed}
+            settings["env"] = agent.env.task.id
+            agent.logger.output_formats.append(
+                logs.open_tracker(name, self.out, settings, goes_on=agent.num_updates > 0)
+            )
 
     def loop(self, stop: signals.Stop) -> None:
         agent, total = self.agent, self.agent.total_timesteps if self.agent.trains else 0
@@ -230,13 +251,14 @@ class _Run:
                 self.last.done()
                 # 3. Adapt the KL coefficient.
                 # Not inside the update: an agent that overrides it would have to remember to do this.
-                facts = rollout_metrics(rollout)
+                facts = logs.rollout_metrics(rollout, sampled=not agent.is_offline)
                 agent.kl.adapt(facts["rollout/kl_sequence"], len(rollout))
                 # 4. Log.
+                facts |= {f"train/{name}": value for name, value in metrics.items()}
+                facts |= logs.speed_metrics(self.phases.take(), rollout.num_tokens + agent.dropped_tokens)
                 if agent.num_updates % self.log_interval == 0:
-                    self._log(facts, metrics)
-                note = f"score {facts['rollout/score']:.3f}  KL {facts['rollout/kl_sequence']:.2f} nats/seq"
-                self.bar.update(task, completed=min(agent.num_timesteps, total), note=note)
+                    self._log(facts)
+                self.bar.update(task, completed=min(agent.num_timesteps, total), note=self._note(facts))
                 # 5. Evaluate and save.
                 if self._evaluation_due(total):
                     goes_on = self._evaluate()
@@ -364,12 +386,15 @@ class _Run:
                 "; ".join(f"{line.name}: {line.value} (likely cause: {line.cause})" for line in bad)
             )
 
-    def _log(self, facts: dict[str, float], metrics: dict[str, float]) -> None:
+    def _note(self, facts: dict[str, float]) -> str:
+        """What stands behind the bar: the numbers that the agent names, of the update or the last evaluation."""
+        known = facts | self.evaluated
+        return "  ".join(words.format(known[key]) for key, words in self.agent.bar_metrics.items() if key in known)
+
+    def _log(self, facts: dict[str, float]) -> None:
         agent = self.agent
         for name, value in (facts | agent.env.reward_model.take_metrics()).items():
             agent.logger.record(name, value)
-        for name, value in metrics.items():
-            agent.logger.record(f"train/{name}", value)
         agent.logger.record("train/learning_rate", agent.learning_rate)
         agent.logger.record("train/kl_coef", agent.kl.coef)
         agent.logger.record("train/updates", agent.num_updates)
@@ -389,6 +414,8 @@ class _Run:
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
         row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
         append_evaluation(self.out, row, samples)
+        logs.log_evaluation(agent.logger, row)
+        self.evaluated = {f"eval/{name}": float(value) for name, value in metrics.items()}
         if self.options.show_samples:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
         answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]
@@ -411,24 +438,6 @@ def require_finite_rollout(rollout: Rollout) -> None:
         "the value of a state": rollout.value_BT,
     }.items():
         functional.require_finite(name, values_BT[mask_BT])
-
-
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """What a rollout says of the policy that played it. Raw score and shaped return are both there.
-
-    Of a reward that is a mixture reward/NAME is the mean unweighted score of each part.
-    """
-    kl_B = ((rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT).sum(1)
-    return {
-        "rollout/score": float(rollout.score_B.mean()),
-        "rollout/score_std": float(rollout.score_B.std()) if len(rollout) > 1 else 0.0,
-        "rollout/return": float(rollout.reward_BT.sum(1).mean()),
-        "rollout/kl_sequence": float(kl_B.mean()),
-        "rollout/kl_token": float(kl_B.sum()) / max(rollout.num_tokens, 1),
-        "rollout/completion_tokens": rollout.num_tokens / len(rollout),
-        "rollout/eos_share": float((rollout.stop_B == StopReason.EOS).float().mean()),
-        "rollout/logprob_token": float(rollout.logp_BT.sum()) / max(rollout.num_tokens, 1),
-    } | mean_components([rollout])
 
 
 def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], timesteps: int) -> Table:

@@ -20,21 +20,38 @@ Shape legend: B rows, T response places, N pairs.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from textrl_gym.core import Rollout
-from textrl_gym.functional import last_places, mean_of, rows_of_groups
+from textrl_gym.core import Rollout, StopReason
+from textrl_gym.data.ranked import RankedCompletions
+from textrl_gym.functional import last_places, mean_of, pad, rows_of_groups
+from textrl_gym.mdp.text_env import TextVectorEnv
+from textrl_gym.mdp.transition import stop_reasons
+from textrl_gym.policy.policy import Policy
+from textrl_gym.rollouts.collect import collect
+from textrl_gym.rollouts.scoring import rollout_logprobs
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.config import AgentConfig
 from textrl_gym.training.minibatch import Minibatch, sum_of
 
 Loss = Literal["sigmoid", "ipo", "hinge"]
 Labels = Literal["best", "bradley_terry"]
+Pair = tuple[list[int], list[int], list[int]]
+"""Token ids of a prompt, its chosen and its rejected completion."""
+PAIR_BAR = {
+    "train/accuracy": "accuracy {:.2f}",
+    "train/reward_margin": "margin {:.2f}",
+    "eval/pair_accuracy": "held-out {:.2f}",
+    "eval/pair_margin": "margin {:.2f}",
+}
+"""What the progress bar of an agent shows that learns from given pairs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +106,72 @@ def as_pairs(rollout: Rollout, row_N2: Tensor) -> Rollout:
     reward_BT = torch.zeros_like(picked.reward_BT)
     reward_BT[rows, last_places(picked.mask_BT)] = sign_B
     return dataclasses.replace(picked, group_B=rows // 2, score_B=sign_B, reward_BT=reward_BT)
+
+
+def pairs_of(compared: Sequence[RankedCompletions]) -> list[Pair]:
+    """All pairs of ranked completions."""
+    return [(c.prompt_ids, c.completion_ids[a], c.completion_ids[b]) for c in compared for a, b in c.pairs]
+
+
+def pairs_rollout(env: TextVectorEnv, pairs: Sequence[Pair]) -> Rollout:
+    """The rollout of given pairs, on the environment's device; log-probabilities, rewards and values are 0."""
+    prompt_BP, prompt_mask_BP = pad([prompt for prompt, _, _ in pairs for _ in range(2)], "left")
+    texts = [ids for _, chosen, rejected in pairs for ids in (chosen, rejected)]
+    token_BT, mask_BT = pad(texts, "right")
+    tensors = {"prompt_BP": prompt_BP, "prompt_mask_BP": prompt_mask_BP, "token_BT": token_BT, "mask_BT": mask_BT}
+    names = ("logp_BT", "ref_logp_BT", "kl_BT", "value_BT", "reward_BT")
+    tensors |= dict.fromkeys(names, torch.zeros(mask_BT.shape)) | {"score_B": torch.zeros(len(texts))}
+    tensors |= {"stop_B": stops_of(env, texts), "group_B": torch.arange(len(texts)) // 2}
+    prompts = [env.scorer.codec.decode(ids, begin=True) for ids, _, _ in pairs for _ in range(2)]
+    completions = [env.scorer.text(ids) for ids in texts]
+    on_device: dict[str, Any] = {name: tensor.to(env.device) for name, tensor in tensors.items()}
+    rollout = Rollout(**on_device, prompts=prompts, completions=completions)
+    return as_pairs(rollout, torch.arange(len(texts), device=env.device).view(-1, 2))
+
+
+def stops_of(env: TextVectorEnv, completions: list[list[int]]) -> Tensor:
+    """Why each given completion ended, as StopReason. int64 [B]."""
+    last_B, length_B = (torch.tensor(x) for x in ([ids[-1] for ids in completions], [*map(len, completions)]))
+    hit_B = torch.tensor(env.scorer.stopped(completions)) if env.stop else None
+    stop_B = stop_reasons(last_B, length_B, hit_B, env.max_new_tokens, env.end_ids)
+    # A completion of a file that no rule ends was ended by what its writer stopped at.
+    return torch.where(stop_B == StopReason.RUNNING, StopReason.STOP_STRING.value, stop_B)
+
+
+def with_logprobs(pairs: Rollout, policy: Policy) -> Rollout:
+    """The rollout with its tokens' log-probabilities, now and under the reference."""
+    assert policy.reference is not None
+    logp_BT, ref_logp_BT = (rollout_logprobs(pairs, one) for one in (policy, policy.reference))
+    return dataclasses.replace(pairs, logp_BT=logp_BT, ref_logp_BT=ref_logp_BT)
+
+
+def sample_pairs(agent: Agent, env: TextVectorEnv, seed: tuple[int, int]) -> list[Pair]:
+    """Pairs of one rollout of the reference, labelled by the environment's reward: a function of the seed."""
+    rows = env.num_envs
+    mdp = env.remake(rows, group_size=2)
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator(agent.device).manual_seed(int(rng.integers(2**62)))
+    # Not the environment's own streams: how many draws there were would change the prompts after a resumption.
+    indices = rng.integers(len(mdp.source), size=rows // 2).repeat(2)
+    assert agent.policy.reference is not None
+    drawn = collect(mdp, agent.policy.reference, kl_coef=0.0, generator=generator, prompt_indices=indices)
+    row_N2 = label_pairs(drawn.reward_BT.sum(1), drawn.group_B, agent.config.labels, generator)
+
+    prompt_B = [ids[mask].tolist() for ids, mask in zip(drawn.prompt_BP, drawn.prompt_mask_BP, strict=True)]
+    text_B = [ids[mask].tolist() for ids, mask in zip(drawn.token_BT, drawn.mask_BT, strict=True)]
+    return [(prompt_B[a], text_B[a], text_B[b]) for a, b in row_N2.tolist()]
+
+
+def pair_metrics(agent: Agent, pairs: Rollout) -> dict[str, float]:
+    """On given pairs, the share that the policy ranks as they are labelled, and the mean margin of implicit rewards.
+
+    The implicit reward of a completion is beta log pi(y | x) / pi_ref(y | x).
+    """
+    now = with_logprobs(pairs, agent.policy)
+    ratio_B = ((now.logp_BT - now.ref_logp_BT) * now.mask_BT).sum(1)
+    margin_N = ratio_B[0::2] - ratio_B[1::2]
+    accuracy = float((0.5 + 0.5 * margin_N.sign()).mean())
+    return {"pair_accuracy": accuracy, "pair_margin": agent.kl.coef * float(margin_N.mean())}
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
