@@ -104,6 +104,23 @@ SCHEMAS: dict[str, tuple[Any, str, str, list[str], list[tuple[int, int]]]] = {
     "webgpt": (
         WEBGPT, "openai/webgpt_comparisons", "\n\nHuman: Why?\n\nAssistant:", [" So.", " No."], [(0, 1)],
     ),
+    "pandalm": (
+        {"instruction": "Add.", "input": "1 1", "response1": "2", "response2": "3", "annotator1": 1, "annotator2": 1},
+        "PandaLM", "\n\nHuman: Add.\n\n1 1\n\nAssistant:", [" 2", " 3"], [(0, 1)],
+    ),
+    "llmbar": (
+        {"input": "Why?", "output_1": "No.", "output_2": "So.", "label": 2},
+        "LLMBar", "\n\nHuman: Why?\n\nAssistant:", [" So.", " No."], [(0, 1)],
+    ),
+    "hhh": (
+        {"input": "Why?", "targets": {"choices": ["So.", "No."], "labels": [1, 0]}},
+        "HuggingFaceH4/hhh_alignment", "\n\nHuman: Why?\n\nAssistant:", [" So.", " No."], [(0, 1)],
+    ),
+    "fine-grained": (
+        {"question": "Why?", "passages": [["T", "T", "Text."]], "preference": [1, 0, 0, 0, 0, 0],
+         **{f"prediction {number}": f"{number}." for number in (1, 2, 3, 4)}},
+        "Fine-grained RLHF", "\n\nHuman: T\nText.\n\nWhy?\n\nAssistant:", [" 1.", " 2.", " 3.", " 4."], [(0, 1)],
+    ),
     "webgpt's own file": (
         [{"question": {"full_text": "Why?"}, "answer": "So.", "score": 0.5, "quotes": {}, "tokens": {}},
          {"question": {"full_text": "Why?"}, "answer": "No.", "score": -0.5, "quotes": {}, "tokens": {}}],
@@ -149,7 +166,8 @@ def test_every_schema(name: str, tmp_path: Path) -> None:
 
 def test_every_schema_has_an_example() -> None:
     shown = {schema for _, schema, *_ in SCHEMAS.values()}
-    assert all(any(s.name.startswith(schema) for schema in shown) for s in preferences.PREFERENCE_SCHEMAS)
+    alone = [s for s in preferences.PREFERENCE_SCHEMAS if not s.joined]  # else see the labelled completions below
+    assert all(any(s.name.startswith(schema) for schema in shown) for s in alone)
 
 
 @pytest.mark.parametrize("name", TIES)
@@ -430,3 +448,72 @@ def test_real_dialogues_are_read_within_the_budgets_of_any_task() -> None:
     found = read_preferences(path, "train", task, tokenizer, most=300, whole=True)
     assert 280 < len(found) <= 300  # some differ after the budget only
     assert all(len(c.prompt_ids) <= 176 and max(map(len, c.completion_ids)) <= 48 for c in found)
+
+
+# -- benchmarks and labels of single completions ----------------------------------------------------------------------
+
+
+def pairs_of(tmp_path: Path, *rows: dict[str, Any]) -> tuple[list[tuple[str, list[tuple[str, str]]]], dict[str, int]]:
+    """Each prompt with its (chosen, rejected) texts, and what was dropped."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = preferences.load_preferences(str(file), "validation", whole=True)
+    read = []
+    for row in found.rows:
+        texts = [text.strip() for text in row["completions"]]
+        read.append((row["prompt"].strip(), [(texts[a], texts[b]) for a, b in row["pairs"]]))
+    return read, found.dropped
+
+
+def asked(text: str) -> str:
+    return f"Human: {text}\n\nAssistant:"
+
+
+def test_pandalm_by_the_majority(tmp_path: Path) -> None:
+    def row(number: int, *labels: int) -> dict[str, Any]:
+        votes = {f"annotator{place + 1}": label for place, label in enumerate(labels)}
+        return {"instruction": f"Do {number}", "input": "x" * number, "response1": "A", "response2": "B", **votes}
+
+    # two of three; all differ; more ties than either; 1 and 2 as often
+    read, dropped = pairs_of(tmp_path, row(0, 2, 2, 1), row(1, 1, 1, 0), row(2, 0, 1, 2), row(3, 0, 0, 1), row(4, 1, 2))
+    assert read == [(asked("Do 0"), [("B", "A")]), (asked("Do 1\n\nx"), [("A", "B")])]
+    assert dropped == {"ties": 3}
+
+
+def test_llmbar_hhh_and_rewardbench(tmp_path: Path) -> None:
+    row = {"input": "Q", "output_1": "A", "output_2": "B"}
+    assert pairs_of(tmp_path, row | {"label": 2}, row | {"label": 1})[0] == [
+        (asked("Q"), [("B", "A")]),
+        (asked("Q"), [("A", "B")]),
+    ]
+    targets = {"choices": ["A", "B", "C"], "labels": [0, 1, 0]}
+    assert pairs_of(tmp_path, {"input": "Q", "targets": targets})[0] == [(asked("Q"), [("B", "A"), ("B", "C")])]
+    bench = {"prompt": "Q", "chosen": "A", "rejected": "B", "subset": "easy", "id": 3}
+    assert pairs_of(tmp_path, bench)[0] == [("Q", [("A", "B")])]
+    with pytest.raises(ValueError, match="column 'label' is not 1 or 2"):
+        pairs_of(tmp_path, row | {"label": 0})
+
+
+def test_fine_grained_rlhf_has_six_labels(tmp_path: Path) -> None:
+    row = {"question": "Q?", "passages": [["Title", "Title\n\nOne.", "Two."]]}
+    row |= {f"prediction {number}": text for number, text in zip((1, 2, 3, 4), "ABCD", strict=True)}
+    # 1-2: tie, 1-3: first, 1-4: second, 2-3: first, 2-4: tie, 3-4: second
+    read, _ = pairs_of(tmp_path, row | {"preference": [0, 1, 2, 1, 0, 2]})
+    assert read == [(asked("Title\n\nOne.\nTwo.\n\nQ?"), [("A", "C"), ("D", "A"), ("B", "C"), ("D", "C")])]
+    with pytest.raises(ValueError, match="column 'preference' does not hold 6 labels"):
+        pairs_of(tmp_path, row | {"preference": [1]})
+
+
+def test_labelled_completions_of_one_prompt_make_pairs(tmp_path: Path) -> None:
+    def row(prompt: Any, completion: str, label: Any) -> dict[str, Any]:
+        return {"prompt": prompt, "completion": completion, "label": label}
+
+    talk = [{"role": "user", "content": "Hi"}]
+    read, dropped = pairs_of(
+        tmp_path, row("P", "A", True), row("Q", "C", True), row(talk, "x", 0), row("P", "B", False), row("P", "D", 1),
+        row(talk, "y", 1),
+    )  # fmt: skip
+    assert read == [("P", [("A", "B"), ("D", "B")]), (asked("Hi"), [("y", "x")])]
+    assert dropped == {"prompts whose completions all have one label": 1}
+    with pytest.raises(ValueError, match="column 'label' is not true or false"):
+        pairs_of(tmp_path, row("P", "A", "good"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import numbers
 import re
@@ -27,6 +28,7 @@ from textrl_gym.data.encoding import Chat
 from textrl_gym.data.rows import (
     BadRow,
     Dropped,
+    Grouped,
     Mapped,
     OnBadRows,
     RawRows,
@@ -89,6 +91,8 @@ class PreferenceSchema:
     """The columns that must be there."""
     convert: Callable[[Row], Preference]
     """From a row; Dropped where it teaches nothing."""
+    joined: tuple[str, ...] = ()
+    """Columns that are lists of the values of all rows with one prompt, where a row alone is no comparison."""
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
@@ -216,11 +220,10 @@ def _shp(row: Row) -> Preference:
 
 def _two_outputs(row: Row) -> Preference:
     """alpaca_farm and alpaca_eval: preference 1 or 2, or between them; 0 or 1.5 for a tie."""
-    text = text_of(row, "instruction") + (f"\n\n{text_of(row, 'input')}" if row.get("input") else "")
     preference = _label(row, "preference")
     if preference != 0 and not 1 <= preference <= 2:
         raise BadRow("column 'preference' is not 0, 1, 2 or between 1 and 2", shown(row["preference"]))
-    return _ordered(chat.user(text), [row["output_1"], row["output_2"]], 1.5 - preference if preference else 0.0)
+    return _ordered(_instruction(row), [row["output_1"], row["output_2"]], 1.5 - preference if preference else 0.0)
 
 
 def rating(completion: Row) -> float | None:
@@ -245,6 +248,71 @@ def _conversations(row: Row) -> Preference:
     return _of_two_talks(chat.messages(row["conversations"]), row, None)
 
 
+def _instruction(row: Row) -> Talk:
+    """An instruction with its input, as what a user says."""
+    return chat.user(text_of(row, "instruction") + (f"\n\n{text_of(row, 'input')}" if row.get("input") else ""))
+
+
+def _pandalm(row: Row) -> Preference:
+    """The label of most annotators: 1, 2, or 0 for a tie."""
+    labels = [_one_of(row, name, (0, 1, 2)) for name in row if re.fullmatch(r"annotator\d+", name)]
+    first, second = labels.count(1), labels.count(2)
+    most = max(first, second) if max(first, second) > labels.count(0) else 0
+    return _ordered(_instruction(row), [row["response1"], row["response2"]], (first - second) if most else 0)
+
+
+def _llmbar(row: Row) -> Preference:
+    label = _one_of(row, "label", (1, 2))
+    return _ordered(chat.user(text_of(row, "input")), [row["output_1"], row["output_2"]], 1.5 - label)
+
+
+def _hhh(row: Row) -> Preference:
+    targets = row["targets"]
+    labels = [_one_of({"labels": label}, "labels", (0, 1)) for label in targets["labels"]]
+    pairs = [(a, b) for a, right in enumerate(labels) for b, wrong in enumerate(labels) if right > wrong]
+    return _of_pairs(chat.user(text_of(row, "input")), list(targets["choices"]), pairs)
+
+
+def _of_pairs(prompt: str | Talk, texts: list[str], pairs: list[tuple[int, int]], reason: str = TIE) -> Preference:
+    kept = [(a, b) for a, b in pairs if texts[a] != texts[b]]
+    if not kept:
+        raise Dropped(reason)
+    return Preference(prompt, texts, kept)
+
+
+PREDICTIONS = tuple(f"prediction {number}" for number in (1, 2, 3, 4))
+
+
+def _fine_grained(row: Row) -> Preference:
+    """Answers to a question by passages, compared two by two: 1, 2, or 0 for a tie."""
+    labels = [_one_of({"preference": label}, "preference", (0, 1, 2)) for label in row["preference"]]
+    places = list(itertools.combinations(range(len(PREDICTIONS)), 2))
+    if len(labels) != len(places):
+        raise BadRow(f"column 'preference' does not hold {len(places)} labels", shown(row["preference"]))
+    # A passage is its title and its sentences, of which the first has the title once more.
+    passages = ["\n".join(passage[1:]) for passage in row["passages"]]
+    prompt = chat.user("\n\n".join([*passages, text_of(row, "question")]))
+    pairs = [(a, b) if label == 1 else (b, a) for (a, b), label in zip(places, labels, strict=True) if label]
+    return _of_pairs(prompt, [text_of(row, name) for name in PREDICTIONS], pairs)
+
+
+ONE_LABEL = "prompts whose completions all have one label"
+
+
+def _labelled(row: Row) -> Preference:
+    """Completions of one prompt, each liked or not: all pairs of one that was and one that was not."""
+    labels = []
+    for label in row["label"]:
+        if not isinstance(label, bool) and label not in (0, 1, "True", "False", "true", "false", "0", "1"):
+            raise BadRow("column 'label' is not true or false", shown(label))
+        labels.append(label in (True, 1, "True", "true", "1"))
+    texts = [text_of({"completion": text}, "completion") for text in row["completion"]]
+    places = range(len(texts))
+    pairs = [(a, b) for a in places for b in places if labels[a] and not labels[b]]
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else chat.messages(row["prompt"])
+    return _of_pairs(prompt, texts, pairs, ONE_LABEL)
+
+
 PAIR = ("prompt", "chosen", "rejected")
 PREFERENCE_SCHEMAS = (
     PreferenceSchema(
@@ -257,6 +325,13 @@ PREFERENCE_SCHEMAS = (
     PreferenceSchema("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels"), _shp),
     PreferenceSchema("openbmb/UltraFeedback", ("instruction", "completions"), _ultrafeedback),
     PreferenceSchema("tatsu-lab/alpaca_farm", ("instruction", "output_1", "output_2", "preference"), _two_outputs),
+    PreferenceSchema("PandaLM", ("instruction", "response1", "response2", "annotator1"), _pandalm),
+    PreferenceSchema("LLMBar", ("input", "output_1", "output_2", "label"), _llmbar),
+    PreferenceSchema("HuggingFaceH4/hhh_alignment", ("input", "targets"), _hhh),
+    PreferenceSchema("Fine-grained RLHF", ("question", "passages", *PREDICTIONS, "preference"), _fine_grained),
+    PreferenceSchema(
+        "trl-lib/kto-mix-14k", ("prompt", "completion", "label"), _labelled, joined=("completion", "label")
+    ),
 )
 """The first whose columns are all there is taken."""
 
@@ -317,9 +392,11 @@ Opened = tuple[RawRows, PreferenceSchema, Callable[[Row], dict[str, Any]], Scan]
 
 
 def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None, settings: ChatSettings) -> Opened:
-    raw = Mapped(source.open(), _as_mapping)
+    raw: RawRows = Mapped(source.open(), _as_mapping)
     columns = first_columns(raw, source.words)
     schema = sources.match_schema(PREFERENCE_SCHEMAS, columns, source.words)
+    if schema.joined:
+        raw = Grouped(raw, "prompt", schema.joined)
 
     def convert(row: Row) -> dict[str, Any]:
         try:

@@ -230,6 +230,41 @@ class Mapped:
         return self.function(self.raw[index])
 
 
+class Grouped:
+    """Raw rows of one prompt as one row: the first, with the values of the columns `names` as lists."""
+
+    def __init__(self, raw: RawRows, prompt: str, names: Sequence[str]) -> None:
+        self.raw, self.prompt, self.names = raw, prompt, names
+        self._numbers: list[array[int]] = []
+
+    def read(self) -> Iterator[object]:
+        """Every row, when all of the raw ones have been read."""
+        groups: dict[object, array[int]] = {}
+        for number, row in enumerate(self.raw.read()):
+            # What is no row stands for itself, to be told of by its place.
+            key: object = digest(repr(row[self.prompt])) if isinstance(row, Mapping) and self.prompt in row else number
+            groups.setdefault(key, array("q")).append(number)
+        self._numbers = list(groups.values())
+        return (self[number] for number in range(len(self)))
+
+    def share_read(self) -> float:
+        """How much has been read."""
+        return self.raw.share_read()
+
+    def where(self, index: int) -> str:
+        """The first of a row's places in words."""
+        return self.raw.where(self._numbers[index][0])
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int, /) -> Any:
+        rows = [self.raw[number] for number in self._numbers[index]]
+        if not isinstance(rows[0], Mapping):
+            return rows[0]
+        return {**rows[0], **{name: [row.get(name) for row in rows] for name in self.names}}
+
+
 # -- looking at every row ---------------------------------------------------------------------------------------------
 
 
