@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -13,6 +14,8 @@ from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadMode
 
 import textrl_gym  # noqa: F401 - registers the environments
 from textrl_gym.agents import GRPO
+from textrl_gym.cli.main import main
+from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.models import positions, tiny
 from textrl_gym.policy import trial
 from textrl_gym.policy.backbone import Trunk
@@ -175,3 +178,18 @@ def test_every_family_of_transformers_is_right_or_refused_in_words() -> None:
     found = table(walk())  # wrong numbers, and errors that are no ValueError, end it
     if found.partition("\n")[0] == written.partition("\n")[0]:  # the same version of transformers
         assert found == written, "python tests/model_families.py writes docs/models.md anew"
+
+
+@pytest.mark.parametrize("command", ["sft", "reward-model", "preferences"])
+def test_too_few_positions_are_an_error_before_rl_too(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = TLDRSummarize().load_tokenizer()
+    sizes: dict[str, Any] = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": len(tokenizer)}
+    GPT2LMHeadModel(GPT2Config(n_positions=64, **sizes)).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    out = tmp_path / ("out.jsonl" if command == "preferences" else "out")
+    more = ["--label", "length"] if command == "preferences" else []
+    assert main([command, "TLDRSummarize-v0", "--model", str(tmp_path / "short"), "--out", str(out), *more]) == 2
+    words = capsys.readouterr().err.replace("\n", " ")
+    assert "has 64 positions, and prompts of at most 176 tokens and completions of at most 48 need 224" in words

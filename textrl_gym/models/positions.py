@@ -7,6 +7,7 @@ of the rotation begin to matter at a length that stands in the configuration.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,3 +65,26 @@ def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _numbers({str(key): inner for key, inner in value.items()})
         else:
             yield name, value
+
+
+def check(model: nn.Module, longest: int | None, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Hold that a model has positions for the budgets of an environment; warn where it was made for shorter texts.
+
+    Args:
+        longest: what `limit` says of the model.
+
+    Raises:
+        ValueError: its table of positions ends before.
+    """
+    made_for, kind = stated(model.config), type(model).__name__
+    reach = max_prompt_tokens + max_new_tokens
+    budgets = f"prompts of at most {max_prompt_tokens} tokens and completions of at most {max_new_tokens}"
+    if longest is not None and reach > longest:
+        name = getattr(model, "name_or_path", "")
+        where = f" {name!r}" if name else ""
+        raise ValueError(
+            f"the model{where} ({kind}) has {longest} positions, and {budgets} need {reach}: lower max_prompt_tokens "
+            "or max_new_tokens of the environment, or take another model"
+        )
+    if made_for is not None and reach > made_for:
+        warnings.warn(f"{kind} was made for texts of at most {made_for} tokens; {budgets} are more", stacklevel=3)

@@ -153,7 +153,10 @@ def simulated(
 ) -> RewardData:
     """Comparisons by simulated annotators, sampled while they are learnt (before, where a curve needs them again)."""
     names = dict.fromkeys([config.policy, config.model])
-    comparer = Comparer(task, [Policy(task.load_model(name)) for name in names], tokenizer, config)
+    policies = [Policy(task.load_model(name)) for name in names]
+    for policy in policies:
+        policy.try_out(task.max_prompt_tokens, task.max_new_tokens)
+    comparer = Comparer(task, policies, tokenizer, config)
     check_curve(config, config.prompts * math.comb(config.samples + config.candidates, 2))
     training, source = (prompt_rows(task, tokenizer, env, split) for split in (env.split, "validation"))
     lengths = budgets.told_of_splits({env.split: training, "validation": source}, task, tokenizer)

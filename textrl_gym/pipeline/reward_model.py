@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification
 from textrl_gym import files
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.mdp.env_settings import EnvSettings
-from textrl_gym.models import loading
+from textrl_gym.models import loading, positions
 from textrl_gym.models.packing import split
 from textrl_gym.persistence import run_lock
 from textrl_gym.persistence.save_schedule import SaveOptions
@@ -316,7 +316,9 @@ def _train(
     """The trained model, the one that the curve begins with, and what was measured of the training."""
     initial: PreTrainedModel | None = None
     if trainer.source is None or config.lora_rank:  # a checkpoint of a LoRA has what is trained alone
-        model = new_reward_model(data.task.load_model(config.model), config.seed)
+        body = data.task.load_model(config.model)
+        positions.check(body, positions.limit(body), data.task.max_prompt_tokens, data.task.max_new_tokens)
+        model = new_reward_model(body, config.seed)
     else:
         model = cast("PreTrainedModel", loading.load_classifier(trainer.source / MODEL))
         if (trainer.source / INITIAL).is_dir():

@@ -86,7 +86,9 @@ def load_policy(spec: str | None, task: Task, device: str | torch.device) -> tup
     name = None if spec == START else spec
     model, tokenizer = task.load_model(name), task.load_tokenizer(name)
     loading.check_vocab(tokenizer, model)
-    return Policy(model.to(device), vocab_size=vocab_size(tokenizer)), tokenizer
+    policy = Policy(model.to(device), vocab_size=vocab_size(tokenizer))
+    policy.try_out(task.max_prompt_tokens, task.max_new_tokens)
+    return policy, tokenizer
 
 
 def load_policies(task: Task, config: PreferenceConfig) -> tuple[list[Policy], PreTrainedTokenizerBase]:

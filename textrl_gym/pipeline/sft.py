@@ -29,7 +29,7 @@ from textrl_gym.data.encoding import encode_completions, end_ids, prompt_of
 from textrl_gym.mdp import budgets
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
-from textrl_gym.models import loading
+from textrl_gym.models import loading, positions
 from textrl_gym.models.loading import declared_ends
 from textrl_gym.models.packing import Item, Packed, pack, split
 from textrl_gym.models.tokenizer import train_tokenizer, vocab_size
@@ -351,6 +351,7 @@ def load_initial(
     """The model and tokenizer that training starts from."""
     if config.model is not None:
         model = cast("PreTrainedModel", task.load_model(config.model))
+        positions.check(model, positions.limit(model), task.max_prompt_tokens, task.max_new_tokens)
         return model, task.load_tokenizer(tokenizer_name or config.model)
     if tokenizer_name is not None:
         tokenizer = task.load_tokenizer(tokenizer_name)

@@ -10,7 +10,6 @@ of the first minibatch is 1. Position ids count real tokens only, so left paddin
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -57,25 +56,6 @@ def _check_causal(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder: a policy is a decoder alone (a causal LM)")
     if getattr(cast("Any", model).get_output_embeddings(), "weight", None) is None:
         raise ValueError(f"{type(model).__name__} has no language-model head: a policy is a causal LM")
-
-
-def _check_positions(trunk: Trunk, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Hold that a model has positions for the budgets of an environment; warn where it was made for shorter texts.
-
-    Raises:
-        ValueError: its table of positions ends before.
-    """
-    model, limit, made_for = trunk.model, trunk.limit, positions.stated(trunk.model.config)
-    name, reach = type(model).__name__, max_prompt_tokens + max_new_tokens
-    budgets = f"prompts of at most {max_prompt_tokens} tokens and completions of at most {max_new_tokens}"
-    if limit is not None and reach > limit:
-        where = f" {model.name_or_path!r}" if model.name_or_path else ""
-        raise ValueError(
-            f"the model{where} ({name}) has {limit} positions, and {budgets} need {reach}: lower max_prompt_tokens or "
-            "max_new_tokens of the environment, or take another model"
-        )
-    if made_for is not None and reach > made_for:
-        warnings.warn(f"{name} was made for texts of at most {made_for} tokens; {budgets} are more", stacklevel=3)
 
 
 class Policy(nn.Module):
@@ -170,7 +150,7 @@ class Policy(nn.Module):
         own = self.trunk
         for trunk in (own, self.value_trunk):
             if trunk is not None:
-                _check_positions(trunk, max_prompt_tokens, max_new_tokens)
+                positions.check(trunk.model, trunk.limit, max_prompt_tokens, max_new_tokens)
                 if trunk is not own:
                     trunk.take_over(own)
                 trunk.try_out(max_prompt_tokens + max_new_tokens)
