@@ -70,7 +70,7 @@ print(*(name in registry.names(kind) for kind, name in
 def test_a_comparison_shows_them(tree: Path) -> None:
     pytest.importorskip("plotly")
     settings = ["--seeds", "1", "--total-timesteps", "60", "--eval-episodes", "8", "--device", "cpu", "--workers", "1"]
-    settings += ["--set", "listener.rollout_episodes=16", "--reward", "count_a=1.0,length=-0.5"]
+    settings += ["--set", "listener.rollout_episodes=16", "--env.reward", "count_a=1.0,length=-0.5"]
     out = tree / "out"
     terminal = python(
         tree, "-m", "textrl_gym", "compare", "Shout-v0", "--agents", "listener", *settings, "--out", str(out)

@@ -16,7 +16,7 @@ from textrl_gym import files
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import encoding, ranked
 from textrl_gym.data.rows import RowReport, Rows
-from textrl_gym.mdp.task import Task, WrittenRows
+from textrl_gym.mdp.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,7 +124,7 @@ def _both(budgets: tuple[int, int], rows: int, prompts: list[int], completions: 
 
 def from_data(source: PromptSource) -> bool:
     """Whether rows were read from data, and not computed or listed by their task, which knows its budgets."""
-    return isinstance(source, Rows) or (isinstance(source, WrittenRows) and from_data(source.source))
+    return isinstance(_innermost(source), Rows)
 
 
 def of_env(env: TextVectorEnv) -> list[Lengths]:
@@ -161,9 +161,15 @@ def record(found: Mapping[str, Sequence[Lengths]]) -> dict[str, Any]:
 
 def left_out(source: PromptSource) -> RowReport | None:
     """The rows of a data set that were left out."""
-    if isinstance(source, WrittenRows):
-        return left_out(source.source)
-    return source.report if isinstance(source, Rows) else None
+    inner = _innermost(source)
+    return inner.report if isinstance(inner, Rows) else None
+
+
+def _innermost(source: object) -> object:
+    """The rows that views of rows (as a model reads them, some of them, ...) are made of: their `source`."""
+    while not isinstance(source, Rows) and hasattr(source, "source"):
+        source = source.source
+    return source
 
 
 def write(folder: Path, sources: Mapping[str, PromptSource], found: Mapping[str, Sequence[Lengths]]) -> None:
