@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from textrl_gym.data import prompts
-from textrl_gym.data.encoding import Chat, codec, encode_chat, encode_completions, split_end
+from textrl_gym.data.encoding import Chat, codec, cut_beginning, encode_completions, split_end
 from textrl_gym.models import tiny
 from textrl_gym.models.tokenizer import train_tokenizer
 
@@ -301,14 +301,9 @@ def test_a_template_that_shows_answers_otherwise() -> None:
     assert ids == [*codec(tokenizer).behind("I lost"), tokenizer.eos_token_id]
 
 
-def test_a_long_conversation_loses_its_beginning() -> None:
-    tokenizer = KINDS["chat"]
-    chat = said("a b c " * 20, "c", "b")
-    whole = codec(tokenizer).chat(chat)
-    assert encode_chat(chat, tokenizer, len(whole)) == whole
-    assert encode_chat(chat, tokenizer, 9) == whole[-9:]
-    tokenizer = llama2()
-    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    whole = codec(tokenizer).chat(said("a b c"))
-    assert whole[0] == tokenizer.bos_token_id
-    assert encode_chat(said("a b c"), tokenizer, 4) == [whole[0], *whole[-3:]]
+def test_a_dialogue_loses_its_beginning_but_for_a_bos() -> None:
+    tokenizer = KINDS["llama 2"]
+    ids = prompts.encode_prompt("a b c", tokenizer, 99)
+    assert cut_beginning(ids, tokenizer, len(ids)) == ids
+    assert cut_beginning(ids, tokenizer, 3) == [tokenizer.bos_token_id, *ids[-2:]]
+    assert cut_beginning(ids[1:], tokenizer, 2) == ids[-2:]

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from textrl_gym import registry
+from textrl_gym.data.encoding import Chat, codec
 from textrl_gym.data.prompts import encode_prompt
 from textrl_gym.rewards import RewardFunction, load_reward
 from textrl_gym.rewards.reward_model import Bundled, RewardModel, make, sequence_batches
@@ -353,6 +354,39 @@ def test_the_ids_are_scored_where_the_tokenizer_is_shared_and_else_the_text() ->
     cut_off = {**foreign, "completion_ids": [other("c")["input_ids"]]}
     assert score(other, cut_off) == of(text)  # the budget ran out: no EOS
     assert score(other, foreign, appends_eos=False) == of(text)  # another project's classifier: the plain text
+
+
+def test_a_conversation_is_written_by_the_reward_models_own_template() -> None:
+    own, other = byte_tokenizer(), byte_tokenizer(order=-1)
+    own.chat_template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    chat = Chat([{"role": "user", "content": "a<eos>"}])
+    columns = {"completion_ids": [[*other("b")["input_ids"], EOS]], "chat": [chat]}
+    cut_off = columns | {"completion_ids": [other("b")["input_ids"]]}
+    asked = [*own("<u>a")["input_ids"], *codec(own).encode("<eos>"), EOS, *own("<a>b")["input_ids"]]
+    plain = codec(own).encode("\n\nHuman: a<eos>\n\nAssistant: b")
+
+    def score(columns: dict[str, Any], appends_eos: bool) -> float:
+        reward = RewardModel(classifier("llama"), own, appends_eos=appends_eos, env_tokenizer=other)
+        return reward(["what the policy reads"], ["b"], **columns).item()
+
+    def of(sequence: list[int]) -> Any:
+        return pytest.approx(RewardModel(classifier("llama"), own).score_ids([sequence]).item(), abs=1e-5)
+
+    assert of(asked) != of([*asked, EOS]).expected
+    assert score(columns, appends_eos=True) == of([*asked, EOS])
+    assert score(cut_off, appends_eos=True) == of(asked)
+    assert score(cut_off, appends_eos=False) == of([*asked, EOS])  # as TRL: the template ends every turn
+    # Longer than 64 positions: the last turns are read.
+    long = columns | {"chat": [Chat([{"role": "user", "content": "c" * 99}])]}
+    with pytest.warns(UserWarning, match="the beginning of the conversation is left out"):
+        assert score(long, appends_eos=True) == of(own("c" * 99 + "<eos><a>b<eos>")["input_ids"][-64:])
+    own.chat_template = None
+    assert score(columns, appends_eos=True) == of([*plain, EOS])
+    # A column of the data that has the name is none.
+    assert score(columns | {"chat": ["x"]}, appends_eos=False) == of(own("what the policy readsb")["input_ids"])
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:

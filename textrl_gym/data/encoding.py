@@ -118,7 +118,7 @@ class TextCodec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.special = special_ids(tokenizer)
+        self.special, self.control = special_ids(tokenizer), control_ids(tokenizer)
         # GPT-2 names its EOS as the token for unknown words too: then there is none.
         ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
         self.unknown_id = None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
@@ -327,11 +327,6 @@ def codec(tokenizer: PreTrainedTokenizerBase) -> TextCodec:
 @functools.lru_cache(maxsize=8)
 def _codec(tokenizer: PreTrainedTokenizerBase, *state: object) -> TextCodec:
     return TextCodec(tokenizer)
-
-
-def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> list[int]:
-    """Token ids of a conversation as a prompt; what is too long loses its beginning, but for a BOS."""
-    return cut_beginning(codec(tokenizer).chat(chat), tokenizer, max_prompt_tokens)
 
 
 def cut_beginning(ids: list[int], tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:

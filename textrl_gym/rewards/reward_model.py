@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from textrl_gym.data.encoding import codec, control_ids
+from textrl_gym.data.chat import as_text
+from textrl_gym.data.encoding import Chat, codec, cut_beginning
 from textrl_gym.functional import pad
 from textrl_gym.models import loading, positions
 from textrl_gym.policy.backbone import Trunk
@@ -101,9 +102,14 @@ class RewardModel:
         completions: list[str],
         prompt_ids: list[list[int]] | None = None,
         completion_ids: list[list[int]] | None = None,
+        chat: list[Any] | None = None,
         **columns: list[Any],
     ) -> Tensor:
-        """Normalised scores, float32 [B] on the CPU."""
+        """Normalised scores, float32 [B] on the CPU.
+
+        A conversation (`chat`) is written by the chat template of the model's own tokenizer, where it has one: the
+        prompts' text is that of the policy's.
+        """
         if self.shares_tokenizer and prompt_ids is not None and completion_ids is not None:
             shown = [self._cut_ids(p, self.limit - len(c)) for p, c in zip(prompt_ids, completion_ids, strict=True)]
             sequences = [p + c for p, c in zip(shown, completion_ids, strict=True)]
@@ -111,7 +117,34 @@ class RewardModel:
         if prompt_ids is not None:
             prompts = [self._read(prompt, ids) for prompt, ids in zip(prompts, prompt_ids, strict=True)]
         ends = [[] for _ in completions] if completion_ids is None else completion_ids
-        return self.score_ids([self._encode(*row) for row in zip(prompts, completions, ends, strict=True)])
+        chats = [None for _ in completions] if chat is None else chat
+        sequences = [
+            self._conversation(spoken, completion, ids)
+            if isinstance(spoken, Chat)
+            else self._encode(prompt, completion, ids)
+            for spoken, prompt, completion, ids in zip(chats, prompts, completions, ends, strict=True)
+        ]
+        return self.score_ids(sequences)
+
+    def _conversation(self, chat: Chat, completion: str, completion_ids: list[int]) -> list[int]:
+        """Ids of a conversation and its answer, the beginning cut off where it is longer than the model's positions."""
+        if not self.tokenizer.chat_template:
+            space = "" if completion[:1].isspace() else " "
+            return self._encode(as_text(chat), space + completion, completion_ids)
+        text_codec = codec(self.tokenizer)
+        if self.appends_eos and self._is_cut_off(completion_ids):  # it was trained on those without an end
+            ids = [*text_codec.chat(chat), *text_codec.behind(completion, unknown="skip")]
+        else:
+            ids = text_codec.chat(Chat([*chat, {"role": "assistant", "content": completion}]), answered=True)
+        if len(ids) > self.limit:
+            self._say_cut(len(ids), "the beginning of the conversation")
+        return cut_beginning(ids, self.tokenizer, self.limit)
+
+    def _is_cut_off(self, completion_ids: list[int]) -> bool:
+        """Whether an episode has no end. A text without ids, or with those of an unknown tokenizer, is finished."""
+        if not completion_ids or self.env_tokenizer is None:
+            return False
+        return completion_ids[-1] not in codec(self.env_tokenizer).control
 
     def _read(self, prompt: str, ids: list[int]) -> str:
         """A prompt as far as the policy read it."""
@@ -141,15 +174,9 @@ class RewardModel:
         return cut(size)
 
     def _ids(self, text: str, completion_ids: list[int]) -> list[int]:
-        """Ids of a text in the model's own tokens, with EOS where the model expects it and the episode had one.
-
-        A text that came without ids, or with ids of an unknown tokenizer, is taken as finished.
-        """
+        """Ids of a text in the model's own tokens, with EOS where the model expects it and the episode had one."""
         ids = codec(self.tokenizer).encode(text, begin=True, unknown="skip")
-        cut_off = False
-        if completion_ids and self.env_tokenizer is not None:
-            cut_off = completion_ids[-1] not in control_ids(self.env_tokenizer)
-        if self.appends_eos and not cut_off and ids[-1:] != [self.tokenizer.eos_token_id]:
+        if self.appends_eos and not self._is_cut_off(completion_ids) and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids
 
@@ -162,13 +189,13 @@ class RewardModel:
         kept = len(suffix) if suffix and ids[-len(suffix) :] == suffix else 0
         return ids[: max(room - kept, 0)] + ids[len(ids) - kept :]
 
-    def _say_cut(self, length: int) -> None:
+    def _say_cut(self, length: int, lost: str = "the end of the prompt's body") -> None:
         if not self._said_cut:
             self._said_cut = True
             name = type(self.model).__name__
             warnings.warn(
                 f"the reward model ({name}) takes texts of at most {self.limit} tokens, and a prompt with its "
-                f"completion has {length}: the end of the prompt's body is left out",
+                f"completion has {length}: {lost} is left out",
                 stacklevel=3,
             )
 
