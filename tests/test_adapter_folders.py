@@ -133,7 +133,7 @@ def test_a_loaded_model_with_a_trained_adapter_is_its_own_reference(base: Path, 
         GRPO("CopyText-v0", model, lora_rank=4, **SMALL)
 
 
-def test_sft_and_reward_models_start_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sft_and_reward_models_start_from_it(tmp_path: Path) -> None:
     task = TLDRSummarize()
     tokenizer = task.load_tokenizer()
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -142,32 +142,21 @@ def test_sft_and_reward_models_start_from_it(tmp_path: Path, monkeypatch: pytest
     expected = save_adapter(tmp_path / "adapter", tmp_path / "base")
     rows = [{"prompt": f"Say {i}.\n\nTL;DR:", "completion": f" {i}"} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    started: list[torch.Tensor] = []
-    for module in (sft, reward_model):
-        descend = module.descend
-
-        def watched(model: Any, *rest: Any, descend: Any = descend) -> Any:
-            started.append(model.base_model(IDS)[0].detach())
-            return descend(model, *rest)
-
-        monkeypatch.setattr(module, "descend", watched)
-    name = str(tmp_path / "adapter")
-    config = sft.SFTConfig(model=name, steps=1, batch_size=2, eval_rows=2)
+    name, still = str(tmp_path / "adapter"), 1e-12  # at this learning rate the model stays where it starts
+    config = sft.SFTConfig(model=name, steps=1, batch_size=2, eval_rows=2, learning_rate=still)
     sft.sft("TLDRSummarize-v0", config, tmp_path / "sft", EnvSettings(dataset=str(tmp_path / "rows.jsonl")))
     pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no"} for r in rows]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    reward_model.train_reward_model(
-        "TLDRSummarize-v0",
-        RewardModelConfig(
-            model=name, dataset=(str(tmp_path / "pairs.jsonl"),), batch_size=8, replaced_token_steps=0, eval_prompts=2
-        ),
-        tmp_path / "rm",
-    )
+    own: dict[str, Any] = {"batch_size": 8, "replaced_token_steps": 0, "eval_prompts": 2, "learning_rate": still}
+    pairs_config = RewardModelConfig(model=name, dataset=(str(tmp_path / "pairs.jsonl"),), **own)
+    reward_model.train_reward_model("TLDRSummarize-v0", pairs_config, tmp_path / "rm")
     whole: Any = loading.load_model(name)
-    hidden = whole.base_model(IDS)[0].detach()
+    tuned: Any = loading.load_model(tmp_path / "sft")
+    rewards: Any = loading.load_classifier(tmp_path / "rm")
     close(logits(whole), expected)
-    close(started[0], hidden)
-    close(started[-1], hidden)
+    close(logits(tuned), expected)
+    with torch.no_grad():
+        close(rewards.base_model(IDS)[0], whole.base_model(IDS)[0])
 
 
 def test_a_saved_agent_is_a_model(base: Path, tmp_path: Path) -> None:
