@@ -149,14 +149,14 @@ def encode_row(
 class OneCompletion:
     """The rows of a dataset without a column `completions`, which only a task's own rows have."""
 
-    def __init__(self, rows: PromptSource) -> None:
-        self.rows = rows
+    def __init__(self, source: PromptSource) -> None:
+        self.source = source
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.source)
 
     def __getitem__(self, index: int, /) -> Row:
-        return {name: value for name, value in self.rows[index].items() if name != "completions"}
+        return {name: value for name, value in self.source[index].items() if name != "completions"}
 
 
 def demonstrations(task: Task, split: str, env: EnvSettings, reader: PromptReader | None = None) -> PromptSource:
