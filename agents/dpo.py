@@ -104,7 +104,7 @@ class DPO(Agent):
         size = len(self.pairs) if self.config.pairs is not None else self.config.num_pairs
         chosen = [self.pairs[self._order(place // size, size)[place % size]] for place in places]
         # 2. Their log-probabilities, now and under the reference.
-        return with_logprobs(pairs_rollout(self.env, chosen), self.policy)
+        return with_logprobs(pairs_rollout(self.env, chosen, self.device), self.policy)
 
     def _order(self, number: int, size: int) -> np.ndarray:
         """The order of pass `number` over the pairs. Sampled ones come as they are made in the first."""
@@ -140,7 +140,7 @@ class DPO(Agent):
                 pairs = sample_pairs(self, env, (self.seed, 0))
             else:
                 pairs = pairs_of(self.env.read_preferences(self.config.pairs, "validation", most=HELD_OUT))
-            self._held_out = pairs_rollout(self.env, pairs) if pairs else None
+            self._held_out = pairs_rollout(self.env, pairs, self.device) if pairs else None
         return {} if self._held_out is None else pair_metrics(self, self._held_out)
 
     # -- save and load ------------------------------------------------------------------------------------------------

@@ -140,7 +140,9 @@ def _slots(source_B: Tensor, prompts: int) -> tuple[Tensor | None, Tensor | None
 class _Active(threading.local):
     """What `attached` has set, in each thread apart. (Not a ContextVar: torch.compile cannot read one.)"""
 
-    prefix: Prefix | None = None
+    def __init__(self) -> None:
+        # Not a default of the class, which torch.compile of PyTorch 2.11 would take for the value.
+        self.prefix: Prefix | None = None
 
 
 _active = _Active()

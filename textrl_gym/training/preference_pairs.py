@@ -113,8 +113,8 @@ def pairs_of(compared: Sequence[RankedCompletions]) -> list[Pair]:
     return [(c.prompt_ids, c.completion_ids[a], c.completion_ids[b]) for c in compared for a, b in c.pairs]
 
 
-def pairs_rollout(env: TextVectorEnv, pairs: Sequence[Pair]) -> Rollout:
-    """The rollout of given pairs, on the environment's device; log-probabilities, rewards and values are 0."""
+def pairs_rollout(env: TextVectorEnv, pairs: Sequence[Pair], device: torch.device) -> Rollout:
+    """The rollout of given pairs; log-probabilities, rewards and values are 0."""
     prompt_BP, prompt_mask_BP = pad([prompt for prompt, _, _ in pairs for _ in range(2)], "left")
     texts = [ids for _, chosen, rejected in pairs for ids in (chosen, rejected)]
     token_BT, mask_BT = pad(texts, "right")
@@ -124,9 +124,9 @@ def pairs_rollout(env: TextVectorEnv, pairs: Sequence[Pair]) -> Rollout:
     tensors |= {"stop_B": stops_of(env, texts), "group_B": torch.arange(len(texts)) // 2}
     prompts = [env.scorer.codec.decode(ids, begin=True) for ids, _, _ in pairs for _ in range(2)]
     completions = [env.scorer.text(ids) for ids in texts]
-    on_device: dict[str, Any] = {name: tensor.to(env.device) for name, tensor in tensors.items()}
+    on_device: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
     rollout = Rollout(**on_device, prompts=prompts, completions=completions)
-    return as_pairs(rollout, torch.arange(len(texts), device=env.device).view(-1, 2))
+    return as_pairs(rollout, torch.arange(len(texts), device=device).view(-1, 2))
 
 
 def stops_of(env: TextVectorEnv, completions: list[list[int]]) -> Tensor:
