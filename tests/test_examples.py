@@ -34,7 +34,16 @@ def test_every_example_is_tested(root: Path) -> None:
         "bench_ablation",
         "ensemble_curve",
         "length_bias",
+        "memory_table",
     }
+
+
+def test_memory_table(root: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(root / "examples" / "memory_table.py")]
+    done = subprocess.run([*command, "--micro-batch-tokens", "2048"], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + 5 * 2  # five sizes, each trained whole and as a LoRA
+    assert lines[2].startswith("| SmolLM2-135M | all | 2.3 |")
 
 
 @pytest.mark.slow

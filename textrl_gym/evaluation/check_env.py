@@ -25,6 +25,7 @@ from textrl_gym.core import StopReason
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv, vector_env
 from textrl_gym.models import tiny
 from textrl_gym.policy.policy import Policy
+from textrl_gym.rewards.reward_model import CutTextWarning
 from textrl_gym.rollouts.collect import collect
 
 CHECKED_ROWS = 3  # of two rows one ends and one goes on; with a third, rows that are no neighbours may end together too
@@ -95,6 +96,7 @@ def check_env(env_or_id: str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any], *, 
             with warnings.catch_warnings():
                 # Gymnasium's and Stable-Baselines3's checkers only warn of much that breaks an agent later.
                 warnings.simplefilter("error")
+                warnings.simplefilter("default", CutTextWarning)  # of the user's reward model, and no fault
                 check(subject)
         except (AssertionError, ValueError, TypeError, RuntimeError, Warning) as error:
             raise AssertionError(f"{name}: {error}") from error

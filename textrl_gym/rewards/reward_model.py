@@ -47,6 +47,10 @@ class TokenizerOwner(Protocol):
         ...
 
 
+class CutTextWarning(UserWarning):
+    """A reward model reads less than the policy did, since its positions end."""
+
+
 class RewardModel:
     """Scores of whole episodes under a sequence classifier; a callable of TRL's signature."""
 
@@ -196,6 +200,7 @@ class RewardModel:
             warnings.warn(
                 f"the reward model ({name}) takes texts of at most {self.limit} tokens, and a prompt with its "
                 f"completion has {length}: {lost} is left out",
+                CutTextWarning,
                 stacklevel=3,
             )
 
