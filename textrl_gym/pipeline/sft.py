@@ -83,8 +83,8 @@ class SFTConfig(FineTuning):
     """Width of a new model."""
     intermediate_size: Annotated[int, Ge(1)] = 384
     """Width of a new model's feed-forward layers."""
-    layers: Annotated[int, Ge(1)] = 4
-    """Layers of a new model."""
+    layers: Annotated[int, Ge(2)] = 4
+    """Layers of a new model: copying takes two."""
     heads: Annotated[int, Ge(1)] = 2
     """Attention heads of a new model."""
     eval_rows: Annotated[int, Ge(1)] = 256
