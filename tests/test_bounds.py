@@ -134,6 +134,7 @@ class Bomb:
 HOSTILE: list[Any] = [math.nan, math.inf, -math.inf, -1, 1.5, True, 1j, "", "nan", b"x", 10**400, 2**63, None]
 HOSTILE += [Bomb(), [], {}, (math.nan,), [1, "x"], np.float64("nan"), np.array([1, 2]), "x" * 9_999]
 REQUIRED: dict[str, Any] = {"agents": ("ppo",), "ppo": "folder", "out": "folder", "env": "CopyText-v0"}
+REQUIRED |= {"evaluate": "folder"}
 
 
 def allowed(value: Any, hint: Any) -> bool:

@@ -47,12 +47,26 @@ def sft_command(args: Sequence[str]) -> int:
 
 
 def reward_model_command(args: Sequence[str]) -> int:
-    """Train a reward model, or an ensemble of several, on preferences between completions."""
+    """Train a reward model, or an ensemble, on preferences; or measure one: --evaluate FOLDER --dataset ..."""
+    if any(arg.partition("=")[0] == "--evaluate" for arg in args):
+        return _measure_reward(args)
     from textrl_gym.pipeline import reward_data, reward_ensemble
 
     about, config = reward_model_command.__doc__, reward_data.RewardModelConfig
     record = _train("reward-model", about, config, reward_ensemble.train_rewards, args)
     print_tables(*_reward_tables(record))
+    return 0
+
+
+def _measure_reward(args: Sequence[str]) -> int:
+    from textrl_gym.evaluation.reward_accuracy import RewardAccuracyConfig, reward_accuracy
+
+    about = "Measure an existing reward model (a folder, or any classifier with one label) on preferences."
+    parsed = parse_flags("reward-model --evaluate", about, [("config", flat(RewardAccuracyConfig))], args)
+    record = reward_accuracy(parsed.config)
+    print_tables(records_table(f"Accuracy of {parsed.config.evaluate}", record["accuracy"]))
+    if "trained on" not in record["measured"]:
+        print("what it was trained on is not known: --trained-on DATASET tells how many of the prompts it has seen")
     return 0
 
 

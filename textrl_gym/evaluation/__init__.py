@@ -6,6 +6,7 @@
 - `health`: the health card before the first update
 - `reward_hacking`: rules for the signs of reward hacking
 - `token_credit`: advantage, value and KL of each token of given texts
+- `reward_accuracy`: the accuracy of an existing reward model on published preferences
 - `check_env`: check_env(): the rules of Gymnasium and of the token MDP
 """
 
