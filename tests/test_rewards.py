@@ -136,7 +136,7 @@ def test_a_wrong_specification_is_named(spec: Any, named: str) -> None:
         (1.0, r"reward 'mine' gave 1.0, not a list or tensor of 3 numbers"),
         (None, r"reward 'mine' gave None, not a list or tensor of 3 numbers"),
         ("abc", r"reward 'mine' gave 'abc', not a list"),
-        ({"a": 1, "b": 2, "c": 3}, r"reward 'mine' gave \{.*not a list"),
+        ({"a": 1, "b": 2, "c": 3}, "reward 'mine/a' gave 1, not a list"),
     ],
 )
 def test_a_wrong_result_names_the_reward_and_the_row(values: Any, named: str) -> None:
@@ -145,6 +145,27 @@ def test_a_wrong_result_names_the_reward_and_the_row(values: Any, named: str) ->
 
     with pytest.raises(ValueError, match=named):
         load_reward(mine)(PROMPTS, TEXTS)
+
+
+def test_a_mapping_of_parts_adds_up_and_each_is_told() -> None:
+    def style(prompts: list[str], completions: list[str], **columns: Any) -> dict[str, list[float | None]]:
+        return {"short": [-float(len(text)) for text in completions], "polite": [1.0, None, None]}
+
+    scores = load_reward(style).score(["p"] * 3, ["a", "bb", "ccc"], {})
+    assert scores.total_B.tolist() == [0.0, -2.0, -3.0]  # -1 + 1, -2, -3
+    assert list(scores.components) == ["style", "style/short", "style/polite"]
+    assert scores.components["style/short"].tolist() == [-1.0, -2.0, -3.0]
+    for values, words in (
+        ({}, "empty mapping"),
+        ({"a": [1.0]}, "reward 'style/a' gave 1 values for 3 completions"),
+        ({"a": [1.0, "x", 2.0]}, "reward 'style/a' gave 'x' for row 1"),
+        ({"a": 1.0}, "reward 'style/a' gave 1.0, not a list"),
+    ):
+        bad: Any = values
+        style = lambda prompts, completions, bad=bad, **columns: bad  # noqa: E731
+        style.__name__ = "style"
+        with pytest.raises(ValueError, match=words):
+            load_reward(style)(["p"] * 3, ["a", "bb", "ccc"])
 
 
 def test_a_wrong_part_of_a_mixture_is_named() -> None:

@@ -4,7 +4,8 @@ A file in this folder holds either of
     def reward(prompts, completions, **columns) -> list[float] | Tensor[B]       TRL's signature
     def make(argument, *, task, device, tokenizer) -> callable of that signature
 the second where the reward takes an argument ("name:argument"), or needs the task, the device or the environment's
-tokenizer; `make` names those of the three keywords that it needs.
+tokenizer; `make` names those of the three keywords that it needs. In place of a list a mapping of names to lists may
+be given, whose sum is the reward.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class RewardScores(NamedTuple):
     total_B: Tensor
     """float32 on the CPU, the weighted sum of the parts that apply."""
     components: dict[str, Tensor]
-    """Name of each part -> its unweighted scores, float32 [B] on the CPU; NaN where it gave None."""
+    """Name of each part -> its unweighted scores, float32 [B] on the CPU; NaN where it gave None. A part that gave a
+    mapping has those of its own as NAME/OWN, too."""
     logged: dict[str, list[Any]]
     """What the parts said of each completion by log_extra: name -> B items."""
 
@@ -111,7 +113,9 @@ class RewardFunction:
 
         given = {"trainer_state": self.trainer_state, "log_extra": log_extra, "log_metric": self._log_metric}
         values_of = _call_all({name: function for name, (_, function) in self.parts.items()}, batch, given)
-        components = {name: _checked(name, values, completions) for name, values in values_of.items()}
+        components: dict[str, Tensor] = {}
+        for name, values in values_of.items():
+            components |= _scores_of(name, values, completions)
         return RewardScores(self._total(components, prompts, completions), components, logged)
 
     def _total(self, components: Mapping[str, Tensor], prompts: list[str], completions: list[str]) -> Tensor:
@@ -342,6 +346,19 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name=f"rewards of process {process}", daemon=True).start()
     return loop
+
+
+def _scores_of(name: str, values: Any, completions: list[str]) -> dict[str, Tensor]:
+    """The scores that a function gave: a list, or a mapping of names to lists, which add up."""
+    if not isinstance(values, Mapping):
+        return {name: _checked(name, values, completions)}
+    if not values:
+        raise ValueError(f"reward {name!r} gave an empty mapping: name at least one part, with a list of numbers")
+    own = {f"{name}/{part}": _checked(f"{name}/{part}", of_part, completions) for part, of_part in values.items()}
+    stacked_NB = torch.stack(list(own.values()))
+    total_B = stacked_NB.nan_to_num(nan=0.0).sum(0)
+    total_B[stacked_NB.isnan().all(0)] = math.nan  # None in every part
+    return {name: total_B, **own}
 
 
 def _checked(name: str, values: Any, completions: list[str]) -> Tensor:
