@@ -23,7 +23,7 @@ import textrl_gym
 from textrl_gym import registry
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
-from textrl_gym.policy import attention_kernels, decoders, prefix_attention
+from textrl_gym.policy import attention_kernels, compiling, decoders, prefix_attention
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts import sampler
 from textrl_gym.rollouts.collect import collect
@@ -123,6 +123,20 @@ def test_fused_attention_and_its_gradients_are_those_of_plain_products(
 ) -> None:
     kernel = attention_kernels.KERNELS[device]
     assert prefix_attention._obstacle(kernel, device, dtype, width) == ""
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])  # on a CPU: tests/test_compiling.py
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_the_same_where_the_pass_is_compiled(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # traced and differentiated as for the real compiler
+    r, gradients = moved(test_trunk.rollout(), device), []
+    for which in ("none", "update"):
+        policy = Policy(test_trunk.make_model("llama").to(device), dtype=dtype, compile=which)
+        policy.logprobs(r).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() <= (1e-3 if dtype == torch.float32 else 5e-2) * gradients[0].norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)

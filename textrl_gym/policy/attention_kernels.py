@@ -157,7 +157,9 @@ class _TwoParts(torch.autograd.Function):
         prompt_lse = groups.to_rows(prompt_lse[..., None], heads).squeeze(-1)
         lse = torch.logaddexp(own_lse, prompt_lse)
         out = own_out * (own_lse - lse).exp()[..., None] + prompt_out * (prompt_lse - lse).exp()[..., None]
-        out = out.to(query.dtype)  # the weights are float32
+        if out.dtype != query.dtype:  # the weights are float32
+            # Only where it changes something: compiled by PyTorch 2.11, a `to` that changes nothing lost all gradients.
+            out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, prompt_key, prompt_value, bias, out, lse)
         ctx.kernel, ctx.groups, ctx.scale, ctx.rest = kernel, groups, scale, (own_rest, prompt_rest)
         return out
