@@ -348,8 +348,9 @@ class _Run:
     def _tell_reward(self) -> None:
         """Give the reward how far training is, as TRL's trainer does."""
         agent, mdp = self.agent, self.agent.env
-        # A run's length is in tokens. Until there are any, completions are taken to be as long as they may be.
-        tokens = agent.num_timesteps / agent.num_updates if agent.num_updates else mdp.num_envs * mdp.max_new_tokens
+        # A run's length is in tokens. Until there are any, completions are taken to be as long as they may be; a second
+        # learn() counts tokens anew, and updates on.
+        tokens = agent.num_timesteps / max(agent.num_updates, 1) or mdp.num_envs * mdp.max_new_tokens
         state = mdp.reward_model.trainer_state
         state.global_step, state.max_steps = agent.num_updates, math.ceil(agent.total_timesteps / tokens)
         state.epoch = agent.num_updates * mdp.num_envs / mdp.group_size / len(mdp.source)
