@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from textrl_gym import registry
 from textrl_gym.cli import main
 
-TIMED = ("time/", "train_seconds", "timestamp")
+TIMED = ("time/", "seconds/", "train_seconds", "timestamp")
 """What two runs of the same may differ in."""
 AGENTS = ("ppo", "grpo", "dpo", "online_dpo", "nlpo", "reinforce", "raft", "sb3_ppo")
 IMPORTED = ("textrl_gym.training.loop", "textrl_gym.pipeline.reward_ensemble", "torch.utils.tensorboard")
