@@ -1,6 +1,8 @@
 """The estimate of memory: counted without data, and equal to what the parts hold."""
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +85,16 @@ def test_more_work_needs_more() -> None:
     assert memory.LOGITS_AT_A_TIME == CHUNK_NUMBERS
     with pytest.raises(ValueError, match="prompt_tokens must be at least 1, got 0"):
         Work(prompt_tokens=0)
+
+
+def test_the_documented_table_is_what_is_computed(root: Path) -> None:
+    examples = root / "examples" / "memory_table.py"
+    spec = importlib.util.spec_from_file_location("memory_table", examples)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # The smallest alone: the others are the same arithmetic.
+    name = "SmolLM2-135M"
+    lines = module.rows({name: module.config_of(name)}, Work(micro_batch_tokens=2048))
+    page = (root / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    assert all(line in page for line in lines)
