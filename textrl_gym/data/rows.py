@@ -391,9 +391,8 @@ def settle(report: RowReport, where: str, bad_rows: OnBadRows) -> None:
         return
     words = f"{where}: {bad:,} of {report.total:,} rows cannot be used: {report}"
     if bad_rows == "stop":
-        raise ValueError(
-            f'{words}. bad_rows="skip" (--env.bad-rows skip; of reward-model --evaluate --bad-rows skip) leaves them out'
-        )
+        flags = "--env.bad-rows skip; of reward-model --evaluate --bad-rows skip"
+        raise ValueError(f'{words}. bad_rows="skip" ({flags}) leaves them out')
     if bad == report.total:
         raise ValueError(f"{words}. No row is left")
     say_once(f"{words}; they are left out")
