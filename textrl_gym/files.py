@@ -124,6 +124,7 @@ def write_folder(folder: str | Path, fill: Callable[[Path], object], keep_previo
             fill(fresh)
         except SafetensorError as error:  # of a disk that is full, among others, and no OSError
             raise OSError(f"{str(folder)!r} cannot be written: {error}") from error
+        give_usual_modes(fresh)
         listed = sorted(path.relative_to(fresh).as_posix() for path in fresh.rglob("*") if path.is_file())
         (fresh / MANIFEST).write_text(json.dumps({"files": [*listed, MANIFEST]}, indent=1) + "\n", encoding="utf-8")
         # A damaged one would push the last good one out.
@@ -137,6 +138,17 @@ def write_folder(folder: str | Path, fill: Callable[[Path], object], keep_previo
     finish_folder(final)
     if not keep_previous:
         shutil.rmtree(final / PREVIOUS, ignore_errors=True)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give every file below a folder the mode of a new one: safetensors writes files that only their owner may read."""
+    probe = folder / f".mode.{os.getpid()}"
+    probe.touch()  # asking for the umask would set it, for all threads
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def finish_folder(folder: str | Path) -> None:

@@ -7,5 +7,6 @@ In reading order:
 - `train`: train
 - `compare`: compare, report and watch
 - `judge`: evaluate and judge
+- `export`: export
 - `pipeline`: sft, reward-model and preferences
 """

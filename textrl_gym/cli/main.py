@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 from textrl_gym import registry
 from textrl_gym.cli.compare import compare_command, lesson_command, report_command, reproduce_command, watch_command
+from textrl_gym.cli.export import export_command
 from textrl_gym.cli.judge import evaluate_command, judge_command
 from textrl_gym.cli.options import Part, env_flags, environment, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.pipeline import preferences_command, reward_model_command, sft_command
@@ -157,5 +158,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sft": sft_command,
     "reward-model": reward_model_command,
     "preferences": preferences_command,
+    "export": export_command,
     "bench": bench_command,
 }
