@@ -37,6 +37,9 @@ class Annotators:
     length_preference: float = 0.02
     """Logits per word of difference in length: above 0 the longer text is preferred, which an agent can hack."""
 
+    bias: Annotated[float, Ge(0)] = 1.0
+    """Multiplies what the task's annotators overvalue (`Task.appeal`), such as certainty; 0: they are fair."""
+
     def __post_init__(self) -> None:
         check_settings(self)
 

@@ -77,6 +77,10 @@ class Task:
         """What a competent model learns before the embedded policy is made of it (`recipe`)."""
         return self.rows(split)
 
+    def appeal(self, row: Row, text: str) -> float:
+        """What a text seems worth to annotators beyond its gold score: a bias that they have, in units of gold."""
+        return 0.0
+
     def measures(self, rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float]:
         """Numbers of the task's own about completions of its embedded rows, which evaluations report too."""
         return {}

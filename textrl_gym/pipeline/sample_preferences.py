@@ -117,6 +117,7 @@ class Labeller:
                 f"label {config.label!r} needs the task's gold score, and {type(task).__name__} has none: name a "
                 f"reward, as --label {task.reward if isinstance(task.reward, str) else 'package.module:name'}"
             )
+        self.task = task
         self.annotators = config.annotators if config.label == ANNOTATORS else None
         device = loading.resolve_device(config.device)
         self.reward = load_reward(reward, task=task, device=device, tokenizer=tokenizer)
@@ -129,11 +130,17 @@ class Labeller:
         return self.reward.score([row["prompt"] for row in rows], texts, columns).total_B.double().numpy()
 
     def choose(
-        self, score_N2: NDArray[np.float64], texts_N2: list[list[str]], rng: np.random.Generator
+        self,
+        score_N2: NDArray[np.float64],
+        texts_N2: list[list[str]],
+        rows: Sequence[Row],
+        rng: np.random.Generator,
     ) -> list[int | None]:
         """0 or 1, the place of the chosen text of each pair; None for a tie."""
         if self.annotators is None:
             return [None if a == b else int(b > a) for a, b in score_N2]
+        appeal_N2 = [[self.task.appeal(row, text) for text in texts] for row, texts in zip(rows, texts_N2, strict=True)]
+        score_N2 = score_N2 + self.annotators.bias * np.array(appeal_N2)
         words_N2 = np.array([[len(text.split()) for text in texts] for texts in texts_N2])
         (score_a, score_b), (words_a, words_b) = score_N2.T, words_N2.T
         first_N = self.annotators.prefer(score_a, score_b, words_a, words_b, rng)
@@ -205,7 +212,7 @@ class Pairer:
         flat_ids = [ids for _, both, _ in pairs for ids in both]
         flat_texts = [text for _, _, both in pairs for text in both]
         score_N2 = self.labeller.scores(rows, prompt_ids, flat_ids, flat_texts).reshape(-1, 2)
-        chosen_N = self.labeller.choose(score_N2, [texts for _, _, texts in pairs], rng)
+        chosen_N = self.labeller.choose(score_N2, [texts for _, _, texts in pairs], [row for row, _, _ in pairs], rng)
         for (row, _, texts), scores, chosen in zip(pairs, score_N2.tolist(), chosen_N, strict=True):
             if chosen is None:
                 self.counts["ties"] += 1

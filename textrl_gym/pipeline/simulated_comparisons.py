@@ -117,11 +117,12 @@ class Comparer:
         texts_of = [[decode(self.tokenizer, i) for i in ids] for _, _, ids, _ in completions]
         gold = iter(self._gold([row for row, *_ in completions], texts_of))
         ranked = []
-        for (_, prompt_ids, ids, distinct), texts in zip(completions, texts_of, strict=True):
+        for (row, prompt_ids, ids, distinct), texts in zip(completions, texts_of, strict=True):
             score = np.array([next(gold) for _ in texts])
+            seen = score + self.config.annotators.bias * np.array([self.task.appeal(row, text) for text in texts])
             words = np.array([len(text.split()) for text in texts])
             first, second = np.array(list(itertools.combinations(range(len(ids)), 2)), dtype=int).reshape(-1, 2).T
-            wins = self.config.annotators.prefer(score[first], score[second], words[first], words[second], draw)
+            wins = self.config.annotators.prefer(seen[first], seen[second], words[first], words[second], draw)
             pairs = [(int(a), int(b)) if w else (int(b), int(a)) for a, b, w in zip(first, second, wins, strict=True)]
             ranked.append(RankedCompletions(prompt_ids, ids, pairs, score.tolist(), distinct))
         return ranked
