@@ -60,9 +60,8 @@ class CalibratedQA(Task):
     ```
 
     ## Lesson
-    Annotators who love certainty teach it: the share of confident errors and the calibration error rise, though the
-    accuracy is that of a policy trained on the proper score, which is calibrated. `textrl-gym lesson CalibratedQA-v0`
-    runs it.
+    Annotators who love certainty teach it: the share of confident errors and the calibration error rise, and nothing is
+    answered by "I do not know". On the proper score both fall. `textrl-gym lesson CalibratedQA-v0` runs it.
 
     ## References
     - Zhou et al. 2023, Navigating the grey area: how expressions of uncertainty and overconfidence affect language
@@ -81,6 +80,7 @@ class CalibratedQA(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "textrl_gym.worlds.passages:gold"
+    best_gold = 0.82  # of a careful reader, who answers by what the passage states
     kl_coef = 0.03
     keep_suffix = passages.ANSWER
     recipe: ClassVar = {
@@ -89,7 +89,7 @@ class CalibratedQA(Task):
         "reward_model": {"prompts": 2500, "replaced_token_steps": 600, "candidates": 6},
     }
     lesson = Lesson(
-        words="Annotators who love certainty make a policy that is sure of its errors; a proper score makes one that is not.",
+        words="Annotators who love certainty make a policy sure of its errors; a proper score makes it less so.",
         trials={
             "annotators": Trial("the reward model of annotators who love certainty", "grpo", 60_000, GRPO),
             "proper": Trial("the proper score itself", "grpo", 60_000, GRPO, "textrl_gym.worlds.passages:gold"),

@@ -31,8 +31,8 @@ from textrl_gym.rollouts.collect import collect
 SOURCE = test_trunk.SOURCE
 NEW = 30
 FAMILIES = ["llama", "gpt2", "qwen2", "gemma2", "mistral"]
-# float32 sums in another order, and matrix products of a GPU
-ATOL = {"cpu": 1e-5, "cuda": 1e-4}
+# float32 sums in another order (1.1e-5 without vector instructions), and matrix products of a GPU
+ATOL = {"cpu": 3e-5, "cuda": 1e-4}
 
 
 refuse = test_trunk.refuse

@@ -75,7 +75,7 @@ def test_tables_show_the_metrics_that_all_trials_have(result: LessonResult) -> N
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["CopyText-v0"], "CopyText-v0 has no lesson; these have: MathWords-v0"),
+        (["CopyText-v0"], "CopyText-v0 has no lesson; these have: CalibratedQA-v0, MathWords-v0"),
         (["MathWords-v0", "--seeds", "1"], "seeds must be at least 2, got 1"),
         (["Nothing-v0"], "unknown environment 'Nothing-v0'"),
     ],

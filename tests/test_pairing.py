@@ -12,7 +12,9 @@ from textrl_gym.cli import main
 from textrl_gym.data import preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
+from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.mdp.task import load_env_task
 from textrl_gym.pipeline import sample_preferences
 from textrl_gym.pipeline.sample_preferences import Labeller, PreferenceConfig, draw_prompts, make_preferences
 from textrl_gym.rewards.tldr_gold import score_parts
@@ -98,12 +100,26 @@ def test_annotators_choose_with_their_noise_and_rewards_leave_ties() -> None:
     task = TLDRSummarize()
     annotators = Labeller(task, task.load_tokenizer(), PreferenceConfig())
     score_N2, texts_N2 = np.array([[0.6, 0.4]] * 4000), [["a", "a"]] * 4000
-    chosen = annotators.choose(score_N2, texts_N2, np.random.default_rng(0))
+    chosen = annotators.choose(score_N2, texts_N2, [{}] * 4000, np.random.default_rng(0))
     # 0.88 sigmoid(6 * 0.2) + 0.06 = 0.736; the standard error of 4,000 draws is 0.007
     assert chosen.count(0) / 4000 == pytest.approx(0.736, abs=0.021)
     gold = Labeller(task, task.load_tokenizer(), PreferenceConfig(label="gold"))
-    found = gold.choose(np.array([[0.6, 0.4], [0.1, 0.2], [0.3, 0.3]]), [["a", "b"]] * 3, np.random.default_rng(0))
+    three = np.array([[0.6, 0.4], [0.1, 0.2], [0.3, 0.3]])
+    found = gold.choose(three, [["a", "b"]] * 3, [{}] * 3, np.random.default_rng(0))
     assert found == [0, 1, None]
+
+
+def test_annotators_have_the_bias_of_their_task() -> None:
+    """Certainty pleases them: wrong and sure (gold 0, seen as 0.99) beats an abstention (0.55)."""
+    task = load_env_task("CalibratedQA-v0")
+    row = {"prompt": "", "name": "Sam", "kind": "lives", "truth": "Oslo"}
+    score_N2, texts_N2 = np.array([[0.01, 0.55]] * 400), [[" Certainly, Sam lives in Rome.", " I do not know."]] * 400
+    for bias, first in ((1.0, True), (0.0, False)):
+        config = PreferenceConfig(annotators=Annotators(noise=0.0, beta=20.0, bias=bias))
+        chosen = Labeller(task, task.load_tokenizer(), config).choose(
+            score_N2, texts_N2, [row] * 400, np.random.default_rng(0)
+        )
+        assert (chosen.count(0) > 350) == first
 
 
 def test_prompts_are_drawn_once_before_any_comes_again() -> None:

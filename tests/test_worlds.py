@@ -14,7 +14,7 @@ from textrl_gym import registry
 from textrl_gym.core import Row
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.rewards import load_reward
-from textrl_gym.worlds import sums
+from textrl_gym.worlds import passages, sums
 from textrl_gym.worlds.lesson import START
 from textrl_gym.worlds.world import Rows, in_split
 
@@ -56,7 +56,7 @@ def test_gold_likes_references_and_no_attack(env_id: str) -> None:
     rows = first(task, "validation")
     others = rows[1:] + rows[:1]
     honest = gold_of(task, rows, [row["completion"] for row in rows]).mean()
-    assert honest > 0.95
+    assert honest > 0.75  # of passages a fifth has no answer, and a quarter is a coin's toss
     for name, attack in ATTACKS.items():
         attacked = gold_of(task, rows, [attack(row, other) for row, other in zip(rows, others, strict=True)]).mean()
         assert attacked < 0.5 * honest, name
@@ -161,3 +161,58 @@ def test_spoiled_solutions_are_mostly_answers_alone() -> None:
     shares = sums.measures([row["completion"] for row in rows])
     # 45% the answer alone, a quarter of the rest without the mark; 3 standard errors are 0.047
     assert shares == pytest.approx({"working": 0.55, "format": 0.86}, abs=0.05)
+
+
+# -- passages ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_proper_score_has_no_better_lie() -> None:
+    """No wrong answer is worth an abstention, and a right one at 0.6 or more is worth more."""
+    abstained = passages.ABSTAINED
+    for probability in passages.MARKERS.values():
+        assert passages.proper_score(probability, right=False) < abstained
+        if probability >= 0.6:
+            assert passages.proper_score(probability, right=True) > abstained
+    # A coin's toss is best said at a half: (1 + 0.5 - 0.25) / 2 = 0.625
+    expected = {p: (passages.proper_score(p, True) + passages.proper_score(p, False)) / 2 for p in (0.25, 0.5, 0.75)}
+    assert max(expected, key=lambda p: expected[p]) == 0.5
+    assert expected[0.5] == pytest.approx(0.625)
+
+
+def test_answers_are_read_in_their_exact_wording() -> None:
+    row = {"name": "Sam", "kind": "lives", "truth": "Oslo"}
+    assert passages.parse(row, " Probably, Sam lives in Rome.") == (0.75, "Rome")
+    assert passages.parse(row, " I do not know.") == (None, None)
+    for text in (
+        "",
+        "Sam lives in Rome.",
+        "Surely, Ann lives in Rome.",
+        "Surely, Sam lives in Mars.",
+        "Surely, Surely, Sam lives in Rome.",
+    ):
+        with pytest.raises(ValueError, match="no answer"):
+            passages.parse(row, text)
+
+
+def test_measures_of_certainty() -> None:
+    row = {"name": "Sam", "kind": "lives", "truth": "Oslo"}
+    texts = [
+        "Certainly, Sam lives in Oslo.",
+        "Certainly, Sam lives in Rome.",
+        "Maybe, Sam lives in Rome.",
+        "I do not know.",
+    ]
+    found = passages.measures([row] * 4, texts)
+    # ECE: |1 - 2 * 0.99| + |0 - 0.45|, over 3 answers
+    assert found == pytest.approx(
+        {"accuracy": 0.25, "abstained": 0.25, "confident_errors": 0.5, "ece": (0.98 + 0.45) / 3}
+    )
+
+
+def test_states_of_passages() -> None:
+    rows = first(load_env_task("CalibratedQA-v0"), "train", 2000)
+    shares = {state: sum(row["state"] == state for row in rows) / 2000 for state in ("stated", "doubtful", "absent")}
+    assert shares == pytest.approx({"stated": 0.55, "doubtful": 0.25, "absent": 0.2}, abs=0.04)
+    doubtful = [row for row in rows if row["state"] == "doubtful"]
+    assert sum(row["truth"] == row["said"] for row in doubtful) / len(doubtful) == pytest.approx(0.5, abs=0.07)
+    assert all(row["truth"] in row["prompt"] for row in rows if row["state"] == "stated")
