@@ -105,6 +105,9 @@ def test_rows_of_the_model_beyond_the_tokenizer_are_never_written(tmp_path: Path
     export(tmp_path / "run", tmp_path / "model")
     prompts, expected = greedy(run)
     assert by_transformers(tmp_path / "model", prompts) == expected
+    # A card may be published: of this machine it tells the folder's own name alone.
+    card = (tmp_path / "model" / CARD).read_text(encoding="utf-8")
+    assert "| base model | padded (on the machine of the training) |" in card and str(tmp_path) not in card
 
 
 def test_the_chat_template_is_carried(tmp_path: Path) -> None:

@@ -188,16 +188,22 @@ def _training(agent: Agent, base: str | None) -> list[tuple[str, str]]:
     settings, mdp = agent.env.settings, agent.env
     seconds = sum(agent.seconds.values())
     return [
-        ("base model", base or agent.model_spec or f"the model that {type(mdp.task).__name__} comes with"),
+        ("base model", _public(base or agent.model_spec or f"the model that {type(mdp.task).__name__} comes with")),
         ("environment", type(mdp.task).__name__),
-        ("data", str(settings.get("dataset") or "the environment's own prompts")),
-        ("reward", str(settings.get("reward") if settings.get("reward") is not None else mdp.task.reward)),
+        ("data", _public(settings.get("dataset") or "the environment's own prompts")),
+        ("reward", _public(settings.get("reward") if settings.get("reward") is not None else mdp.task.reward)),
         ("KL penalty", f"{agent.kl.coef:g} in the {agent.kl.where}, estimator {agent.kl.estimator}"),
         ("prompt and completion, at most", f"{mdp.max_prompt_tokens} and {mdp.max_new_tokens} tokens"),
         ("updates, tokens generated", f"{agent.num_updates:,}, {agent.num_timesteps:,}"),
         ("time", f"{seconds:,.0f} s"),
         ("seed", str(agent.seed)),
     ]
+
+
+def _public(name: object) -> str:
+    """A name for readers elsewhere: of what is on this machine the last part, since a card may be published."""
+    text = str(name)
+    return f"{Path(text).name} (on the machine of the training)" if Path(text).expanduser().exists() else text
 
 
 def _evaluation(run: Run | None) -> str:
