@@ -135,6 +135,12 @@ def test_the_page_has_a_row_for_each_task(done: Path, capsys: pytest.CaptureFixt
         for file in error.iterdir():
             file.unlink()
         error.rmdir()
+    # The same command goes on, and has nothing to run.
+    again = ["compare", *TASKS, "--agents", *SMALL.agents, "--seeds", "2", "--total-timesteps", "60"]
+    again += ["--eval-episodes", "8", "--set", *SMALL.set, "--device", "cpu", "--out", str(done)]
+    assert main(again) == 0
+    printed = capsys.readouterr().out
+    assert all(env_id in printed for env_id in TASKS) and str(done / "report.html") in printed
     assert main(["report", str(done)]) == 0
     assert str(done / "report.html") in capsys.readouterr().out
 

@@ -70,7 +70,7 @@ def compare_command(args: Sequence[str]) -> int:
     several = len(env_ids) > 1
     folders = {env_id: out / env_id for env_id in env_ids} if several else {env_ids[0]: out}
     for env_id, folder in folders.items():
-        finished = table[table["environment"] == env_id] if several else table
+        finished = table[table["environment"] == env_id].drop(columns="environment") if several else table
         if several:
             print(env_id)
         home.print_finals(finished)
