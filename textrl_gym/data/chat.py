@@ -134,8 +134,8 @@ def dialogue(text: str) -> Chat | None:
     # ["", role, text, role, text, ...]: the last is the empty beginning of the answer
     _, *parts = _TURN.split(text)
     turns = [
-        {"role": "user" if role == "Human" else "assistant", "content": said.strip()}
-        for role, said in zip(parts[:-2:2], parts[1:-2:2], strict=True)
+        {"role": "user" if role == "Human" else "assistant", "content": text.strip()}
+        for role, text in zip(parts[:-2:2], parts[1:-2:2], strict=True)
     ]
     return Chat(turns) if turns and turns[-1]["role"] == "user" and not parts[-1].strip() else None
 

@@ -274,10 +274,10 @@ def _hhh(row: Row) -> Preference:
 
 
 def _of_pairs(prompt: str | Talk, texts: list[str], pairs: list[tuple[int, int]], reason: str = TIE) -> Preference:
-    kept = [(a, b) for a, b in pairs if texts[a] != texts[b]]
-    if not kept:
+    differing = [(a, b) for a, b in pairs if texts[a] != texts[b]]
+    if not differing:
         raise Dropped(reason)
-    return Preference(prompt, texts, kept)
+    return Preference(prompt, texts, differing)
 
 
 PREDICTIONS = tuple(f"prediction {number}" for number in (1, 2, 3, 4))

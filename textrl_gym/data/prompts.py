@@ -155,13 +155,13 @@ def encode_conversation(
         if suffix:
             added = len(text_codec.encode("", begin=True))
             try:
-                kept = encode_prompt(text, tokenizer, room + added, suffix)
+                cut_ids = encode_prompt(text, tokenizer, room + added, suffix)
             except ValueError as error:
                 taken = max_prompt_tokens - room
                 raise ValueError(f"{error} (the chat template takes {taken} of {max_prompt_tokens})") from error
         else:
-            kept = text_codec.encode(text)[-room:]
-        turns[-1] = {**turns[-1], "content": text_codec.decode(kept, begin=True)}
+            cut_ids = text_codec.encode(text)[-room:]
+        turns[-1] = {**turns[-1], "content": text_codec.decode(cut_ids, begin=True)}
         ids = text_codec.chat(turns)
         room -= max(1, len(ids) - max_prompt_tokens)  # a cut text may have other tokens than those that were kept
     return ids
@@ -199,8 +199,8 @@ def unspeakable(
         else:
             unsure.append(place)
     for (room, suffix), places in alike.items():
-        found = uncuttable([conversations[place][-1]["content"] for place in places], tokenizer, room, suffix)
-        unsure += [place for place, fault in zip(places, found, strict=True) if fault is not None]
+        uncut = uncuttable([conversations[place][-1]["content"] for place in places], tokenizer, room, suffix)
+        unsure += [place for place, fault in zip(places, uncut, strict=True) if fault is not None]
     for place in unsure:
         try:
             encode_conversation(conversations[place], tokenizer, max_prompt_tokens, keep_suffix)

@@ -346,8 +346,8 @@ def look_through(
                 settle_chunk()
     settle_chunk()
     dropped.total = bad.total
-    kept = np.frombuffer(places, np.int64) if places else np.zeros(0, np.int64)
-    return Scan(kept, np.frombuffer(bytes(digests), ">u8").astype(np.uint64), list(names), bad, dropped)
+    place_N = np.frombuffer(places, np.int64) if places else np.zeros(0, np.int64)
+    return Scan(place_N, np.frombuffer(bytes(digests), ">u8").astype(np.uint64), list(names), bad, dropped)
 
 
 def digest(prompt: str) -> bytes:

@@ -103,16 +103,16 @@ def _stamp(files: Sequence[Path]) -> Hashable:
 def _open_folder(folder: Path, split: str, names: Mapping[str, tuple[str, ...]]) -> Source:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _open_saved(folder, split, names)
-    found = _files_by_split(folder)
-    chosen, whole = _choose(split, names, found)
+    files_by_split = _files_by_split(folder)
+    chosen, whole = _choose(split, names, files_by_split)
     if chosen is None:
-        there = ", ".join(sorted(_shown(found))) or "no data file"
+        there = ", ".join(sorted(_shown(files_by_split))) or "no data file"
         inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _files_by_split(path)]
-        also = f"; data are in its folders {', '.join(inside)}" if inside and not found else ""
+        also = f"; data are in its folders {', '.join(inside)}" if inside and not files_by_split else ""
         raise ValueError(
             f"folder {str(folder)!r} has no file for split {split!r} ({split}.jsonl, ...); it has {there}{also}"
         )
-    files = found[chosen]
+    files = files_by_split[chosen]
     if len(files) > 1 and any(file.name.split(".")[0] == chosen for file in files):  # else they are shards
         conflict = ", ".join(file.name for file in files)
         raise ValueError(f"folder {str(folder)!r} has more than one file for split {chosen!r}: {conflict}")
@@ -137,21 +137,21 @@ def _choose(split: str, names: Mapping[str, tuple[str, ...]], there: Mapping[str
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     """The data files of a folder by the names of their splits: its own, or those of data/, or a folder for each."""
     for base in (folder, folder / "data", folder / "default"):
-        found: dict[str, list[Path]] = {}
+        files_by_split: dict[str, list[Path]] = {}
         if not base.is_dir():
             continue
         for file in sorted(base.iterdir()):
             if file.is_file() and file.name.endswith(FORMATS):
                 stem = file.name.split(".")[0]
                 shard = _SHARD.fullmatch(stem)
-                found.setdefault(shard["split"] if shard else stem, []).append(file)
-        if not found:
+                files_by_split.setdefault(shard["split"] if shard else stem, []).append(file)
+        if not files_by_split:
             for inner in sorted(path for path in base.iterdir() if path.is_dir() and _known(path.name)):
                 files = [file for file in sorted(inner.iterdir()) if file.name.endswith(FORMATS)]
                 if files:
-                    found[inner.name] = files
-        if found:
-            return found
+                    files_by_split[inner.name] = files
+        if files_by_split:
+            return files_by_split
     return {}
 
 

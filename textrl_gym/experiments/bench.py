@@ -141,13 +141,13 @@ def make_agent(
     usual: dict[str, Any] = {"epochs": 1, "minibatches": 1, "lr_schedule": "constant"}
     usual |= {"dtype": config.dtype, "cuda_graphs": config.cuda_graphs, "compile": config.compile}
     rows = {"rollout_episodes": config.prompts * config.group, "group_size": config.group}
-    made = (
+    environment = (
         random_env(config)
         if env_id is None
         else make_env(env_id, env or EnvSettings(), config.model, str(device), rows)
     )
     model = None if env_id is None else config.model
-    return registry.load_agent_class(config.agent)(made, model, device=str(device), **(usual | settings))
+    return registry.load_agent_class(config.agent)(environment, model, device=str(device), **(usual | settings))
 
 
 def random_env(config: BenchConfig) -> TextVectorEnv:

@@ -57,10 +57,10 @@ class Lengths:
     def __str__(self) -> str:
         flag = FLAGS[self.what]
         share, most = self.cut / self.counted, ", ".join(f"{n:,}" for n in self.quantiles)
-        told = f"{self.what}: 50, 95 and 99% have at most {most} tokens; {flag}={self.budget} cuts {share:.1%}"
+        sentence = f"{self.what}: 50, 95 and 99% have at most {most} tokens; {flag}={self.budget} cuts {share:.1%}"
         if not self.much:
-            return told
-        return f"{told}. WARNING: raise it by --env.{flag.replace('_', '-')}, or shorten the {self.what}"
+            return sentence
+        return f"{sentence}. WARNING: raise it by --env.{flag.replace('_', '-')}, or shorten the {self.what}"
 
 
 def lengths(what: str, budget: int, rows: int, counts: Sequence[int]) -> Lengths | None:
@@ -115,8 +115,8 @@ def _drawn(source: PromptSource) -> Iterator[Row]:
 
 
 def _both(budgets: tuple[int, int], rows: int, prompts: list[int], completions: list[int]) -> list[Lengths]:
-    found = [lengths("prompts", budgets[0], rows, prompts), lengths("completions", budgets[1], rows, completions)]
-    return [one for one in found if one is not None]
+    measured = [lengths("prompts", budgets[0], rows, prompts), lengths("completions", budgets[1], rows, completions)]
+    return [one for one in measured if one is not None]
 
 
 # -- telling ----------------------------------------------------------------------------------------------------------
@@ -138,25 +138,25 @@ def told_of_splits(
 ) -> dict[str, Any]:
     """Print the lengths of each split that was read from data, and return them as JSON holds them."""
     budgets = (task.max_prompt_tokens, task.max_new_tokens)
-    found = {
+    by_split = {
         split: measure_rows(source, task, tokenizer, budgets, ends)
         for split, source in sources.items()
         if from_data(source)
     }
-    tell(found)
-    return record(found)
+    tell(by_split)
+    return record(by_split)
 
 
-def tell(found: Mapping[str, Sequence[Lengths]]) -> None:
+def tell(by_split: Mapping[str, Sequence[Lengths]]) -> None:
     """Print a line for the prompts and one for the completions of each split."""
-    for split, some in found.items():
+    for split, some in by_split.items():
         for one in some:
             print(f"{split} ({one.rows:,} rows), {one}", file=sys.stderr)
 
 
-def record(found: Mapping[str, Sequence[Lengths]]) -> dict[str, Any]:
+def record(by_split: Mapping[str, Sequence[Lengths]]) -> dict[str, Any]:
     """By split, as JSON holds it."""
-    return {split: {one.what: dataclasses.asdict(one) for one in some} for split, some in found.items()}
+    return {split: {one.what: dataclasses.asdict(one) for one in some} for split, some in by_split.items()}
 
 
 def left_out(source: PromptSource) -> RowReport | None:
@@ -172,10 +172,10 @@ def _innermost(source: object) -> object:
     return source
 
 
-def write(folder: Path, sources: Mapping[str, PromptSource], found: Mapping[str, Sequence[Lengths]]) -> None:
+def write(folder: Path, sources: Mapping[str, PromptSource], by_split: Mapping[str, Sequence[Lengths]]) -> None:
     """Write down what is known of a run's data, in the folder of the run."""
     reports = {split: left_out(source) for split, source in sources.items()}
     bad = {split: dict(report.counts) for split, report in reports.items() if report is not None}
     sizes = {split: len(source) for split, source in sources.items()}
-    told = {"rows": sizes, "lengths": record(found), "left_out": bad}
-    files.write_text(folder / DATA_FILE, json.dumps(told, indent=1) + "\n")
+    report = {"rows": sizes, "lengths": record(by_split), "left_out": bad}
+    files.write_text(folder / DATA_FILE, json.dumps(report, indent=1) + "\n")

@@ -121,14 +121,14 @@ class Task:
             of_texts = prompts.uncuttable([r["prompt"] for r, s in zip(rows, spoken, strict=True) if not s], *budget)
             of_chats = prompts.unspeakable([r["chat"] for r, s in zip(rows, spoken, strict=True) if s], *budget)
             return [(of_chats if s else of_texts).pop(0) for s in spoken]
-        found: list[BadRow | None] = []
+        faults: list[BadRow | None] = []
         for row in rows:
             try:
                 self.encode(row, tokenizer, max_prompt_tokens)
-                found.append(None)
+                faults.append(None)
             except ValueError as error:
-                found.append(BadRow(prompts.UNCUTTABLE, str(error)))
-        return found
+                faults.append(BadRow(prompts.UNCUTTABLE, str(error)))
+        return faults
 
 
 class PromptReader:
@@ -154,18 +154,18 @@ class PromptReader:
         # Writing a conversation takes longer than all else, and the task's own check does without it.
         own = type(self.task).encode is Task.encode
         prepare = chat.conversation if own else chat.written
-        found: list[BadRow | None] = [None] * len(rows)
+        fault_of: list[BadRow | None] = [None] * len(rows)
         whole: list[tuple[int, Row]] = []
         for place, row in enumerate(rows):
             try:
                 text_of(row, "prompt")
                 whole.append((place, prepare(row, self.tokenizer, self.chat_settings)))
             except BadRow as bad:
-                found[place] = bad
+                fault_of[place] = bad
         faults = self.task.check_prompts([row for _, row in whole], self.tokenizer, self.max_prompt_tokens)
         for (place, _), fault in zip(whole, faults, strict=True):
-            found[place] = fault
-        return found
+            fault_of[place] = fault
+        return fault_of
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PromptReader) and self._key() == other._key()
@@ -222,16 +222,16 @@ def checked_rows(
         computed = not isinstance(source, Rows)
         return source if computed and not reader.chat_settings.wraps_texts else WrittenRows(source, reader)
     report = RowReport(len(source))
-    kept = []
+    good_places = []
     for first in range(0, len(source), CHECKED_AT_ONCE):
         faults = reader(source[first : first + CHECKED_AT_ONCE])
         for place, fault in enumerate(faults, start=first):
             if fault is None:
-                kept.append(place)
+                good_places.append(place)
             else:
                 report.add(f"row {place}", fault)
     settle(report, f"{type(task).__name__}.rows({split!r}, {dataset!r})", bad_rows)
-    return WrittenRows(source if len(kept) == len(source) else Kept(source, kept), reader)
+    return WrittenRows(source if len(good_places) == len(source) else Kept(source, good_places), reader)
 
 
 def _say_texts(source: PromptSource, dataset: str | None, reader: PromptReader) -> None:

@@ -39,11 +39,11 @@ def of(spec: str | Path, depth: int = adapters.DEPTH) -> str | None:
 
 def _files(folder: Path) -> list[Path]:
     """A folder's weights, and what a reward model's scores are made of beside them."""
-    found = [*weights.weight_files(folder), *(folder / name for name in NUMBERS)]
+    weight_files = [*weights.weight_files(folder), *(folder / name for name in NUMBERS)]
     ensemble = folder / "ensemble.json"
     for name in files.read_json(ensemble).get("members", []) if ensemble.is_file() else []:
-        found += [*weights.weight_files(folder / name), folder / name / NUMBERS[0]]
-    return [file for file in found if file.is_file()]
+        weight_files += [*weights.weight_files(folder / name), folder / name / NUMBERS[0]]
+    return [file for file in weight_files if file.is_file()]
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -75,11 +75,11 @@ def locate(name: str, folder: Path, expected: str | None = None, say: str = "wri
     """
     there = _candidates(name, folder)
     if expected is not None:
-        found = {path: of(path) for path in there}
-        right = next((path for path, fingerprint in found.items() if fingerprint == expected), None)
+        by_path = {path: of(path) for path in there}
+        right = next((path for path, fingerprint in by_path.items() if fingerprint == expected), None)
         if right is not None:
             return right
-        others = ", ".join(f"{str(Path(path).resolve())!r} has {other}" for path, other in found.items())
+        others = ", ".join(f"{str(Path(path).resolve())!r} has {other}" for path, other in by_path.items())
         state = f"there is another model: {others}" if others else "there is no such folder"
         raise ValueError(
             f"{str(folder)!r} depends on the model {name!r} with the fingerprint {expected}, and {state}; {say}"

@@ -121,12 +121,12 @@ def _kept_for_backward(model: Any, work: Work) -> int:
     # A linear layer keeps its weight, or in bfloat16 the copy of it, transposed: both are counted by themselves.
     shapes = {tuple(p.shape) for p in model.parameters() if p.ndim > 1}
     shapes |= {shape[::-1] for shape in shapes}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no two have one address
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no two have one address
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tuple(tensor.shape) not in shapes and not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
-            kept[StorageWeakRef(storage).cdata] = storage
+            storages[StorageWeakRef(storage).cdata] = storage
         return tensor
 
     ids = torch.zeros(rows, length, dtype=torch.long)
@@ -134,4 +134,4 @@ def _kept_for_backward(model: Any, work: Work) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casting:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     del hidden
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in storages.values())

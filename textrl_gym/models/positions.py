@@ -32,8 +32,8 @@ def limit(model: nn.Module) -> int | None:
         if buffer.ndim == 2 and buffer.shape[0] > 1 and _TABLE.search(name):
             tables.append(buffer.shape[0])
     # Tables of another length are of something else, as of distances.
-    found = [rows for rows in tables if made_for is None or abs(rows - made_for) <= 4]
-    return min(found, default=None)
+    sizes = [rows for rows in tables if made_for is None or abs(rows - made_for) <= 4]
+    return min(sizes, default=None)
 
 
 def stated(config: Any) -> int | None:

@@ -23,19 +23,19 @@ def weight_files(folder: Path) -> list[Path]:
         ValueError: a name or a link leads out of the folder, an index is no JSON of its form, or the only weights are
             pickles.
     """
-    found = {file for file in folder.iterdir() if file.name.endswith(SUFFIX)}
+    tensor_files = {file for file in folder.iterdir() if file.name.endswith(SUFFIX)}
     named = _configured(folder)
     indexes = [file for file in folder.iterdir() if file.name.endswith(INDEX)]
     for index in dict.fromkeys([*indexes, *(folder / name for name in named if name.endswith(INDEX))]):
         named |= _shards(index)
     for name in sorted(named):
         _check_name(folder, name)
-    found |= {folder / name for name in named if name.endswith(SUFFIX)}
-    for file in sorted(found):
+    tensor_files |= {folder / name for name in named if name.endswith(SUFFIX)}
+    for file in sorted(tensor_files):
         _check_link(folder, file)
-    if not found:
+    if not tensor_files:
         _check_no_pickle(folder)
-    return sorted(found)
+    return sorted(tensor_files)
 
 
 def _configured(folder: Path) -> set[str]:

@@ -429,7 +429,7 @@ def _train(
     reader = PromptReader(task, tokenizer, task.max_prompt_tokens, env.chat_settings())
     source, heldout = (demonstrations(task, split, env, reader) for split in (env.split, "validation"))
     ends = end_ids(tokenizer, declared_ends(model))
-    found = budgets.told_of_splits({env.split: source, "validation": heldout}, task, tokenizer, ends)
+    lengths = budgets.told_of_splits({env.split: source, "validation": heldout}, task, tokenizer, ends)
     phases: list[Phase] = []
     if config.model is None and config.copy_steps:
         phases.append(
@@ -453,7 +453,7 @@ def _train(
 
     measured = trainer.train(tuned.model, phases, save) | measure()
     merged = tuned.merged()
-    record = {"parameters": sum(p.numel() for p in merged.parameters()), **measured, "lengths": found}
+    record = {"parameters": sum(p.numel() for p in merged.parameters()), **measured, "lengths": lengths}
     return merged, tokenizer, record
 
 

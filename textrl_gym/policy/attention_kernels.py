@@ -114,10 +114,10 @@ def _cuda_backward(
         )
     # This kernel reads lse in blocks of 32 queries, and wants infinity beyond the last.
     blocks = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
-    found = _aten._scaled_dot_product_efficient_attention_backward(
+    gradients = _aten._scaled_dot_product_efficient_attention_backward(
         *given, _cuda_bias(part), out, blocks, *rest, 0.0, [True, True, True, False], part.causal, scale=part.scale
     )
-    return found[0], found[1], found[2]
+    return gradients[0], gradients[1], gradients[2]
 
 
 KERNELS = {

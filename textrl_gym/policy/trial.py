@@ -112,16 +112,16 @@ def examine(runner: Runner, longest: int, borders: Sequence[int]) -> Ways:
     Raises:
         ValueError: its plain forward cannot be run, or is no function of the text so far.
     """
-    made = texts(longest, borders, plain_tokens(runner.model.config), runner.device)
-    prompt_BP, mask_BP = made.rows
+    trial = texts(longest, borders, plain_tokens(runner.model.config), runner.device)
+    prompt_BP, mask_BP = trial.rows
     with runner.exact():
-        truth_BXD = _truth(runner, made)
+        truth_BXD = _truth(runner, trial)
         like_truth = partial(_closeness(truth_BXD), truth_BXD)
-        inputs = (made.prompt_UP, made.mask_UP, made.source_B, made.action_BT)
+        inputs = (trial.prompt_UP, trial.mask_UP, trial.source_B, trial.action_BT)
         shares = runner.obstacle() or _tried(like_truth, lambda: runner.shared(*inputs))
-        action_mask_BT = torch.ones_like(made.action_BT, dtype=torch.bool)
-        pads = _tried(like_truth, lambda: runner.whole(prompt_BP, mask_BP, made.action_BT, action_mask_BT))
-        caches = _tried(like_truth, lambda: runner.stepped(prompt_BP, mask_BP, made.action_BT))
+        action_mask_BT = torch.ones_like(trial.action_BT, dtype=torch.bool)
+        pads = _tried(like_truth, lambda: runner.whole(prompt_BP, mask_BP, trial.action_BT, action_mask_BT))
+        caches = _tried(like_truth, lambda: runner.stepped(prompt_BP, mask_BP, trial.action_BT))
     reasons = []
     if shares:
         reasons.append(

@@ -85,8 +85,8 @@ def pairs(result: SuiteResult) -> Markup:
             a, b = b, a
         gap = suites.pooled_difference(tables[a], tables[b], everyone)
         better = probability_of_improvement(tables[a], tables[b])
-        said = f"{a} is better than {b}" if gap.low > 0 else f"{a} is ahead of {b}; too few runs to tell"
-        rows.append([said, words_of(gap), words_of(better)])
+        verdict = f"{a} is better than {b}" if gap.low > 0 else f"{a} is ahead of {b}; too few runs to tell"
+        rows.append([verdict, words_of(gap), words_of(better)])
     return table_html(["pair", "difference (95%)", "probability of improvement (95%)"], rows, "words")
 
 

@@ -266,8 +266,8 @@ def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:
 
 def missing_reference(name: str, columns: Mapping[str, object]) -> ValueError:
     """The error of a reward that compares with reference texts, where the rows have none."""
-    found = sorted(set(columns) - set(TRL_ARGUMENTS))
-    return ValueError(f"{name} needs a reference text, column 'completion'; the rows have {found}")
+    columns_there = sorted(set(columns) - set(TRL_ARGUMENTS))
+    return ValueError(f"{name} needs a reference text, column 'completion'; the rows have {columns_there}")
 
 
 def _accepted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
