@@ -67,7 +67,7 @@ def bounds_of(config: type[Any]) -> Mapping[str, Bounds]:
 Seed = Annotated[int, Ge(0)]
 """Of random numbers: numpy refuses a negative one, Python's generator takes -1 for 1."""
 MOST_ROWS = 1_000_000
-"""Of a vector environment: with more the memory would be gone before an error could be told."""
+"""Of a vector environment or a batch: with more the memory would be gone before an error could be told."""
 LONGEST = 200
 """Characters of a value in an error."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
-from textrl_gym.bounds import Seed, check_settings
+from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import encode_completions, end_ids, prompt_of
 from textrl_gym.data.preferences import load_preferences
@@ -49,7 +49,7 @@ class RewardModelConfig(FineTuning):
     replaced_token_steps: Annotated[int, Ge(0)] = 900
     """Updates of replaced-token detection before the comparisons (see pipeline.replaced_tokens), where simulated
     annotators compare and the task can corrupt its texts (`corrupted`)."""
-    replaced_token_batch_size: Annotated[int, Ge(1)] = 12
+    replaced_token_batch_size: Annotated[int, Ge(1), Le(MOST_ROWS)] = 12
     """Prompts of such an update, four corrupted texts each."""
     prompts: Annotated[int, Ge(1)] = 5000
     """Prompts to compare completions of; of each dataset, at most so many rows."""
@@ -59,7 +59,7 @@ class RewardModelConfig(FineTuning):
     """Completions that the task makes for each prompt, from perfect to poor."""
     epochs: Annotated[int, Ge(1), Le(1_000)] = 1
     """Passes over the comparisons. One: a second one overfits (Stiennon et al. 2020, appendix B.1)."""
-    batch_size: Annotated[int, Ge(1)] = 8
+    batch_size: Annotated[int, Ge(1), Le(MOST_ROWS)] = 8
     """Prompts of an update."""
     learning_rate: Annotated[float, Gt(0)] = 1e-3
     """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth. 1e-3 suits models of a few million

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from numpy.typing import NDArray
 
 from textrl_gym import files
-from textrl_gym.bounds import Seed, check_settings
+from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.core import Row
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp import budgets
@@ -59,7 +59,7 @@ class PreferenceConfig:
     higher gold score; else the higher score of this reward (a name, package.module:name or a folder)."""
     temperature: Annotated[float, Ge(0)] = 1.0
     """Of sampling; 0 is greedy, for two different models."""
-    batch_size: Annotated[int, Ge(1)] = 64
+    batch_size: Annotated[int, Ge(1), Le(MOST_ROWS)] = 64
     """Prompts that are sampled at a time."""
     annotators: Annotators = dataclasses.field(default_factory=Annotators)
     """Who the simulated annotators are."""

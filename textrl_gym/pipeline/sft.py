@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from textrl_gym import files
-from textrl_gym.bounds import Seed, check_settings
+from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import encode_completions, end_ids, prompt_of
 from textrl_gym.mdp import budgets
@@ -58,7 +58,7 @@ class SFTConfig(FineTuning):
     """Updates of supervised training, of rows that are drawn with repetition."""
     epochs: Annotated[float | None, Gt(0)] = None
     """Passes over the rows, each of which comes once in a pass; None: so many steps instead."""
-    batch_size: Annotated[int, Ge(1)] = 12
+    batch_size: Annotated[int, Ge(1), Le(MOST_ROWS)] = 12
     """Rows of an update."""
     learning_rate: Annotated[float, Gt(0)] = 2e-3
     """Peak learning rate of AdamW: linear warm-up, then a cosine to a twentieth. 2e-3 suits models of a few million
@@ -75,7 +75,7 @@ class SFTConfig(FineTuning):
     """The curriculum ends early when the copying loss of its longest runs is below this, in nats a token."""
     copy_run: Annotated[int, Ge(1)] = 64
     """Longest random run of tokens to copy."""
-    copy_batch_size: Annotated[int, Ge(1)] = 12
+    copy_batch_size: Annotated[int, Ge(1), Le(MOST_ROWS)] = 12
     """Sequences of an update of the curriculum."""
     vocab_size: Annotated[int, Ge(258)] = 2048
     """Tokens of a new tokenizer."""
