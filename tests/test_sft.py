@@ -96,12 +96,14 @@ def test_an_eos_in_the_data_is_the_one_eos() -> None:
 
 def test_the_initialisation_attends_to_what_followed_this_token() -> None:
     config = SFTConfig(hidden_size=64, intermediate_size=64, heads=1)
+    torch.manual_seed(0)  # of what the circuit leaves as it is
     model = sft.new_model(config, train_tokenizer(TEXTS, 300), 64)
     run_N = torch.randperm(290, generator=torch.Generator().manual_seed(0))[:12]
     logits_LV = model(input_ids=run_N.repeat(2)[None]).logits[0]
     # In the second run place 12 + i holds token i, so token i + 1 comes next.
     rank = [(logits_LV[12 + i] > logits_LV[12 + i, run_N[i + 1]]).sum().item() for i in range(11)]
-    assert sum(rank) / len(rank) < 30  # of 290 tokens; a random start gives about 145
+    # Of 290 tokens: 21 to 31 over 20 seeds of the other weights, where a random start gives about 145.
+    assert sum(rank) / len(rank) < 45
 
 
 def test_the_curriculum_lowers_the_copying_loss() -> None:
