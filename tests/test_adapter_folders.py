@@ -57,7 +57,7 @@ def logits(model: Any) -> torch.Tensor:
     return model(IDS).logits
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
+def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -97,9 +97,9 @@ def test_training_starts_from_base_plus_adapter(
     agent = GRPO("CopyText-v0", str(folder), lora_rank=lora_rank, **SMALL)
     reference = agent.policy.reference
     assert reference is not None
-    close(logits(agent.policy.model), expected)
+    assert_close(logits(agent.policy.model), expected)
     rollout = agent.collect()
-    close(agent.policy.logprobs(rollout), reference.logprobs(rollout))
+    assert_close(agent.policy.logprobs(rollout), reference.logprobs(rollout))
     card = health.card(agent.policy, rollout, end_ids=(0,), fresh=True)
     (kl,) = (line for line in card if "KL to the reference" in line.name)
     assert kl.ok and float(kl.value) == pytest.approx(0, abs=1e-5)
@@ -108,8 +108,8 @@ def test_training_starts_from_base_plus_adapter(
     agent.save(tmp_path / "saved")
     loaded = GRPO.load(tmp_path / "saved", device="cpu")
     assert loaded.policy.reference is not None
-    close(loaded.policy.reference.logprobs(rollout), rollout.logp_BT)
-    close(logits(loaded.policy.model), logits(agent.policy.model))
+    assert_close(loaded.policy.reference.logprobs(rollout), rollout.logp_BT)
+    assert_close(logits(loaded.policy.model), logits(agent.policy.model))
     assert (logits(loaded.policy.model) - expected).abs().max() > 1e-3
 
 
@@ -122,13 +122,13 @@ def test_a_loaded_model_with_a_trained_adapter_is_its_own_reference(base: Path, 
     shared = {id(p) for p in model.parameters()} & {id(p) for p in reference.model.parameters()}
     assert len(shared) == sum(not p.requires_grad for p in model.parameters()), "the base is held once"
     move(agent)
-    close(logits(reference.model), expected)
+    assert_close(logits(reference.model), expected)
     assert (logits(agent.policy.model) - expected).abs().max() > 1e-3
     agent.save(tmp_path / "saved")
     loaded = GRPO.load(tmp_path / "saved", device="cpu")
     assert loaded.policy.reference is not None
-    close(logits(loaded.policy.reference.model), expected)
-    close(logits(loaded.policy.model), logits(agent.policy.model))
+    assert_close(logits(loaded.policy.reference.model), expected)
+    assert_close(logits(loaded.policy.model), logits(agent.policy.model))
     with pytest.raises(ValueError, match="lora_rank=4 and a model with a trained adapter"):
         GRPO("CopyText-v0", model, lora_rank=4, **SMALL)
 
@@ -153,10 +153,10 @@ def test_sft_and_reward_models_start_from_it(tmp_path: Path) -> None:
     whole: Any = loading.load_model(name)
     tuned: Any = loading.load_model(tmp_path / "sft")
     rewards: Any = loading.load_classifier(tmp_path / "rm")
-    close(logits(whole), expected)
-    close(logits(tuned), expected)
+    assert_close(logits(whole), expected)
+    assert_close(logits(tuned), expected)
     with torch.no_grad():
-        close(rewards.base_model(IDS)[0], whole.base_model(IDS)[0])
+        assert_close(rewards.base_model(IDS)[0], whole.base_model(IDS)[0])
 
 
 def test_a_saved_agent_is_a_model(base: Path, tmp_path: Path) -> None:
@@ -165,20 +165,20 @@ def test_a_saved_agent_is_a_model(base: Path, tmp_path: Path) -> None:
     agent.save(tmp_path / "agent")
     task = agent.env.task
     for name in ("agent", "agent/model"):  # the folder as the user knows it, and the adapter in it
-        close(logits(task.load_model(str(tmp_path / name))), logits(agent.policy.model))
+        assert_close(logits(task.load_model(str(tmp_path / name))), logits(agent.policy.model))
         assert task.load_tokenizer(str(tmp_path / name)).get_vocab() == agent.env.tokenizer.get_vocab()
     # And a base: an adapter that peft trained on it.
     expected = save_adapter(tmp_path / "on_agent", base, "agent")
     assert (logits(task.load_model(str(tmp_path / "on_agent"))) - expected).abs().max() > 1e-3  # not on the base alone
     again = GRPO("CopyText-v0", str(tmp_path / "on_agent"), **SMALL)
-    close(logits(again.policy.model), logits(loading.load_model(tmp_path / "on_agent", base=agent_base(agent))))
+    assert_close(logits(again.policy.model), logits(loading.load_model(tmp_path / "on_agent", base=agent_base(agent))))
     # The task's own model has no folder.
     own = GRPO("CopyText-v0", lora_rank=2, **SMALL)
     move(own)
     own.save(tmp_path / "own")
     with torch.no_grad():
         ids = IDS[:, :4]
-        close(task.load_model(str(tmp_path / "own"))(ids).logits, own.policy.model(ids).logits)
+        assert_close(task.load_model(str(tmp_path / "own"))(ids).logits, own.policy.model(ids).logits)
 
 
 def agent_base(agent: GRPO) -> Any:
@@ -195,7 +195,7 @@ def test_a_relative_base_is_right_from_any_folder(
     (elsewhere := tmp_path / "elsewhere").mkdir()
     for place in (elsewhere, folder, base.parents[1], tmp_path):
         monkeypatch.chdir(place)
-        close(logits(loading.load_model(os.path.relpath(folder))), expected)
+        assert_close(logits(loading.load_model(os.path.relpath(folder))), expected)
     # Another model of that name, where the command is given: which one is meant cannot be known.
     other = shutil.copytree(base, elsewhere / "models" / "llama")
     monkeypatch.chdir(elsewhere)
@@ -222,7 +222,7 @@ def test_an_adapter_on_an_adapter(sft_adapter: tuple[Path, torch.Tensor], tmp_pa
     whole: Any = loading.load_model(folder)
     whole.save_pretrained(tmp_path / "merged")
     expected = save_adapter(tmp_path / "second", tmp_path / "merged", str(folder), seed=1)
-    close(logits(loading.load_model(tmp_path / "second")), expected)
+    assert_close(logits(loading.load_model(tmp_path / "second")), expected)
 
 
 def name_base(folder: Path, name: str | None) -> None:
@@ -248,10 +248,10 @@ def test_an_adapter_of_the_hub(
     for number, file in enumerate((adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)):
         shutil.copy(folder / file, hub / "blobs" / str(number))
         (snapshot / file).symlink_to(f"../../blobs/{number}")
-    close(logits(loading.load_model(snapshot)), expected)
+    assert_close(logits(loading.load_model(snapshot)), expected)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    close(logits(loading.load_model("someone/adapter")), expected)
+    assert_close(logits(loading.load_model("someone/adapter")), expected)
     assert loading.load_tokenizer("someone/adapter").get_vocab() == loading.load_tokenizer(base).get_vocab()
 
 
@@ -268,9 +268,9 @@ def test_a_head_of_its_own_beside_tied_embeddings(tmp_path: Path) -> None:
             warnings.simplefilter("ignore", UserWarning)  # of peft: merging by its own means would be wrong
             expected = save_adapter(folder, tmp_path / "tied", target_modules=target)
         whole: Any = loading.load_model(folder)
-        close(logits(whole), expected)
+        assert_close(logits(whole), expected)
         whole.save_pretrained(folder / "whole")
-        close(logits(loading.load_model(folder / "whole")), expected)
+        assert_close(logits(loading.load_model(folder / "whole")), expected)
 
 
 def test_tokens_that_the_adapter_added(base: Path, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_tokens_that_the_adapter_added(base: Path, tmp_path: Path) -> None:
         warnings.simplefilter("ignore", UserWarning)  # of peft: it saves the embeddings
         model.save_pretrained(tmp_path / "adapter")
     name_base(tmp_path / "adapter", str(base))
-    close(logits(loading.load_model(tmp_path / "adapter")), logits(model))
+    assert_close(logits(loading.load_model(tmp_path / "adapter")), logits(model))
 
 
 def test_a_classifier_with_its_head_in_the_adapter(base: Path, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_classifier_with_its_head_in_the_adapter(base: Path, tmp_path: Path) -
     loaded: Any = loading.load_classifier(tmp_path / "rm")
     loaded.config.pad_token_id = 0
     assert loaded.config.num_labels == 1
-    close(logits(loaded), logits(model))
+    assert_close(logits(loaded), logits(model))
 
 
 def test_weights_are_read_from_safetensors_only(sft_adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_what_cannot_be_loaded_is_refused_in_words(sft_adapter: tuple[Path, torc
     with pytest.raises(ValueError, match=r"adapter_model.safetensors' cannot be read"):
         loading.load_model(folder)
     save_file(good, file)
-    close(logits(loading.load_model(folder)), expected)
+    assert_close(logits(loading.load_model(folder)), expected)
     change_config(folder, peft_type="IA3")
     with pytest.raises(ValueError, match="is of the kind 'IA3'; allowed: LORA"):
         loading.load_model(folder)

@@ -190,8 +190,7 @@ def test_answers_are_read_in_their_exact_wording() -> None:
         "Surely, Sam lives in Mars.",
         "Surely, Surely, Sam lives in Rome.",
     ):
-        with pytest.raises(ValueError, match="no answer"):
-            passages.parse(row, text)
+        assert passages.parse(row, text) is None
 
 
 def test_measures_of_certainty() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from textrl_gym.cli.options import (
@@ -92,10 +92,7 @@ def show_suite(folder: Path) -> None:
     """Write the page over all tasks."""
     from textrl_gym.reports.suite_page import suite_report
 
-    try:
-        print(suite_report(folder))
-    except ImportError as error:
-        print(f"no page: {error}", file=sys.stderr)
+    _show(suite_report, folder)
 
 
 def lesson_command(args: Sequence[str]) -> int:
@@ -146,8 +143,12 @@ def show_page(folder: Path) -> None:
     """Write a comparison's page; what has been computed is not worth less without plotly."""
     from textrl_gym.reports.comparison_page import comparison_report
 
+    _show(comparison_report, folder)
+
+
+def _show(write: Callable[[Path], Path], folder: Path) -> None:
     try:
-        print(comparison_report(folder))
+        print(write(folder))
     except ImportError as error:
         print(f"no page: {error}", file=sys.stderr)
 

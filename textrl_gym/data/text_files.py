@@ -5,6 +5,7 @@ A row costs 16 bytes of memory, however long it is. Limits keep a hostile or bro
 
 from __future__ import annotations
 
+import abc
 import codecs
 import contextlib
 import csv
@@ -40,7 +41,7 @@ _BOMS = (  # UTF-32's first, which begins as UTF-16's does
 _CHUNK = 2**20
 
 
-class TextRows(Sequence[object]):
+class TextRows(Sequence[object], abc.ABC):
     """The rows of a text file. `read()` has to come to its end before rows are asked for by their number."""
 
     def __init__(self, path: Path, keep: bool = True) -> None:
@@ -74,11 +75,13 @@ class TextRows(Sequence[object]):
         """The row, a BadRow where it is none."""
         return self._row(self._bytes.read(self._starts[index], self._lengths[index]))
 
+    @abc.abstractmethod
     def _read(self, stream: BinaryIO) -> Iterator[object]:
-        raise NotImplementedError
+        """Every row from first to last, each noted with `_add`."""
 
+    @abc.abstractmethod
     def _row(self, record: bytes) -> object:
-        raise NotImplementedError
+        """The row that some bytes of the file hold."""
 
     def _add(self, start: int, end: int, line: int) -> None:
         self._starts.append(start)

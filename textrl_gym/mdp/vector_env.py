@@ -291,15 +291,13 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"unknown reset options {shown(list(options))}; allowed: prompt_indices, reset_mask")
         chosen_B = np.ones(self.num_envs, bool)
         if chosen is not None:
-            wanted = f"{self.num_envs} booleans with at least one True"
+            allowed = f"{self.num_envs} booleans with at least one True"
             try:
                 chosen_B = np.asarray(chosen.cpu() if isinstance(chosen, Tensor) else chosen)
             except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths
-                raise ValueError(f"reset_mask must be {wanted}, got {shown(chosen)}") from error
+                raise ValueError(f"reset_mask must be {allowed}, got {shown(chosen)}") from error
             if chosen_B.shape != (self.num_envs,) or chosen_B.dtype != np.bool_ or not chosen_B.any():
-                raise ValueError(
-                    f"reset_mask must be {self.num_envs} booleans with at least one True, got {shown(chosen)}"
-                )
+                raise ValueError(f"reset_mask must be {allowed}, got {shown(chosen)}")
             if self._state is None and not chosen_B.all():
                 raise gym.error.ResetNeeded("the first reset() must begin an episode in every row, without reset_mask")
         self.streams_of_prompts.seed(seed, chosen_B)

@@ -1,9 +1,11 @@
-"""When a checkpoint is due: by updates, and by time. Loads no torch."""
+"""When a checkpoint is due: by updates, by time, and when a run breaks off. Loads no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge
@@ -42,3 +44,32 @@ class SaveSchedule:
     def saved(self) -> None:
         """A checkpoint was written just now."""
         self.saved_time = time.monotonic()
+
+
+def rescue(
+    error: BaseException,
+    folder: Path,
+    updates: int,
+    saved_at: int | None,
+    whole: bool,
+    save: Callable[[], object],
+) -> str:
+    """Save the last whole update before a run ends by an error or a signal; returns what became of it. Raises nothing.
+
+    Args:
+        updates: whole ones.
+        saved_at: the update of the checkpoint that is there; None: there is none.
+        whole: whether the state in memory is that of a whole update.
+    """
+    if not whole:
+        outcome = f"update {updates + 1} was broken off in its middle: {folder} keeps what was saved before"
+    elif saved_at == updates:
+        outcome = f"{folder} has the checkpoint of update {updates}"
+    else:
+        try:
+            save()
+            outcome = f"saved the checkpoint of update {updates} in {folder}"
+        except Exception as failed:  # noqa: BLE001 - the error that ends the run is the one to raise
+            outcome = f"the checkpoint of update {updates} could not be saved in {folder}: {failed}"
+    why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
+    return f"{why}: {outcome}"

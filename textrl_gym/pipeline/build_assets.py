@@ -103,7 +103,7 @@ def initial_policy_quality(task: Task, folder: Path, prompts: int = 128, seed: i
 def store(source: Path, folder: Path, record_file: str, **measured: float) -> dict[str, Any]:
     """Store a trained model with its weights as float16, without what a run needs; returns its completed record."""
     is_reward_model = (source / reward_model.NORMALISATION_FILE).is_file()
-    kept = KEPT | ({reward_model.NORMALISATION_FILE} if is_reward_model else set())
+    file_names = KEPT | ({reward_model.NORMALISATION_FILE} if is_reward_model else set())
     loaded = loading.load_classifier(source) if is_reward_model else loading.load_model(source)
     record = files.read_json(source / record_file)
     record["measured"] |= measured
@@ -111,7 +111,7 @@ def store(source: Path, folder: Path, record_file: str, **measured: float) -> di
     record["config"] |= {name: None for name in ("model", "policy", "dataset") if name in record["config"]}
     record.pop("env", None)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in kept:
+    for name in file_names:
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
     with loading.no_bars():

@@ -7,6 +7,7 @@ checkpoint/             where it stands: model, optimizer, place in the data; re
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import math
@@ -27,7 +28,7 @@ from textrl_gym import files
 from textrl_gym.mdp.env_settings import EnvSettings, by_flag
 from textrl_gym.persistence import signals, update_log
 from textrl_gym.persistence.optimizer_state import load_optimizer, save_optimizer
-from textrl_gym.persistence.save_schedule import SaveOptions, SaveSchedule
+from textrl_gym.persistence.save_schedule import SaveOptions, SaveSchedule, rescue
 from textrl_gym.pipeline.optim import RunningMean, adamw, descend, progress_bar
 
 CHECKPOINT = "checkpoint"
@@ -47,7 +48,7 @@ Reader = Callable[[Path], dict[str, Any]]
 """Reads a record from its file."""
 
 
-class Phase:
+class Phase(abc.ABC):
     """Updates of one kind. A subclass gives the loss of an update, and says where its data stand."""
 
     name = "training"
@@ -59,13 +60,13 @@ class Phase:
         """steps: updates, at most."""
         self.steps, self.max_grad_norm, self.weight_decay = steps, max_grad_norm, weight_decay
 
+    @abc.abstractmethod
     def losses(self, step: int) -> Iterable[Tensor]:
         """The parts of update `step`'s loss, which add up to it; none where there is nothing to learn from."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def learning_rate(self, step: int) -> float:
         """The learning rate of update `step`."""
-        raise NotImplementedError
 
     def ends(self, mean_loss: float) -> bool:
         """Whether it is over before its last step, by the running mean of the loss after an update."""
@@ -75,6 +76,7 @@ class Phase:
         """Where its data stand, as JSON can hold it."""
         return {}
 
+    @abc.abstractmethod
     def go_to(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin with update `step`, where `state()` was taken; it is empty before the first update."""
 
@@ -267,21 +269,10 @@ class Trainer:
 
     def _rescue(self, error: BaseException) -> None:
         """Save the last whole update before the run ends by an error or a signal. Raises nothing."""
-        updates, out = self.place.updates, self.folder
+        updates = self.place.updates
         if updates == 0:
             return  # nothing was trained, and the folder stays free
-        if not self._is_whole:
-            outcome = f"update {updates + 1} was broken off in its middle: {out} keeps what was saved before"
-        elif self._saved_at == updates:
-            outcome = f"{out} has the checkpoint of update {updates}"
-        else:
-            try:
-                self.save()
-                outcome = f"saved the checkpoint of update {updates} in {out}"
-            except Exception as failed:  # noqa: BLE001 - the error that ends the run is the one to raise
-                outcome = f"the checkpoint of update {updates} could not be saved in {out}: {failed}"
-        why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
-        print(f"\n{why}: {outcome}", file=sys.stderr)
+        print("\n" + rescue(error, self.folder, updates, self._saved_at, self._is_whole, self.save), file=sys.stderr)
 
 
 def restore_random(rng: random.Random, state: Sequence[Any]) -> None:

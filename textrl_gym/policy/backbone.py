@@ -137,9 +137,9 @@ class Trunk:
         Raises:
             ValueError: no way gives the numbers of the model's own forward.
         """
-        wanted = trial.length(self._borders, min(reach, self.limit or reach))
-        if self._ways is None or (wanted > self._tried and self._is_new(wanted)):
-            self._ways, self._tried = trial.examine(self, max(wanted, 2), self._borders), wanted
+        length = trial.length(self._borders, min(reach, self.limit or reach))
+        if self._ways is None or (length > self._tried and self._is_new(length)):
+            self._ways, self._tried = trial.examine(self, max(length, 2), self._borders), length
             for reason in self._ways.reasons:
                 if reason not in self._told:
                     warnings.warn(f"{type(self.model).__name__} {reason}", stacklevel=2)

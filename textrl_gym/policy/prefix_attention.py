@@ -285,14 +285,16 @@ def _obstacle(kernel: Kernel, device: str, dtype: torch.dtype, width: int) -> st
         for padding in (0, 3):
             mask_UP = torch.arange(7, device=device) >= torch.tensor([[padding], [0]], device=device)
             prefix = Prefix([], [], mask_UP, source_B, *_slots(source_B, 2), padded=padding > 0)
-            wanted = _with_gradients(functools.partial(_plain, prefix=prefix, scale=0.3), exact)
+            plain = _with_gradients(functools.partial(_plain, prefix=prefix, scale=0.3), exact)
             mask = mask_UP if padding else None
             try:
-                got = _with_gradients(functools.partial(attend, kernel, groups=prefix, mask_UP=mask, scale=0.3), given)
+                fused = _with_gradients(
+                    functools.partial(attend, kernel, groups=prefix, mask_UP=mask, scale=0.3), given
+                )
             except RuntimeError as error:  # what PyTorch raises for a kernel that this device lacks
                 return str(error).splitlines()[0].partition(". ")[0]
             # Written as "not <=", so that a NaN is an obstacle too.
-            if any(not (x - y).abs().max() <= digits * y.abs().max() for x, y in zip(got, wanted, strict=True)):
+            if any(not (x - y).abs().max() <= digits * y.abs().max() for x, y in zip(fused, plain, strict=True)):
                 return "its numbers would change"
     return ""
 

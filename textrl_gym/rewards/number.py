@@ -88,10 +88,10 @@ def _without_frac(latex: str) -> str:
 
 
 def _same_number(reference: str, text: str) -> bool:
-    wanted = final_number(reference)
-    if wanted is None:
+    answer = final_number(reference)
+    if answer is None:
         raise ValueError(f"number: the reference text has no number: {reference[-60:]!r}")
-    return final_number(text) == wanted
+    return final_number(text) == answer
 
 
 def _same_expression(reference: str, text: str) -> bool:
@@ -104,7 +104,7 @@ def _same_expression(reference: str, text: str) -> bool:
         answer = _marked(text)
         return parse(text if answer is None else f"${answer}$", parsing_timeout=seconds)
 
-    wanted = expression(reference)
-    if not wanted:
+    reference_expression = expression(reference)
+    if not reference_expression:
         raise ValueError(f"number:math: the reference text has no expression: {reference[-60:]!r}")
-    return bool(verify(wanted, expression(text), timeout_seconds=seconds))
+    return bool(verify(reference_expression, expression(text), timeout_seconds=seconds))

@@ -190,8 +190,8 @@ class RewardModel:
             return ids
         self._say_cut(len(ids) + self.limit - room)
         suffix = codec(self.tokenizer).behind(self.keep_suffix, unknown="skip") if self.keep_suffix else []
-        kept = len(suffix) if suffix and ids[-len(suffix) :] == suffix else 0
-        return ids[: max(room - kept, 0)] + ids[len(ids) - kept :]
+        suffix_length = len(suffix) if suffix and ids[-len(suffix) :] == suffix else 0
+        return ids[: max(room - suffix_length, 0)] + ids[len(ids) - suffix_length :]
 
     def _say_cut(self, length: int, lost: str = "the end of the prompt's body") -> None:
         if not self._said_cut:

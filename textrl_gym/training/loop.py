@@ -31,7 +31,7 @@ from textrl_gym.evaluation.reward_hacking import Evaluation
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp import budgets
 from textrl_gym.persistence import run_lock, signals, update_log
-from textrl_gym.persistence.save_schedule import SaveOptions, SaveSchedule
+from textrl_gym.persistence.save_schedule import SaveOptions, SaveSchedule, rescue
 from textrl_gym.rollouts.phases import listening, phase
 from textrl_gym.training import logs, recovery, run_folder
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
@@ -287,11 +287,11 @@ class _Run:
     def _tell_data(self) -> None:
         """Say how much of the data the budgets cut, and write it down."""
         envs = {str(env.settings["split"]): env for env in (self.agent.env, self.evaluator.mdp)}
-        found = {split: budgets.of_env(env) for split, env in envs.items()}
-        if any(found.values()):
+        lengths = {split: budgets.of_env(env) for split, env in envs.items()}
+        if any(lengths.values()):
             if not self.console.quiet:
-                budgets.tell(found)
-            budgets.write(self.out, {split: env.source for split, env in envs.items()}, found)
+                budgets.tell(lengths)
+            budgets.write(self.out, {split: env.source for split, env in envs.items()}, lengths)
 
     def _evaluation_due(self, total: int) -> bool:
         # The last evaluation comes behind the loop, with greedy decoding too, and would be done twice otherwise.
@@ -317,21 +317,9 @@ class _Run:
         whole = self.last.restore()
         if agent.num_updates == 0 and self.saved_at is None:
             return  # nothing was trained, and the folder stays free
-        if not whole:
-            outcome = (
-                f"update {agent.num_updates + 1} was broken off in its middle: {self.out} keeps what was saved before"
-            )
-        elif self.saved_at == agent.num_updates:
-            outcome = f"{self.out} has the checkpoint of update {agent.num_updates}"
-        else:
-            try:
-                self._save()
-                outcome = f"saved the checkpoint of update {agent.num_updates} in {self.out}"
-            except Exception as failed:  # noqa: BLE001 - the error that ends the run is the one to raise
-                outcome = f"the checkpoint of update {agent.num_updates} could not be saved in {self.out}: {failed}"
-        why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
+        words = rescue(error, self.out, agent.num_updates, self.saved_at, whole, self._save)
         with contextlib.suppress(OSError):  # a terminal that was closed
-            self.console.print(plain(f"\n{why}: {outcome}"), highlight=False)
+            self.console.print(plain(f"\n{words}"), highlight=False)
 
     def close(self) -> None:
         self.last.close()

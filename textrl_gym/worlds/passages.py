@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from textrl_gym.core import Row
 from textrl_gym.worlds.world import in_split
@@ -107,21 +107,29 @@ def draw(split: str, rng: random.Random) -> Row:
 _ANSWERED = re.compile(rf"({'|'.join(map(re.escape, MARKERS))}), (.+)\.")
 
 
-def parse(row: Mapping[str, Any], text: str) -> tuple[float | None, str | None]:
-    """The probability and the value that an answer gives; (None, None) for an abstention.
+class Answer(NamedTuple):
+    """What a text answers; both None: it abstains."""
 
-    Raises:
-        ValueError: it is neither, in the exact wording of this world.
+    probability: float | None
+    """Of its marker, in [0, 1]."""
+    value: str | None
+
+
+def parse(row: Mapping[str, Any], text: str) -> Answer | None:
+    """The answer of a text; None where it is none in the exact wording of this world.
+
+    Args:
+        row: with `name` and `kind` of the question.
     """
     text = text.strip()
     if text == f"{UNKNOWN}.":
-        return None, None
+        return Answer(None, None)
     match = _ANSWERED.fullmatch(text)
     if match is not None:
         for value in VALUES[row["kind"]]:
             if match[2] == sentence(row["kind"], row["name"], value):
-                return MARKERS[match[1]], value
-    raise ValueError(f"no answer: {text!r}")
+                return Answer(MARKERS[match[1]], value)
+    return None
 
 
 def proper_score(probability: float, right: bool) -> float:
@@ -143,12 +151,13 @@ def gold(
     """The proper score of each answer; an abstention is worth `ABSTAINED`, and what is no answer 0."""
     scores = []
     for text, right, who, what in zip(completions, truth, name, kind, strict=True):
-        try:
-            probability, value = parse({"name": who, "kind": what}, text)
-        except ValueError:
+        answer = parse({"name": who, "kind": what}, text)
+        if answer is None:
             scores.append(0.0)
-            continue
-        scores.append(ABSTAINED if probability is None else proper_score(probability, value == right))
+        elif answer.probability is None:
+            scores.append(ABSTAINED)
+        else:
+            scores.append(proper_score(answer.probability, answer.value == right))
     return scores
 
 
@@ -162,18 +171,17 @@ def measures(rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float
     by_marker: dict[float, list[bool]] = {}
     right = wrong = confident = abstained = 0
     for row, text in zip(rows, completions, strict=True):
-        try:
-            probability, value = parse(row, text)
-        except ValueError:
+        answer = parse(row, text)
+        if answer is None:  # neither right nor wrong; it lowers the accuracy
             continue
-        if probability is None:
+        if answer.probability is None:
             abstained += 1
             continue
-        is_right = value == row["truth"]
-        by_marker.setdefault(probability, []).append(is_right)
+        is_right = answer.value == row["truth"]
+        by_marker.setdefault(answer.probability, []).append(is_right)
         right += is_right
         wrong += not is_right
-        confident += not is_right and probability >= SURE
+        confident += not is_right and answer.probability >= SURE
     answered = max(right + wrong, 1)
     ece = sum(abs(sum(some) - probability * len(some)) for probability, some in by_marker.items()) / answered
     return {
@@ -186,11 +194,8 @@ def measures(rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float
 
 def appeal(row: Row, text: str) -> float:
     """What annotators overvalue: the certainty of an answer, right or wrong."""
-    try:
-        probability, _ = parse(row, text)
-    except ValueError:
-        return 0.0
-    return probability or 0.0
+    answer = parse(row, text)
+    return 0.0 if answer is None or answer.probability is None else answer.probability
 
 
 def draw_demonstration(split: str, rng: random.Random) -> Row:
