@@ -13,8 +13,9 @@ import pytest
 from test_comparison_page import write_comparison
 
 from textrl_gym.experiments.results import read_comparison
-from textrl_gym.reports import comparison_page, watch
+from textrl_gym.reports import comparison_page
 from textrl_gym.reports.run_page import report
+from textrl_gym.web import watch
 
 MARK = """"'></script><hostile src=x onerror=alert(1)>"""
 GONE = object()

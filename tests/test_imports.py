@@ -29,6 +29,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"training"}),
     frozenset({"integrations", "experiments"}),
     frozenset({"agents", "reports"}),
+    frozenset({"web"}),
     frozenset({"cli", "__main__"}),
 )
 ROOT_MODULES = frozenset({"core", "functional", "kl", "files"})  # files, not wings: they may import each other

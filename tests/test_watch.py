@@ -24,7 +24,8 @@ import pytest
 
 from textrl_gym.cli import main
 from textrl_gym.cli.compare import watch_command
-from textrl_gym.reports import watch
+from textrl_gym.web import server as web_server
+from textrl_gym.web import watch
 
 
 def write_run(folder: Path, name: str, gold: float | None, **progress: float) -> Path:
@@ -303,7 +304,7 @@ def test_beyond_this_machine_a_token_is_asked_for(folder: Path) -> None:
      ("192.168.0.1", False), ("localhost.evil.example", False)],
 )  # fmt: skip
 def test_loopback(host: str, loopback: bool) -> None:
-    assert watch.is_loopback(host) is loopback
+    assert web_server.is_loopback(host) is loopback
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

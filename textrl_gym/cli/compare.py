@@ -193,7 +193,7 @@ def watch_command(args: Sequence[str]) -> int:
         ("port", flag(int, "0: a free one"), 0),
     ]
     parsed = parse_flags("watch", watch_command.__doc__, parts, args)
-    from textrl_gym.reports import watch as home
+    from textrl_gym.web import watch as home
 
     with home.make_server(parsed.folder, parsed.host, parsed.port) as server:
         print(f"{server.address}  (Ctrl-C ends it)", flush=True)

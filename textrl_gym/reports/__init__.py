@@ -1,4 +1,4 @@
-"""Pages: a run, a comparison, and a comparison while it runs.
+"""Pages of runs, comparisons and lessons, from files only.
 
 - `run_page`: one run as one HTML file
 - `comparison_page`: a comparison as one HTML file
@@ -10,7 +10,6 @@
 - `export_figures`: the charts as PNG and SVG
 - `suite_page`: a comparison over tasks
 - `lesson_page`: a lesson: its findings, numbers and samples
-- `watch`: the page over HTTP while the runs go on
 """
 
 from __future__ import annotations

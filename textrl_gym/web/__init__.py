@@ -1,0 +1,5 @@
+"""Pages over HTTP.
+
+- `server`: pages and actions, to this machine or with a token to others
+- `watch`: a comparison's page while its runs go on
+"""
