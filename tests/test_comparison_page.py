@@ -209,8 +209,13 @@ def test_an_agent_that_does_not_train_needs_no_seeds(tmp_path: Path) -> None:
     assert [group.label for group in comparison.groups if group.untrained] == ["reference"]
     alpha = [float(np.mean(gold)) for gold in ALPHA.values()]
     first, rest = numbers.verdicts(comparison)
-    said = estimates.verdict("alpha", alpha, "reference", float(np.mean(START)), confidence=0.984)
-    assert f"alpha and reference: {said}" in first + rest
+    # Only alpha's three seeds have a spread, which is pooled; its part of the difference is over 3 seeds.
+    spread = estimates.pooled_spread([alpha])
+    assert spread is not None
+    of_seeds = spread.of_difference(3)
+    gap = estimates.paired_difference(list(ALPHA.values()), START, confidence=0.984, of_seeds=of_seeds).mean
+    sentence = estimates.verdict("alpha", alpha, "reference", float(np.mean(START)), confidence=0.984, difference=gap)
+    assert f"alpha and reference: {sentence}" in first + rest
     told = " ".join(numbers.cautions(comparison))
     assert "my:Beta has one seed" in told
     assert "reference" not in told
@@ -262,12 +267,22 @@ def test_the_summary_holds_the_numbers_of_statistics(made: tuple[str, Page]) -> 
     assert made[1].row("Summary", "my:Beta")["collapsed runs"] == "1 of 1"  # from 0.3 to 0.25
 
 
-def test_one_seed_has_no_interval_and_the_page_says_so(made: tuple[str, Page]) -> None:
+def gap_of_alpha_and_beta() -> estimates.Estimate:
+    """Over the prompts, with alpha's spread of seeds for both: 0.01 with 2 degrees, of 3 runs and of 1."""
+    of_seeds = estimates.Spread(0.01, 2).of_difference(3, 1)
+    return estimates.paired_difference(list(ALPHA.values()), list(BETA.values()), of_seeds=of_seeds).mean
+
+
+def gap_sentence() -> str:
+    return estimates.verdict("alpha", [0.4, 0.5, 0.6], "my:Beta", [0.25], difference=gap_of_alpha_and_beta())
+
+
+def test_one_seed_has_no_interval_of_its_own_and_the_page_says_so(made: tuple[str, Page]) -> None:
     row = made[1].row("Summary", "my:Beta")
     assert row["gold, IQM (95%)"] == "0.250"
     words = "".join(made[1].words)
-    assert estimates.verdict("alpha", [0.4, 0.5, 0.6], "my:Beta", [0.25]) in words
-    assert "my:Beta has one seed: there is no interval over seeds" in words
+    assert gap_sentence() in words
+    assert "my:Beta has one seed: intervals take the other agents' spread over seeds for theirs" in words
     assert "76% of cases with 3 seeds" in words
 
 
@@ -277,7 +292,8 @@ def test_pairs_are_on_the_same_prompts(made: tuple[str, Page], folder: Path) -> 
     # alpha's seed 0 wins, ties, wins, wins against BETA, and the others win all, as against the start.
     won = pairwise.win_rate([1, 2.5 / 3, 1, 1])
     assert row[2] == f"{won.value:.3f} ({won.low:.3f} to {won.high:.3f})"
-    assert row[3] == "-"  # one run against three has no interval of a difference
+    gap = gap_of_alpha_and_beta()
+    assert row[3] == f"{gap.value:.3f} ({gap.low:.3f} to {gap.high:.3f})"
     assert row[4].startswith("1.00 (")  # each of alpha's runs has more than 0.25
     (pair,) = numbers.pairs(comparison, comparison.groups)
     assert pair.improvement == estimates.probability_of_improvement([[0.4, 0.5, 0.6]], [[0.25]])
@@ -293,7 +309,7 @@ def test_other_prompts_are_left_out_of_pairs(tmp_path: Path) -> None:
     write_comparison(tmp_path)
     file = tmp_path / "runs" / "my.Beta-0" / "episodes.jsonl"
     file.write_text(file.read_text().replace("the fourth", "another"))
-    kept, others = numbers.same_prompts(read_comparison(tmp_path))
+    kept, others = read_comparison(tmp_path).same_prompts()
     assert ([group.label for group in kept], others) == (["alpha"], ["my:Beta"])
     _, page = read(tmp_path)
     assert "my:Beta: evaluated on other prompts, so not here." in page.words

@@ -240,6 +240,52 @@ def test_paired_difference_over_seeds_has_three_parts() -> None:
     assert (found.better, found.worse) == (1, 0)
 
 
+def test_a_pooled_spread_tells_what_two_seeds_cannot() -> None:
+    # Two seeds each, 0.02 apart, of three agents: variance 0.0002 with 3 degrees; of a difference 0.0002.
+    a, b, c = [0.89, 0.91], [0.84, 0.86], [0.49, 0.51]
+    spread = estimates.pooled_spread([a, b, c])
+    assert spread is not None and spread.freedom == 3
+    assert spread.variance == pytest.approx(2e-4, rel=1e-9)
+    # Prompts without noise of their own, so that the seeds' part is all: 0.05 +- t(3) sqrt(0.0002) = 0.045.
+    scores = [np.repeat(np.array(one)[:, None], 64, 1) for one in (a, b)]
+    gap = estimates.paired_difference(*scores, of_seeds=spread.of_difference(2, 2)).mean
+    half = stats.t.ppf(0.975, 3) * np.sqrt(2e-4)
+    assert (gap.value, gap.low, gap.high) == pytest.approx((0.05, 0.05 - half, 0.05 + half), abs=1e-9, rel=0)
+    sentence = (
+        "ppo is better than grpo by 0.050: the 95% interval of the difference runs from 0.005 to 0.095 (2 seeds)."
+    )
+    assert estimates.verdict("ppo", a, "grpo", b, difference=gap) == sentence
+    turned = Estimate(-gap.value, -gap.high, -gap.low)
+    assert estimates.verdict("grpo", b, "ppo", a, difference=turned) == sentence
+    assert "too few to tell" in estimates.verdict("ppo", a, "grpo", b)  # Welch, of their own spreads
+    assert estimates.pooled_spread([[0.1], [0.2]]) is None
+    # One run meets several, and an untrained agent adds no spread.
+    alone = estimates.paired_difference(scores[0][:1], scores[1], of_seeds=spread.of_difference(1, 2)).mean
+    assert alone.high - alone.value == pytest.approx(stats.t.ppf(0.975, 3) * np.sqrt(2e-4 * 1.5), abs=1e-9, rel=0)
+    fixed = estimates.paired_difference(*scores, of_seeds=spread.of_difference(2)).mean
+    assert fixed.high - fixed.value == pytest.approx(stats.t.ppf(0.975, 3) * np.sqrt(1e-4), abs=1e-9, rel=0)
+
+
+@pytest.mark.parametrize(("seeds", "agents"), [(2, 4), (3, 3)])
+def test_paired_difference_with_a_pooled_spread_covers(seeds: int, agents: int) -> None:
+    """Scores of bounded outcomes with ties, as win rates have: 0, 0.5 or 1."""
+
+    def draw(rng: np.random.Generator) -> Estimate:
+        prompt_N = rng.normal(0, 0.5, 128)
+        scores = [
+            np.clip(
+                np.round(2 * (0.5 + prompt_N + rng.normal(0, 0.1, (seeds, 1)) + rng.normal(0, 0.3, (seeds, 128)))), 0, 2
+            )
+            / 2
+            for _ in range(agents)
+        ]
+        spread = estimates.pooled_spread([one.mean(1) for one in scores])
+        assert spread is not None
+        return estimates.paired_difference(*scores[:2], of_seeds=spread.of_difference(seeds, seeds)).mean
+
+    assert 0.93 <= coverage(draw, 0.0) <= 0.99
+
+
 @pytest.mark.parametrize("seed_spread", [0.03, 0.1])
 def test_paired_difference_covers(seed_spread: float) -> None:
     """Three seeds each on 128 common prompts, with noise of seeds, of prompts by agent, and of each score."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from textrl_gym.cli.main import main
 from textrl_gym.experiments.compare import CompareConfig
@@ -44,6 +45,20 @@ def test_a_pooled_difference_needs_no_spread_of_its_own() -> None:
     assert same == Estimate(-1.0, -1.0, -1.0)
 
 
+def test_a_pooled_difference_over_prompts_and_seeds() -> None:
+    a, b = np.array([[0.0, 1.0], [0.2, 1.2]]), np.array([[0.0, 0.0], [0.2, 0.2]])
+    # Seeds' means 0.5, 0.7 and 0, 0.2: variance 0.02 each, of the difference 0.02 with 2 degrees. Prompts: differences
+    # 0 and 1, variance 0.5, over 2: 0.25 with 1 degree. Satterthwaite: 0.27^2 / (0.02^2 / 2 + 0.25^2 / 1) = 1.163
+    gap = suites.pooled_difference([a], [b], [[a], [b]])
+    assert gap.value == pytest.approx(0.5)
+    freedom = 0.27**2 / (0.02**2 / 2 + 0.25**2)
+    assert gap.high - gap.value == pytest.approx(stats.t.ppf(0.975, freedom) * 0.27**0.5, rel=1e-9)
+    fixed = suites.pooled_difference([a], [b[:1]], [[a], [b[:1]]], untrained=(False, True))
+    # b has no seeds: variance of a's mean 0.02 / 2 with 1 degree.
+    freedom = 0.26**2 / (0.01**2 + 0.25**2)
+    assert fixed.high - fixed.value == pytest.approx(stats.t.ppf(0.975, freedom) * 0.26**0.5, rel=1e-9)
+
+
 def test_ranks_are_of_means_and_ties_share() -> None:
     tables: dict[str, Any] = {"a": [[0.9, 0.91], [0.5]], "b": [[0.1, 0.12], [0.5]], "c": [[0.5, 0.52], [0.1]]}
     ranks = suites.mean_ranks(tables)
@@ -54,8 +69,6 @@ def test_ranks_are_of_means_and_ties_share() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("tasks", "runs"), [(5, 3), (8, 5), (12, 3)])
 def test_coverage_of_the_interquartile_mean(tasks: int, runs: int) -> None:
-    from scipy import stats
-
     rng, covered = np.random.default_rng(tasks), 0
     grid = (np.arange(4000) + 0.5) / 4000
     for _ in range(1000):
@@ -73,18 +86,25 @@ def test_coverage_of_the_interquartile_mean(tasks: int, runs: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("tasks", "runs", "agents"), [(1, 2, 4), (5, 2, 4), (8, 3, 6)])
 def test_coverage_of_pooled_differences_and_ranks(tasks: int, runs: int, agents: int) -> None:
-    from scipy import stats
-
-    rng, covered, ranked, times = np.random.default_rng(agents), 0, 0, 400
+    rng, times = np.random.default_rng(agents), 400
+    covered = over_prompts = ranked = 0
     for _ in range(times):
         mean_AT, spread_T = rng.normal(0, 1, (agents, tasks)), np.exp(rng.normal(0, 0.3, tasks)) * 0.3
         tables = {str(a): [rng.normal(mean_AT[a, t], spread_T[t], runs) for t in range(tasks)] for a in range(agents)}
         gap = suites.pooled_difference(tables["0"], tables["1"], list(tables.values()))
         covered += gap.low <= (mean_AT[0] - mean_AT[1]).mean() <= gap.high
+        # The same with prompts that all agents meet, whose difficulty differs by agent.
+        with_prompts = {
+            name: [row[:, None] + rng.normal(0, 1, 64) + rng.normal(0, 0.3, (runs, 64)) for row in table]
+            for name, table in tables.items()
+        }
+        gap = suites.pooled_difference(with_prompts["0"], with_prompts["1"], list(with_prompts.values()))
+        over_prompts += gap.low <= (mean_AT[0] - mean_AT[1]).mean() <= gap.high
         rank = suites.mean_ranks(tables, resamples=400, seed=int(rng.integers(1 << 30)))["0"]
         ranked += rank.low - 1e-9 <= stats.rankdata(-mean_AT, axis=0).mean(1)[0] <= rank.high + 1e-9
     # 3 standard errors of 0.95 are 0.033; a rank is a step, which covers more
     assert 0.915 <= covered / times <= 0.985
+    assert 0.915 <= over_prompts / times <= 0.995
     assert ranked / times >= 0.915
 
 

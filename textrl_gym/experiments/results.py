@@ -132,6 +132,10 @@ class Group:
         """A number of the last evaluations, one for each seed that has it."""
         return [run.final[key] for run in self.runs if key in run.final]
 
+    def scores_of_prompts(self, key: str) -> Array:
+        """A number of every completion of the last evaluations. [S, N]"""
+        return np.stack([run.column(key) for run in self.runs])
+
     @property
     def untrained(self) -> bool:
         """Whether nothing was ever updated, so that no seed changes the agent."""
@@ -171,6 +175,16 @@ class Comparison:
     @property
     def runs(self) -> list[Result]:
         return [run for group in self.groups for run in group.runs]
+
+    def same_prompts(self) -> tuple[list[Group], list[str]]:
+        """Groups whose runs all met the first run's prompts, and the labels of the others."""
+        prompts = self.runs[0].prompts
+
+        def meets(run: Result) -> bool:
+            return bool(prompts) and run.prompts == prompts and all(self.gold in e for e in run.episodes)
+
+        groups = [group for group in self.groups if all(meets(run) for run in group.runs)]
+        return groups, [group.label for group in self.groups if group not in groups]
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

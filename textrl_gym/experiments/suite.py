@@ -106,7 +106,11 @@ class SuiteResult:
     anchors: dict[str, tuple[float, float]]
     """Environment -> the scores of the initial policy and of the best that is known."""
     scores: dict[str, dict[str, Array]]
-    """Agent -> environment -> its runs' scores, normalised."""
+    """Agent -> environment -> its runs' scores, normalised. [S]"""
+    of_prompts: dict[str, dict[str, Array]]
+    """The same of each prompt, [S, N]; [S] of a task whose runs did not all meet the same prompts."""
+    untrained: set[str]
+    """Agents that no seed changes."""
     failed: dict[str, str]
     """ENV/RUN -> why it is not in the numbers."""
 
@@ -118,6 +122,10 @@ class SuiteResult:
     def table(self, agent: str) -> list[Array]:
         """An agent's scores, a task in each row."""
         return [self.scores[agent][env_id] for env_id in self.comparisons]
+
+    def table_of_prompts(self, agent: str) -> list[Array]:
+        """The same of each prompt, where all runs of a task met the same ones."""
+        return [self.of_prompts[agent][env_id] for env_id in self.comparisons]
 
 
 def read_suite(folder: Path) -> SuiteResult:
@@ -134,15 +142,23 @@ def read_suite(folder: Path) -> SuiteResult:
     comparisons = {str(env_id): read_comparison(folder / str(env_id)) for env_id in plan["environments"]}
     anchors = {env_id: _anchors(comparison) for env_id, comparison in comparisons.items()}
     scores: dict[str, dict[str, Array]] = {}
+    of_prompts: dict[str, dict[str, Array]] = {}
+    untrained: set[str] = set()
     failed: dict[str, str] = {}
     for env_id, comparison in comparisons.items():
         reasons = comparison.failed | comparison.unfinished
         failed |= {f"{env_id}/{name}": why for name, why in reasons.items()}
+        paired = not comparison.same_prompts()[1]
         for group in comparison.groups:
             finals = group.finals(comparison.gold)
-            if finals:
-                scores.setdefault(group.label, {})[env_id] = suites.normalised(finals, *anchors[env_id])
-    return SuiteResult(folder, comparisons, anchors, scores, failed)
+            if not finals:
+                continue
+            given = group.scores_of_prompts(comparison.gold) if paired else finals
+            scores.setdefault(group.label, {})[env_id] = suites.normalised(finals, *anchors[env_id])
+            of_prompts.setdefault(group.label, {})[env_id] = suites.normalised(given, *anchors[env_id])
+            if group.untrained:
+                untrained.add(group.label)
+    return SuiteResult(folder, comparisons, anchors, scores, of_prompts, untrained, failed)
 
 
 def _anchors(comparison: Comparison) -> tuple[float, float]:

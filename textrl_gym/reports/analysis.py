@@ -110,20 +110,47 @@ def trained(group: Group, *keys: str) -> list[list[dict[str, float]]]:
 def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
     """Sentences on the group that is ahead against each other one, and on all other pairs.
 
-    The confidence is raised until one in twenty pages, and not one in twenty sentences, says something wrong.
+    The confidence is raised until one in twenty pages, and not one in twenty sentences, says something wrong. Agents
+    that met the same prompts are compared prompt by prompt, with a spread of seeds that all of them share.
     """
     # The one ahead first: what a reader asks is whether it really is ahead.
     groups = sorted(comparison.groups, key=lambda group: -float(np.mean(group.finals(comparison.gold))))
     confidence = pair_confidence(len(groups))
+    paired, _ = comparison.same_prompts()
+    spread = seed_spread(comparison)
     first: list[str] = []
     rest: list[str] = []
     for a, b in itertools.combinations(groups, 2):
         scores = [x.finals(comparison.gold) for x in (a, b)]
         # One number for all seeds: an untrained agent's seeds are no sample of anything.
         seeds = [x[0] if group.untrained else x for x, group in zip(scores, (a, b), strict=True)]
-        sentence = estimates.verdict(a.label, seeds[0], b.label, seeds[1], confidence=confidence)
+        gap = None
+        if a in paired and b in paired and spread is not None:
+            gap = paired_gap(comparison, a, b, spread, confidence)
+        sentence = estimates.verdict(a.label, seeds[0], b.label, seeds[1], confidence=confidence, difference=gap)
         (first if a is groups[0] else rest).append(f"{a.label} and {b.label}: {sentence}")
     return first, rest
+
+
+def seed_spread(comparison: Comparison) -> estimates.Spread | None:
+    """How much runs differ from seed to seed, pooled over all trained agents; None: no agent has a second seed."""
+    rows = [group.finals(comparison.gold) for group in comparison.groups if not group.untrained]
+    return estimates.pooled_spread(rows) if rows else None
+
+
+def paired_gap(
+    comparison: Comparison, a: Group, b: Group, spread: estimates.Spread | None, confidence: float = 0.95
+) -> Estimate | None:
+    """Mean gold of a minus that of b on the same prompts, over prompts and seeds; None of a single prompt.
+
+    Without a spread of seeds every agent has one run, and the interval is about these two runs and no others.
+    """
+    a_SN, b_SN = (group.scores_of_prompts(comparison.gold) for group in (a, b))
+    if a_SN.shape[1] < 2:
+        return None
+    trained_runs = [len(group.runs) for group in (a, b) if not group.untrained]
+    of_seeds = spread.of_difference(*trained_runs) if spread is not None and trained_runs else None
+    return estimates.paired_difference(a_SN, b_SN, confidence=confidence, of_seeds=of_seeds).mean
 
 
 def pair_confidence(groups: int) -> float:
@@ -142,9 +169,12 @@ def cautions(comparison: Comparison) -> list[str]:
     if 1 in seeds:
         single = [group.label for group in trained if len(group.runs) == 1]
         who = "Every agent" if len(single) == len(seeds) > 1 else listed(single)
+        # With a second seed of any agent the spread is pooled (`seed_spread`).
+        without = "there is no interval over seeds"
+        borrowed = "intervals take the other agents' spread over seeds for theirs"
         sentences.append(
-            f"{who} {'have' if 1 < len(single) < len(seeds) else 'has'} one seed: there is no interval over seeds, and "
-            "another seed may turn any order round."
+            f"{who} {'have' if 1 < len(single) < len(seeds) else 'has'} one seed: "
+            f"{without if set(seeds) == {1} else borrowed}, and another seed may turn any order round."
         )
     several = [s for s in seeds if s > 1]
     if several and min(several) < 10:
@@ -214,7 +244,7 @@ class Pair:
     win_rate: Estimate
     """Of the first; the mean over all pairs of their runs. The interval is over prompts."""
     difference: Estimate | None
-    """Mean gold of the first minus that of the second, over prompts and seeds; None of one run against several."""
+    """Mean gold of the first minus that of the second, over prompts and seeds (`paired_gap`)."""
     improvement: Estimate
     """Probability that a run of the first scores higher than one of the second."""
 
@@ -230,27 +260,15 @@ class Rating:
     high: float
 
 
-def same_prompts(comparison: Comparison) -> tuple[list[Group], list[str]]:
-    """Groups whose runs all met the first run's prompts, and the labels of the others."""
-    prompts = comparison.runs[0].prompts
-
-    def meets(run: Result) -> bool:
-        return bool(prompts) and run.prompts == prompts and all(comparison.gold in e for e in run.episodes)
-
-    groups = [group for group in comparison.groups if all(meets(run) for run in group.runs)]
-    return groups, [group.label for group in comparison.groups if group not in groups]
-
-
 def pairs(comparison: Comparison, groups: Sequence[Group]) -> list[Pair]:
     """Every two groups, once."""
-    gold = {group.label: np.stack([run.column(comparison.gold) for run in group.runs]) for group in groups}
+    gold = {group.label: group.scores_of_prompts(comparison.gold) for group in groups}
+    spread = seed_spread(comparison)
     compared = []
     for a, b in itertools.combinations(groups, 2):
         a_SN, b_SN = gold[a.label], gold[b.label]
         outcome_N = estimates.outcomes(a_SN[:, None], b_SN[None]).mean((0, 1))
-        # With one run against several, no variance over runs can be estimated for the one.
-        alike = (len(a_SN) == 1) == (len(b_SN) == 1) and a_SN.shape[1] > 1
-        difference = estimates.paired_difference(a_SN, b_SN).mean if alike else None
+        difference = paired_gap(comparison, a, b, spread)
         scores = [a.finals(comparison.gold)], [b.finals(comparison.gold)]
         improvement = estimates.probability_of_improvement(*scores)
         # The win rate is over prompts, the chance to be better over runs: two questions that may have different

@@ -59,7 +59,7 @@ def frontier(comparison: Comparison) -> Chart:
 
 def matrix(comparison: Comparison) -> Chart | None:
     """Win rates of rows against columns on common prompts."""
-    groups, _ = numbers.same_prompts(comparison)
+    groups, _ = comparison.same_prompts()
     if len(groups) < 2:
         return None
     rated = numbers.ratings(comparison, groups)

@@ -226,6 +226,11 @@ def summary(comparison: Comparison) -> str:
         sentences += (
             f'<p class="soft small">The intervals are of {level}, so that 95% hold for all {pairs} pairs at once.</p>'
         )
+    if pairs and numbers.seed_spread(comparison) is not None:
+        sentences += (
+            '<p class="soft small">Differences are over prompts and seeds. Agents on the same prompts are compared '
+            "prompt by prompt, and how much seeds differ is pooled over all trained agents.</p>"
+        )
     cannot = numbers.cautions(comparison)
     if cannot:
         sentences += f"<h3>What cannot be said</h3>{bullets(cannot)}"
@@ -255,7 +260,7 @@ def _summary_row(line: numbers.Summary, has_gold: bool) -> list[str]:
 
 def beaten(comparison: Comparison, chart: Chart | None) -> str:
     """The matrix of win rates and the ratings that follow from it."""
-    groups, others = numbers.same_prompts(comparison)
+    groups, others = comparison.same_prompts()
     missed = f"<p>{escape(numbers.listed(others))}: evaluated on other prompts, so not here.</p>" if others else ""
     if chart is None:
         return f"{missed}<p>It takes two agents on the same prompts.</p>"
@@ -310,7 +315,7 @@ def text_quality(comparison: Comparison, drawn: dict[str, Chart]) -> str:
 
 def sample_section(comparison: Comparison) -> str:
     """Answers to the same prompts side by side: of each agent's first seed, and of the initial policy."""
-    groups, _ = numbers.same_prompts(comparison)
+    groups, _ = comparison.same_prompts()
     if not groups or not groups[0].runs[0].episodes:
         return "<p>No completions were kept.</p>"
     first = groups[0].runs[0]

@@ -74,16 +74,18 @@ def overall(result: SuiteResult) -> Markup:
 
 
 def pairs(result: SuiteResult) -> Markup:
-    """Each pair of agents: the difference by a pooled variance, and the probability of improvement."""
+    """Each pair of agents: the difference over seeds and prompts, and the probability of improvement."""
     tables = {agent: result.table(agent) for agent in result.complete}
-    everyone = list(tables.values())
-    if all(len(row) == 1 for table in everyone for row in table):
+    of_prompts = {agent: result.table_of_prompts(agent) for agent in result.complete}
+    everyone = list(of_prompts.values())
+    if any(all(len(table[task]) == 1 for table in everyone) for task in range(len(result.comparisons))):
         return Markup("<p>One run of each agent leaves no interval between them.</p>")
     rows = []
     for a, b in itertools.combinations(tables, 2):
         if np.mean([np.mean(row) for row in tables[a]]) < np.mean([np.mean(row) for row in tables[b]]):
             a, b = b, a
-        gap = suites.pooled_difference(tables[a], tables[b], everyone)
+        untrained = (a in result.untrained, b in result.untrained)
+        gap = suites.pooled_difference(of_prompts[a], of_prompts[b], everyone, untrained=untrained)
         better = probability_of_improvement(tables[a], tables[b])
         verdict = f"{a} is better than {b}" if gap.low > 0 else f"{a} is ahead of {b}; too few runs to tell"
         rows.append([verdict, words_of(gap), words_of(better)])
@@ -123,8 +125,9 @@ def suite_html(result: SuiteResult) -> str:
     body = Markup(
         "</style></head><body><h1>Agents over tasks</h1><p>{tasks} tasks. A score of 0 is a task's initial policy and "
         "1 the best that is known; gold is the measure where a task has it.{note}</p>{warning}<h2>Over all tasks</h2>"
-        "{overall}<h2>Pairs</h2><p class=muted>The spread of seeds is pooled over all agents of a task, since two "
-        "seeds alone say little of their own.</p>{pairs}<h2>Tasks</h2>{rows}</body></html>\n"
+        "{overall}<h2>Pairs</h2><p class=muted>Agents are compared prompt by prompt, over seeds and prompts. How much "
+        "seeds differ is pooled over all agents of a task, since two seeds alone say little of their own.</p>{pairs}"
+        "<h2>Tasks</h2>{rows}</body></html>\n"
     ).format(
         tasks=len(result.comparisons),
         note=note,

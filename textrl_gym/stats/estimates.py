@@ -109,6 +109,38 @@ def probability_of_improvement(strata: Strata, other: Strata, *, confidence: flo
     return Estimate(value, low, high)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How much the runs of one agent differ from seed to seed, pooled over agents."""
+
+    variance: float
+    """Of a run's score."""
+    freedom: int
+    """Degrees of freedom of that estimate: runs less agents."""
+
+    def of_difference(self, *runs: int) -> Spread:
+        """The variance of a difference of mean scores, of agents with so many runs each; leave out untrained ones."""
+        return Spread(self.variance * sum(1 / count for count in runs), self.freedom)
+
+
+def pooled_spread(everyone: Sequence[ArrayLike]) -> Spread | None:
+    """The variance of seeds that all trained agents of a comparison share; None where no agent has a second run.
+
+    Two seeds of an agent say little of their own spread: with one degree of freedom an agent that is ahead by ten
+    standard deviations would be "too few to tell". Agents of one comparison start from one policy and see as many
+    tokens, so that their seeds may be pooled. Where one agent's differ much more than another's, an interval is that
+    of the average agent.
+
+    Args:
+        everyone: the scores of each agent's runs, [S] each.
+    """
+    rows = [vector(row, "scores") for row in everyone]
+    freedom = sum(len(row) - 1 for row in rows)
+    if freedom == 0:
+        return None
+    return Spread(sum(_variance(row) * (len(row) - 1) for row in rows if len(row) > 1) / freedom, freedom)
+
+
 def difference_of_means(a_S: ArrayLike, b_S: ArrayLike, *, confidence: float = 0.95) -> Estimate:
     """Mean score of a's runs minus that of b's, with Welch's t interval: right for 3 normal seeds.
 
@@ -120,44 +152,55 @@ def difference_of_means(a_S: ArrayLike, b_S: ArrayLike, *, confidence: float = 0
         raise ValueError("one agent's scores must be those of seeds, got two numbers")
     a_S, b_S = (vector(np.atleast_1d(s), "scores", 1 if f else 2) for s, f in zip((a_S, b_S), fixed, strict=True))
     noise = [(_variance(row) / len(row), len(row) - 1) for row, f in zip((a_S, b_S), fixed, strict=True) if not f]
-    return _t_interval(_mean(a_S) - _mean(b_S), noise, confidence)
+    return t_interval(_mean(a_S) - _mean(b_S), noise, confidence)
 
 
-def verdict(name_a: str, a_S: ArrayLike, name_b: str, b_S: ArrayLike, *, confidence: float = 0.95) -> str:
-    """What the seeds allow to be said of two agents, in a sentence.
+def verdict(
+    name_a: str,
+    a_S: ArrayLike,
+    name_b: str,
+    b_S: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    difference: Estimate | None = None,
+) -> str:
+    """What the runs allow to be said of two agents, in a sentence.
 
-    The rule: one is better if 0 lies outside Welch's interval of the difference of means; otherwise the seeds are too
-    few to tell, as one seed always is. Where no agent's seeds differ there is no interval, and the sentence says so.
-    On equal agents one verdict in twenty is wrong, so raise the confidence where many pairs are compared.
+    The rule: one is better if 0 lies outside the interval of the difference of means; otherwise the seeds are too few
+    to tell, as one seed always is by itself. Where no agent's seeds differ there is no interval, and the sentence says
+    so. On equal agents one verdict in twenty is wrong, so raise the confidence where many pairs are compared.
 
     Args:
         name_a, name_b: of the agents.
         a_S, b_S: one score for each seed; the two may differ in number. A number: the agent is not trained, and its
             score is the same for every seed.
         confidence: of the interval.
+        difference: of a's mean from b's with its interval of that confidence, where more is known than these scores:
+            `paired_difference` with a pooled spread. None: Welch's.
     """
     if _mean(vector(np.atleast_1d(a_S), "scores")) < _mean(vector(np.atleast_1d(b_S), "scores")):
         name_a, a_S, name_b, b_S = name_b, b_S, name_a, a_S  # from here on a is the one ahead
-    difference = _mean(np.atleast_1d(a_S)) - _mean(np.atleast_1d(b_S))
+        difference = difference and Estimate(-difference.value, -difference.high, -difference.low)
+    gap = _mean(np.atleast_1d(a_S)) - _mean(np.atleast_1d(b_S))
+    lead = f"{name_a} is ahead by {gap:.3g}" if gap else f"{name_a} and {name_b} are level"
     trained = [np.size(scores) for scores in (a_S, b_S) if np.ndim(scores)]
     if not trained:
-        lead = f"{name_a} is ahead by {difference:.3g}" if difference else f"{name_a} and {name_b} are level"
         return f"{lead}; neither is trained, so there are no seeds to differ."
     fewest, most = min(trained), max(trained)
     seeds = f"{fewest} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} and {most} seeds"
-    if fewest == 1:
-        lead = f"{name_a} is ahead by {difference:.3g}" if difference else f"{name_a} and {name_b} are level"
-        return f"{seeds} {'are' if most > 1 else 'is'} too few to tell: {lead}, and one seed has no interval."
-    gap = difference_of_means(a_S, b_S, confidence=confidence)
-    if gap.low == gap.high:
-        lead = f"{name_a} is better than {name_b} by {gap.value:.3g}" if gap.value else f"{name_a} equals {name_b}"
+    if difference is None:
+        if fewest == 1:
+            return f"{seeds} {'are' if most > 1 else 'is'} too few to tell: {lead}, and one seed has no interval."
+        difference = difference_of_means(a_S, b_S, confidence=confidence)
+    if difference.low == difference.high:
+        lead = f"{name_a} is better than {name_b} by {gap:.3g}" if gap else f"{name_a} equals {name_b}"
         return f"{lead} in all of {seeds}, which do not differ and so have no interval."
-    by, low, high = _rounded(gap.value, gap.low, gap.high)
+    by, low, high = _rounded(difference.value, difference.low, difference.high)
     interval = f"the {100 * confidence:g}% interval of the difference runs from {low} to {high}"
-    if gap.low > 0:
+    if difference.low > 0:
         return f"{name_a} is better than {name_b} by {by}: {interval} ({seeds})."
-    lead = f"{name_a} is ahead by {by}" if gap.value else f"{name_a} and {name_b} are level"
-    return f"{seeds} are too few to tell: {lead}, {interval}."
+    lead = f"{name_a} is ahead by {by}" if gap else f"{name_a} and {name_b} are level"
+    return f"{seeds} {'are' if most > 1 else 'is'} too few to tell: {lead}, {interval}."
 
 
 # Scores of prompts
@@ -175,7 +218,9 @@ class PairedDifference:
     """Share of prompts on which the first scores lower."""
 
 
-def paired_difference(a_SN: ArrayLike, b_SN: ArrayLike, *, confidence: float = 0.95) -> PairedDifference:
+def paired_difference(
+    a_SN: ArrayLike, b_SN: ArrayLike, *, confidence: float = 0.95, of_seeds: Spread | None = None
+) -> PairedDifference:
     """Scores of two agents on the same prompts, [N] of one run each or [S, N] of several seeds.
 
     Prompts are drawn once and met by every run, and the runs of the two agents are independent, so that the variance
@@ -183,20 +228,28 @@ def paired_difference(a_SN: ArrayLike, b_SN: ArrayLike, *, confidence: float = 0
     interval has Satterthwaite's degrees of freedom. In simulations of 3 to 10 seeds and 64 to 256 prompts it covered
     0.95 to 0.99 (noise within runs is counted twice), resampling seeds and prompts 0.86 to 1.00, and the prompts'
     part alone 0.32 to 0.96. With one run each the interval is about these two runs and no others.
+
+    Args:
+        a_SN, b_SN: scores.
+        confidence: of the interval.
+        of_seeds: the seeds' part of the variance, pooled over the agents of a comparison (`Spread.of_difference`), in
+            place of the two agents' own parts: then one run may meet several.
     """
     a_SN, b_SN = np.atleast_2d(np.asarray(a_SN, float)), np.atleast_2d(np.asarray(b_SN, float))
     if a_SN.ndim != 2 or b_SN.ndim != 2 or a_SN.shape[1] != b_SN.shape[1] or a_SN.shape[1] < 2:
         raise ValueError(f"scores must be [N] or [S, N] with the same N, at least 2, got {a_SN.shape}, {b_SN.shape}")
     seeds = len(a_SN), len(b_SN)
-    if min(seeds) == 1 < max(seeds):
+    if of_seeds is None and min(seeds) == 1 < max(seeds):
         raise ValueError(f"give one run of each agent, or at least two of each, got {seeds[0]} and {seeds[1]}")
     _finite(a_SN, "scores")
     _finite(b_SN, "scores")
     difference_N = a_SN.mean(0) - b_SN.mean(0)
     noise = [(_variance(difference_N) / len(difference_N), len(difference_N) - 1)]
-    if min(seeds) > 1:
+    if of_seeds is not None:
+        noise.append((of_seeds.variance, of_seeds.freedom))
+    elif min(seeds) > 1:
         noise += [(_variance(runs_SN.mean(1)) / len(runs_SN), len(runs_SN) - 1) for runs_SN in (a_SN, b_SN)]
-    mean = _t_interval(difference_N.mean(), noise, confidence)
+    mean = t_interval(difference_N.mean(), noise, confidence)
     return PairedDifference(mean, float((difference_N > 0).mean()), float((difference_N < 0).mean()))
 
 
@@ -236,7 +289,7 @@ def _bootstrap(
     return [Estimate(*map(float, numbers)) for numbers in zip(*values, strict=True)]
 
 
-def _t_interval(value: float, noise: Sequence[tuple[float, int]], confidence: float) -> Estimate:
+def t_interval(value: float, noise: Sequence[tuple[float, int]], confidence: float) -> Estimate:
     """Welch's interval of a number whose variance is a sum of parts, each with its own degrees of freedom."""
     from scipy import stats
 
