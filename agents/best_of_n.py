@@ -24,7 +24,6 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from textrl_gym import functional
 from textrl_gym.core import Rollout, Row
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.rollouts.collect import complete, rollout_of
@@ -111,12 +110,12 @@ class BestOfN(Agent):
         """n samples of each prompt, and the best of them with the cost of all."""
         n = self.config.n
         all_rows, all_ids = [row for row in rows for _ in range(n)], [ids for ids in prompt_ids for _ in range(n)]
-        out = complete(mdp, self.policy, all_ids, uniform_XT)
+        out = complete(mdp, self.policy, all_rows, all_ids, uniform_XT)
         rollout = rollout_of(mdp, self.policy, all_rows, all_ids, out)
         model_calls_B = rollout.mask_BT.sum(1).float().view(-1, n).sum(1)
         # By the reward with its missing-EOS penalty, which is what the agents that train are trained on.
         best = rollout.select(best_rows(rollout.reward_BT.sum(1), n))
-        length_B1 = functional.last_places(best.mask_BT)[:, None] + 1
+        length_B1 = best.mask_BT.sum(1, keepdim=True)
         logp_BT = best.logp_BT + best_of_n_kl_bound(n) / length_B1 * best.mask_BT
         return dataclasses.replace(best, logp_BT=logp_BT, model_calls_B=model_calls_B)
 

@@ -219,9 +219,9 @@ def test_no_decode_step_waits_for_the_device(cuda_graphs: bool, device: str, mon
             watch("error")
         return step(self, token_B)
 
-    def after(self: Any) -> sampler.Completions:
+    def after(self: Any, *dialogues: Any) -> sampler.Completions:
         watch("default")
-        return completions(self)
+        return completions(self, *dialogues)
 
     monkeypatch.setattr(sampler, "POLL_EVERY", NEW + 1)  # to ask who has ended is to wait
     monkeypatch.setattr(kind, "step", counted)

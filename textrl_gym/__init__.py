@@ -11,6 +11,7 @@ from textrl_gym import registry as _registry
 from textrl_gym.lazy import lazy as _lazy
 
 if TYPE_CHECKING:
+    from textrl_gym.core import Reply as Reply
     from textrl_gym.core import Rollout as Rollout
     from textrl_gym.core import StopReason as StopReason
     from textrl_gym.evaluation.check_env import check_env as check_env
@@ -26,6 +27,7 @@ __version__ = "0.2.0.dev0"
 
 _HOME = {
     "check_env": "evaluation.check_env",
+    "Reply": "core",
     "Rollout": "core",
     "StopReason": "core",
     "TextEnv": "mdp.text_env",

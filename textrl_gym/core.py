@@ -17,12 +17,19 @@ from torch import Tensor
 
 
 class StopReason(enum.IntEnum):
-    """Why an episode ended: Gymnasium's truncated for LENGTH, and terminated for the others."""
+    """Why an episode ended: Gymnasium's truncated for LENGTH and MAX_TURNS, and terminated for the others.
+
+    In a conversation EOS and stop strings end a turn of the agent: the episode goes on, or ends by one of the others.
+    """
 
     RUNNING = 0
     EOS = 1
     STOP_STRING = 2
     LENGTH = 3
+    MAX_TURNS = 4
+    """The agent has had all the turns that a task allows."""
+    DONE = 5
+    """The environment ended the conversation, by Reply(done=True)."""
 
 
 Row = Mapping[str, Any]
@@ -36,6 +43,20 @@ class PromptSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Row: ...
+
+
+Message = dict[str, str]
+"""One turn of a conversation as transformers writes it: {"role": "assistant" (the agent) or "user", "content": str}."""
+
+
+class Reply(NamedTuple):
+    """What an environment answers to a turn of the agent (`Task.reply`)."""
+
+    text: str
+    reward: float = 0.0
+    """Of the agent's turn."""
+    done: bool = False
+    """Whether the conversation is over. The text is then in the turns, but no token of it in the observation."""
 
 
 RewardSpec = str | Callable[..., Any] | Mapping[str, float]
@@ -65,7 +86,9 @@ class Scores(NamedTuple):
 class Rollout:
     """B complete episodes: what collect() returns, and all that an agent's update needs.
 
-    One mask, made from lengths and never from token identity (pad may equal EOS). EOS is inside the mask, once.
+    Masks are made from lengths and never from token identity (pad may equal EOS). EOS is inside the mask, once. In a
+    conversation there are two: attention sees the agent's tokens and the environment's (present_BT), and all that is
+    learnt or counted is about the agent's alone (mask_BT).
     Places outside a mask hold 0 in every tensor, so that nothing there can become NaN or leak.
     """
 
@@ -74,7 +97,7 @@ class Rollout:
     prompt_mask_BP: Tensor
     """bool."""
     token_BT: Tensor
-    """int64, the actions, right-padded with 0s under mask_BT."""
+    """int64, the actions, and in a conversation the environment's replies between them, right-padded with 0s."""
     mask_BT: Tensor
     """bool, True on the actions that were taken (the final EOS included)."""
     logp_BT: Tensor
@@ -88,7 +111,8 @@ class Rollout:
     score_B: Tensor
     """float32, the raw terminal score of the reward."""
     reward_BT: Tensor
-    """float32, [t is last] * score - missing-EOS penalty - kl_coef * kl_BT: what stepping would have returned."""
+    """float32, [t is last] * score - missing-EOS penalty - kl_coef * kl_BT, and at each turn's last action the turn's
+    reward: what stepping would have returned."""
     stop_B: Tensor
     """int64, StopReason."""
     group_B: Tensor
@@ -105,6 +129,15 @@ class Rollout:
     part gave None."""
     logged: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """What the reward said of each completion by log_extra: name -> B items."""
+    reply_BT: Tensor | None = None
+    """bool, True on the environment's tokens; None where the task has a single turn, as in the fields below."""
+    turn_BT: Tensor | None = None
+    """int64, the number of the agent's turn, from 0, that an action belongs to, or that a token of the environment
+    replies to."""
+    turn_reward_BT: Tensor | None = None
+    """float32, the reward of each turn at its last action; reward_BT has it too."""
+    turns: list[list[Message]] = dataclasses.field(default_factory=list)
+    """B conversations behind their prompts; empty where the task has a single turn."""
     extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """What an update adds by `with_`: advantages, returns; the names end in _B or _BT."""
 
@@ -115,6 +148,11 @@ class Rollout:
     def num_tokens(self) -> int:
         """Actions in the rollout: its timesteps."""
         return int(self.mask_BT.sum())
+
+    @property
+    def present_BT(self) -> Tensor:
+        """bool, True on all tokens behind the prompt, the agent's and the environment's: what attention sees."""
+        return self.mask_BT if self.reply_BT is None else self.mask_BT | self.reply_BT
 
     def with_(self, **tensors: Tensor) -> Rollout:
         """The rollout with more tensors in `extra`, which go through select, trim and micro-batches with the others.
@@ -161,7 +199,12 @@ class Rollout:
                 # Prompts end where completions begin, so that padding goes to their left.
                 parts = [torch.nn.functional.pad(part, (prompt - part.shape[1], 0)) for part in parts]
             elif field.name.endswith("_BT"):
-                parts = [_widened(field.name, part, response) for part in parts]
+                whole = [part for part in parts if part is not None]
+                assert len(whole) in (0, len(parts)), f"rollouts with and without {field.name}"
+                joined[field.name] = None
+                parts = [_widened(field.name, part, response) for part in whole]
+                if not parts:
+                    continue
             # One part that does not count calls makes the sum unknown.
             if field.name == "model_calls_B":
                 joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
@@ -187,7 +230,7 @@ class Rollout:
         """Without the columns that are padding in every row."""
         # One .item() for each of both: a wait for the GPU, worth it for the columns that no pass computes then.
         first_place = self.prompt_mask_BP.shape[1] - int(self.prompt_mask_BP.sum(1).max())
-        longest = int(self.mask_BT.sum(1).max())
+        longest = int(self.present_BT.sum(1).max())
         cut: dict[str, Any] = {}
         for field in dataclasses.fields(Rollout):
             value = getattr(self, field.name)
@@ -195,15 +238,17 @@ class Rollout:
                 value = {name: x[:, :longest] if name.endswith("_BT") else x for name, x in value.items()}
             elif field.name.endswith("_BP"):
                 value = value[:, first_place:]
-            elif field.name.endswith("_BT"):
+            elif field.name.endswith("_BT") and value is not None:
                 value = value[:, :longest]
             cut[field.name] = value
         return Rollout(**cut)
 
 
 def _rows(value: Tensor | list[Any], rows_B: Tensor) -> Tensor | list[Any]:
-    """Some rows of a tensor or a list."""
-    return value[rows_B] if isinstance(value, Tensor) else [value[i] for i in rows_B.tolist()]
+    """Some rows of a tensor or a list; a list that holds nothing for any row stays so."""
+    if isinstance(value, Tensor):
+        return value[rows_B]
+    return [value[i] for i in rows_B.tolist()] if value else []
 
 
 def _widened(name: str, tensor: Tensor, places: int) -> Tensor:

@@ -53,7 +53,8 @@ def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, gamma: float, lam:
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   A_t = delta_t + gamma lam A_{t+1}
 
     V after the last action is 0: the episode is over, by EOS or by its budget, which is part of the task. Nothing
-    leaks in from padding.
+    leaks in from padding. Places outside the mask between two actions, where the environment speaks, are no steps: the
+    state after an action is the one before the next action.
 
     Returns:
         advantage_BT and return_BT = advantage + value, both 0 outside the mask.
@@ -66,10 +67,11 @@ def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, gamma: float, lam:
     for t in reversed(range(reward_BT.shape[1])):
         inside_B = mask_BT[:, t]
         delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
-        next_advantage_B = torch.where(inside_B, delta_B + gamma * lam * next_advantage_B, 0.0)
-        next_value_B = torch.where(inside_B, value_BT[:, t], 0.0)
+        # Outside the mask both stay as they are: 0 behind the end, and between two turns those of the next action.
+        next_advantage_B = torch.where(inside_B, delta_B + gamma * lam * next_advantage_B, next_advantage_B)
+        next_value_B = torch.where(inside_B, value_BT[:, t], next_value_B)
         advantage_BT[:, t] = next_advantage_B
-    return advantage_BT, torch.where(mask_BT, advantage_BT + value_BT, 0.0)
+    return advantage_BT * mask_BT, torch.where(mask_BT, advantage_BT + value_BT, 0.0)
 
 
 def clipped_surrogate(
@@ -162,8 +164,9 @@ def returns_to_go(reward_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def last_places(mask_BT: Tensor) -> Tensor:
-    """Index of the last True of each row, which must have one. [B] int64."""
-    return mask_BT.sum(1).long() - 1
+    """Index of the last True of each row, which must have one; there may be False before it. [B] int64."""
+    # Of rising numbers the greatest, and not argmax of the flipped mask, whose first of equals a GPU does not promise.
+    return (mask_BT * torch.arange(mask_BT.shape[1], device=mask_BT.device)).amax(1)
 
 
 def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:

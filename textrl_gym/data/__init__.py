@@ -7,6 +7,8 @@ In reading order:
 - `encoding`: text to tokens and back, of one text behind another
 - `chat`: conversations: how data sets write them, system prompts and examples
 - `prompts`: the published schemas of prompts, and their encoding within a token budget
+- `prompt_streams`: which prompt each episode gets
+- `turn_markers`: what a chat template writes between the turns of a conversation
 - `preferences`: the published schemas of preferences
 - `ranked`: preferences as token ids, in the form that reward models and DPO train on
 """
@@ -22,6 +24,7 @@ __getattr__ = lazy(
         "ChatSettings": "chat",
         "Preference": "preferences",
         "Preferences": "preferences",
+        "PromptStreams": "prompt_streams",
         "RankedCompletions": "ranked",
         "encode_prompt": "prompts",
         "load_preferences": "preferences",

@@ -281,15 +281,18 @@ class TextCodec:
         marks = f"{MARK_BEGIN}({self.name.pattern}){MARK_END}|[{MARK_BEGIN}{MARK_END}]"
         first, *pieces = re.split(marks, cast("str", text))
         ids = self._template_ids(first)
-        break_ids = self._template_ids("\n")
         for n, piece in enumerate(pieces):
-            if piece and n % 2 == 0:
-                ids += self.behind(piece)
-            elif piece:
-                # Behind a line break, since the tokenizer may put a space before every text.
-                more = self._template_ids("\n" + piece)
-                ids += more[len(break_ids) :] if more[: len(break_ids)] == break_ids else self._template_ids(piece)
+            if piece:
+                ids += self.behind(piece) if n % 2 == 0 else self.template(piece)
         return ids
+
+    def template(self, text: str) -> list[int]:
+        """Token ids of what a chat template writes behind something: names of special tokens are tokens."""
+        if not text:
+            return []
+        # Behind a line break, since the tokenizer may put a space before every text.
+        break_ids, more = self._template_ids("\n"), self._template_ids("\n" + text)
+        return more[len(break_ids) :] if more[: len(break_ids)] == break_ids else self._template_ids(text)
 
     def _template_ids(self, text: str) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)

@@ -122,8 +122,10 @@ class Evaluator:
             return torch.cat([rollout.score_B.cpu() for rollout in rollouts])
         scores = []
         for rows, prompt_ids, rollout in self._batches(rollouts):
-            completion_ids = [ids[mask].tolist() for ids, mask in zip(rollout.token_BT, rollout.mask_BT, strict=True)]
-            scores.append(self.mdp.scorer.score(rows, prompt_ids, completion_ids, self.gold).score_N.cpu())
+            masks = zip(rollout.token_BT, rollout.present_BT, strict=True)
+            completion_ids = [ids[mask].tolist() for ids, mask in masks]
+            scored = self.mdp.scorer.score(rows, prompt_ids, completion_ids, self.gold, turns=rollout.turns)
+            scores.append(scored.score_N.cpu())
         return torch.cat(scores)
 
     def human(self, rollouts: list[Rollout]) -> Tensor:
@@ -230,8 +232,10 @@ class Evaluator:
                 index = int(self.indices[len(samples)])
                 sample = {"index": index, "prompt": prompt, "completion": completion, "tokens": tokens, "score": score}
                 sample |= {"stop_reason": StopReason(stop).name, "reference": self.mdp.source[index].get("completion")}
+                row = len(samples) - first
+                if rollout.turns:
+                    sample["turns"] = rollout.turns[row]
                 if rollout.logged:
-                    row = len(samples) - first
                     sample["logged"] = {name: _as_json(items[row]) for name, items in rollout.logged.items()}
                 if self.gold is not None:
                     sample["gold"] = float(gold_N[len(samples)])

@@ -96,7 +96,8 @@ def start_texts(agent: Player, mdp: TextVectorEnv, indices: Sequence[int], seed:
     generator = torch.Generator(reference.device).manual_seed(seed)
     shape = (len(rows), groups.max_new_tokens)
     uniform_BT = torch.rand(shape, generator=generator, device=reference.device)
-    return rollout_of(groups, reference, rows, prompt_ids, complete(groups, reference, prompt_ids, uniform_BT))
+    out = complete(groups, reference, rows, prompt_ids, uniform_BT)
+    return rollout_of(groups, reference, rows, prompt_ids, out)
 
 
 def pieces(tokenizer: TokenDecoder, ids: Sequence[int]) -> list[str]:
@@ -132,7 +133,7 @@ def lines(agent: CreditedPlayer, mdp: TextVectorEnv, indices: Iterable[int], see
     chosen = list(dict.fromkeys(int(index) for index in indices))[:PROMPTS]
     rollout = start_texts(agent, mdp, chosen, seed)
     credit = token_credit(agent, rollout)
-    scores, stops, lengths = rollout.score_B.tolist(), rollout.stop_B.tolist(), rollout.mask_BT.sum(1).tolist()
+    scores, stops, lengths = rollout.score_B.tolist(), rollout.stop_B.tolist(), rollout.present_BT.sum(1).tolist()
     rows = []
     for group, index in enumerate(chosen):
         of_group = slice(group * GROUP, (group + 1) * GROUP)

@@ -6,7 +6,7 @@
 - `transition`: the MDP as pure functions: append a token, when an episode ends, reward
 - `vector_env`: TextVectorEnv: B rows on one device
 - `text_env`: TextEnv: one row
-- `prompt_streams`: which prompt each episode gets
+- `turns`: the environment's side of a conversation: replies, their tokens, and how a conversation ends
 - `scorer`: decoding, stop strings and the terminal score of completions
 - `actions`: actions with the policy's log-probabilities, and the KL penalty of a step
 - `spaces`: the observation and action spaces, and the checks of the settings
@@ -27,6 +27,5 @@ __getattr__ = lazy(
         "initial_state": "transition",
         "TextVectorEnv": "vector_env",
         "TextEnv": "text_env",
-        "PromptStreams": "prompt_streams",
     },
 )

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from textrl_gym.core import Row, StopReason
-from textrl_gym.mdp.prompt_streams import Prompt
+from textrl_gym.data.prompt_streams import Prompt
 from textrl_gym.mdp.transition import BatchArray
+from textrl_gym.mdp.turns import Answer
 
 Infos = dict[str, Any]
 
@@ -21,6 +22,28 @@ def reset_infos(prompts: Sequence[Prompt], chosen_B: np.ndarray) -> dict[str, An
     index_B = np.zeros(len(prompts), np.int64)
     index_B[chosen_B] = [prompts[b].index for b in np.flatnonzero(chosen_B).tolist()]
     return {"prompt_index": index_B, "_prompt_index": chosen_B.copy()}
+
+
+def turn_infos(
+    number_B: np.ndarray, active_B: np.ndarray, rows: np.ndarray, answers: Sequence[Answer]
+) -> dict[str, Any]:
+    """What a step of a conversation tells: which turn each action belongs to, and of turns that ended what followed.
+
+    Args:
+        number_B: int64, the turns that the agent has ended before the action.
+        active_B: bool, rows that took an action.
+        rows: those whose turn ended with it, and what was answered to each.
+    """
+    infos: dict[str, Any] = {}
+    if active_B.any():
+        infos |= {"turn": np.where(active_B, number_B, 0), "_turn": active_B.copy()}
+    if len(rows):
+        over_B = np.zeros(len(active_B), bool)
+        over_B[rows] = True
+        reward_B, reply_B = np.zeros(len(active_B)), np.full(len(active_B), None, object)
+        reward_B[rows], reply_B[rows] = [a.reward for a in answers], [a.text for a in answers]
+        infos |= {"turn_reward": reward_B, "_turn_reward": over_B, "reply": reply_B, "_reply": over_B.copy()}
+    return infos
 
 
 def final_info(
@@ -71,26 +94,32 @@ def with_finals(
             values = [final.get(name) for final in finals]
             is_number = isinstance(values[0], float)  # as Gymnasium does: others are kept as objects
             infos[name] = np.zeros(len(ended_B), float) if is_number else np.full(len(ended_B), None, object)
-            infos[name][ended] = values
+            for b, value in zip(ended.tolist(), values, strict=True):  # one by one: a value may be a list
+                infos[name][b] = value
             infos[f"_{name}"] = ended_B.copy()  # a copy: the environment goes on using its own
             if None in values:
                 infos[f"_{name}"][ended] = [name in final for final in finals]
         return infos
     names = [name for name in infos if not name.startswith("_")]
     ongoing: dict[str, Any] = {}
-    if not ended_B.all():  # as Gymnasium does, a name that no row has is left out
-        for name in names:
-            going_B = infos[f"_{name}"] & ~ended_B
+    for name in names:
+        going_B = infos[f"_{name}"] & ~ended_B
+        if going_B.any():  # as Gymnasium does, a name that no row has is left out
             ongoing[name], ongoing[f"_{name}"] = _keep(infos[name], going_B), going_B
     for b, final in zip(ended.tolist(), finals, strict=True):
-        step_info = {name: float(infos[name][b]) for name in names}
+        step_info = {name: _plain(infos[name][b]) for name in names if infos[f"_{name}"][b]}
         last = {"final_obs": {k: v[b] for k, v in final_obs.items()}, "final_info": step_info | final}
         ongoing = add_info(ongoing, last, b)
     return ongoing
 
 
 def _keep(value_B: BatchArray, kept_B: np.ndarray) -> BatchArray:
-    """The values where kept_B is True, 0 elsewhere."""
+    """The values where kept_B is True, 0 (of objects None) elsewhere."""
     if isinstance(value_B, Tensor):
         return torch.where(torch.as_tensor(kept_B, device=value_B.device), value_B, 0.0)
-    return np.where(kept_B, value_B, 0.0)
+    return np.where(kept_B, value_B, None if value_B.dtype == object else value_B.dtype.type(0))
+
+
+def _plain(value: Any) -> Any:
+    """A number of an array or a tensor as Python's own; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value

@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from textrl_gym.console import plain
-from textrl_gym.core import StopReason
+from textrl_gym.core import Message, StopReason
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+    from textrl_gym.mdp.turns import Answer
 
 RENDER_MODES = ["ansi", "human", "rgb_array"]
 
 WIDTH, HEIGHT, MARGIN = 640, 480, 16
 FONT, LINE = 15, 20
 """Of a picture, in pixels."""
+SPEAKERS = {"assistant": "agent", "user": "environment"}
+Spoken = tuple[Sequence[Message], Sequence[int]]
+"""Of a conversation: the turns that are over, and the tokens of the agent's turn that is not."""
 PAPER, PROMPT, COMPLETION = (255, 255, 255), (90, 96, 104), (0, 70, 140)
 
 # KL in nats of one token, and the colour from there on: how much more the policy likes it than the reference does.
@@ -41,12 +46,25 @@ class Renderer:
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
-    def text(self, prompt: Sequence[int], completion: Sequence[int], stop: StopReason) -> str:
-        """Prompt and completion as the policy sees them, with the reason of the end if there was one."""
-        end = "" if stop is StopReason.RUNNING else f" [{stop.name}]"
-        return self._decode([*prompt, *completion]) + end
+    def text(
+        self, prompt: Sequence[int], completion: Sequence[int], stop: StopReason, spoken: Spoken | None = None
+    ) -> str:
+        """Prompt and completion as the policy sees them, with the reason of the end if there was one.
 
-    def picture(self, prompt: Sequence[int], completion: Sequence[int], stop: StopReason) -> NDArray[np.uint8]:
+        Args:
+            spoken: of a conversation, which is written as who says what.
+        """
+        end = "" if stop is StopReason.RUNNING else f" [{stop.name}]"
+        if spoken is None:
+            return self._decode([*prompt, *completion]) + end
+        turns, running = spoken
+        lines = [f"\n[{SPEAKERS[turn['role']]}] {turn['content']}" for turn in turns]
+        lines += [f"\n[{SPEAKERS['assistant']}] {self._decode(running)}"] if running else []
+        return self._decode(prompt) + "".join(lines) + end
+
+    def picture(
+        self, prompt: Sequence[int], completion: Sequence[int], stop: StopReason, spoken: Spoken | None = None
+    ) -> NDArray[np.uint8]:
         """The end of the prompt, and below it the completion, as a picture. uint8 [HEIGHT, WIDTH, 3]
 
         Raises:
@@ -57,7 +75,7 @@ class Renderer:
         except ImportError as error:
             raise ImportError('render_mode "rgb_array" needs the package pillow: pip install pillow') from error
         font = ImageFont.load_default(FONT)
-        whole, asked = self.text(prompt, completion, stop), self._decode(prompt)
+        whole, asked = self.text(prompt, completion, stop, spoken), self._decode(prompt)
         # A token may be written differently where others follow it, so that the prompt's text need be no prefix.
         begins = next((i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b), len(asked))
         lines = [(line, PROMPT) for line in _wrapped(whole[:begins], font.getlength)]
@@ -82,6 +100,14 @@ class Renderer:
         style = next(colour for least, colour in KL_COLOURS if kl >= least)
         self.console.print(plain(text[len(self._shown) :], style=style), end="")
         self._shown = text
+
+    def reply(self, answer: Answer) -> None:
+        """Print the environment's reply, and that the agent speaks again if it does."""
+        self.console.print(plain(f"\n[{SPEAKERS['user']}] {answer.text}\n", style="dim"), end="")
+        if answer.stop is StopReason.RUNNING:
+            self.console.print(plain(f"[{SPEAKERS['assistant']}] ", style="dim"), end="")
+        self._ids += answer.ids
+        self._shown = self._decode(self._ids)
 
     def end(self, score: float, stop: StopReason) -> None:
         """Print how the episode ended."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from textrl_gym.core import Row, Scores
+from textrl_gym.core import Message, Row, Scores
 from textrl_gym.data.encoding import codec
 from textrl_gym.rewards import RewardFunction, columns_of
 
@@ -115,6 +115,7 @@ class Scorer:
         prompt_ids: list[list[int]],
         completion_ids: list[list[int]],
         reward: RewardFunction | None = None,
+        turns: Sequence[list[Message]] = (),
     ) -> Scores:
         """Raw scores of finished completions, on the device, and their texts.
 
@@ -122,10 +123,17 @@ class Scorer:
 
         Args:
             rows: of the task; each column is given to the reward as a list.
+            completion_ids: in a conversation all tokens behind the prompt, the environment's too.
             reward: scores instead of the environment's own.
+            turns: of conversations, in a column `turns` for the reward; the texts are then what the agent has said, a
+                line for each turn.
         """
-        texts = [self.text(ids) for ids in completion_ids]
         columns = columns_of(rows) | {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+        if turns:
+            texts = ["\n".join(turn["content"] for turn in said if turn["role"] == "assistant") for said in turns]
+            columns["turns"] = list(turns)
+        else:
+            texts = [self.text(ids) for ids in completion_ids]
         scores = (reward or self.reward).score([row["prompt"] for row in rows], texts, columns)
         mixed = scores.components if len(scores.components) > 1 else {}
         parts = {name: part.to(self.device) for name, part in mixed.items()}

@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode
 from textrl_gym import kl
 from textrl_gym.bounds import MOST_ROWS, check, shown
 from textrl_gym.data.rows import OnBadRows
+from textrl_gym.data.turn_markers import TurnTemplate
 from textrl_gym.policy.policy import Policy
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class MDPSettings(Protocol):
     group_size: int
     max_prompt_tokens: int
     max_new_tokens: int
+    max_turns: int
+    max_turn_tokens: int | None
     vocab_size: int
     kl_coef: float
     kl_estimator: str
@@ -61,6 +64,8 @@ ALLOWED: dict[str, object] = {
     "group_size": Annotated[int, Ge(1)],
     "max_prompt_tokens": Annotated[int, Ge(1), Le(MOST_TOKENS)],
     "max_new_tokens": Annotated[int, Ge(1), Le(MOST_TOKENS)],
+    "max_turns": Annotated[int, Ge(1)],
+    "max_turn_tokens": Annotated[int | None, Ge(1)],
     "kl_coef": Annotated[float, Ge(0)],
     "missing_eos_penalty": Annotated[float, Ge(0)],
     "array": Literal["numpy", "torch"],
@@ -70,7 +75,12 @@ ALLOWED: dict[str, object] = {
     "skip_special_tokens": bool,
 }
 """The types and bounds of an environment's settings."""
-GIVEN: dict[str, object] = {"split": str, "dataset": str | Path | None, "system_prompt": str | None}
+GIVEN: dict[str, object] = {
+    "split": str,
+    "dataset": str | Path | None,
+    "system_prompt": str | None,
+    "turn_template": TurnTemplate,
+}
 """Those of arguments that the environment does not keep."""
 
 
@@ -99,6 +109,10 @@ def check_settings(env: MDPSettings, autoreset_mode: AutoresetMode | str) -> Aut
     reference = env.settings["reference"]
     if not isinstance(reference, torch.nn.Module | Policy | str | Path | None):
         raise ValueError(f"reference must be a model, a Hub id or a folder, got {shown(reference)}")
+    if not env.task.replies_to_turns:
+        given = [name for name in ("max_turns", "max_turn_tokens") if env.settings[name] is not None]
+        if given:
+            raise ValueError(f"{given[0]}={env.settings[given[0]]} is for tasks that define reply(row, turns)")
     if env.num_envs % env.group_size:
         raise ValueError(f"num_envs={env.num_envs} is no multiple of group_size={env.group_size}")
     kl.check_estimator(env.kl_estimator)

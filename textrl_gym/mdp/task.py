@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from textrl_gym import files, registry
-from textrl_gym.core import PromptSource, RewardSpec, Row
+from textrl_gym.core import Message, PromptSource, Reply, RewardSpec, Row
 from textrl_gym.data import chat, encoding, prompts
 from textrl_gym.data.chat import ChatSettings
 from textrl_gym.data.rows import (
@@ -62,6 +62,15 @@ class Task:
     each reward model by the name of its folder."""
     keep_suffix: str = ""
     """The end of every prompt that cutting must not touch, such as "\\n\\nTL;DR:"."""
+    max_turns: int = 8
+    """Of the agent, where the task defines `reply`; max_new_tokens then counts all turns and all replies."""
+    max_turn_tokens: int | None = None
+    """The token budget of each turn; None: what is left of max_new_tokens."""
+    turn_markers: tuple[str, str] = (f"{chat.HUMAN} ", chat.ASSISTANT)
+    """What stands before and behind a reply where prompts are texts. Where they are conversations it is what the chat
+    template writes there."""
+    ends_conversation: tuple[str, ...] = ()
+    """Names of special tokens by which the agent ends the whole conversation; others end its turn."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -84,6 +93,25 @@ class Task:
     def measures(self, rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float]:
         """Numbers of the task's own about completions of its embedded rows, which evaluations report too."""
         return {}
+
+    def reply(self, row: Row, turns: Sequence[Message]) -> Reply:
+        """What the environment answers to the agent's last turn. A task that defines it is a conversation.
+
+        Args:
+            row: of the prompt.
+            turns: what was said behind the prompt so far, {"role": "assistant" (the agent) or "user", "content"}; the
+                last is the agent's. The reply must be a function of these two: both drivers ask for it.
+        """
+        raise ValueError(f"{type(self).__name__} defines no reply(row, turns): it has a single turn")
+
+    def replies(self, rows: Sequence[Row], turns: Sequence[Sequence[Message]]) -> list[Reply]:
+        """The replies to several conversations, for tasks whose other side answers many at once."""
+        return [self.reply(row, of_row) for row, of_row in zip(rows, turns, strict=True)]
+
+    @property
+    def replies_to_turns(self) -> bool:
+        """Whether the task is a conversation."""
+        return type(self).reply is not Task.reply or type(self).replies is not Task.replies
 
     def load_tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer `name` (Hub id, folder), or the task's own."""

@@ -23,12 +23,12 @@ BatchArray = Any
 """numpy.ndarray or torch.Tensor."""
 
 # Plain ints, of which both libraries make int64 arrays.
-RUNNING, BY_EOS, BY_STOP_STRING, BY_LENGTH = (reason.value for reason in StopReason)
+RUNNING, BY_EOS, BY_STOP_STRING, BY_LENGTH, BY_TURNS, BY_REPLY = (reason.value for reason in StopReason)
 
 
 @dataclass
 class State:
-    """s_t of B rows: prompt and prefix, how many tokens were generated, and why a row ended."""
+    """s_t of B rows: prompt and prefix, how many tokens stand behind the prompt, and why a row ended."""
 
     token_BL: BatchArray
     """int64, 0 where mask_BL is 0."""
@@ -40,13 +40,18 @@ class State:
     """int64, StopReason."""
     row_B: BatchArray
     """int64: 0, 1, ..., B - 1."""
+    turn_B: BatchArray = None
+    """int64: turns that the agent has ended; None where a task has a single turn."""
+    start_B: BatchArray = None
+    """int64: the tokens behind the prompt before the agent's current turn; None where a task has a single turn."""
 
     def to(self, device: torch.device) -> State:
         """The same as torch tensors."""
-        return State(*(torch.from_numpy(array).to(device) for array in vars(self).values()))
+        arrays = vars(self).values()
+        return State(*(None if array is None else torch.from_numpy(array).to(device) for array in arrays))
 
 
-def initial_state(prompts: Sequence[Sequence[int]], max_prompt: int, max_new: int) -> State:
+def initial_state(prompts: Sequence[Sequence[int]], max_prompt: int, max_new: int, turns: bool = False) -> State:
     """B prompts, left-padded into the first max_prompt places, with nothing generated; numpy arrays."""
     token_BL = np.zeros((len(prompts), max_prompt + max_new), np.int64)
     mask_BL = np.zeros(token_BL.shape, np.int8)
@@ -55,7 +60,10 @@ def initial_state(prompts: Sequence[Sequence[int]], max_prompt: int, max_new: in
         token_BL[b, max_prompt - len(ids) : max_prompt] = ids
         mask_BL[b, max_prompt - len(ids) : max_prompt] = 1
     count_B = np.zeros(len(prompts), np.int64)
-    return State(token_BL, mask_BL, count_B, count_B.copy(), np.arange(len(prompts)))
+    state = State(token_BL, mask_BL, count_B, count_B.copy(), np.arange(len(prompts)))
+    if turns:
+        state.turn_B, state.start_B = count_B.copy(), count_B.copy()
+    return state
 
 
 def restart_(state: State, rows_R: BatchArray, fresh: State) -> None:
@@ -65,6 +73,8 @@ def restart_(state: State, rows_R: BatchArray, fresh: State) -> None:
     state.mask_BL[rows_R] = fresh.mask_BL
     state.count_B[rows_R] = fresh.count_B
     state.stop_B[rows_R] = fresh.stop_B
+    if state.turn_B is not None:
+        state.turn_B[rows_R], state.start_B[rows_R] = fresh.turn_B, fresh.start_B
 
 
 def stop_reasons(
@@ -92,6 +102,55 @@ def stop_reasons(
     return stop_B
 
 
+def turns_over(
+    last_B: BatchArray,
+    turn_length_B: BatchArray,
+    length_B: BatchArray,
+    hit_B: BatchArray | None,
+    max_turn: int,
+    max_new: int,
+    end_ids: Sequence[int],
+) -> BatchArray:
+    """Whether each row's last action ends the agent's turn, in a task with replies: by the one rule. bool [B].
+
+    Args:
+        turn_length_B: the actions of the turn, the last included.
+        length_B: the tokens behind the prompt, the environment's too.
+        max_turn: the token budget of a turn.
+        max_new: that of all turns and replies.
+    """
+    xp: Any = torch if isinstance(last_B, Tensor) else np
+    # What is left of all positions is the budget of a turn too.
+    room_B = xp.minimum(max_new - length_B, max_turn - turn_length_B)
+    return stop_reasons(last_B, -room_B, hit_B, 0, end_ids) != RUNNING
+
+
+def turn_reasons(
+    closed_N: BatchArray,
+    done_N: BatchArray,
+    turn_N: BatchArray,
+    length_N: BatchArray,
+    max_turns: int,
+    max_new: int,
+) -> BatchArray:
+    """Why conversations end with a turn of the agent that is over, as StopReason; RUNNING where they go on. int64 [N].
+
+    Args:
+        closed_N: bool, whether the agent has ended the whole conversation with its last token.
+        done_N: bool, whether the environment has, with its reply.
+        turn_N: the agent's turns, the last included.
+        length_N: the tokens behind the prompt, the reply's included.
+        max_turns: the budget of turns.
+        max_new: the token budget: a reply that leaves the agent no token of it ends the conversation.
+    """
+    xp: Any = torch if isinstance(length_N, Tensor) else np
+    # From the weakest reason to the strongest, as in stop_reasons.
+    stop_N = xp.where(length_N >= max_new, BY_LENGTH, RUNNING)
+    stop_N = xp.where(turn_N >= max_turns, BY_TURNS, stop_N)
+    stop_N = xp.where(done_N, BY_REPLY, stop_N)
+    return xp.where(closed_N, BY_EOS, stop_N)
+
+
 def append_(state: State, action_B: BatchArray, max_new: int) -> None:
     """Append the action at position P + t of every running row, in place; `end_` follows.
 
@@ -114,6 +173,18 @@ def end_(state: State, action_B: BatchArray, hit_B: BatchArray | None, max_new: 
     xp: Any = torch if isinstance(state.token_BL, Tensor) else np
     stop_B = stop_reasons(action_B, state.count_B, hit_B, max_new, end_ids)
     state.stop_B = xp.where(state.stop_B == RUNNING, stop_B, state.stop_B)
+
+
+def reply_(state: State, row: int, ids: Sequence[int], max_new: int) -> None:
+    """Append a reply's tokens behind the ended turn of a row, whose next turn begins, in place."""
+    first = state.mask_BL.shape[1] - max_new + int(state.count_B[row])
+    places = slice(first, first + len(ids))
+    new: Any = ids
+    state.token_BL[row, places] = torch.tensor(new) if isinstance(state.token_BL, Tensor) else np.array(new, np.int64)
+    state.mask_BL[row, places] = 1
+    state.count_B[row] += len(ids)
+    state.start_B[row] = state.count_B[row]
+    state.turn_B[row] += 1
 
 
 def shape_reward(

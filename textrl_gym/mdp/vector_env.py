@@ -24,26 +24,31 @@ from textrl_gym.bounds import check, shown
 from textrl_gym.core import PromptSource, RewardSpec, Row, StopReason
 from textrl_gym.data import encoding
 from textrl_gym.data.chat import ChatSettings, Template, read_few_shot
+from textrl_gym.data.prompt_streams import Prompt, PromptStreams
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.data.rows import OnBadRows
+from textrl_gym.data.turn_markers import TurnTemplate
 from textrl_gym.mdp.actions import Actions, parse_actions, penalty, to_tensor
-from textrl_gym.mdp.infos import final_info, reset_infos, with_finals
-from textrl_gym.mdp.prompt_streams import Prompt, PromptStreams
-from textrl_gym.mdp.render import RENDER_MODES, Renderer
+from textrl_gym.mdp.infos import final_info, reset_infos, turn_infos, with_finals
+from textrl_gym.mdp.render import RENDER_MODES, Renderer, Spoken
 from textrl_gym.mdp.scorer import Scorer
 from textrl_gym.mdp.spaces import check_settings, spaces, stop_strings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows, load_task
 from textrl_gym.mdp.transition import (
     BY_LENGTH,
+    BY_TURNS,
     RUNNING,
     BatchArray,
     State,
     append_,
     end_,
     initial_state,
+    reply_,
     restart_,
     shape_reward,
+    turns_over,
 )
+from textrl_gym.mdp.turns import Answer, Conversation, Turns
 from textrl_gym.models import loading
 from textrl_gym.models.tokenizer import vocab_size
 from textrl_gym.policy.policy import Policy
@@ -71,6 +76,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             the model declares in its generation_config.json.
         skip_special_tokens: False shows special tokens to the reward by their names ("<think>"), but for those that end
             an episode and padding.
+        max_turns: of a task with replies, the budget of the agent's turns. max_new_tokens then counts all turns and
+            replies, and stop strings and end tokens end a turn. None for the task's own.
+        max_turn_tokens: the token budget of a turn; None for the task's own.
+        turn_template: "exact" refuses a chat template that rewrites earlier turns, "raw" leaves them as generated.
         group_size: so many neighbouring rows get the same prompt.
         kl_coef: coefficient of the per-token KL penalty; 0 turns it off.
         kl_estimator: "k1", "k2", "k3" or "full".
@@ -106,6 +115,9 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         reward: RewardSpec | RewardFunction | None = None,
         max_prompt_tokens: int | None = None,
         max_new_tokens: int | None = None,
+        max_turns: int | None = None,
+        max_turn_tokens: int | None = None,
+        turn_template: TurnTemplate = "exact",
         stop: str | Sequence[str] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         skip_special_tokens: bool = True,
@@ -129,9 +141,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         """The keyword arguments as they were given, from which `remake` makes more of the same."""
         self.task = load_task(task)
         self.num_envs, self.group_size = num_envs, group_size
-        self.max_prompt_tokens = self.task.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens
-        self.max_new_tokens = self.task.max_new_tokens if max_new_tokens is None else max_new_tokens
-        self.stop = stop_strings(stop, self.task.stop)
+        self._set_budgets()
         self.kl_coef, self.kl_estimator, self.policy_logprob = kl_coef, kl_estimator, policy_logprob
         self.missing_eos_penalty, self.array, self.render_mode = missing_eos_penalty, array, render_mode
         self.skip_special_tokens, self.bad_rows = skip_special_tokens, bad_rows
@@ -147,14 +157,30 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.streams_of_prompts = PromptStreams(self.source, self._encode, num_envs, group_size)
         self.reward_model = self._load_reward(reward)
         self.scorer = self._make_scorer()
+        self.turns = self._make_turns()
+        """The environment's side of a conversation; None where the task has a single turn."""
         # Who names another model's tokenizer starts from that model; the task's own could not score its ids.
         self._reference_spec = tokenizer if reference is None and isinstance(tokenizer, str) else reference
         self._reference = self._loaded_reference()
+        self._forget_episodes()
+        self._make_spaces()
+
+    def _forget_episodes(self) -> None:
         self._prompts: list[Prompt] = []
         self._state: State | None = None
-        self._over_B = np.zeros(num_envs, bool)  # what state.stop_B says, on the host
-        self._renderer = Renderer(self.tokenizer) if render_mode else None
-        self._make_spaces()
+        self._conversations: list[Conversation] = []
+        self._answers: dict[int, Answer] = {}  # of the last step, by row
+        self._over_B = np.zeros(self.num_envs, bool)  # what state.stop_B says, on the host
+        self._renderer = Renderer(self.tokenizer) if self.render_mode else None
+
+    def _set_budgets(self) -> None:
+        """Where the settings are silent, the task's own."""
+        given, task = self.settings, self.task
+        self.max_prompt_tokens: int = _first_of(given["max_prompt_tokens"], task.max_prompt_tokens)
+        self.max_new_tokens: int = _first_of(given["max_new_tokens"], task.max_new_tokens)
+        self.max_turns: int = _first_of(given["max_turns"], task.max_turns)
+        self.max_turn_tokens: int | None = _first_of(given["max_turn_tokens"], task.max_turn_tokens)
+        self.stop = stop_strings(given["stop"], task.stop)
 
     def _read_rows(self, split: str, dataset: str | None) -> PromptSource:
         # The messages and not their file, so that a checkpoint needs none.
@@ -202,6 +228,21 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             shown = encoding.special_ids(self.tokenizer) - {*self.end_ids, self.tokenizer.pad_token_id}
         return Scorer(self.tokenizer, self.stop, self.reward_model, self.device, shown)
 
+    def _make_turns(self) -> Turns | None:
+        if not self.task.replies_to_turns:
+            return None
+        return Turns(
+            self.task,
+            self.tokenizer,
+            self.scorer,
+            end_ids=self.end_ids,
+            chats=isinstance(self.source[0].get("chat"), encoding.Chat),
+            turn_template=self.settings["turn_template"],
+            max_turns=self.max_turns,
+            max_turn_tokens=self.max_turn_tokens,
+            max_new_tokens=self.max_new_tokens,
+        )
+
     @property
     def eos_id(self) -> int:
         """The usual one of the tokens that end an episode."""
@@ -213,6 +254,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             declared = [*self.end_ids, *loading.declared_ends(model)]
             self.end_ids = encoding.end_ids(self.tokenizer, declared)
             self.scorer = self._make_scorer()
+            self.turns = self._make_turns()
 
     def remake(self, num_envs: int, **changes: Any) -> TextVectorEnv:
         """A vector environment with this one's settings but for `changes`; what is loaded already is shared."""
@@ -315,6 +357,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
 
     def episodes(self) -> list[dict[str, Any]]:
         """The episode of every row, as JSON can hold it: its prompt's place in the data, and the tokens so far."""
+        if self.turns is not None:
+            raise ValueError(f"{type(self.task).__name__} is a conversation, which cannot be put down half-way")
         rows = self._completion_ids(np.arange(self.num_envs))
         return [{"prompt": p.index, "tokens": ids} for p, ids in zip(self._prompts, rows, strict=True)]
 
@@ -360,7 +404,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         """New episodes in the chosen rows."""
         rows = np.flatnonzero(chosen_B)
         prompts = self.streams_of_prompts.draw(rows.tolist(), indices)
-        fresh = initial_state([p.ids for p in prompts], self.max_prompt_tokens, self.max_new_tokens)
+        budgets = (self.max_prompt_tokens, self.max_new_tokens)
+        fresh = initial_state([p.ids for p in prompts], *budgets, turns=self.turns is not None)
         fresh = fresh if self._on_host else fresh.to(self.device)
         if len(rows) == self.num_envs:
             self._prompts, self._state = prompts, fresh
@@ -369,6 +414,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             restart_(self._state, rows if self._on_host else torch.as_tensor(rows, device=self.device), fresh)
             for b, prompt in zip(rows, prompts, strict=True):
                 self._prompts[b] = prompt
+        if self.turns is not None:
+            self._conversations = self._conversations or [Conversation(p.row) for p in self._prompts]
+            for place in rows.tolist():
+                self._conversations[place] = Conversation(self._prompts[place].row)
         self._over_B = self._over_B & ~chosen_B  # not in place: the array may be what the last step returned
         if self._renderer is not None and self.render_mode == "human" and chosen_B[0]:
             self._renderer.begin(prompts[0].ids)
@@ -395,18 +444,20 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         kl_B, infos = self._penalty(actions, action_B, logprob, active_B)
         # 2. The transition.
         append_(self._state, action_B, self.max_new_tokens)
-        end_(self._state, action_B, self._stop_hits(active_B), self.max_new_tokens, self.end_ids)
-        stop_B = self._host(self._state.stop_B)
-        ended_B = active_B & (stop_B != RUNNING)
-        truncated_B = active_B & (stop_B == BY_LENGTH)
-        terminated_B = ended_B & ~truncated_B
-        if self.max_new_tokens == 1:  # Gymnasium's checker refuses truncation at the first step
-            terminated_B, truncated_B = ended_B, np.zeros_like(truncated_B)
-        self._over_B = ended_B
+        turn_reward_B, self._answers = None, {}
+        if self.turns is None:
+            end_(self._state, action_B, self._stop_hits(active_B), self.max_new_tokens, self.end_ids)
+        else:
+            turn_reward_B = self._take_turns(self.turns, active_B, action_B, infos)
+        terminated_B, truncated_B = self._flags_of(active_B)
+        self._over_B = ended_B = terminated_B | truncated_B
         # 3. Rows that ended now are scored together, as one batch of a reward model.
         reward_B, finals = self._end(ended_B, kl_B)
+        reward_B = reward_B if turn_reward_B is None else reward_B + turn_reward_B
         if self._renderer is not None and self.render_mode == "human" and active_B[0]:
             self._renderer.token(int(action_B[0]), 0.0 if kl_B is None else float(kl_B[0]))
+            if 0 in self._answers:
+                self._renderer.reply(self._answers[0])
             if ended_B[0]:
                 self._renderer.end(finals[0]["score"], finals[0]["stop_reason"])
         # 4. Infos of ended rows, and the next episodes.
@@ -419,6 +470,46 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             infos |= reset_infos(self._prompts, starting_B)
         reward = self._array(reward_B, np.float64)
         return self._observation(), reward, self._flags(terminated_B), self._flags(truncated_B), infos
+
+    def _flags_of(self, active_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows were terminated by this step, and which truncated. bool [B]."""
+        assert self._state is not None
+        stop_B = self._host(self._state.stop_B)
+        ended_B = active_B & (stop_B != RUNNING)
+        truncated_B = active_B & (stop_B == BY_LENGTH)
+        if self.turns is not None:
+            truncated_B |= active_B & (stop_B == BY_TURNS)
+        if self.max_new_tokens == 1 or self.turns is not None:
+            # Gymnasium's checker refuses truncation at the first step.
+            truncated_B &= self._host(self._state.count_B) > 1
+        return ended_B & ~truncated_B, truncated_B
+
+    def _take_turns(
+        self, turns: Turns, active_B: np.ndarray, action_B: BatchArray, infos: dict[str, Any]
+    ) -> BatchArray | None:
+        """Let the environment reply in the rows whose turn ends with this action: the rewards of the turns, [B].
+
+        None where no turn ends. What happened goes into the infos.
+        """
+        state = self._state
+        assert state is not None
+        budgets = (turns.max_turn_tokens, self.max_new_tokens)
+        lengths = (state.count_B - state.start_B, state.count_B)
+        over_B = active_B & self._host(
+            turns_over(action_B, *lengths, self._stop_hits(active_B), *budgets, turns.end_ids)
+        )
+        rows, number_B = np.flatnonzero(over_B), self._host(state.turn_B).copy()
+        length_N = self._host(state.count_B)[rows].tolist()
+        answers = turns.answer([self._conversations[b] for b in rows], self._turn_ids(rows), length_N)
+        infos |= turn_infos(number_B, active_B, rows, answers)
+        if len(rows) == 0:
+            return None
+        reward_B = self._zeros()
+        for b, answer in zip(rows.tolist(), answers, strict=True):
+            reply_(state, b, answer.ids, self.max_new_tokens)
+            state.stop_B[b], reward_B[b] = answer.stop.value, answer.reward
+        self._answers = dict(zip(rows.tolist(), answers, strict=True))
+        return reward_B
 
     def _penalty(
         self, actions: Actions, action_B: BatchArray, logprob: Tensor | None, active_B: np.ndarray
@@ -448,10 +539,20 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         # Only rows that run: decoding costs more than all else in a step.
         rows = np.flatnonzero(active_B)
         hit_B = np.zeros(self.num_envs, bool)
-        hit_B[rows] = self.scorer.completes_stop(self._completion_ids(rows))
+        hit_B[rows] = self.scorer.completes_stop(self._turn_ids(rows))
         return hit_B if self._on_host else torch.as_tensor(hit_B, device=self.device)
 
+    def _turn_ids(self, rows: np.ndarray) -> list[list[int]]:
+        """The tokens of the agent's current turn in the given rows; of a single turn all tokens."""
+        ids = self._completion_ids(rows)
+        if self.turns is None:
+            return ids
+        assert self._state is not None
+        start_N = self._host(self._state.start_B)[rows].tolist()
+        return [of_row[start:] for of_row, start in zip(ids, start_N, strict=True)]
+
     def _completion_ids(self, rows: np.ndarray) -> list[list[int]]:
+        """All tokens behind the prompts of the given rows."""
         assert self._state is not None
         chosen: Any = rows if self._on_host else torch.as_tensor(rows, device=self.device)
         tokens = self._state.token_BL[chosen, self.max_prompt_tokens :].tolist()
@@ -466,13 +567,15 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             return (score_B if kl_B is None else -self.kl_coef * kl_B), finals
         ended = np.flatnonzero(ended_B)
         prompts, ids = [self._prompts[b] for b in ended], self._completion_ids(ended)
-        scores = self.scorer.score([p.row for p in prompts], [p.ids for p in prompts], ids)
+        said = [self._conversations[b].turns for b in ended] if self.turns is not None else []
+        scores = self.scorer.score([p.row for p in prompts], [p.ids for p in prompts], ids, turns=said)
         values, parts = scores.score_N.tolist(), {name: part.tolist() for name, part in scores.components.items()}
         stop_B = self._host(self._state.stop_B) * ended_B  # a row that ended before is not paid again
         for i, (b, prompt, text) in enumerate(zip(ended, prompts, scores.texts, strict=True)):
             components = {name: part[i] for name, part in parts.items()}
             logged = {name: items[i] for name, items in scores.logged.items()}
-            finals.append(final_info(prompt.row, text, values[i], StopReason(stop_B[b]), components, logged))
+            final = final_info(prompt.row, text, values[i], StopReason(stop_B[b]), components, logged)
+            finals.append(final | {"turns": said[i]} if said else final)
         if self._on_host:
             score_B[ended] = scores.score_N.numpy()
         else:
@@ -520,7 +623,17 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             raise gym.error.ResetNeeded("call reset() before render()")
         if self.render_mode == "human":
             return None
-        ids = self._completion_ids(np.arange(self.num_envs))
-        stops = [StopReason(s) for s in self._state.stop_B.tolist()]
+        every = np.arange(self.num_envs)
+        ids, stops = self._completion_ids(every), [StopReason(s) for s in self._state.stop_B.tolist()]
+        said: list[Spoken | None] = [None] * self.num_envs
+        if self.turns is not None:
+            # The last turn is in the conversation already where an episode has ended with it.
+            now = [[] if over else ids for ids, over in zip(self._turn_ids(every), stops, strict=True)]
+            said = [(c.turns, of_turn) for c, of_turn in zip(self._conversations, now, strict=True)]
         show = self._renderer.picture if self.render_mode == "rgb_array" else self._renderer.text
-        return tuple(show(prompt.ids, c, s) for prompt, c, s in zip(self._prompts, ids, stops, strict=True))
+        rows = zip(self._prompts, ids, stops, said, strict=True)
+        return tuple(show(prompt.ids, c, s, spoken) for prompt, c, s, spoken in rows)
+
+
+def _first_of(given: Any, of_task: Any) -> Any:
+    return of_task if given is None else given

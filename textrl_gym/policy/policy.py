@@ -44,7 +44,7 @@ class Response:
 
 def _inputs(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a teacher-forced pass reads. The last action is never an input: nothing comes after it."""
-    return rollout.prompt_BP, rollout.prompt_mask_BP, rollout.token_BT[:, :-1], rollout.mask_BT[:, :-1]
+    return rollout.prompt_BP, rollout.prompt_mask_BP, rollout.token_BT[:, :-1], rollout.present_BT[:, :-1]
 
 
 def _check_causal(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 - `collect`: collect(env, policy) -> Rollout
 - `sampler`: cached sampling of completions
+- `dialogues`: conversations while they are sampled
 - `scoring`: log-probabilities, entropy, KL and reward of a rollout
 - `batching`: rows of a rollout in micro-batches of a token budget
 - `phases`: phases of training, for timers and counters that listen

@@ -26,7 +26,7 @@ def micro_batches(rollout: Rollout, max_tokens: int, whole_groups: bool = False)
     Returns:
         index tensors that together hold every row once.
     """
-    prompt_B, response_B = rollout.prompt_mask_BP.sum(1).tolist(), rollout.mask_BT.sum(1).tolist()
+    prompt_B, response_B = rollout.prompt_mask_BP.sum(1).tolist(), rollout.present_BT.sum(1).tolist()
     groups = rollout.group_B.tolist()
     longest: dict[int, int] = {}
     for group, prompt, response in zip(groups, prompt_B, response_B, strict=True):

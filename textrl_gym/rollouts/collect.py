@@ -18,6 +18,7 @@ from textrl_gym.core import Rollout, Row
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts import sampler
+from textrl_gym.rollouts.dialogues import Dialogues
 from textrl_gym.rollouts.phases import phase
 from textrl_gym.rollouts.scoring import token_rewards, with_passes
 
@@ -64,18 +65,23 @@ def collect(
         # All numbers at once, before any token: how many a row uses then changes nothing for the others.
         shape = (len(rows), mdp.max_new_tokens)
         uniform_BT = torch.rand(shape, generator=generator, device=policy.device)
-    out = complete(mdp, policy, prompt_ids, None if greedy else uniform_BT)
+    out = complete(mdp, policy, rows, prompt_ids, None if greedy else uniform_BT)
 
     # 2. Scores, reference and rewards.
     return rollout_of(mdp, policy, rows, prompt_ids, out, kl_coef=kl_coef)
 
 
 def complete(
-    mdp: TextVectorEnv, policy: Policy, prompt_ids: list[list[int]], uniform_BT: Tensor | None
+    mdp: TextVectorEnv,
+    policy: Policy,
+    rows: Sequence[Row],
+    prompt_ids: list[list[int]],
+    uniform_BT: Tensor | None,
 ) -> sampler.Completions:
     """A completion of each prompt within mdp's budget and stop strings; equal prompts are computed once.
 
     Args:
+        rows, prompt_ids: what mdp.draw() gave.
         uniform_BT: the random numbers in [0, 1) to sample with; None: the most likely tokens.
     """
     unique = functional.unique_ids(prompt_ids, policy.device)
@@ -87,6 +93,7 @@ def complete(
             max_new_tokens=mdp.max_new_tokens,
             end_ids=mdp.end_ids,
             stopped=mdp.scorer.completes_stop if mdp.stop else None,
+            dialogues=None if mdp.turns is None else Dialogues(mdp.turns, rows, mdp.max_new_tokens, policy.device),
         )
 
 
@@ -111,9 +118,10 @@ def rollout_of(
     """
     prompt_UP, prompt_mask_UP, source_B = functional.unique_ids(prompt_ids, policy.device)
     # 1. Scores, by the same function as step().
-    completion_ids = [ids[:n] for ids, n in zip(out.token_BT.tolist(), out.mask_BT.sum(1).tolist(), strict=True)]
+    present_BT = out.mask_BT if out.reply_BT is None else out.mask_BT | out.reply_BT
+    completion_ids = [ids[:n] for ids, n in zip(out.token_BT.tolist(), present_BT.sum(1).tolist(), strict=True)]
     with phase("scoring"):
-        scores = mdp.scorer.score(rows, prompt_ids, completion_ids)
+        scores = mdp.scorer.score(rows, prompt_ids, completion_ids, turns=out.turns)
     rollout = Rollout(
         prompt_BP=prompt_UP[source_B],
         prompt_mask_BP=prompt_mask_UP[source_B],

@@ -6,15 +6,16 @@ Shape legend: U unique prompts, B rows, P prompt places, T response places, V vo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from textrl_gym import functional
-from textrl_gym.core import StopReason
+from textrl_gym.core import Message, StopReason
 from textrl_gym.mdp.transition import stop_reasons
 from textrl_gym.policy.policy import Policy
+from textrl_gym.rollouts.dialogues import Dialogues
 
 POLL_EVERY = 8  # on a GPU, tokens between two questions "has every row ended?": each one waits for the device
 
@@ -29,6 +30,11 @@ class Completions:
     value_BT: Tensor
     """V before each action, of a critic that shares the policy's trunk; else 0."""
     stop_B: Tensor
+    reply_BT: Tensor | None = None
+    """Of conversations, as turn_BT, turn_reward_BT and turns, the fields of a Rollout."""
+    turn_BT: Tensor | None = None
+    turn_reward_BT: Tensor | None = None
+    turns: list[list[Message]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -42,6 +48,7 @@ def generate(
     max_new_tokens: int,
     end_ids: Sequence[int],
     stopped: Callable[[list[list[int]]], list[bool]] | None = None,
+    dialogues: Dialogues | None = None,
 ) -> Completions:
     """Sample one completion for each row, token by token from the full softmax at the policy's temperature.
 
@@ -52,6 +59,7 @@ def generate(
         max_new_tokens: the budget of every row.
         end_ids: the tokens that end a row; they are part of the completion.
         stopped: asked at each token whether the rows' tokens so far complete a stop string (Scorer.completes_stop).
+        dialogues: of conversations, in which the environment says when turns and rows end, and not end_ids and stopped.
 
     Returns:
         Completions with T = max_new_tokens.
@@ -69,13 +77,20 @@ def generate(
         logp_bV = policy.logits(hidden_bD).log_softmax(-1)
         token_b = logp_bV.argmax(-1) if uniform_BT is None else functional.inverse_cdf(logp_bV, uniform_BT[row_b, t])
         alive_b = written.stop_B[row_b] == StopReason.RUNNING
+        if dialogues is not None:
+            acting_b = dialogues.acting(row_b, t)
+            token_b = torch.where(acting_b, token_b, written.token_BT[row_b, t])
         value_b = policy.value_of(hidden_bD) if policy.shares_trunk else None
         written.append_(row_b, t, alive_b, token_b, logp_bV.gather(1, token_b[:, None]).squeeze(1), value_b)
 
         # 3. Who ended with this token?
-        hit_b = None if stopped is None else _stop_hits(stopped, texts, row_b, token_b)
         length_b = torch.full_like(token_b, t + 1)
-        written.end_(row_b, alive_b, length_b, stop_reasons(token_b, length_b, hit_b, max_new_tokens, end_ids))
+        if dialogues is not None:
+            reason_b = dialogues.end_turns(written.token_BT, row_b, t, alive_b & acting_b)
+        else:
+            hit_b = None if stopped is None else _stop_hits(stopped, texts, row_b, token_b)
+            reason_b = stop_reasons(token_b, length_b, hit_b, max_new_tokens, end_ids)
+        written.end_(row_b, alive_b, length_b, reason_b)
         if t == max_new_tokens - 1:
             break  # nobody would read another step's hidden states
 
@@ -91,7 +106,7 @@ def generate(
                 row_b, token_b = row_b[keep_k], token_b[keep_k]
 
         hidden_bD = decoder.step(token_b)  # 5. One more position for each row.
-    return written.completions()
+    return written.completions(dialogues)
 
 
 def _stop_hits(
@@ -140,9 +155,22 @@ class _Written:
         ended_b = alive_b & (reason_b != StopReason.RUNNING)
         self.length_B[row_b] = torch.where(ended_b, length_b, self.length_B[row_b])
 
-    def completions(self) -> Completions:
+    def completions(self, dialogues: Dialogues | None) -> Completions:
         """The completions, with 0 behind the end of each."""
         mask_BT = torch.arange(self.token_BT.shape[1], device=self.length_B.device) < self.length_B[:, None]
+        token_BT = self.token_BT * mask_BT
+        if dialogues is None:
+            return Completions(token_BT, mask_BT, self.logp_BT * mask_BT, self.value_BT * mask_BT, self.stop_B)
+        # What was computed where the environment speaks is nobody's.
+        mask_BT &= ~dialogues.reply_BT
         return Completions(
-            self.token_BT * mask_BT, mask_BT, self.logp_BT * mask_BT, self.value_BT * mask_BT, self.stop_B
+            token_BT,
+            mask_BT,
+            self.logp_BT * mask_BT,
+            self.value_BT * mask_BT,
+            self.stop_B,
+            reply_BT=dialogues.reply_BT,
+            turn_BT=dialogues.turn_BT,
+            turn_reward_BT=dialogues.turn_reward_BT,
+            turns=[conversation.turns for conversation in dialogues.conversations],
         )

@@ -98,10 +98,11 @@ def _full_kl(policy: Policy, own_BTD: Tensor, reference: Policy, ref_BTD: Tensor
 
 
 def token_rewards(rollout: Rollout, kl_coef: float, missing_eos_penalty: float) -> Tensor:
-    """shape_reward of every step: the score on the last action. [B, T]."""
+    """shape_reward of every step: the score on the last action, and the rewards of turns. [B, T]."""
     last_B1 = functional.last_places(rollout.mask_BT)[:, None]
     # One scatter, and not a loop over rows: the reason of the end stands at the last action, RUNNING everywhere else.
     running_BT = torch.full(rollout.kl_BT.shape, StopReason.RUNNING.value, device=rollout.kl_BT.device)
     stop_BT = running_BT.scatter(1, last_B1, rollout.stop_B[:, None])
     score_BT = rollout.score_B[:, None].expand_as(rollout.kl_BT)
-    return shape_reward(score_BT, stop_BT, rollout.kl_BT, kl_coef, missing_eos_penalty)
+    reward_BT = shape_reward(score_BT, stop_BT, rollout.kl_BT, kl_coef, missing_eos_penalty)
+    return reward_BT if rollout.turn_reward_BT is None else reward_BT + rollout.turn_reward_BT
