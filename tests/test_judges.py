@@ -19,6 +19,7 @@ from textrl_gym.core import Row
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.evaluation.evaluator import Evaluator, mean_entropy
 from textrl_gym.experiments import win_rates
+from textrl_gym.judges.annotators import Annotators
 from textrl_gym.judges.judge import Answer, Noisy, Pointwise, load_judge, load_scorer
 from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv
@@ -153,6 +154,43 @@ def test_tally_of_little() -> None:
     assert nothing.numbers() == {"wins": 0, "ties": 0, "losses": 0, "no_verdict": 1}
     alike = win_rates.tally(np.ones(4), np.full(4, 2.0))  # what length does cannot be told
     assert alike.win_rate is not None and alike.length_controlled is None
+
+
+class Liked(Task):
+    """A task whose annotators love the word "sure"."""
+
+    def appeal(self, row: Row, text: str) -> float:
+        return 0.5 * ("sure" in text)
+
+
+def test_simulated_annotators_prefer_by_gold_length_and_appeal() -> None:
+    source = rows_of("p", "q")
+
+    def episode(index: int, own: str, start: str) -> dict[str, Any]:
+        return {"index": index, "completion": own, "gold": 0.5, "start": {"completion": start, "gold": 0.25}}
+
+    episodes = [episode(0, "a b c", "a b"), episode(1, "a", "a b"), episode(1, "sure a", "b c")]
+    fair = win_rates.by_annotators(episodes, Annotators(beta=2, noise=0, length_preference=1, bias=0), Liked(), source)
+    # sigmoid(2 * 0.25 + 1) = 0.8176; sigmoid(0.5 - 1) = 0.3775; sigmoid(0.5) = 0.6225
+    assert fair.win_rate is not None and fair.win_rate.value == pytest.approx(0.6059, abs=1e-4, rel=0)
+    assert (fair.wins, fair.losses) == (2, 1)
+    biased = win_rates.by_annotators(episodes, Annotators(beta=2, noise=0, length_preference=1), Liked(), source)
+    # the third: sigmoid(2 * (0.25 + 0.5)) = 0.8176
+    assert biased.win_rate is not None and biased.win_rate.value == pytest.approx(0.6709, abs=1e-4, rel=0)
+
+
+def test_equal_length_undoes_annotators_who_love_length() -> None:
+    """Texts that are worse and most often longer win by length; at equal length they lose."""
+    rng = np.random.default_rng(0)
+    episodes = []
+    for _ in range(300):
+        words, gold = int(rng.integers(3, 8)), 0.5
+        more = int(rng.integers(-1, 5))
+        own = {"index": 0, "completion": "a " * (words + more), "gold": gold - 0.1}
+        episodes.append({**own, "start": {"completion": "a " * words, "gold": gold}})
+    tally = win_rates.by_annotators(episodes, Annotators(length_preference=1.0), Liked(), rows_of("p"))
+    assert tally.win_rate is not None and tally.win_rate.low > 0.5
+    assert tally.length_controlled is not None and tally.length_controlled.high < 0.5
 
 
 # -- the evaluator ----------------------------------------------------------------------------------------------------

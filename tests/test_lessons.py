@@ -1,5 +1,6 @@
 """Lessons: findings from seeds, the page, and the command."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from textrl_gym.cli.main import main
 from textrl_gym.experiments import lessons
 from textrl_gym.experiments.lessons import LessonConfig, LessonResult, Outcome, outcome
+from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.reports import lesson_page
 from textrl_gym.worlds.lesson import START, Finding, Lesson, Trial
 
@@ -88,6 +90,16 @@ def test_what_cannot_be_run_is_said(args: list[str], words: str, capsys: pytest.
 def test_a_trial_may_not_be_called_start() -> None:
     with pytest.raises(ValueError, match="initial policy"):
         Lesson("", {START: Trial("", "grpo", 1)}, (), ())
+
+
+def test_annotators_judge_where_the_lesson_asks(tmp_path: Path) -> None:
+    task = EnvSettings().task("MathWords-v0")
+    assert lessons.judged(tmp_path, LESSON, task) == {}
+    row = {"index": 0, "completion": "a b", "gold": 0.5, "start": {"completion": "a", "gold": 0.5}}
+    (tmp_path / "episodes.jsonl").write_text(json.dumps(row) + "\n")
+    lesson = dataclasses.replace(LESSON, annotators={"length_preference": 1.0, "noise": 0.0})
+    # sigmoid(1); of one pair nothing can be told about length
+    assert lessons.judged(tmp_path, lesson, task) == {"annotators_win_rate": pytest.approx(0.7311, abs=1e-4, rel=0)}
 
 
 @pytest.mark.slow

@@ -20,9 +20,12 @@ from annotated_types import Ge
 
 from textrl_gym import files, registry
 from textrl_gym.bounds import check_settings
+from textrl_gym.experiments import win_rates
 from textrl_gym.experiments.compare import CompareConfig, compare
 from textrl_gym.experiments.results import EPISODES, RESULT, RUNS
+from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.mdp.task import Task
 from textrl_gym.stats.estimates import Estimate, difference_of_means
 from textrl_gym.worlds.lesson import START, Finding, Lesson, Numbers, Trial
 
@@ -122,7 +125,7 @@ def run_lesson(env_id: str, config: LessonConfig, out: str | Path, progress_bar:
         RuntimeError: a run failed, with its reason.
     """
     env_id = registry.find_env(env_id)
-    lesson, out = lesson_of(env_id), Path(out)
+    lesson, task, out = lesson_of(env_id), EnvSettings().task(env_id), Path(out)
     numbers: dict[str, list[dict[str, float]]] = {}
     everything = {START: Trial("The initial policy", "reference", 1), **lesson.trials}
     for number, (name, trial) in enumerate(everything.items(), 1):
@@ -135,7 +138,7 @@ def run_lesson(env_id: str, config: LessonConfig, out: str | Path, progress_bar:
         if missing:
             raise RuntimeError(f"{', '.join(missing)} in {str(out / name)!r} failed; its log.txt says why")
         assert len(table) >= len(runs)
-        numbers[name] = [measured(run, lesson, config) for run in runs]
+        numbers[name] = [measured(run, lesson, config) | judged(run, lesson, task) for run in runs]
     numbers[START] *= config.seeds
     seeds = [{name: of_seed[seed] for name, of_seed in numbers.items()} for seed in range(config.seeds)]
     result = LessonResult(env_id, lesson, out, numbers, [outcome(finding, seeds) for finding in lesson.findings])
@@ -181,6 +184,16 @@ def measured(run: Path, lesson: Lesson, config: LessonConfig) -> dict[str, float
     if not file.is_file():
         files.write_text(file, json.dumps({name: best_of(run, lesson.samples, config)}) + "\n")
     return metrics | files.read_json(file)
+
+
+def judged(run: Path, lesson: Lesson, task: Task) -> dict[str, float]:
+    """What the lesson's annotators prefer, a run's last completions or the initial policy's to the same prompts."""
+    if lesson.annotators is None:
+        return {}
+    pool, episodes = Annotators(**lesson.annotators), files.read_json_lines(run / EPISODES)
+    tally = win_rates.by_annotators(episodes, pool, task, task.rows("validation"))
+    rates = {"annotators_win_rate": tally.win_rate, "annotators_length_controlled": tally.length_controlled}
+    return {name: rate.value for name, rate in rates.items() if rate is not None}
 
 
 def best_of(run: Path, k: int, config: LessonConfig) -> float:

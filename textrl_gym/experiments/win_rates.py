@@ -26,6 +26,9 @@ from textrl_gym.stats.estimates import Array, Estimate
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from textrl_gym.judges.annotators import Annotators
+    from textrl_gym.mdp.task import Task
+
 
 START, HUMAN = "start", "human"
 """Opponents that are no agents: what the model answered from which all began, and the rows' reference texts."""
@@ -156,6 +159,27 @@ def against_references(own: Sequence[Sample], reader: Reader) -> Pairs:
         [reader.answer(sample["prompt"], sample["reference"], StopReason.EOS.name) for sample in own],
         np.array([len(s["completion"].split()) - len(s["reference"].split()) for s in own], float),
     )
+
+
+def by_annotators(episodes: Sequence[Sample], annotators: Annotators, task: Task, source: PromptSource) -> Tally:
+    """How simulated annotators prefer answers to the initial policy's, each pair by its probability of a win.
+
+    Args:
+        episodes: answers to embedded prompts with their gold scores, and with the initial policy's as `start`.
+        source: the rows that an answer's index counts.
+    """
+    rows = [source[episode["index"]] for episode in episodes]
+
+    def seen(answers: Sequence[Sample]) -> tuple[Array, Array]:
+        appeal_N = [task.appeal(row, answer["completion"]) for row, answer in zip(rows, answers, strict=True)]
+        words_N = [len(answer["completion"].split()) for answer in answers]
+        gold_N = np.array([answer["gold"] for answer in answers], float)
+        return gold_N + annotators.bias * np.array(appeal_N), np.array(words_N, float)
+
+    own_N, own_words_N = seen(episodes)
+    start_N, start_words_N = seen([episode["start"] for episode in episodes])
+    outcome_N = annotators.probability(own_N, start_N, own_words_N, start_words_N)
+    return tally(outcome_N, own_words_N - start_words_N)
 
 
 # -- a comparison -----------------------------------------------------------------------------------------------------
