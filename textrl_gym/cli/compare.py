@@ -125,6 +125,28 @@ def lesson_command(args: Sequence[str]) -> int:
     return 0 if result.holds else 1
 
 
+def sizes_command(args: Sequence[str]) -> int:
+    """Train pretrained, supervised and RLHF models of several sizes, and compare them with the reference texts."""
+    from textrl_gym.experiments import sizes
+
+    about = "its folder; the same one goes on. None: runs/sizes-ENV"
+    parts: list[Part] = [
+        environment(),
+        ("out", flag(Path | None, about), None),
+        ("settings", flat(sizes.SizesConfig)),
+    ]
+    parsed = parse_flags("sizes", sizes_command.__doc__, parts, args)
+    from textrl_gym.cli.terminal import make_table, print_tables
+    from textrl_gym.reports import sizes_page
+
+    env_id = find_env(parsed.environment)
+    result = sizes.run_sizes(env_id, parsed.settings, parsed.out or Path("runs") / f"sizes-{env_id}")
+    head, rows = sizes_page.points_table(result)
+    print_tables(make_table(f"{env_id}: policies by size", head, rows, left=(head[0],)))
+    print(sizes_page.sizes_report(result))
+    return 0
+
+
 def reproduce_command(args: Sequence[str]) -> int:
     """Run one run of a comparison again, and say whether it came out the same: COMPARISON/runs/NAME."""
     parts: list[Part] = [

@@ -19,7 +19,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from textrl_gym import registry
-from textrl_gym.cli.compare import compare_command, lesson_command, report_command, reproduce_command, watch_command
+from textrl_gym.cli.compare import (
+    compare_command,
+    lesson_command,
+    report_command,
+    reproduce_command,
+    sizes_command,
+    watch_command,
+)
 from textrl_gym.cli.export import export_command
 from textrl_gym.cli.judge import evaluate_command, judge_command
 from textrl_gym.cli.options import Part, env_flags, environment, flat, parse_command, parse_flags, positional
@@ -151,6 +158,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate_command,
     "compare": compare_command,
     "lesson": lesson_command,
+    "sizes": sizes_command,
     "reproduce": reproduce_command,
     "report": report_command,
     "judge": judge_command,

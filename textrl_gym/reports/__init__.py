@@ -10,6 +10,7 @@
 - `export_figures`: the charts as PNG and SVG
 - `suite_page`: a comparison over tasks
 - `lesson_page`: a lesson: its findings, numbers and samples
+- `sizes_page`: models by size against the reference texts
 """
 
 from __future__ import annotations
