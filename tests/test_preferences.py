@@ -42,6 +42,10 @@ SHP = {
     "post_id": "1", "domain": "askculinary_train", "history": "Salt?", "human_ref_A": "Yes.", "human_ref_B": "No.",
     "score_A": 3, "score_B": 9, "labels": 0, "score_ratio": 3.0,
 }  # fmt: skip
+RANKED = {
+    "id": 1, "item": "1", "kind": "pair", "annotator": "ann", "prompt": "Hi", "completions": ["a", "b", "c"],
+    "ranks": [2, 1, 2],
+}  # fmt: skip
 ALPACA = {"instruction": "Add.", "input": "1 1", "output_1": "2", "output_2": "3", "preference": 1, "raw_preference": 1}
 ULTRA = {
     "source": "evol", "instruction": "Hi", "models": ["a", "b", "c", "d"],
@@ -129,6 +133,15 @@ SCHEMAS: dict[str, tuple[Any, str, str, list[str], list[tuple[int, int]]]] = {
     "shp": (SHP, "stanfordnlp/SHP", "\n\nHuman: Salt?\n\nAssistant:", [" No.", " Yes."], [(0, 1)]),
     "ultrafeedback": (
         ULTRA, "openbmb/UltraFeedback", "\n\nHuman: Hi\n\nAssistant:", [" one", " two", " four"], [(0, 1), (0, 2)],
+    ),
+    "annotate": (RANKED, "textrl-gym annotate", "Hi", ["a", "b", "c"], [(1, 0), (1, 2)]),
+    "annotated dialogue": (
+        RANKED | {"prompt": HH["chosen"][:HH["chosen"].index("Assistant:") + 10]},
+        "textrl-gym annotate", "\n\nHuman: Hi\n\nAssistant:", ["a", "b", "c"], [(1, 0), (1, 2)],
+    ),
+    "annotated talk": (
+        RANKED | {"prompt": [user("Hi")]},
+        "textrl-gym annotate", "\n\nHuman: Hi\n\nAssistant:", [" a", " b", " c"], [(1, 0), (1, 2)],
     ),
     "alpaca_farm": (
         ALPACA, "tatsu-lab/alpaca_farm", "\n\nHuman: Add.\n\n1 1\n\nAssistant:", [" 2", " 3"], [(0, 1)],

@@ -9,6 +9,7 @@ In reading order:
 - `prompts`: the published schemas of prompts, and their encoding within a token budget
 - `prompt_streams`: which prompt each episode gets
 - `turn_markers`: what a chat template writes between the turns of a conversation
+- `labels`: labels of annotators: a file of them, and what several say together
 - `preferences`: the published schemas of preferences
 - `ranked`: preferences as token ids, in the form that reward models and DPO train on
 """
@@ -22,6 +23,8 @@ __getattr__ = lazy(
     {
         "BadRow": "rows",
         "ChatSettings": "chat",
+        "Item": "labels",
+        "Label": "labels",
         "Preference": "preferences",
         "Preferences": "preferences",
         "PromptStreams": "prompt_streams",
@@ -29,6 +32,7 @@ __getattr__ = lazy(
         "encode_prompt": "prompts",
         "load_preferences": "preferences",
         "load_rows": "prompts",
+        "read_labels": "labels",
         "read_preferences": "ranked",
         "tldr_prompt": "prompts",
     },

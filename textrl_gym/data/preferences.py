@@ -16,13 +16,13 @@ import itertools
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from textrl_gym.core import Row
-from textrl_gym.data import chat, prompts, sources
+from textrl_gym.data import chat, labels, prompts, sources
 from textrl_gym.data.chat import ASSISTANT, HUMAN, ChatSettings
 from textrl_gym.data.encoding import Chat
 from textrl_gym.data.rows import (
@@ -93,6 +93,8 @@ class PreferenceSchema:
     """From a row; Dropped where it teaches nothing."""
     joined: tuple[str, ...] = ()
     """Columns that are lists of the values of all rows with one prompt, where a row alone is no comparison."""
+    history: bool = False
+    """Whether rows may take earlier ones back; see `data.labels`."""
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
@@ -313,6 +315,30 @@ def _labelled(row: Row) -> Preference:
     return _of_pairs(prompt, texts, pairs, ONE_LABEL)
 
 
+NOT_PAIRS = "questions that were asked again, checks and qualification rows"
+
+
+def _ranked(row: Row) -> Preference:
+    """An annotator's ranking of completions."""
+    try:
+        labels.check_label(row)
+    except ValueError as error:
+        raise BadRow("no label of an annotator", str(error)) from error
+    if row.get("kind", labels.PAIR) != labels.PAIR:
+        raise Dropped(NOT_PAIRS)
+    if row["ranks"] is None:
+        raise Dropped(UNLABELLED)
+    prompt = row["prompt"]
+    preference = _of_pairs(
+        prompt if isinstance(prompt, str) else chat.messages(prompt),
+        list(row["completions"]),
+        labels.ranked_pairs(row["ranks"]),
+    )
+    # As `_implicit` says of the same text, so that labels of a dialogue are read as the dialogue was.
+    spoken = isinstance(prompt, str) and HUMAN in prompt and prompt.endswith(ASSISTANT)
+    return dataclasses.replace(preference, dialogue=spoken)
+
+
 PAIR = ("prompt", "chosen", "rejected")
 PREFERENCE_SCHEMAS = (
     PreferenceSchema(
@@ -332,11 +358,40 @@ PREFERENCE_SCHEMAS = (
     PreferenceSchema(
         "trl-lib/kto-mix-14k", ("prompt", "completion", "label"), _labelled, joined=("completion", "label")
     ),
+    PreferenceSchema(
+        "textrl-gym annotate", ("item", "annotator", "prompt", "completions", "ranks"), _ranked, history=True
+    ),
 )
 """The first whose columns are all there is taken."""
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def read_as_written(dataset: str, bad_rows: OnBadRows = "stop") -> list[Preference]:
+    """The preferences of a file, folder (split "train") or Hub id with prompts and completions letter for letter.
+
+    Raises:
+        ValueError: no such data, columns of no schema, a row that does not fit, or no row that prefers anything.
+    """
+    source = sources.open_rows(dataset, "train", sources.PREFERENCE_SPLITS)
+    raw, schema = _matched(source)
+    preferences: list[Preference] = []
+
+    def convert(row: Row) -> Row:
+        with _fitting(schema):
+            preference = _converted(schema, row)
+            texts = _texts(preference, None, ChatSettings())
+        preferences.append(preference)
+        return texts
+
+    scan = look_through(raw, source.words, [], convert)
+    settle(scan.bad, source.words, bad_rows)
+    if scan.dropped.counts:
+        say_once(f"{source.words}: of {scan.dropped.total:,} rows dropped {scan.dropped}")
+    if not preferences:
+        raise ValueError(f"{source.words} has no row that prefers one completion to another")
+    return preferences
 
 
 def load_preferences(
@@ -392,25 +447,41 @@ Opened = tuple[RawRows, PreferenceSchema, Callable[[Row], dict[str, Any]], Scan]
 
 
 def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None, settings: ChatSettings) -> Opened:
-    raw: RawRows = Mapped(source.open(), _as_mapping)
-    columns = first_columns(raw, source.words)
-    schema = sources.match_schema(PREFERENCE_SCHEMAS, columns, source.words)
-    if schema.joined:
-        raw = Grouped(raw, "prompt", schema.joined)
+    raw, schema = _matched(source)
 
     def convert(row: Row) -> dict[str, Any]:
-        try:
-            for name in SCORES:
-                if row.get(name) is not None:
-                    check_score(row, name)
-            return {**row, **_texts(schema.convert(row), tokenizer, settings)}
-        except BadRow:
-            raise
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            detail = str(error) if type(error) is ValueError else repr(error)
-            raise BadRow(f"does not fit the schema of {schema.name}", detail) from error
+        with _fitting(schema):
+            return {**row, **_texts(_converted(schema, row), tokenizer, settings)}
 
-    return raw, schema, convert, look_through(raw, source.words, columns, convert)
+    return raw, schema, convert, look_through(raw, source.words, [], convert)
+
+
+def _matched(source: sources.Source) -> tuple[RawRows, PreferenceSchema]:
+    """A source's rows, put together as their schema says, and the schema."""
+    raw: RawRows = Mapped(source.open(), _as_mapping)
+    schema = sources.match_schema(PREFERENCE_SCHEMAS, first_columns(raw, source.words), source.words)
+    if schema.joined:
+        raw = Grouped(raw, "prompt", schema.joined)
+    return labels.Standing(raw) if schema.history else raw, schema
+
+
+def _converted(schema: PreferenceSchema, row: Row) -> Preference:
+    for name in SCORES:
+        if row.get(name) is not None:
+            check_score(row, name)
+    return schema.convert(row)
+
+
+@contextlib.contextmanager
+def _fitting(schema: PreferenceSchema) -> Iterator[None]:
+    """What converting a row of another form raises is a BadRow."""
+    try:
+        yield
+    except BadRow:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        detail = str(error) if type(error) is ValueError else repr(error)
+        raise BadRow(f"does not fit the schema of {schema.name}", detail) from error
 
 
 SCORES = ("score_chosen", "score_rejected", "margin")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from textrl_gym.data import encoding, preferences, prompts
+from textrl_gym.data import encoding, labels, preferences, prompts
 from textrl_gym.data.chat import ChatSettings
 from textrl_gym.data.rows import BadRow, Dropped, OnBadRows, RowReport, say_once, settle
 
@@ -43,6 +43,8 @@ class RankedCompletions:
     """The judge's scores of the completions, where there is a judge; for measuring only."""
     sampled: int = 0
     """The first so many completions are the model's own samples."""
+    weights: list[float] = dataclasses.field(default_factory=list)
+    """Of each pair, at least 0; empty: 1 each."""
     subset: str = ""
     """The part of the data set that the row names in its column `subset`, as RewardBench has them."""
 
@@ -71,6 +73,7 @@ def read_preferences(
     whole: bool = False,
     bad_rows: OnBadRows = "stop",
     chat_settings: ChatSettings | None = None,
+    annotator_weights: labels.AnnotatorWeights = "none",
 ) -> list[RankedCompletions]:
     """A user's preferences, in any schema of `textrl_gym.data.preferences`, as token ids within the task's budgets.
 
@@ -83,16 +86,19 @@ def read_preferences(
         whole: take the whole of what has no held-out split.
         bad_rows: what to do with rows that do not fit their schema, and prompts that cannot be cut: "stop" or "skip".
         chat_settings: what stands before conversations, and whether the chat template writes them.
+        annotator_weights: all labels of an item become one comparison: each two completions in both orders, weighted
+            by how likely each order is; see `textrl_gym.data.labels.consensus`. "none": every label by itself.
 
     Raises:
-        ValueError: see `textrl_gym.data.preferences.load_preferences`; or no pair is left within the budget.
+        ValueError: see `textrl_gym.data.preferences.load_preferences`; or no pair is left within the budget; or
+            weights are asked for and the rows name no annotators.
     """
     # Budgets count tokens: two texts that differ only behind the budget are equal for the model.
     prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
     rows = preferences.load_preferences(
         dataset, split, tokenizer, whole=whole, bad_rows=bad_rows, chat_settings=chat_settings
     ).rows
-    places = range(len(rows))
+    places, weighed = _weighed(rows, dataset, annotator_weights)
     drawn = places if most is None or most >= len(rows) else random.Random(seed).sample(places, most)
     ranked, bad, equal = [], RowReport(len(drawn)), RowReport(len(drawn))
     for number in drawn:
@@ -100,7 +106,7 @@ def read_preferences(
         # What the budget cuts has no EOS, as a rollout that is truncated has none.
         behind = (encoding.prompt_of(row), row["completions"], tokenizer, budget)
         ids = encoding.encode_completions(*behind, end_ids=end_ids)
-        pairs = [(a, b) for a, b in row["pairs"] if ids[a] != ids[b]]
+        pairs, weights = _differing(row, ids, weighed)
         if not pairs:
             equal.add(rows.where(number), Dropped(f"completions that are equal within max_new_tokens={budget}"))
             continue
@@ -109,7 +115,7 @@ def read_preferences(
         except ValueError as error:
             bad.add(rows.where(number), BadRow(prompts.UNCUTTABLE, str(error)))
             continue
-        ranked.append(RankedCompletions(prompt_ids, ids, pairs, subset=str(row.get("subset") or "")))
+        ranked.append(RankedCompletions(prompt_ids, ids, pairs, weights=weights, subset=str(row.get("subset") or "")))
     where = f"dataset {dataset!r}, split {split!r}"
     settle(bad, where, bad_rows)
     if not ranked:
@@ -117,3 +123,36 @@ def read_preferences(
     if equal.counts:
         say_once(f"{where}: of {equal.total:,} rows dropped {equal}")
     return ranked
+
+
+Weighed = dict[str, dict[tuple[int, int], float]]
+"""Item -> of two places a < b of its completions, how likely a is the better one."""
+
+
+def _differing(row: Row, ids: list[list[int]], weighed: Weighed) -> tuple[list[tuple[int, int]], list[float]]:
+    """A row's pairs whose completions are not equal as tokens, and their weights where they have some."""
+    pairs, weights = labels.weighted_pairs(weighed[row["item"]]) if weighed else (row["pairs"], [])
+    differing = [place for place, (a, b) in enumerate(pairs) if ids[a] != ids[b]]
+    return [pairs[place] for place in differing], [weights[place] for place in differing if weights]
+
+
+def _weighed(
+    rows: Sequence[Row], dataset: str, method: labels.AnnotatorWeights
+) -> tuple[Sequence[int], Weighed]:
+    """The place of each item's first row, and by item how likely each order of two of its completions is.
+
+    Without weights every row's place, and nothing.
+    """
+    if method == "none":
+        return range(len(rows)), {}
+    first: dict[str, int] = {}
+    cast = []
+    for place, row in enumerate(rows):
+        if not {"item", "annotator", "ranks"} <= row.keys():
+            raise ValueError(
+                f"annotator_weights={method!r} needs the labels of annotators, as `textrl-gym annotate` writes them; "
+                f"dataset {dataset!r} names no annotators"
+            )
+        cast.append({name: row[name] for name in ("item", "annotator", "ranks")})
+        first.setdefault(row["item"], place)
+    return list(first.values()), labels.consensus(cast, method)

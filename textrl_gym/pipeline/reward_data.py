@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, Le
 from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import encode_completions, end_ids, prompt_of
+from textrl_gym.data.labels import AnnotatorWeights
 from textrl_gym.data.preferences import load_preferences
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.judges.annotators import Annotators
@@ -70,6 +71,10 @@ class RewardModelConfig(FineTuning):
     """Gradients are scaled down to at most this global norm."""
     eval_prompts: Annotated[int, Ge(1)] = 256
     """Held-out prompts for the normalisation and the accuracy; of each dataset, at most so many rows."""
+    annotator_weights: AnnotatorWeights = "none"
+    """How the labels of several annotators count, of a dataset that `annotate` wrote. "none": each by itself;
+    "dawid-skene" or "bradley-terry": one comparison for each item, by how likely it is after all of its labels, where
+    an annotator counts by how often the others agree (see `textrl_gym.stats.annotators`)."""
     annotators: Annotators = dataclasses.field(default_factory=Annotators)
     """Who compares, where no dataset is given."""
     seed: Seed = 0
@@ -95,6 +100,10 @@ class RewardModelConfig(FineTuning):
             raise ValueError("curve is of a single reward model: leave ensemble out")
         if self.lora_rank and (self.curve or not self.dataset):
             raise ValueError(f"lora_rank={self.lora_rank} is for a user's pairs (dataset), and not with a curve")
+        if self.annotator_weights != "none" and not self.dataset:
+            raise ValueError(
+                f"annotator_weights={self.annotator_weights!r} is for labels of annotators: give a dataset"
+            )
         check_combination(self.combine, self.coefficient)
 
 
@@ -203,7 +212,10 @@ def from_datasets(
                 name, split, tokenizer, bad_rows=env.bad_rows, chat_settings=drawn["chat_settings"]
             ).rows
             lengths[f"{name}, {split}"] = budgets.measure_preferences(rows, task, tokenizer, drawn["end_ids"])
-        train += read_preferences(name, "train", task, tokenizer, most=config.prompts, **drawn)
+        weights = config.annotator_weights
+        train += read_preferences(
+            name, "train", task, tokenizer, most=config.prompts, annotator_weights=weights, **drawn
+        )
         heldout[name] = read_preferences(name, "validation", task, tokenizer, most=config.eval_prompts, **drawn)
     budgets.tell(lengths)
     random.Random(config.seed).shuffle(train)
@@ -231,7 +243,7 @@ def first_pairs(comparisons: Sequence[RankedCompletions], number: int) -> list[R
     for c in comparisons:
         pairs = c.pairs[:number]
         if pairs:
-            taken.append(dataclasses.replace(c, pairs=pairs))
+            taken.append(dataclasses.replace(c, pairs=pairs, weights=c.weights[:number]))
         number -= len(pairs)
     return taken
 

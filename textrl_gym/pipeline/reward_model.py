@@ -69,22 +69,37 @@ TRAINING_RECORD = "reward_training.json"
 # -- model and loss ---------------------------------------------------------------------------------------------------
 
 
-def bradley_terry_loss(raw_BK: Tensor, winner_N3: Tensor) -> Tensor:
+def bradley_terry_loss(raw_BK: Tensor, winner_N3: Tensor, weight_N: Tensor | None = None) -> Tensor:
     """Mean of -log sigmoid(r_w - r_l) over N pairs (Bradley and Terry 1952; Stiennon et al. 2020, eq. 1).
 
     Args:
         raw_BK: float32 rewards.
         winner_N3: int64 (prompt, chosen, rejected).
+        weight_N: of each pair; a pair in both orders with weights p and 1 - p is one that is preferred with
+            probability p. None: 1 each.
     """
     assert raw_BK.ndim == 2
     assert winner_N3.shape[1] == 3
     prompt_N, chosen_N, rejected_N = winner_N3.unbind(1)
-    return -F.logsigmoid(raw_BK[prompt_N, chosen_N] - raw_BK[prompt_N, rejected_N]).mean()
+    loss_N = -F.logsigmoid(raw_BK[prompt_N, chosen_N] - raw_BK[prompt_N, rejected_N])
+    return loss_N.mean() if weight_N is None else (loss_N * weight_N).sum() / weight_N.sum()
 
 
 def winners(batch: Sequence[RankedCompletions]) -> Tensor:
     """The pairs of a batch, int64 [N, 3]: prompt, chosen, rejected."""
     return torch.tensor([(row, *pair) for row, c in enumerate(batch) for pair in c.pairs]).view(-1, 3)
+
+
+def pair_weights(batch: Sequence[RankedCompletions]) -> Tensor | None:
+    """The weight of each of a batch's pairs, float32 [N]; None where none has one."""
+    if not any(c.weights for c in batch):
+        return None
+    return torch.tensor([weight for c in batch for weight in c.weights or [1.0] * len(c.pairs)])
+
+
+def total_weight(batch: Sequence[RankedCompletions]) -> float:
+    """Of all pairs of a batch."""
+    return sum(sum(c.weights) if c.weights else len(c.pairs) for c in batch)
 
 
 def new_reward_model(language_model: nn.Module, seed: int) -> PreTrainedModel:
@@ -155,15 +170,17 @@ class PreferenceUpdates(Phase):
         if step and step % self.in_a_pass == 0:
             self.go_to(step, {})
         batch = next(self._batches)
-        model, pairs = self.tuned.model, sum(len(c.pairs) for c in batch)
+        model, pairs = self.tuned.model, total_weight(batch)
         for part in split([(c.prompt_ids, c.completion_ids) for c in batch], self.config.micro_batch_tokens):
             some = [batch[number] for number in part]
             winner_N3 = winners(some).to(model.device)
             # The mean of no pairs is nan, and one step with it would be the end of the model.
             if len(winner_N3):  # else every prompt had one distinct completion
+                weight_N = pair_weights(some)
                 with self.tuned.precision():
                     raw_BK = raw_rewards(model, some)
-                yield bradley_terry_loss(raw_BK, winner_N3) * (len(winner_N3) / pairs)
+                loss = bradley_terry_loss(raw_BK, winner_N3, None if weight_N is None else weight_N.to(model.device))
+                yield loss * (total_weight(some) / pairs)
 
     def learning_rate(self, step: int) -> float:
         return self.config.learning_rate * cosine(step, self.steps, self.config.warmup_steps)

@@ -2,6 +2,8 @@
 
 - `estimates`: means and interquartile means with their intervals; paired differences
 - `pairwise`: win rates, with length taken out; agreement; Bradley-Terry ratings
+- `agreement`: kappa and alpha between annotators
+- `annotators`: who errs how often, and what is most likely right
 - `overoptimization`: gold score against KL, best of n, reward against length
 - `suites`: agents over several tasks: one scale, ranks, differences by a pooled variance
 """
@@ -23,6 +25,11 @@ __getattr__ = lazy(
         "win_rate": "pairwise",
         "length_controlled_win_rate": "pairwise",
         "bradley_terry": "pairwise",
+        "cohen_kappa": "agreement",
+        "fleiss_kappa": "agreement",
+        "krippendorff_alpha": "agreement",
+        "dawid_skene": "annotators",
+        "crowd_bradley_terry": "annotators",
         "fit_gold_curve": "overoptimization",
         "best_of_n": "overoptimization",
         "reward_against_length": "overoptimization",
