@@ -6,7 +6,7 @@ import dataclasses
 import random
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from textrl_gym.data import encoding, labels, preferences, prompts
 from textrl_gym.data.chat import ChatSettings
@@ -82,24 +82,20 @@ def read_preferences(
 
     Args:
         end_ids: tokens that end a completion, the usual one first; none: the tokenizer's EOS.
-        most: so many rows at most, drawn with `seed`.
-        whole: take the whole of what has no held-out split.
+        most, whole: so many rows at most, drawn with `seed`; the whole of what has no held-out split.
         bad_rows: what to do with rows that do not fit their schema, and prompts that cannot be cut: "stop" or "skip".
         chat_settings: what stands before conversations, and whether the chat template writes them.
-        annotator_weights: all labels of an item become one comparison: each two completions in both orders, weighted
-            by how likely each order is; see `textrl_gym.data.labels.consensus`. "none": every label by itself.
+        annotator_weights: how all labels of an item become one weighted comparison; see `data.labels.consensus`.
 
     Raises:
-        ValueError: see `textrl_gym.data.preferences.load_preferences`; or no pair is left within the budget; or
-            weights are asked for and the rows name no annotators.
+        ValueError: see `data.preferences.load_preferences`; no pair is left; or weights of rows without annotators.
     """
     # Budgets count tokens: two texts that differ only behind the budget are equal for the model.
     prompt_budget, budget = max_prompt_tokens or task.max_prompt_tokens, max_new_tokens or task.max_new_tokens
-    rows = preferences.load_preferences(
-        dataset, split, tokenizer, whole=whole, bad_rows=bad_rows, chat_settings=chat_settings
-    ).rows
+    how: dict[str, Any] = {"whole": whole, "bad_rows": bad_rows, "chat_settings": chat_settings}
+    rows = preferences.load_preferences(dataset, split, tokenizer, **how).rows
     places, weighed = _weighed(rows, dataset, annotator_weights)
-    drawn = places if most is None or most >= len(rows) else random.Random(seed).sample(places, most)
+    drawn = places if most is None or most >= len(places) else random.Random(seed).sample(places, most)
     ranked, bad, equal = [], RowReport(len(drawn)), RowReport(len(drawn))
     for number in drawn:
         row = rows[number]
@@ -136,9 +132,7 @@ def _differing(row: Row, ids: list[list[int]], weighed: Weighed) -> tuple[list[t
     return [pairs[place] for place in differing], [weights[place] for place in differing if weights]
 
 
-def _weighed(
-    rows: Sequence[Row], dataset: str, method: labels.AnnotatorWeights
-) -> tuple[Sequence[int], Weighed]:
+def _weighed(rows: Sequence[Row], dataset: str, method: labels.AnnotatorWeights) -> tuple[Sequence[int], Weighed]:
     """The place of each item's first row, and by item how likely each order of two of its completions is.
 
     Without weights every row's place, and nothing.
