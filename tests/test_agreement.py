@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import krippendorff
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from statsmodels.stats import inter_rater
 
 from textrl_gym.stats import agreement, annotators
 
-EXACT = {"rel": 0, "abs": 1e-12}
+EXACT: dict[str, Any] = {"rel": 0, "abs": 1e-12}
 
 
 def simulated(accuracy_A: list[float], items: int, seed: int, classes: int = 2) -> tuple[np.ndarray, np.ndarray]:

@@ -110,7 +110,7 @@ def test_ranks() -> None:
 def crowd(items: int = 40) -> list[dict[str, Any]]:
     """Two who agree, that the first is better, and a third who says the opposite."""
     ranks = {"ann": [1, 2], "ben": [1, 2], "cat": [2, 1]}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for item in range(items):
         for name in ranks:
             rows.append(label(len(rows) + 1, str(item), name, ranks=ranks[name], prompt="a b c"))
