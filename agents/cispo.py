@@ -18,7 +18,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from textrl_gym import functional
-from textrl_gym.agents.grpo import GRPO, GroupConfig, kl_penalty
+from textrl_gym.agents.grpo import GRPO, GroupConfig, action_advantages, kl_penalty
 from textrl_gym.training.minibatch import Minibatch
 
 
@@ -35,11 +35,11 @@ class CISPOConfig(GroupConfig):
 def cispo_loss(
     logp_BT: Tensor, part: Minibatch, config: CISPOConfig, kl_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equation 4, with part.advantage_B, and GRPO's KL term."""
+    """Equation 4, with action_advantages, and GRPO's KL term."""
     assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
     ratio_BT = (logp_BT - part.logp_BT).detach().exp()
     weight_BT = ratio_BT.clamp(max=1 + config.clip_high)
-    loss_BT = -weight_BT * part.advantage_B[:, None] * logp_BT
+    loss_BT = -weight_BT * action_advantages(part, logp_BT) * logp_BT
     penalty, kl_metrics = kl_penalty(logp_BT, part, config, kl_coef)
     loss = part.mean(loss_BT, config.aggregation) + penalty
     metrics = {

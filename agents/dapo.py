@@ -20,6 +20,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.agents.grpo import GRPO, GRPOConfig, group_advantages
 from textrl_gym.core import Rollout
 
@@ -77,7 +78,9 @@ class DAPO(GRPO):
         return rollout
 
     def shaped(self, rollout: Rollout) -> Rollout:
-        config, length_B = self.config, rollout.mask_BT.sum(1)
+        # The budget counts all tokens of a conversation.
+        config, length_B = self.config, rollout.present_BT.sum(1)
         shaping_B = overlong(length_B, self.env.max_new_tokens, config.overlong_share, config.overlong_penalty)
-        reward_BT = rollout.reward_BT.scatter_add(1, (length_B - 1)[:, None], shaping_B[:, None].to(rollout.reward_BT))
+        last_B1 = functional.last_places(rollout.mask_BT)[:, None]
+        reward_BT = rollout.reward_BT.scatter_add(1, last_B1, shaping_B[:, None].to(rollout.reward_BT))
         return dataclasses.replace(rollout, reward_BT=reward_BT)

@@ -16,6 +16,7 @@ Departures from the paper, each a setting:
   what a token does to later states (relative error of k2: 0.08 at 0.009 nats a sequence, 1.04 at 0.8 nats);
   kl_loss="sequence" and kl_in="reward" have the gradient of the sequence KL. Neither gave better policies over five
   seeds (see docs/kl.md).
+- credit="turn" compares a conversation's turns (section 4.1.3, process supervision, with a turn for a step).
 - scale_by_std=False leaves the division out (Dr. GRPO, Liu et al. 2025).
 
 No value network is built. The std is the unbiased one, as in TRL and verl.
@@ -51,6 +52,9 @@ class GroupConfig(AgentConfig):
     """"token": mean over all tokens of the batch; "sequence": mean over each sequence first."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL penalty goes."""
+    credit: functional.Credit = "trajectory"
+    """In conversations, what a turn's actions are weighed by: the return of the whole conversation, or the return from
+    that turn on, compared with the group's others at the same turn."""
     kl_loss: kl.LossEstimator = "k2"
     """Estimator of the KL in the loss. On-policy "k2" has the expected gradient of the KL at the sampled states, and
     "sequence" that of the sequence KL; "k3" is the paper's; "k1" has none, and is there to be studied."""
@@ -98,12 +102,18 @@ def kl_penalty(
     return kl_coef * part.mean(kl_BT, config.aggregation), metrics
 
 
+def action_advantages(part: Minibatch, like_BT: Tensor) -> Tensor:
+    """The advantage of each action: part.advantage_BT where there is one, else part.advantage_B for all of a row."""
+    if "advantage_BT" in part.extra:
+        return part.advantage_BT
+    return part.advantage_B[:, None].expand_as(like_BT)
+
+
 def grpo_loss(logp_BT: Tensor, part: Minibatch, config: GRPOConfig, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equation 3 of the paper: the clipped surrogate of part.advantage_B, and kl_coef times the KL to the reference."""
+    """Equation 3 of the paper: the clipped surrogate of action_advantages, and kl_coef times the KL."""
     assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
-    advantage_BT = part.advantage_B[:, None].expand_as(logp_BT)
     loss_BT, ratio_BT, clipped_BT = functional.clipped_surrogate(
-        logp_BT, part.logp_BT, advantage_BT, config.clip_low, config.clip_high
+        logp_BT, part.logp_BT, action_advantages(part, logp_BT), config.clip_low, config.clip_high
     )
     penalty, kl_metrics = kl_penalty(logp_BT, part, config, kl_coef)
     loss = part.mean(loss_BT, config.aggregation) + penalty
@@ -133,7 +143,12 @@ class GRPO(Agent):
         return group_advantages(return_B, rollout.group_B, config.scale_by_std, config.std_eps)
 
     def advantages(self, rollout: Rollout) -> Tensor:
-        return self.compared(rollout)[0][:, None] * rollout.mask_BT
+        if self.config.credit == "trajectory" or rollout.turn_BT is None:
+            return self.compared(rollout)[0][:, None] * rollout.mask_BT
+        config, rewards = self.config, (rollout.reward_BT, rollout.mask_BT, rollout.turn_BT)
+        return functional.turn_advantages(
+            *rewards, rollout.group_B, lambda r, g: group_advantages(r, g, config.scale_by_std, config.std_eps)[0]
+        )
 
     def loss(self, logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a part, and metrics; what a relative changes."""
@@ -143,6 +158,8 @@ class GRPO(Agent):
         # 1. Advantages.
         advantage_B, flat_B = self.compared(rollout)
         batch = rollout.with_(advantage_B=advantage_B)
+        if self.config.credit == "turn" and rollout.turn_BT is not None:
+            batch = rollout.with_(advantage_BT=self.advantages(rollout))
 
         # 2. Clipped steps on minibatches.
         steps = []

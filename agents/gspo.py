@@ -36,6 +36,11 @@ class GSPOConfig(GRPOConfig):
     aggregation: functional.Aggregation = "sequence"
     """Of the KL term: "token" is a mean over all tokens of the batch, "sequence" over each sequence first."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.credit != "trajectory":
+            raise ValueError(f"credit must be 'trajectory', got {self.credit!r}: GSPO has one ratio for a sequence")
+
 
 def sequence_log_ratio(logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """log s_i: the mean over each completion's tokens of log pi - log pi_old. [B]."""

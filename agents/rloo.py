@@ -6,7 +6,8 @@ For G completions y_i of a prompt, each one action with the return R_i = score_i
     L   = - mean_i A_i log pi(y_i | x),     log pi(y | x) = sum_t log pi(y_t | x, y_<t)
 
 The baseline does not depend on y_i, so the gradient is unbiased; with two samples it is half the difference of the
-returns times the difference of the scores' gradients.
+returns times the difference of the scores' gradients. In conversations credit="turn" takes R_i from each turn on, and
+baselines at the same turn.
 
 Departures: none in the loss. TRL's RLOO clips a ratio over several epochs; here, as in the paper, a rollout gives one
 step, at which the ratio is 1.
@@ -34,6 +35,9 @@ class RLOOConfig(AgentConfig):
 
     group_size: Annotated[int, Ge(2)] = 8
     """G, completions of each prompt, at least 2."""
+    credit: functional.Credit = "trajectory"
+    """In conversations, what a turn's actions are weighed by: the return of the whole conversation, or the return from
+    that turn on, compared with the group's others at the same turn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,9 +57,12 @@ def leave_one_out(return_B: Tensor, group_B: Tensor) -> Tensor:
 
 
 def rloo_loss(logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """- mean over completions of A_i log pi(y_i | x), A being part.advantage_B."""
+    """- mean over completions of A_i log pi(y_i | x), A being part.advantage_B; of turns part.advantage_BT."""
     assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
-    loss = -part.mean(part.advantage_B * (logp_BT * part.mask_BT).sum(1))
+    if "advantage_BT" in part.extra:
+        loss = -part.mean((part.advantage_BT * logp_BT * part.mask_BT).sum(1))
+    else:
+        loss = -part.mean(part.advantage_B * (logp_BT * part.mask_BT).sum(1))
     return loss, {"loss": loss.detach()}
 
 
@@ -67,15 +74,21 @@ class RLOO(Agent):
     needs_groups = True
 
     def advantages(self, rollout: Rollout) -> Tensor:
+        if self.config.credit == "turn" and rollout.turn_BT is not None:
+            rewards = (rollout.reward_BT, rollout.mask_BT, rollout.turn_BT)
+            return functional.turn_advantages(*rewards, rollout.group_B, leave_one_out)
         return leave_one_out(rollout.reward_BT.sum(1), rollout.group_B)[:, None] * rollout.mask_BT
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Each completion's return, KL included, against its group's others.
         advantage_B = leave_one_out(rollout.reward_BT.sum(1), rollout.group_B)
+        batch = rollout.with_(advantage_B=advantage_B)
+        if self.config.credit == "turn" and rollout.turn_BT is not None:
+            batch = rollout.with_(advantage_BT=self.advantages(rollout))
 
         # 2. One step.
         steps = []
-        for minibatch in self.minibatches(rollout.with_(advantage_B=advantage_B)):
+        for minibatch in self.minibatches(batch):
             parts = []
             for part in minibatch.micro_batches():
                 loss, metrics = rloo_loss(self.policy.logprobs(part), part)

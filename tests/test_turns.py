@@ -15,6 +15,7 @@ import transformers
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from textrl_gym.core import Message, Reply, Rollout, Row
+from textrl_gym.evaluation.check_env import check_env
 from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.models import tiny
@@ -216,3 +217,7 @@ def test_torch_is_numpy() -> None:
             assert np.array_equal(one[0][key], two[0][key].numpy())
         for a, b in zip(one[1:4], two[1:4], strict=True):
             assert np.array_equal(a, b.numpy())
+
+
+def test_check_env_passes() -> None:
+    assert check_env(TextEnv(task=Echo, reward=points, stop="c d"))

@@ -150,6 +150,11 @@ class Rollout:
         return int(self.mask_BT.sum())
 
     @property
+    def outcome_B(self) -> Tensor:
+        """float32, the score and the rewards of all turns, without penalties."""
+        return self.score_B if self.turn_reward_BT is None else self.score_B + self.turn_reward_BT.sum(1)
+
+    @property
     def present_BT(self) -> Tensor:
         """bool, True on all tokens behind the prompt, the agent's and the environment's: what attention sees."""
         return self.mask_BT if self.reply_BT is None else self.mask_BT | self.reply_BT

@@ -5,7 +5,7 @@ Shape legend: B rows, T response places, V vocabulary (see core.py). Places outs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Aggregation = Literal["token", "sequence"]
+Credit = Literal["trajectory", "turn"]
+"""What completions of a prompt are compared by: the return of the whole, or that from each turn on."""
 
 
 class NonFiniteError(RuntimeError):
@@ -161,6 +163,54 @@ def returns_to_go(reward_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """G_t = r_t + r_{t+1} + ... to the end of the episode, undiscounted. [B, T], 0 outside the mask."""
     assert reward_BT.shape == mask_BT.shape, (reward_BT.shape, mask_BT.shape)
     return (reward_BT * mask_BT).flip(1).cumsum(1).flip(1) * mask_BT
+
+
+def turn_returns(reward_BT: Tensor, mask_BT: Tensor, turn_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The return from each turn's beginning on: the rewards of this turn and of all later ones, undiscounted.
+
+    Args:
+        turn_BT: int64, the number of the turn that an action belongs to, from 0.
+
+    Returns:
+        return_BK for K turns, and there_BK (bool): which turns a row has.
+    """
+    assert reward_BT.shape == mask_BT.shape == turn_BT.shape, (reward_BT.shape, mask_BT.shape, turn_BT.shape)
+    # A sum for each of a few turns, and not one by scatter, whose last digit is not the same in each run on a GPU.
+    kept_BT, turns = reward_BT * mask_BT, range(int((turn_BT * mask_BT).max()) + 1)
+    return_BK = torch.stack([(kept_BT * (turn_BT >= k)).sum(1) for k in turns], 1)
+    return return_BK, torch.stack([(mask_BT & (turn_BT == k)).any(1) for k in turns], 1)
+
+
+def turn_advantages(
+    reward_BT: Tensor,
+    mask_BT: Tensor,
+    turn_BT: Tensor,
+    group_B: Tensor,
+    compare: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The advantage of each turn's actions: its return, compared with that of the group's others at the same turn.
+
+    As GRPO's process supervision (Shao et al. 2024, section 4.1.3) with a turn for a step, but that steps are compared
+    with those of the same number alone. A turn that only one row of the group has come to is compared with nothing.
+
+    Args:
+        compare: (return_N, group_N) -> advantage_N, as for whole completions.
+
+    Returns:
+        advantage_BT, 0 outside the mask.
+    """
+    return_BK, there_BK = turn_returns(reward_BT, mask_BT, turn_BT)
+    number_BK = group_B[:, None] * there_BK.shape[1] + torch.arange(there_BK.shape[1], device=group_B.device)
+    advantage_N = compare(return_BK[there_BK], number_BK[there_BK])
+    advantage_BK = torch.zeros_like(return_BK).masked_scatter(there_BK, advantage_N)
+    return advantage_BK.gather(1, turn_BT * mask_BT) * mask_BT
+
+
+def turn_ends(mask_BT: Tensor, turn_BT: Tensor) -> Tensor:
+    """The last action of each turn. bool [B, T]."""
+    assert mask_BT.shape == turn_BT.shape, (mask_BT.shape, turn_BT.shape)
+    goes_on_BT = mask_BT[:, 1:] & (turn_BT[:, 1:] == turn_BT[:, :-1])
+    return mask_BT & ~F.pad(goes_on_BT, (0, 1))
 
 
 def last_places(mask_BT: Tensor) -> Tensor:

@@ -79,22 +79,23 @@ def markers_of_template(tokenizer: PreTrainedTokenizerBase, how: TurnTemplate = 
     Raises:
         ValueError: the template does not write a conversation as a continuation of a shorter one.
     """
-    begun = _written(tokenizer, [USER]) + AGENT
-    longer = _written(tokenizer, [USER, AGENT, USER[::-1]])
-    before, middle, after = longer.removeprefix(begun).partition(USER[::-1])
-    if not longer.startswith(begun) or not middle:
+    begun, longer = _written(tokenizer, [USER]), _written(tokenizer, [USER, AGENT, USER[::-1]])
+    gap, agent, rest = longer.removeprefix(begun).partition(AGENT)
+    before, middle, after = rest.partition(USER[::-1])
+    # White space before the answer is the model's to write: "assistant:" begins what is " yes" then.
+    if not longer.startswith(begun) or gap.strip() or not agent or not middle:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} writes an answered turn otherwise than it begins one "
-            f"({begun[-60:]!r} and {longer[: len(begun)][-60:]!r}): the tokens of a conversation would not be those "
-            'that the model wrote. template="none" writes turns as text'
+            f"({begun[-50:]!r} and {longer[: len(begun) + 9][-50:]!r}): the tokens of a conversation would not be "
+            'those that the model wrote. template="none" writes turns as text'
         )
     strips = f" {USER} " not in _written(tokenizer, [f" {USER} "])
     if how == "exact":
-        _try_out(tokenizer, before, after)
+        _try_out(tokenizer, gap, before, after)
     return TurnMarkers(tokenizer, before, after, strips=strips)
 
 
-def _try_out(tokenizer: PreTrainedTokenizerBase, before: str, after: str) -> None:
+def _try_out(tokenizer: PreTrainedTokenizerBase, gap: str, before: str, after: str) -> None:
     """Hold that conversations put together by these markers are what the template writes."""
     rng = random.Random(0)
     for trial in range(TRIALS):
@@ -103,7 +104,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase, before: str, after: str) -> Non
             words[1::2] = [THOUGHT + said for said in words[1::2]]
         text = _written(tokenizer, words[:1])
         for agent, user in zip(words[1::2], words[2::2], strict=True):
-            text += agent + before + user + after
+            text += gap + agent + before + user + after
         whole = _written(tokenizer, words)
         if text != whole:
             place = next(n for n, (a, b) in enumerate(zip(text + "\0", whole + "\1", strict=False)) if a != b)

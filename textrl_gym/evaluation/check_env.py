@@ -20,7 +20,7 @@ from gymnasium.utils import env_checker
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common import env_checker as sb3_checker
 
-from textrl_gym import files, kl
+from textrl_gym import files, functional, kl
 from textrl_gym.core import StopReason
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv, vector_env
 from textrl_gym.models import tiny
@@ -63,7 +63,8 @@ class Subject:
             "kl_coef": 0.0,
             "policy_logprob": None,
             "autoreset_mode": AutoresetMode.NEXT_STEP,
-            "max_new_tokens": min(BUDGET, self.mdp.max_new_tokens),
+            # With room for some replies.
+            "max_new_tokens": min(BUDGET if self.mdp.turns is None else 4 * BUDGET, self.mdp.max_new_tokens),
         }
 
     def actions(self, steps: int = STEPS, rows: int = CHECKED_ROWS) -> np.ndarray:
@@ -201,19 +202,28 @@ def _play(subject: Subject, envs: TextVectorEnv) -> Iterator[tuple[int, dict[str
             observation, _ = envs.reset(options={"reset_mask": ended_B})
 
 
+def _takes_part(infos: Mapping[str, Any], name: str, row: int) -> bool:
+    """Whether the step's infos tell something of a row."""
+    return f"_{name}" in infos and bool(infos[f"_{name}"][row])
+
+
 def score_only_at_the_end(subject: Subject) -> None:
-    """Without a KL penalty the reward is 0 before the end and the score at it."""
+    """Without a KL penalty the reward is 0 before the end and the score at it, but for the rewards of turns."""
     envs = subject.vector(autoreset_mode=AutoresetMode.DISABLED, missing_eos_penalty=0.0)
     for t, _, _, (_, reward_B, terminated_B, truncated_B, infos) in _play(subject, envs):
         for b in range(CHECKED_ROWS):
-            expected = infos["score"][b] if terminated_B[b] or truncated_B[b] else 0.0
-            _expect(
-                reward_B[b] == np.float32(expected), f"row {b}, step {t}: reward {reward_B[b]}, expected {expected}"
-            )
+            expected = float(np.float32(infos["score"][b] if terminated_B[b] or truncated_B[b] else 0.0))
+            turn_reward = float(infos["turn_reward"][b]) if _takes_part(infos, "turn_reward", b) else 0.0
+            # A sum of two is rounded; without a turn's reward the score is there as it is.
+            fits = abs(float(reward_B[b]) - expected - turn_reward) <= (REWARD_ATOL if turn_reward else 0.0)
+            _expect(fits, f"row {b}, step {t}: reward {reward_B[b]}, expected {expected + turn_reward}")
 
 
 def step_appends_one_token(subject: Subject) -> None:
-    """A step writes its token and its mask at the next place, and changes nothing else; EOS is inside, once, last."""
+    """A step writes its token and its mask at the next place, and changes nothing else; EOS is inside, once, last.
+
+    In a conversation the environment's reply may stand behind it.
+    """
     envs = subject.vector(autoreset_mode=AutoresetMode.DISABLED)
     rows = np.arange(CHECKED_ROWS)
     for t, before, action_B, (after, _, terminated_B, truncated_B, infos) in _play(subject, envs):
@@ -222,11 +232,17 @@ def step_appends_one_token(subject: Subject) -> None:
         expected = {key: value.copy() for key, value in before.items()}
         expected["input_ids"][rows, place_B] = action_B
         expected["attention_mask"][rows, place_B] = 1
+        for b in range(CHECKED_ROWS):
+            if _takes_part(infos, "reply", b) and not (terminated_B[b] or truncated_B[b]):
+                for key, value in after.items():
+                    expected[key][b, place_B[b] + 1 :] = value[b, place_B[b] + 1 :]
         _expect_same(f"step {t}", after, expected)
         for b in range(CHECKED_ROWS):
             ended = bool(terminated_B[b] or truncated_B[b])
             where = f"row {b}, step {t}"
-            if action_B[b] in envs.end_ids:
+            if action_B[b] in envs.end_ids and envs.turns is not None:
+                _expect(ended or _takes_part(infos, "reply", b), f"{where}: EOS did not end the turn")
+            elif action_B[b] in envs.end_ids:
                 _expect(ended and infos["stop_reason"][b] is StopReason.EOS, f"{where}: EOS did not end the episode")
             elif place_B[b] + 1 == envs.max_prompt_tokens + envs.max_new_tokens:
                 _expect(ended, f"{where}: the episode goes on after its budget of {envs.max_new_tokens} tokens")
@@ -235,7 +251,8 @@ def step_appends_one_token(subject: Subject) -> None:
 
 def nothing_after_the_end(subject: Subject) -> None:
     """In mode DISABLED an ended row refuses a step; in collect() nothing stands behind the last token."""
-    envs = subject.vector(autoreset_mode=AutoresetMode.DISABLED)
+    one_turn: dict[str, Any] = {} if subject.mdp.turns is None else {"max_turns": 1}  # so that EOS ends an episode
+    envs = subject.vector(autoreset_mode=AutoresetMode.DISABLED, **one_turn)
     envs.reset(seed=subject.seed)
     ended_B = np.zeros(CHECKED_ROWS, bool)
     ended_B[0] = True
@@ -244,12 +261,14 @@ def nothing_after_the_end(subject: Subject) -> None:
     _expect_error("row 0, step 1: a step after EOS", lambda: envs.step(np.full(CHECKED_ROWS, envs.eos_id)))
     rollout = collect(subject.vector(), _random_policy(subject, 1), generator=torch.Generator().manual_seed(0))
     for b in range(CHECKED_ROWS):
-        last = int(rollout.mask_BT[b].sum()) - 1
-        _expect(bool(rollout.mask_BT[b, : last + 1].all()), f"row {b}: a hole in the mask of collect()")
+        last = int(rollout.present_BT[b].sum()) - 1
+        _expect(bool(rollout.present_BT[b, : last + 1].all()), f"row {b}: a hole in the mask of collect()")
         behind = rollout.token_BT[b, last + 1 :]
         _expect(not bool(behind.any()), f"row {b}, step {last + 1}: collect() left tokens behind the end")
-        eos = sum(token in envs.end_ids for token in rollout.token_BT[b, : last + 1].tolist())
-        by_eos = int(rollout.stop_B[b] == StopReason.EOS)
+        counted_T, by_eos = rollout.mask_BT[b], int(rollout.stop_B[b] == StopReason.EOS)
+        if rollout.turn_BT is not None:  # EOS ends turns, and stands nowhere else in them
+            counted_T, by_eos = counted_T & ~functional.turn_ends(rollout.mask_BT, rollout.turn_BT)[b], 0
+        eos = sum(token in envs.end_ids for token in rollout.token_BT[b][counted_T].tolist())
         _expect(eos == by_eos, f"row {b}: {eos} EOS inside the mask, the stop reason says {by_eos}")
 
 
@@ -343,12 +362,15 @@ def three_sources_agree(estimator: str) -> Callable[[Subject], None]:
             prompt_indices=infos["prompt_index"],
         )
         live_B = np.ones(CHECKED_ROWS, bool)
-        for t in range(rollout.mask_BT.shape[1]):
-            token_B = rollout.token_BT[:, t].cpu().numpy()
+        # In a conversation actions have gaps between them; rows that have ended send their last one again.
+        places = [mask_T.nonzero().flatten().tolist() for mask_T in rollout.mask_BT]
+        for t in range(max(map(len, places))):
+            place_B = [of_row[min(t, len(of_row) - 1)] for of_row in places]
+            token_B = rollout.token_BT.cpu().numpy()[np.arange(CHECKED_ROWS), place_B]
             sent = {"token": token_B, "logprob": logprob(observation, token_B).cpu().numpy()}
             one, two = by_action.step(sent), by_call.step(token_B)
             for b in np.flatnonzero(live_B):
-                rewards = [float(one[1][b]), float(two[1][b]), float(rollout.reward_BT[b, t])]
+                rewards = [float(one[1][b]), float(two[1][b]), float(rollout.reward_BT[b, place_B[b]])]
                 _expect(
                     np.allclose(rewards, rewards[0], rtol=1e-4, atol=1e-4),
                     f"row {b}, step {t}: rewards {rewards} by action, callable and collect()",

@@ -148,7 +148,7 @@ class Evaluator:
 
     def _reference(self, row: Row, prompt_ids: list[int]) -> Answer | None:
         text, places = row.get("completion"), self.mdp.max_prompt_tokens + self.mdp.max_new_tokens
-        if not text:
+        if not text or self.mdp.turns is not None:  # a text is no conversation
             return None
         # With EOS, as a completion that ended: a reward model has seen its texts so.
         ends = self.mdp.end_ids

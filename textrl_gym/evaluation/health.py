@@ -42,7 +42,10 @@ def card(policy: Policy, rollout: Rollout, end_ids: Sequence[int], *, fresh: boo
     kl_B = ((rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT).sum(1)
     # Pads often share EOS's number: EOS is counted inside the mask only.
     eos_BT = torch.isin(rollout.token_BT, torch.tensor(end_ids, device=rollout.token_BT.device)) & rollout.mask_BT
-    once = torch.equal(eos_BT.sum(1), (rollout.stop_B == StopReason.EOS).long())
+    if rollout.turn_BT is None:
+        once = torch.equal(eos_BT.sum(1), (rollout.stop_B == StopReason.EOS).long())
+    else:  # in a conversation it ends turns
+        once = not bool((eos_BT & ~functional.turn_ends(rollout.mask_BT, rollout.turn_BT)).any())
     finite = bool(torch.isfinite(rollout.reward_BT).all() and torch.isfinite(rollout.score_B).all())
     lines = [
         Line(
@@ -61,7 +64,7 @@ def card(policy: Policy, rollout: Rollout, end_ids: Sequence[int], *, fresh: boo
         Line("EOS counted once", str(once), once, "the mask leaves EOS out, or goes on after it"),
         Line("rewards finite", str(finite), finite, "the reward, or log-probabilities at masked places"),
     ]
-    share = share_without_spread(rollout.score_B, rollout.group_B)
+    share = share_without_spread(rollout.outcome_B, rollout.group_B)
     if share is not None:
         lines.append(
             Line(

@@ -73,6 +73,21 @@ def _ended_by_eos(rollout: Rollout) -> Tensor:
     return rollout.stop_B == StopReason.EOS
 
 
+def _number_of_turns(rollout: Rollout) -> Tensor:
+    assert rollout.turn_BT is not None
+    return (rollout.turn_BT * rollout.mask_BT).amax(1) + 1
+
+
+def _of_turns(rollouts: Sequence[Rollout], value: Callable[[Rollout], Tensor]) -> float:
+    """The mean over conversations; NaN where there are none."""
+    return math.nan if any(r.turn_BT is None for r in rollouts) else _mean_of_rows(rollouts, value)
+
+
+def _turn_rewards(rollout: Rollout) -> Tensor:
+    assert rollout.turn_reward_BT is not None
+    return rollout.turn_reward_BT
+
+
 def _model_calls(rollout: Rollout) -> Tensor:
     return rollout.mask_BT.sum(1) if rollout.model_calls_B is None else rollout.model_calls_B
 
@@ -87,6 +102,15 @@ METRICS: dict[str, Metric] = {
         of=lambda rollouts, _: _mean_of_rows(rollouts, lambda r: r.score_B),
         short="score",
         table="summary",
+    ),
+    "turn_rewards": Metric(
+        "Rewards of turns, sum of a conversation",
+        of=lambda rollouts, _: _of_turns(rollouts, _turn_rewards),
+    ),
+    "turns": Metric(
+        "Turns of the agent",
+        decimals=1,
+        of=lambda rollouts, _: _of_turns(rollouts, _number_of_turns),
     ),
     "score_greedy": Metric("Score (training reward), greedy", table="none"),
     "kl_sequence": Metric(

@@ -134,6 +134,7 @@ def against_answers(own: Sequence[Sample], other: Sequence[Sample], reader: Read
     Raises:
         ValueError: they are not the same.
     """
+    _check_single_turn([*own, *other])
     if [sample["prompt"] for sample in own] != [sample["prompt"] for sample in other]:
         raise ValueError("the two answered different prompts, so that there is nothing to judge")
     return Pairs(
@@ -144,12 +145,18 @@ def against_answers(own: Sequence[Sample], other: Sequence[Sample], reader: Read
     )
 
 
+def _check_single_turn(samples: Sequence[Sample]) -> None:
+    if any("turns" in sample for sample in samples):
+        raise ValueError("the samples are conversations, and judges compare completions of a single turn")
+
+
 def against_references(own: Sequence[Sample], reader: Reader) -> Pairs:
     """Answers beside the reference texts of their prompts; prompts without one are left out.
 
     Raises:
         ValueError: there is none.
     """
+    _check_single_turn(own)
     own = [sample for sample in own if sample.get("reference")]
     if not own:
         raise ValueError(f"against {HUMAN!r}: the prompts have no reference texts")

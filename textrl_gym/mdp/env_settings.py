@@ -39,7 +39,13 @@ class EnvSettings:
     max_prompt_tokens: Annotated[int | None, Ge(1)] = None
     """Longer prompts are cut at the end of their body."""
     max_new_tokens: Annotated[int | None, Ge(1)] = None
-    """The budget of a completion."""
+    """The budget of a completion; of a conversation, of all turns and replies."""
+    max_turns: Annotated[int | None, Ge(1)] = None
+    """Of a conversation: the budget of the agent's turns."""
+    max_turn_tokens: Annotated[int | None, Ge(1)] = None
+    """Of a conversation: the token budget of a turn."""
+    turn_template: Literal["exact", "raw"] = "exact"
+    """Of a conversation: exact refuses a chat template that rewrites earlier turns, raw leaves them as generated."""
     stop: tuple[str, ...] | None = None
     """Strings that end an episode."""
     eos_token_id: tuple[int, ...] | None = None
@@ -82,7 +88,7 @@ class EnvSettings:
         from textrl_gym.mdp.task import load_env_task
 
         task = copy.copy(load_env_task(env_id))  # which may be the one that the user has registered
-        for name in ("max_prompt_tokens", "max_new_tokens", "stop"):
+        for name in ("max_prompt_tokens", "max_new_tokens", "max_turns", "max_turn_tokens", "stop"):
             if getattr(self, name) is not None:
                 setattr(task, name, getattr(self, name))
         if self.reward is not None:

@@ -35,7 +35,13 @@ def sample_texts(
     temperature: float,
     seed: int,
 ) -> list[list[list[int]]]:
-    """`number` completions of each row's prompt as token ids with their EOS; temperature 0 is greedy decoding."""
+    """`number` completions of each row's prompt as token ids with their EOS; temperature 0 is greedy decoding.
+
+    Raises:
+        ValueError: the task is a conversation.
+    """
+    if task.replies_to_turns:
+        raise ValueError(f"{type(task).__name__} is a conversation: comparisons are of completions of a single turn")
     prompt_BP, prompt_mask_BP = pad([task.encode(row, tokenizer, task.max_prompt_tokens) for row in rows], "left")
     generator = torch.Generator().manual_seed(seed)
     uniform_BT = torch.rand(len(rows) * number, task.max_new_tokens, generator=generator).to(policy.device)

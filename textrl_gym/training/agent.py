@@ -95,6 +95,8 @@ class Agent:
     kl_where: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is in the rollout's rewards or in the loss."""
 
+    single_turn: ClassVar[bool] = False
+    """Whether environments whose tasks are conversations are refused."""
     is_offline: ClassVar[bool] = False
     """Whether rollouts are made of given texts, which the policy has not sampled."""
     bar_metrics: ClassVar[Mapping[str, str]] = {
@@ -330,6 +332,7 @@ class Agent:
             raise ValueError(
                 f"{type(self).__name__} compares completions of a prompt: make the environment with group_size > 1"
             )
+        self.check_turns(mdp)
         if hasattr(self, "kl") and self.kl.target is None and mdp.kl_coef not in (0, self.kl.coef):
             raise ValueError(
                 f"kl_coef={self.kl.coef} of {type(self).__name__} and kl_coef={mdp.kl_coef} of the environment differ"
@@ -341,6 +344,14 @@ class Agent:
         # What is saved is what was used.
         self.config = dataclasses.replace(self.config, rollout_episodes=mdp.num_envs, group_size=mdp.group_size)
         self.env: TextVectorEnv = mdp
+
+    def check_turns(self, mdp: TextVectorEnv) -> None:
+        """Raise ValueError where this agent completes a single turn and the environment is a conversation."""
+        if self.single_turn and mdp.turns is not None:
+            raise ValueError(
+                f"{type(self).__name__} completes a single turn, and {type(mdp.task).__name__} is a conversation: take "
+                "an agent that learns from rollouts, such as ppo or grpo"
+            )
 
     def learn(
         self,

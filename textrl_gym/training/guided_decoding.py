@@ -166,6 +166,7 @@ class CriticAgent(Agent, abc.ABC):
     config: Any
     trains = False
     uses_value = True
+    single_turn = True  # a search would have to ask the environment what it replies to turns that are never taken
     asks_reference: bool = False
     """Whether the distribution is made with the reference's log-probabilities."""
 
@@ -254,6 +255,7 @@ class CriticAgent(Agent, abc.ABC):
         prompt_indices: Indices = None,
     ) -> Rollout:
         mdp = vector_env(env)
+        self.check_turns(mdp)
         rows, prompt_ids = mdp.draw(prompt_indices)
         shape = (len(rows), mdp.max_new_tokens)
         # All random numbers before any token: row b then gets the same ones however long the other rows go on.

@@ -64,7 +64,10 @@ def rollout_metrics(rollout: Rollout, sampled: bool = True) -> dict[str, float]:
     }
     if sampled:
         metrics["rollout/entropy_token"] = -logprob
-    flat = share_without_spread(rollout.score_B, rollout.group_B)
+    if rollout.turn_BT is not None and rollout.turn_reward_BT is not None:
+        metrics["rollout/turns"] = float(((rollout.turn_BT * rollout.mask_BT).amax(1) + 1).float().mean())
+        metrics["rollout/turn_rewards"] = float(rollout.turn_reward_BT.sum(1).mean())
+    flat = share_without_spread(rollout.outcome_B, rollout.group_B)
     if flat is not None:
         metrics["rollout/flat_groups"] = flat
     for name, part_B in rollout.components.items():

@@ -44,7 +44,8 @@ from textrl_gym.training.minibatch import Minibatch, sum_of
 Loss = Literal["sigmoid", "ipo", "hinge"]
 Labels = Literal["best", "bradley_terry"]
 Pair = tuple[list[int], list[int], list[int]]
-"""Token ids of a prompt, its chosen and its rejected completion."""
+"""Token ids of a prompt, its chosen and its rejected completion. In a conversation a token i of the environment is
+written as -1 - i."""
 PAIR_BAR = {
     "train/accuracy": "accuracy {:.2f}",
     "train/reward_margin": "margin {:.2f}",
@@ -117,13 +118,20 @@ def pairs_rollout(env: TextVectorEnv, pairs: Sequence[Pair], device: torch.devic
     """The rollout of given pairs; log-probabilities, rewards and values are 0."""
     prompt_BP, prompt_mask_BP = pad([prompt for prompt, _, _ in pairs for _ in range(2)], "left")
     texts = [ids for _, chosen, rejected in pairs for ids in (chosen, rejected)]
-    token_BT, mask_BT = pad(texts, "right")
+    token_BT, present_BT = pad(texts, "right")
+    reply_BT = token_BT < 0
+    token_BT, mask_BT = torch.where(reply_BT, -1 - token_BT, token_BT), present_BT & ~reply_BT
+    texts = [ids[present].tolist() for ids, present in zip(token_BT, present_BT, strict=True)]
     tensors = {"prompt_BP": prompt_BP, "prompt_mask_BP": prompt_mask_BP, "token_BT": token_BT, "mask_BT": mask_BT}
     names = ("logp_BT", "ref_logp_BT", "kl_BT", "value_BT", "reward_BT")
     tensors |= dict.fromkeys(names, torch.zeros(mask_BT.shape)) | {"score_B": torch.zeros(len(texts))}
     tensors |= {"stop_B": stops_of(env, texts), "group_B": torch.arange(len(texts)) // 2}
     prompts = [env.scorer.codec.decode(ids, begin=True) for ids, _, _ in pairs for _ in range(2)]
     completions = [env.scorer.text(ids) for ids in texts]
+    if reply_BT.any():
+        begins_BT = reply_BT & ~torch.nn.functional.pad(reply_BT, (1, -1))
+        turn_BT = (begins_BT.cumsum(1) - reply_BT.long()) * present_BT
+        tensors |= {"reply_BT": reply_BT, "turn_BT": turn_BT, "turn_reward_BT": torch.zeros(mask_BT.shape)}
     on_device: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
     rollout = Rollout(**on_device, prompts=prompts, completions=completions)
     return as_pairs(rollout, torch.arange(len(texts), device=device).view(-1, 2))
@@ -158,7 +166,9 @@ def sample_pairs(agent: Agent, env: TextVectorEnv, seed: tuple[int, int]) -> lis
     row_N2 = label_pairs(drawn.reward_BT.sum(1), drawn.group_B, agent.config.labels, generator)
 
     prompt_B = [ids[mask].tolist() for ids, mask in zip(drawn.prompt_BP, drawn.prompt_mask_BP, strict=True)]
-    text_B = [ids[mask].tolist() for ids, mask in zip(drawn.token_BT, drawn.mask_BT, strict=True)]
+    # Whose each token is must be known again where pairs come from a file.
+    signed_BT = torch.where(drawn.mask_BT, drawn.token_BT, -1 - drawn.token_BT)
+    text_B = [ids[there].tolist() for ids, there in zip(signed_BT, drawn.present_BT, strict=True)]
     return [(prompt_B[a], text_B[a], text_B[b]) for a, b in row_N2.tolist()]
 
 
