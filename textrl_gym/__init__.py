@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from textrl_gym.mdp.text_env import TextVectorEnv as TextVectorEnv
     from textrl_gym.policy.policy import Policy as Policy
     from textrl_gym.rollouts.collect import collect as collect
+    from textrl_gym.rollouts.text_actions import TextActions as TextActions
 
 __version__ = "0.2.0.dev0"
 
@@ -35,6 +36,7 @@ _HOME = {
     "evaluate": "evaluation.evaluator",
     "Policy": "policy.policy",
     "collect": "rollouts.collect",
+    "TextActions": "rollouts.text_actions",
     "Task": "mdp.task",
     "EnvSettings": "mdp.env_settings",
 }

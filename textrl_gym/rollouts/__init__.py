@@ -3,6 +3,7 @@
 - `collect`: collect(env, policy) -> Rollout
 - `sampler`: cached sampling of completions
 - `dialogues`: conversations while they are sampled
+- `text_actions`: an environment whose action is a whole turn, as text
 - `scoring`: log-probabilities, entropy, KL and reward of a rollout
 - `batching`: rows of a rollout in micro-batches of a token budget
 - `phases`: phases of training, for timers and counters that listen
@@ -19,6 +20,7 @@ __getattr__ = lazy(
         "complete": "collect",
         "generate": "sampler",
         "Completions": "sampler",
+        "TextActions": "text_actions",
         "rollout_logprobs": "scoring",
         "token_entropy": "scoring",
         "rescore": "scoring",
