@@ -27,7 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rollouts", "envs"}),
     frozenset({"evaluation", "pipeline"}),
     frozenset({"training"}),
-    frozenset({"integrations", "experiments"}),
+    frozenset({"integrations", "experiments", "feedback"}),
     frozenset({"agents", "reports"}),
     frozenset({"web"}),
     frozenset({"cli", "__main__"}),

@@ -158,19 +158,44 @@ def draw_prompts(size: int, count: int, seed: int) -> Iterator[list[int]]:
         yield list(itertools.islice(endless, count))
 
 
-class Pairer:
-    """Samples pairs of a task's prompts and has them labelled."""
+class CompletionSampler:
+    """Samples completions of a task's prompts from one policy or from two."""
 
     def __init__(self, env_id: str, config: PreferenceConfig, env: EnvSettings) -> None:
-        """Raises ValueError where the models, the label or the prompts are not to be had."""
+        """Raises ValueError where the models or the prompts are not to be had."""
         self.task = task = env.task(env_id)
         self.config = config
         self.policies, self.tokenizer = load_policies(task, config)
         reader = PromptReader(task, self.tokenizer, task.max_prompt_tokens, env.chat_settings())
         self.source = checked_rows(task, env.split, env.dataset, env.bad_rows, reader)
         self.lengths = budgets.told_of_splits({env.split: self.source}, task, self.tokenizer)
-        self.labeller = Labeller(task, self.tokenizer, config)
-        self.names = [config.model or START, config.other_model or config.model or START]
+
+    def sample(self, rows: Sequence[Row], number: int, rng: np.random.Generator) -> list[list[list[int]]]:
+        """Token ids of `number` completions of each row's prompt, in the order of `writers`."""
+        shares = [number] if len(self.policies) == 1 else [number - number // 2, number // 2]
+        sampled = [
+            sample_texts(
+                policy, self.task, self.tokenizer, rows, share, self.config.temperature, int(rng.integers(2**62))
+            )
+            for policy, share in zip(self.policies, shares, strict=True)
+        ]
+        return [[ids for some in of_row for ids in some] for of_row in zip(*sampled, strict=True)]
+
+    def writers(self, number: int) -> list[str]:
+        """Whose so many completions of a prompt are: of two policies, the first one's half (or more) comes first."""
+        own = self.config.model or START
+        if len(self.policies) == 1:
+            return [own] * number
+        return [own] * (number - number // 2) + [str(self.config.other_model)] * (number // 2)
+
+
+class Pairer(CompletionSampler):
+    """Samples pairs of a task's prompts and has them labelled."""
+
+    def __init__(self, env_id: str, config: PreferenceConfig, env: EnvSettings) -> None:
+        """Raises ValueError where the models, the label or the prompts are not to be had."""
+        super().__init__(env_id, config, env)
+        self.labeller = Labeller(self.task, self.tokenizer, config)
         self.counts = {"prompts": 0, "equal": 0, "ties": 0}
         """Prompts drawn; those whose texts were equal, and those whose scores were: neither are pairs."""
 
@@ -187,22 +212,13 @@ class Pairer:
                 raise ValueError(f"{counts['prompts']} prompts did not give n={config.n} pairs: {reasons}")
             rng = np.random.default_rng([config.seed, 1, number])
             rows = [self.source[place] for place in places]
-            both = self._sample(rows, rng)
+            both = self.sample(rows, 2, rng)
             texts = [[decode(self.tokenizer, ids) for ids in two] for two in both]
             differing = [pair for pair in zip(rows, both, texts, strict=True) if pair[2][0] != pair[2][1]]
             counts["prompts"] += len(rows)
             counts["equal"] += len(rows) - len(differing)
             if differing:
                 yield from self._labelled(differing, rng)
-
-    def _sample(self, rows: list[Row], rng: np.random.Generator) -> list[list[list[int]]]:
-        """Token ids of two completions of each row's prompt: both of the one policy, or one of each."""
-        each, at = 2 // len(self.policies), self.config.temperature
-        sampled = [
-            sample_texts(policy, self.task, self.tokenizer, rows, each, at, int(rng.integers(2**62)))
-            for policy in self.policies
-        ]
-        return [[ids for some in of_row for ids in some] for of_row in zip(*sampled, strict=True)]
 
     def _labelled(
         self, pairs: list[tuple[Row, list[list[int]], list[str]]], rng: np.random.Generator
@@ -217,12 +233,12 @@ class Pairer:
             if chosen is None:
                 self.counts["ties"] += 1
                 continue
-            order = {"chosen": chosen, "rejected": 1 - chosen}
+            order, names = {"chosen": chosen, "rejected": 1 - chosen}, self.writers(2)
             yield (
                 {"prompt": row["prompt"]}
                 | {name: texts[place] for name, place in order.items()}
                 | {f"score_{name}": scores[place] for name, place in order.items()}
-                | {f"model_{name}": self.names[place] for name, place in order.items()}
+                | {f"model_{name}": names[place] for name, place in order.items()}
             )
 
 

@@ -1,0 +1,18 @@
+"""Feedback of annotators: what they are asked, what they answer, and what the answers are worth.
+
+In reading order:
+- `questions`: completions to be ranked, from an environment, a run or a file
+- `answers`: the file of labels as it grows, and who is asked what next
+"""
+
+from __future__ import annotations
+
+from textrl_gym.lazy import lazy
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "AnnotateConfig": "questions",
+        "Session": "answers",
+    },
+)
