@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def test_an_answer_that_comes_twice_is_written_once(tmp_path: Path) -> None:
     """The word that it was saved may be lost on its way, and the page sends it again."""
     session = begin(tmp_path / "labels.jsonl")
     view = session.view("ann")
-    given = {"annotator": "ann", "item": "q0", "turn": 0, "ranks": best_ranks(view)}
+    given: dict[str, Any] = {"annotator": "ann", "item": "q0", "turn": 0, "ranks": best_ranks(view)}
     first, second = session.answer(given), session.answer(given)
     assert first["item"]["id"] == second["item"]["id"] == "q1"
     assert len(labels.read_labels(tmp_path / "labels.jsonl")) == 1
@@ -193,8 +194,8 @@ def test_two_at_once_are_not_asked_the_same(tmp_path: Path, monkeypatch: pytest.
     answer(session, "ann")
     view = session.view("ann")
     assert view["phase"] == "wait", "the other one is open in ben's browser"
-    now = answers.time.monotonic()
-    monkeypatch.setattr(answers.time, "monotonic", lambda: now + answers.RESERVED_SECONDS + 1)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + answers.RESERVED_SECONDS + 1)
     assert session.view("ann")["item"]["id"] == "q1", "ben has left"
     answer(session, "ann")
     assert session.view("ann")["phase"] == session.view("ben")["phase"] == "done"
@@ -318,7 +319,7 @@ def pair_rows(count: int = 30) -> list[dict[str, Any]]:
 def test_questions_of_a_preference_file(tmp_path: Path) -> None:
     items = questions.questions(write(tmp_path / "pairs.jsonl", pair_rows()), AnnotateConfig(n=20))
     assert len(items) == 20 and len({item.id for item in items}) == 20
-    places = [item.completions.index(f"good {item.prompt[1:]}") for item in items]  # type: ignore[index]
+    places = [item.completions.index(f"good {item.prompt[1:]}") for item in items]
     assert 3 < sum(places) < 17, "the chosen one does not always come first"
     assert [item.gold for item in items] == [[1.0, -1.0] if place == 0 else [-1.0, 1.0] for place in places]
 
