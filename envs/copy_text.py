@@ -6,15 +6,13 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from textrl_gym.core import Row
 from textrl_gym.data import sources
 from textrl_gym.mdp.task import Task
-from textrl_gym.models import tiny
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a list of environments is read without torch
+    import torch
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 ID = "CopyText-v0"
@@ -90,12 +88,16 @@ class CopyText(Task):
         return [{"prompt": text, "completion": text} for text in texts]
 
     def load_tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
+        from textrl_gym.models import tiny
+
         return tiny.symbol_tokenizer(SYMBOLS) if name is None else super().load_tokenizer(name)
 
     def load_model(
-        self, name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self, name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> nn.Module:
         if name is not None:
             return super().load_model(name, device=device, dtype=dtype)
+        from textrl_gym.models import tiny
+
         # Learned positions: with rotary ones it copied the symbols but never learnt "the third token" (0.64 of 1).
         return tiny.gpt2(len(SYMBOLS) + 1, 2 * LENGTH + 1)

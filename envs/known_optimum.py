@@ -14,18 +14,16 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from textrl_gym.core import Row
 from textrl_gym.data import sources
-from textrl_gym.functional import pad
 from textrl_gym.mdp.task import Task
-from textrl_gym.models import tiny
-from textrl_gym.policy.policy import Policy
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a list of environments is read without torch
+    import torch
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
+
+    from textrl_gym.policy.policy import Policy
 
 ID = "KnownOptimum-v0"
 
@@ -52,23 +50,32 @@ def completions() -> list[list[int]]:
     return ended + [list(y) for y in itertools.product(ids, repeat=TOKENS)]
 
 
-@torch.no_grad()
 def sequence_logprobs(policy: Policy, prompt: str) -> Tensor:
     """log pi(y | prompt) of every completion, in the order of completions(). float64 [40], exact.
 
     Read from the distribution of the next token after each prefix, so that any kind of policy will do.
     """
+    import torch
+
+    from textrl_gym.functional import pad
+    from textrl_gym.models import tiny
+
     prompt_ids = tiny.symbol_tokenizer(SYMBOLS)(prompt)["input_ids"]
     # Completions share their beginnings: the 40 have 13 different prefixes, and one pass serves them all.
     prefixes = sorted({tuple(y[:t]) for y in completions() for t in range(len(y))})
     input_XL, mask_XL = pad([[*prompt_ids, *prefix] for prefix in prefixes], "left")
-    logp_XV = policy.next_logprobs(input_XL.to(policy.device), mask_XL.to(policy.device)).double()
+    with torch.no_grad():
+        logp_XV = policy.next_logprobs(input_XL.to(policy.device), mask_XL.to(policy.device)).double()
     after = dict(zip(prefixes, logp_XV, strict=True))
     return torch.stack([torch.stack([after[tuple(y[:t])][y[t]] for t in range(len(y))]).sum() for y in completions()])
 
 
 def optimum(reference: Policy, prompt: str, kl_coef: float) -> Tensor:
     """log pi*(y | prompt) of every completion, in the order of completions(). float64 [40]."""
+    import torch
+
+    from textrl_gym.models import tiny
+
     tokenizer = tiny.symbol_tokenizer(SYMBOLS)
     texts = [tokenizer.decode(y, skip_special_tokens=True) for y in completions()]
     reward_Y = torch.tensor(table([prompt] * len(texts), texts), dtype=torch.float64)
@@ -132,12 +139,16 @@ class KnownOptimum(Task):
         return [{"prompt": prompt} for prompt in PROMPTS]
 
     def load_tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
+        from textrl_gym.models import tiny
+
         return tiny.symbol_tokenizer(SYMBOLS) if name is None else super().load_tokenizer(name)
 
     def load_model(
-        self, name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self, name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> nn.Module:
         # A larger scale than usual: the reference must differ from uniform for the test to mean something.
         if name is not None:
             return super().load_model(name, device=device, dtype=dtype)
+        from textrl_gym.models import tiny
+
         return tiny.llama(len(SYMBOLS) + 1, scale=0.2)

@@ -19,7 +19,7 @@ from textrl_gym.agents import DPO, GRPO, PPO
 from textrl_gym.core import StopReason
 from textrl_gym.training import logs, loop
 from textrl_gym.training.agent import Agent
-from textrl_gym.training.loop import TrainOptions
+from textrl_gym.training.config import TrainOptions
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 1, "eval_episodes": 8}
 

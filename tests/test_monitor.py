@@ -16,7 +16,7 @@ from textrl_gym.evaluation.reward_hacking import AlarmBounds, Evaluation
 from textrl_gym.registry import load_agent
 from textrl_gym.reports import run_page
 from textrl_gym.training.callbacks import RewardHackingMonitor
-from textrl_gym.training.loop import TrainOptions
+from textrl_gym.training.config import TrainOptions
 from textrl_gym.training.run_folder import ALARMS, BEST, alarms, read_evaluations, read_run
 
 ROW = {"timesteps": 0, "updates": 0, "score": -1.9, "gold": 0.4, "kl_sequence": 0.0, "completion_tokens": 24.0}

@@ -24,6 +24,7 @@ from textrl_gym.persistence.signals import Terminated
 from textrl_gym.registry import load_agent
 from textrl_gym.training import checkpoint, loop, run_folder
 from textrl_gym.training.agent import Agent
+from textrl_gym.training.config import TrainOptions
 from textrl_gym.training.run_folder import read_evaluations, read_run
 
 QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 4, "show_samples": 0}
@@ -238,7 +239,7 @@ def test_checkpoints_come_by_time(tmp_path: Path) -> None:
     # At the rollout of update n: the checkpoint of update n - 1, or that of the start.
     assert saved == [*range(done), *[0] * done, *[0] * done]
     with pytest.raises(ValueError, match="save_every_minutes must be a finite number, got nan"):
-        loop.TrainOptions(save_every_minutes=float("nan"))
+        TrainOptions(save_every_minutes=float("nan"))
 
 
 def test_a_killed_run_that_goes_on_has_the_logs_of_one_that_was_not(tmp_path: Path) -> None:

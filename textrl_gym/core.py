@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # what only lists, or says what is wrong, does without torch
+    from torch import Tensor
 
 
 class StopReason(enum.IntEnum):
@@ -176,6 +176,8 @@ class Rollout:
 
     def select(self, rows_B: Tensor) -> Rollout:
         """The given rows (int64 or bool [B]), with columns that no chosen row uses cut off."""
+        import torch
+
         # As numbers, because lists of texts can be picked by numbers only.
         rows_B = rows_B.nonzero().squeeze(1) if rows_B.dtype == torch.bool else rows_B
         picked: dict[str, Any] = {}
@@ -191,6 +193,8 @@ class Rollout:
     @staticmethod
     def cat(rollouts: Sequence[Rollout]) -> Rollout:
         """Rollouts below each other, groups numbered anew."""
+        import torch
+
         prompt, response = (max(getattr(r, name).shape[1] for r in rollouts) for name in ("prompt_BP", "token_BT"))
         groups, joined = 0, dict[str, Any]()
         numbers_B = []
@@ -227,7 +231,7 @@ class Rollout:
                     name: torch.cat([_widened(name, part[name], response) for part in parts]) for name in names
                 }
                 continue
-            is_tensor = isinstance(parts[0], Tensor)
+            is_tensor = isinstance(parts[0], torch.Tensor)
             joined[field.name] = torch.cat(parts) if is_tensor else [text for part in parts for text in part]
         return Rollout(**(joined | {"group_B": torch.cat(numbers_B)}))
 
@@ -251,11 +255,13 @@ class Rollout:
 
 def _rows(value: Tensor | list[Any], rows_B: Tensor) -> Tensor | list[Any]:
     """Some rows of a tensor or a list; a list that holds nothing for any row stays so."""
-    if isinstance(value, Tensor):
+    if not isinstance(value, list):
         return value[rows_B]
     return [value[i] for i in rows_B.tolist()] if value else []
 
 
 def _widened(name: str, tensor: Tensor, places: int) -> Tensor:
     """A tensor of a rollout with more response places of padding, where its name says that it has any."""
+    import torch
+
     return torch.nn.functional.pad(tensor, (0, places - tensor.shape[1])) if name.endswith("_BT") else tensor

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import Tensor
+if TYPE_CHECKING:  # the names of estimators are needed by those who load no torch
+    from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3", "full"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)

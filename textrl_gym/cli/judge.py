@@ -114,11 +114,12 @@ def evaluate_command(args: Sequence[str]) -> int:
     ]
     tables = {"settings": "evaluate", "env": "env"}
     parsed = parse_command("evaluate", evaluate_command.__doc__, parts, tables, args)
+    # Before torch is loaded: a wrong folder is said at once.
+    folder = files.whole_checkpoint(parsed.folder)
+    files.read_state(folder)
     from textrl_gym.evaluation.evaluator import Evaluator
     from textrl_gym.evaluation.metrics import metric, metric_names, number
 
-    folder = files.whole_checkpoint(parsed.folder)
-    files.read_state(folder)
     settings, split = parsed.settings, parsed.env.split
     agent = _agent(folder, settings, settings.base_model, parsed.env)
     evaluator = Evaluator(_changed(agent.env, parsed.env), settings.episodes, settings.seed, split)

@@ -315,9 +315,10 @@ def env_flags(default: EnvSettings | None = None) -> Part:
 def find_agent(name: str) -> type[Agent]:
     """The agent class of a file in agents/, or at module:Class."""
     from textrl_gym import registry
+
+    agent_class = registry.load_agent_class(name)  # first: a wrong name is said without waiting for torch
     from textrl_gym.training.agent import Agent
 
-    agent_class = registry.load_agent_class(name)
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)):
         raise ValueError(f"{name!r} is {agent_class!r}, not a subclass of textrl_gym.agents.Agent")
     return agent_class

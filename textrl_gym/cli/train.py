@@ -30,7 +30,7 @@ from textrl_gym.training.run_folder import holds_run, renamed
 
 if TYPE_CHECKING:
     from textrl_gym.training.agent import Agent
-    from textrl_gym.training.loop import TrainOptions
+    from textrl_gym.training.config import TrainOptions
 
 RUN_FILE = "run.json"
 """How a run was started; `train --resume` takes its options from there."""
@@ -52,21 +52,24 @@ def train_command(args: Sequence[str]) -> int:
     names = [arg for arg in args[:2] if not arg.startswith("-")]
     if len(names) < 2 and not {"-h", "--help"} & set(args):
         raise ValueError("train needs AGENT and ENV first: textrl-gym train AGENT ENV --total-timesteps N --out DIR")
-    from textrl_gym.mdp.task import load_env_task
-    from textrl_gym.training.agent import Agent
-    from textrl_gym.training.loop import TrainOptions
-
-    agent_class = find_agent(names[0]) if names else Agent
+    # Before torch is loaded: a wrong name is said at once.
+    if len(names) == 2 and names[0] in registry.text_envs() and names[1] in registry.names("agents"):
+        raise ValueError(f"AGENT comes before ENV: textrl-gym train {names[1]} {names[0]}")
     env_id = find_env(names[1]) if len(names) == 2 else ""
+    agent_class = find_agent(names[0]) if names else None
+    from textrl_gym.mdp.task import load_env_task
+    from textrl_gym.training.config import AgentConfig, TrainOptions
+
     parts: list[Part] = [
         ("run", flat(RunSettings)),
         ("options", flat(TrainOptions)),
-        ("agent", flat(agent_class.Config)),
+        ("agent", flat(AgentConfig if agent_class is None else agent_class.Config)),
         env_flags(),
     ]
     tables = {"run": "train", "options": "train", "agent": "agent", "env": "env"}
     parsed = parse_command(" ".join(["train", *names]), TRAIN, parts, tables, args[len(names) :])
 
+    assert agent_class is not None  # without names there was --help, which ends above
     run = parsed.run
     if agent_class.trains and run.total_timesteps is None:
         raise ValueError(f"{names[0]} trains: give --total-timesteps N, the generated tokens to train for")
@@ -204,7 +207,7 @@ def resume(args: Sequence[str]) -> int:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--resume", type=Path, nargs="?")
     folder = peek.parse_known_args(args)[0].resume
-    from textrl_gym.training.loop import TrainOptions
+    from textrl_gym.training.config import TrainOptions
 
     # Options of the first call hold on unless this one says otherwise.
     record = {} if folder is None else read_record(folder)

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 
 from textrl_gym.core import RewardSpec, Row
-from textrl_gym.rewards import RewardFunction, columns_of, load_reward
 from textrl_gym.stats.estimates import Array, outcomes
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the settings of a judge are read without torch
+    import torch
     from transformers import PreTrainedTokenizerBase
+
+    from textrl_gym.rewards import RewardFunction
 
 GOLD = "gold"
 """The name of a task's own gold score."""
@@ -80,6 +81,8 @@ class Pointwise:
 
 def reward_of(reward: RewardFunction, rows: Sequence[Row], answers: Sequence[Answer]) -> torch.Tensor:
     """A reward of given texts, with every column of their rows, and their tokens where all are known. [N]"""
+    from textrl_gym.rewards import columns_of
+
     columns = columns_of(rows)
     if all(answer.ids is not None for answer in answers):
         columns["completion_ids"] = [list(answer.ids or ()) for answer in answers]
@@ -124,6 +127,8 @@ def load_scorer(
     Raises:
         ValueError: nothing is named so, the task has no judge, or it is the one that only compares.
     """
+    from textrl_gym.rewards import load_reward
+
     if spec == ENDPOINT:
         raise ValueError(
             f"judge {ENDPOINT!r} compares two answers and gives no scores: finish the comparison without it, and then "

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-
 from textrl_gym import files, registry
 from textrl_gym.core import Message, PromptSource, Reply, RewardSpec, Row
 from textrl_gym.data import chat, encoding, prompts
@@ -26,12 +23,13 @@ from textrl_gym.data.rows import (
     settle,
     text_of,
 )
-from textrl_gym.models import adapters, fingerprint, loading, lora
 from textrl_gym.worlds.lesson import Lesson
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a list of environments is read without torch
     from collections.abc import Mapping, Sequence
 
+    import torch
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 
@@ -115,15 +113,19 @@ class Task:
 
     def load_tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer `name` (Hub id, folder), or the task's own."""
+        from textrl_gym.models import loading
+
         return loading.load_tokenizer(name or self.model)  # a model's folder holds its tokenizer too
 
     def load_model(
-        self, name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self, name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> nn.Module:
         """The causal LM `name` of transformers (Hub id, folder), or the task's own, in eval mode.
 
         The folder may hold a LoRA adapter of peft, or be one that an agent was saved to.
         """
+        from textrl_gym.models import loading
+
         spec = name or self.model
         return loading.load_model(spec, device=device, dtype=dtype, base=checkpoint_base(spec))
 
@@ -301,6 +303,8 @@ def checkpoint_base(spec: str | Path) -> str | nn.Module | None:
     Args:
         spec: the checkpoint's folder, or the folder in it that holds the LoRA.
     """
+    from textrl_gym.models import adapters, fingerprint, lora
+
     given = Path(spec).expanduser()
     folder = given if (given / files.STATE_FILE).is_file() else given.parent
     # Without agent.json it is peft's own folder, which names its base itself.

@@ -99,7 +99,7 @@ def load_model(
     spec: str | Path | nn.Module,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     base: str | Path | nn.Module | None = None,
 ) -> nn.Module:
     """A causal language model of transformers, in eval mode.
@@ -108,7 +108,7 @@ def load_model(
         spec: a folder, a Hub id, "smollm2-135m", or a loaded model, which is moved to device and keeps its dtype. A
             LoRA adapter of peft is merged into its base; of a saved agent's folder it is the model.
         device: a name that `resolve_device` takes.
-        dtype: of the weights.
+        dtype: of the weights; None: float32.
         base: what the adapter stands on, where that is known; None: what its folder names. A loaded one is changed.
 
     Raises:
@@ -116,7 +116,7 @@ def load_model(
     """
     if isinstance(spec, nn.Module):
         return spec.to(resolve_device(device)).eval()
-    return _load(AutoModelForCausalLM, "model", spec, device, dtype, base)
+    return _load(AutoModelForCausalLM, "model", spec, device, dtype or torch.float32, base)
 
 
 def load_classifier(

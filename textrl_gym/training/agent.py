@@ -29,7 +29,7 @@ from textrl_gym.policy.compiling import Compile, require_compiler
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import collect
 from textrl_gym.training import checkpoint, dependencies, loop
-from textrl_gym.training.config import AgentConfig, Clock, make_config
+from textrl_gym.training.config import AgentConfig, Clock, TrainOptions, make_config
 from textrl_gym.training.dependencies import Fingerprints
 from textrl_gym.training.minibatch import Minibatch
 
@@ -370,7 +370,7 @@ class Agent:
             log_interval: updates between two rows of the log.
             tb_log_name: subfolder for TensorBoard's files under `out`.
             reset_num_timesteps: False goes on counting (and with the learning-rate schedule) from before.
-            options: of textrl_gym.training.loop.TrainOptions (evaluations, health card).
+            options: of textrl_gym.training.config.TrainOptions (evaluations, health card).
         """
         check("total_timesteps", total_timesteps, Annotated[int, Ge(0)])
         check("log_interval", log_interval, Annotated[int, Ge(1)])
@@ -387,7 +387,7 @@ class Agent:
             log_interval=log_interval,
             tb_log_name=tb_log_name,
             progress_bar=progress_bar,
-            options=make_config(loop.TrainOptions, options, "learn()"),
+            options=make_config(TrainOptions, options, "learn()"),
         )
         return self
 

@@ -1,8 +1,9 @@
-"""The settings that every agent has, and how a config is made of keywords."""
+"""Settings: of every agent, of training around the updates, and how a config is made of keywords. Loads no torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -10,7 +11,7 @@ from annotated_types import Ge, Gt, Le
 
 from textrl_gym.bounds import MOST_ROWS, check_settings
 from textrl_gym.kl import check_estimator
-from textrl_gym.models import loading
+from textrl_gym.persistence.save_schedule import SaveOptions
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -79,7 +80,42 @@ class AgentConfig:
             raise ValueError(f"rollout_episodes={self.rollout_episodes} is no multiple of group_size={self.group_size}")
         if self.kl_estimator is not None:
             check_estimator(self.kl_estimator)
-        loading.resolve_dtype(self.dtype)
+
+
+Tracker = Literal["none", "wandb", "trackio", "mlflow"]
+"""Experiment trackers, each with an extra of its name."""
+
+
+def require_tracker(name: Tracker) -> None:
+    """Raise ValueError where the tracker's package is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"log_to={name!r} needs the package {name}: pip install 'textrl-gym[{name}]'")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(SaveOptions):
+    """What happens around the updates."""
+
+    eval_every: Annotated[int, Ge(0)] = 20
+    """Updates between two evaluations on the validation split; 0 for none but the first and the last."""
+    eval_episodes: Annotated[int, Ge(1)] = 64
+    """Held-out prompts of an evaluation during training."""
+    gold: str | None = None
+    """The gold score of the evaluations: gold (the task's own), or a reward (its name, module:function, a folder with a
+    reward model); None: the task's own, where it has one."""
+    show_samples: Annotated[int, Ge(0)] = 2
+    """Sample completions printed at each evaluation; all of them are in samples.jsonl."""
+    log_to: Tracker = "none"
+    """An experiment tracker that gets all that TensorBoard gets: wandb, trackio or mlflow (an extra each)."""
+    on_bad_health: Literal["stop", "warn"] = "stop"
+    """What to do when a line of the health card fails before the first update."""
+    on_hacking: Literal["off", "warn", "stop"] = "warn"
+    """What to do when evaluations show signs of reward hacking (see evaluation.reward_hacking). "stop" ends the run
+    when the gold score falls while the score rises, and keeps the checkpoint of the best gold score in OUT/best."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        require_tracker(self.log_to)
 
 
 @dataclasses.dataclass(frozen=True)

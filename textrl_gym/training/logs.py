@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 
@@ -28,8 +28,8 @@ from textrl_gym.evaluation.evaluator import mean_components
 from textrl_gym.evaluation.health import share_without_spread
 from textrl_gym.evaluation.metrics import COUNTERS
 from textrl_gym.rollouts.phases import Phase
+from textrl_gym.training.config import Tracker, require_tracker
 
-Tracker = Literal["none", "wandb", "trackio", "mlflow"]
 PROJECT = "textrl-gym"
 """Under which a tracker has the runs, unless its own environment variable names another."""
 ID_FILE = "tracker.json"
@@ -145,12 +145,6 @@ class TrackerWriter(KVWriter):
     def close(self) -> None:
         """End the tracker's run."""
         self._end()
-
-
-def require_tracker(name: Tracker) -> None:
-    """Raise ValueError where the tracker's package is not installed."""
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise ValueError(f"log_to={name!r} needs the package {name}: pip install 'textrl-gym[{name}]'")
 
 
 def open_tracker(name: Tracker, folder: Path, settings: Mapping[str, Any], goes_on: bool) -> TrackerWriter:

@@ -9,10 +9,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from annotated_types import Ge
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,7 +21,6 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym import functional
-from textrl_gym.bounds import check_settings
 from textrl_gym.console import plain
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
@@ -31,11 +29,11 @@ from textrl_gym.evaluation.reward_hacking import Evaluation
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp import budgets
 from textrl_gym.persistence import run_lock, signals, update_log
-from textrl_gym.persistence.save_schedule import SaveOptions, SaveSchedule, rescue
+from textrl_gym.persistence.save_schedule import SaveSchedule, rescue
 from textrl_gym.rollouts.phases import listening, phase
 from textrl_gym.training import logs, recovery, run_folder
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
-from textrl_gym.training.config import Clock
+from textrl_gym.training.config import Clock, TrainOptions
 from textrl_gym.training.run_folder import append_evaluation
 
 T = TypeVar("T")
@@ -85,32 +83,6 @@ class Learner(Player, Protocol):
     def load_extra_state(self, state: dict[str, Any]) -> None: ...
     def rng_state(self) -> tuple[dict[str, Any], Tensor]: ...
     def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOptions(SaveOptions):
-    """What happens around the updates."""
-
-    eval_every: Annotated[int, Ge(0)] = 20
-    """Updates between two evaluations on the validation split; 0 for none but the first and the last."""
-    eval_episodes: Annotated[int, Ge(1)] = 64
-    """Held-out prompts of an evaluation during training."""
-    gold: str | None = None
-    """The gold score of the evaluations: gold (the task's own), or a reward (its name, module:function, a folder with a
-    reward model); None: the task's own, where it has one."""
-    show_samples: Annotated[int, Ge(0)] = 2
-    """Sample completions printed at each evaluation; all of them are in samples.jsonl."""
-    log_to: logs.Tracker = "none"
-    """An experiment tracker that gets all that TensorBoard gets: wandb, trackio or mlflow (an extra each)."""
-    on_bad_health: Literal["stop", "warn"] = "stop"
-    """What to do when a line of the health card fails before the first update."""
-    on_hacking: Literal["off", "warn", "stop"] = "warn"
-    """What to do when evaluations show signs of reward hacking (see evaluation.reward_hacking). "stop" ends the run
-    when the gold score falls while the score rises, and keeps the checkpoint of the best gold score in OUT/best."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        logs.require_tracker(self.log_to)
 
 
 def train(
