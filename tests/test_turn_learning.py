@@ -6,6 +6,8 @@ Shape legend: B rows, T response places, K turns, D hidden width.
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from textrl_gym.agents import DPO, GRPO, GSPO, PPO, RLOO, BestOfN
 from textrl_gym.agents.grpo import group_advantages
 from textrl_gym.agents.rloo import leave_one_out
 from textrl_gym.core import Rollout
+from textrl_gym.evaluation.evaluator import Evaluator
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import collect
 from textrl_gym.training.agent import Agent
+from textrl_gym.training.logs import rollout_metrics
 from textrl_gym.training.minibatch import Minibatch
 
 ROWS = 8
@@ -299,3 +303,31 @@ def test_minibatch_means_count_actions() -> None:
     batch = Minibatch.of(rollout)
     assert batch.tokens == int(rollout.mask_BT.sum()) < int(rollout.present_BT.sum())
     assert float(batch.mean(torch.ones_like(rollout.logp_BT))) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_page_about_turns(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/turns.md as it is printed, with a smaller budget."""
+    page = (root / "docs" / "turns.md").read_text()
+    task, use = re.findall(r"^```python.*?\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "two_turns.py").write_text(task)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(compile(use.replace("15_000", "300").replace("episodes=64", "episodes=8"), "docs/turns.md", "exec"), {})
+    sys.modules.pop("two_turns")
+
+
+def test_turns_are_reported() -> None:
+    agent = agent_of(GRPO)
+    metrics, samples = Evaluator(agent.env, episodes=4).run(agent)
+    rollouts = Evaluator(agent.env, episodes=4).play(agent)
+    assert samples[0]["turns"] == rollouts[0].turns[0]
+    spoken = [sum(turn["role"] == "assistant" for turn in said) for said in rollouts[0].turns]
+    assert metrics["turns"] == pytest.approx(sum(spoken) / 4, abs=1e-6)
+    assert metrics["turn_rewards"] == pytest.approx(
+        float(rollouts[0].outcome_B.sub(rollouts[0].score_B).mean()), abs=1e-6
+    )
+    assert metrics["completion_tokens"] == pytest.approx(rollouts[0].num_tokens / 4, abs=1e-6)
+    logged = rollout_metrics(rollouts[0])
+    assert (logged["rollout/turns"], logged["rollout/turn_rewards"]) == pytest.approx(
+        (metrics["turns"], metrics["turn_rewards"]), abs=1e-6
+    )

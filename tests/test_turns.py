@@ -28,11 +28,22 @@ P, T = 4, 26
 ATOL = 5e-5  # float32 sums in another order
 
 
-def points(prompts: list[str], completions: list[str], *, turns: list[Any], **columns: Any) -> list[float]:
+def points(
+    prompts: list[str],
+    completions: list[str],
+    *,
+    turns: list[Any],
+    completion_ids: list[list[int]],
+    action_mask: list[list[bool]],
+    **columns: Any,
+) -> list[float]:
     """Another number for nearly every conversation."""
+    rows = zip(turns, completions, completion_ids, action_mask, strict=True)
     return [
-        len(said) + sum((i + 1) * ord(c) for i, c in enumerate(text)) / 1000
-        for said, text in zip(turns, completions, strict=True)
+        len(said)
+        + sum((i + 1) * ord(c) for i, c in enumerate(text)) / 1000
+        + sum((2 + own) * i for i, own in zip(ids, mask, strict=True)) / 64
+        for said, text, ids, mask in rows
     ]
 
 

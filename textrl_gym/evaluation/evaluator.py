@@ -119,12 +119,15 @@ class Evaluator:
     def gold_scores(self, rollouts: list[Rollout]) -> Tensor:
         """The gold score of every completion (the training reward's, where there is none). [episodes]"""
         if self.gold is None:
-            return torch.cat([rollout.score_B.cpu() for rollout in rollouts])
+            return torch.cat([rollout.outcome_B.cpu() for rollout in rollouts])
         scores = []
         for rows, prompt_ids, rollout in self._batches(rollouts):
-            masks = zip(rollout.token_BT, rollout.present_BT, strict=True)
-            completion_ids = [ids[mask].tolist() for ids, mask in masks]
-            scored = self.mdp.scorer.score(rows, prompt_ids, completion_ids, self.gold, turns=rollout.turns)
+            both = list(zip(rollout.token_BT, rollout.mask_BT, rollout.present_BT, strict=True))
+            completion_ids = [ids[there].tolist() for ids, _, there in both]
+            talks: dict[str, Any] = {"turns": rollout.turns}
+            if rollout.turns:
+                talks["action_masks"] = [own[there].tolist() for _, own, there in both]
+            scored = self.mdp.scorer.score(rows, prompt_ids, completion_ids, self.gold, **talks)
             scores.append(scored.score_N.cpu())
         return torch.cat(scores)
 

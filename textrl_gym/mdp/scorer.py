@@ -116,6 +116,7 @@ class Scorer:
         completion_ids: list[list[int]],
         reward: RewardFunction | None = None,
         turns: Sequence[list[Message]] = (),
+        action_masks: Sequence[list[bool]] = (),
     ) -> Scores:
         """Raw scores of finished completions, on the device, and their texts.
 
@@ -127,11 +128,12 @@ class Scorer:
             reward: scores instead of the environment's own.
             turns: of conversations, in a column `turns` for the reward; the texts are then what the agent has said, a
                 line for each turn.
+            action_masks: of conversations, which of completion_ids are the agent's, in a column `action_mask`.
         """
         columns = columns_of(rows) | {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
         if turns:
             texts = ["\n".join(turn["content"] for turn in said if turn["role"] == "assistant") for said in turns]
-            columns["turns"] = list(turns)
+            columns |= {"turns": list(turns), "action_mask": list(action_masks)}
         else:
             texts = [self.text(ids) for ids in completion_ids]
         scores = (reward or self.reward).score([row["prompt"] for row in rows], texts, columns)

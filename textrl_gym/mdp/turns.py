@@ -34,11 +34,21 @@ class Conversation:
     row: Row
     turns: list[Message] = field(default_factory=list)
     """Behind the prompt, the agent's first."""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    """Where the agent's turns begin and end among the tokens behind the prompt."""
 
     @property
     def number(self) -> int:
         """How many turns the agent has ended."""
-        return sum(turn["role"] == "assistant" for turn in self.turns)
+        return len(self.spans)
+
+    @property
+    def action_mask(self) -> list[bool]:
+        """Which tokens behind the prompt are the agent's, up to the end of its last turn."""
+        mask = [False] * self.spans[-1][1]
+        for start, end in self.spans:
+            mask[start:end] = [True] * (end - start)
+        return mask
 
 
 class Answer(NamedTuple):
@@ -109,8 +119,9 @@ class Turns:
         Raises:
             ValueError: the task's reply is none, or has a word without a token.
         """
-        for conversation, ids in zip(conversations, turn_ids, strict=True):
+        for conversation, ids, length in zip(conversations, turn_ids, length_N, strict=True):
             conversation.turns.append({"role": "assistant", "content": self.scorer.text(ids)})
+            conversation.spans.append((length - len(ids), length))
         closed_N = np.array([ids[-1] in self.closing_ids for ids in turn_ids])
         replies = self._replies([one for one, closed in zip(conversations, closed_N, strict=True) if not closed])
         reply_N = [Reply("") if closed else replies.pop(0) for closed in closed_N]

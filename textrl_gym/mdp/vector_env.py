@@ -567,8 +567,11 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             return (score_B if kl_B is None else -self.kl_coef * kl_B), finals
         ended = np.flatnonzero(ended_B)
         prompts, ids = [self._prompts[b] for b in ended], self._completion_ids(ended)
-        said = [self._conversations[b].turns for b in ended] if self.turns is not None else []
-        scores = self.scorer.score([p.row for p in prompts], [p.ids for p in prompts], ids, turns=said)
+        talks = [self._conversations[b] for b in ended] if self.turns is not None else []
+        said, masks = [talk.turns for talk in talks], [talk.action_mask for talk in talks]
+        scores = self.scorer.score(
+            [p.row for p in prompts], [p.ids for p in prompts], ids, turns=said, action_masks=masks
+        )
         values, parts = scores.score_N.tolist(), {name: part.tolist() for name, part in scores.components.items()}
         stop_B = self._host(self._state.stop_B) * ended_B  # a row that ended before is not paid again
         for i, (b, prompt, text) in enumerate(zip(ended, prompts, scores.texts, strict=True)):

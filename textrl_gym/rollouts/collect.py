@@ -119,9 +119,11 @@ def rollout_of(
     prompt_UP, prompt_mask_UP, source_B = functional.unique_ids(prompt_ids, policy.device)
     # 1. Scores, by the same function as step().
     present_BT = out.mask_BT if out.reply_BT is None else out.mask_BT | out.reply_BT
-    completion_ids = [ids[:n] for ids, n in zip(out.token_BT.tolist(), present_BT.sum(1).tolist(), strict=True)]
+    lengths = present_BT.sum(1).tolist()
+    completion_ids = [ids[:n] for ids, n in zip(out.token_BT.tolist(), lengths, strict=True)]
+    masks = [mask[:n] for mask, n in zip(out.mask_BT.tolist(), lengths, strict=True)] if out.turns else []
     with phase("scoring"):
-        scores = mdp.scorer.score(rows, prompt_ids, completion_ids, turns=out.turns)
+        scores = mdp.scorer.score(rows, prompt_ids, completion_ids, turns=out.turns, action_masks=masks)
     rollout = Rollout(
         prompt_BP=prompt_UP[source_B],
         prompt_mask_BP=prompt_mask_UP[source_B],
