@@ -96,7 +96,7 @@ def test_a_lesson_can_be_run(env_id: str) -> None:
     task, lesson = load_env_task(env_id), lesson_of(env_id)
     for trial in lesson.trials.values():
         settings_of(compare_config(trial, LessonConfig()))
-        load_reward(EnvSettings(reward=trial.reward).task(env_id).reward, task=task)
+        load_reward(EnvSettings(reward=trial.reward_flag).task(env_id).reward, task=task)
     measured = dict.fromkeys([*lesson.metrics, *task.measures([], [])], 0.5)
     numbers = dict.fromkeys([START, *lesson.trials], measured)
     assert all(isinstance(finding.effect(numbers), float) for finding in lesson.findings)

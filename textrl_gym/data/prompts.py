@@ -368,6 +368,15 @@ def _instruction(row: Row) -> dict[str, Any]:
     return _spoken(chat.user(text), None if row.get("output") is None else text_of(row, "output"), text)
 
 
+def _hhh(row: Row) -> dict[str, Any]:
+    """The prompt, with the first choice that is labelled 1."""
+    text, targets = text_of(row, "input"), row["targets"]
+    right = [choice for choice, label in zip(targets["choices"], targets["labels"], strict=True) if label == 1]
+    if not right:
+        raise BadRow("column 'targets' has no choice with the label 1", shown(targets))
+    return _spoken(chat.user(text), right[0], text)
+
+
 def _question(row: Row) -> dict[str, Any]:
     text = text_of(row, "question")
     return _spoken(chat.user(text), text_of(row, "answer"), text)
@@ -381,6 +390,7 @@ PROMPT_SCHEMAS = (
     PromptSchema("ShareGPT", ("conversations",), _turns("conversations")),
     PromptSchema("tatsu-lab/alpaca, also with input and output", ("instruction",), _instruction),
     PromptSchema("openai/gsm8k", ("question", "answer"), _question),
+    PromptSchema("HuggingFaceH4/hhh_alignment", ("input", "targets"), _hhh),
     PromptSchema("prompts alone, texts or conversations", ("prompt",), _prompt_only),
     PromptSchema("Anthropic/hh-rlhf", ("chosen", "rejected"), _chosen),
 )

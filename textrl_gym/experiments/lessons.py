@@ -132,7 +132,7 @@ def run_lesson(env_id: str, config: LessonConfig, out: str | Path, progress_bar:
         if progress_bar:
             print(f"{number}/{len(everything)} {name}: {trial.words}", flush=True)
         settings = compare_config(trial, config)
-        table = compare(env_id, settings, out / name, progress_bar, env=EnvSettings(reward=trial.reward))
+        table = compare(env_id, settings, out / name, progress_bar, env=EnvSettings(reward=trial.reward_flag))
         runs = sorted((out / name / RUNS).iterdir())
         missing = [run.name for run in runs if not (run / RESULT).is_file()]
         if missing:

@@ -77,6 +77,8 @@ class RewardModelConfig(FineTuning):
     an annotator counts by how often the others agree (see `textrl_gym.stats.annotators`)."""
     annotators: Annotators = dataclasses.field(default_factory=Annotators)
     """Who compares, where no dataset is given."""
+    gold: str | None = None
+    """The gold score that they judge by: a reward's name, module:function or a folder; None: the task's own."""
     seed: Seed = 0
     """Seeds the head, replaced-token detection and, where data_seed is None, the comparisons."""
     data_seed: Annotated[int | None, Ge(0)] = None

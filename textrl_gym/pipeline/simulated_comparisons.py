@@ -82,6 +82,9 @@ class ComparisonSettings(Protocol):
     @property
     def annotators(self) -> Annotators: ...
 
+    @property
+    def gold(self) -> str | None: ...
+
 
 class Comparer:
     """Simulated comparisons of the task's rows: annotators compare samples of policies and the task's candidates."""
@@ -95,14 +98,15 @@ class Comparer:
     ) -> None:
         """Raises ValueError where the task has no gold score or no candidates to compare."""
         candidates: Candidates | None = getattr(task, "candidates", None)
-        if task.gold is None or candidates is None:
+        gold = config.gold or task.gold
+        if gold is None or candidates is None:
             raise ValueError(
                 f"{type(task).__name__} has no gold score with candidates(row, rng, n), so there is nothing for "
                 "simulated annotators to compare: give pairs with dataset="
             )
         self.task, self.policies, self.tokenizer, self.config = task, policies, tokenizer, config
         self.candidates = candidates
-        self.gold = load_reward(task.gold, task=task, tokenizer=tokenizer)
+        self.gold = load_reward(gold, task=task, tokenizer=tokenizer)
 
     def compare(
         self, policy: Policy, rows: Sequence[Row], seed: int, samples: int, temperature: float, candidates: int

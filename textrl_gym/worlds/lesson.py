@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,8 +27,13 @@ class Trial:
     """Generated tokens of a run."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of the agent."""
-    reward: str | None = None
-    """None: the task's own."""
+    reward: str | Mapping[str, float] | None = None
+    """A reward's name, or names with weights; None: the task's own."""
+
+    @property
+    def reward_flag(self) -> str | None:
+        """The reward as a command line names it (`mdp.env_settings.parse_reward`)."""
+        return json.dumps(dict(self.reward)) if isinstance(self.reward, Mapping) else self.reward
 
 
 @dataclasses.dataclass(frozen=True)
