@@ -36,27 +36,29 @@ class Dialogues:
         self.turn_reward_BT = torch.zeros(shape, device=device)
         self._start_B = torch.zeros(len(rows), dtype=torch.long, device=device)
 
-    def acting(self, row_b: Tensor, t: int) -> Tensor:
-        """Whether position t is the agent's in each row. bool [b]."""
-        return ~self.reply_BT[row_b, t]
+    def forced(self, token_BT: Tensor, row_b: Tensor, t: int, token_b: Tensor) -> Tensor:
+        """The sampled tokens, or the environment's where position t is its own. [b]"""
+        return torch.where(self.reply_BT[row_b, t], token_BT[row_b, t], token_b)
 
-    def end_turns(self, token_BT: Tensor, row_b: Tensor, t: int, acting_b: Tensor) -> Tensor:
+    def reasons(self, token_BT: Tensor, row_b: Tensor, t: int, alive_b: Tensor, token_b: Tensor) -> Tensor:
         """Let the environment reply where the agent's turn ends with token t; its tokens are written behind.
 
         A wait for the device at each token: only the host knows what the environment says.
 
         Args:
             token_BT: the tokens of all rows up to t, changed in place.
-            acting_b: bool, rows that run and whose token t is an action.
+            alive_b: bool, rows that have not ended before.
+            token_b: token t of each.
 
         Returns:
             why conversations end here, as StopReason; RUNNING where they do not. int64 [b].
         """
+        acting_b = alive_b & ~self.reply_BT[row_b, t]
         turns, start_b = self.turns, self._start_B[row_b]
         length_b = torch.full_like(row_b, t + 1)
         budgets = (turns.max_turn_tokens, turns.max_new_tokens)
         hit_b = self._stop_hits(token_BT, row_b, t, acting_b) if turns.scorer.stop else None
-        over_b = turns_over(token_BT[row_b, t], length_b - start_b, length_b, hit_b, *budgets, turns.end_ids)
+        over_b = turns_over(token_b, length_b - start_b, length_b, hit_b, *budgets, turns.end_ids)
         place_k = (over_b & acting_b).nonzero().squeeze(1)
         reason_b = torch.full_like(row_b, StopReason.RUNNING.value)
         if len(place_k) == 0:

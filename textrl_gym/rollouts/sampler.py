@@ -66,7 +66,7 @@ def generate(
     """
     device, rows = policy.device, len(source_B)
     written = _Written.empty(rows, max_new_tokens, device)
-    texts: list[list[int]] = [[] for _ in range(rows)]  # on the host, and only where stop strings are sought
+    rule = _SingleTurn(rows, max_new_tokens, end_ids, stopped) if dialogues is None else dialogues
 
     # 1. Prefill each unique prompt once.
     decoder = policy.decoder(prompt_UP, prompt_mask_UP.bool(), source_B, max_new_tokens)
@@ -77,20 +77,12 @@ def generate(
         logp_bV = policy.logits(hidden_bD).log_softmax(-1)
         token_b = logp_bV.argmax(-1) if uniform_BT is None else functional.inverse_cdf(logp_bV, uniform_BT[row_b, t])
         alive_b = written.stop_B[row_b] == StopReason.RUNNING
-        if dialogues is not None:
-            acting_b = dialogues.acting(row_b, t)
-            token_b = torch.where(acting_b, token_b, written.token_BT[row_b, t])
+        token_b = rule.forced(written.token_BT, row_b, t, token_b)
         value_b = policy.value_of(hidden_bD) if policy.shares_trunk else None
         written.append_(row_b, t, alive_b, token_b, logp_bV.gather(1, token_b[:, None]).squeeze(1), value_b)
 
         # 3. Who ended with this token?
-        length_b = torch.full_like(token_b, t + 1)
-        if dialogues is not None:
-            reason_b = dialogues.end_turns(written.token_BT, row_b, t, alive_b & acting_b)
-        else:
-            hit_b = None if stopped is None else _stop_hits(stopped, texts, row_b, token_b)
-            reason_b = stop_reasons(token_b, length_b, hit_b, max_new_tokens, end_ids)
-        written.end_(row_b, alive_b, length_b, reason_b)
+        written.end_(row_b, t, alive_b, rule.reasons(written.token_BT, row_b, t, alive_b, token_b))
         if t == max_new_tokens - 1:
             break  # nobody would read another step's hidden states
 
@@ -99,8 +91,7 @@ def generate(
             keep_k = (written.stop_B[row_b] == StopReason.RUNNING).nonzero().squeeze(1)
             if len(keep_k) == 0:
                 break
-            # Moving the caches of those that stay costs as much as some steps of those that left: a decoder says from
-            # which share of leavers on it pays.
+            # Moving the caches of those that stay costs too: a decoder says from which share of leavers on it pays.
             if len(keep_k) < len(row_b) and len(keep_k) <= (1 - decoder.compaction_threshold) * len(row_b):
                 decoder.keep(keep_k)
                 row_b, token_b = row_b[keep_k], token_b[keep_k]
@@ -109,14 +100,32 @@ def generate(
     return written.completions(dialogues)
 
 
-def _stop_hits(
-    stopped: Callable[[list[list[int]]], list[bool]], texts: list[list[int]], row_b: Tensor, token_b: Tensor
-) -> Tensor:
-    """Append each row's token to its text, and ask which texts complete a stop string. bool [b]."""
-    running = row_b.tolist()
-    for row, token in zip(running, token_b.tolist(), strict=True):
-        texts[row].append(token)
-    return torch.tensor(stopped([texts[row] for row in running]), device=token_b.device)
+class _SingleTurn:
+    """Which tokens are given and why rows end, where nobody speaks but the agent; `Dialogues` says the same."""
+
+    def __init__(
+        self,
+        rows: int,
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        stopped: Callable[[list[list[int]]], list[bool]] | None,
+    ) -> None:
+        self.max_new_tokens, self.end_ids, self.stopped = max_new_tokens, end_ids, stopped
+        self.texts: list[list[int]] = [[] for _ in range(rows)]  # on the host, and only where stop strings are sought
+
+    def forced(self, token_BT: Tensor, row_b: Tensor, t: int, token_b: Tensor) -> Tensor:
+        return token_b
+
+    def reasons(self, token_BT: Tensor, row_b: Tensor, t: int, alive_b: Tensor, token_b: Tensor) -> Tensor:
+        hit_b = None if self.stopped is None else self._stop_hits(self.stopped, row_b, token_b)
+        return stop_reasons(token_b, torch.full_like(token_b, t + 1), hit_b, self.max_new_tokens, self.end_ids)
+
+    def _stop_hits(self, stopped: Callable[[list[list[int]]], list[bool]], row_b: Tensor, token_b: Tensor) -> Tensor:
+        """Append each row's token to its text, and ask which texts complete a stop string. bool [b]."""
+        running = row_b.tolist()
+        for row, token in zip(running, token_b.tolist(), strict=True):
+            self.texts[row].append(token)
+        return torch.tensor(stopped([self.texts[row] for row in running]), device=token_b.device)
 
 
 @dataclass
@@ -149,11 +158,11 @@ class _Written:
         if value_b is not None:
             self.value_BT[row_b, t] = value_b  # of ended rows too, which the mask takes out at the end
 
-    def end_(self, row_b: Tensor, alive_b: Tensor, length_b: Tensor, reason_b: Tensor) -> None:
-        """Why, and after how many tokens, the rows that ran have ended; RUNNING where they have not."""
+    def end_(self, row_b: Tensor, t: int, alive_b: Tensor, reason_b: Tensor) -> None:
+        """Why the rows that ran have ended with token t; RUNNING where they have not."""
         self.stop_B[row_b] = torch.where(alive_b, reason_b, self.stop_B[row_b])
         ended_b = alive_b & (reason_b != StopReason.RUNNING)
-        self.length_B[row_b] = torch.where(ended_b, length_b, self.length_B[row_b])
+        self.length_B[row_b] = torch.where(ended_b, t + 1, self.length_B[row_b])
 
     def completions(self, dialogues: Dialogues | None) -> Completions:
         """The completions, with 0 behind the end of each."""
