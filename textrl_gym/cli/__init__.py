@@ -8,5 +8,6 @@ In reading order:
 - `compare`: compare, report and watch
 - `judge`: evaluate and judge
 - `export`: export
+- `feedback`: annotate
 - `pipeline`: sft, reward-model and preferences
 """
