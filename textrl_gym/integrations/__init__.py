@@ -1,8 +1,10 @@
-"""Other libraries: their algorithms on text environments, and the trained model for their use.
+"""Other libraries: their algorithms on text environments, their tasks as environments, environments for their use.
 
 - `sb3_policy`: a causal LM as Stable-Baselines3's actor-critic policy
 - `sb3_env`: a text vector environment as Stable-Baselines3's VecEnv
 - `sb3_agent`: Stable-Baselines3's algorithms as agents
+- `reasoning_gym`: the tasks of reasoning-gym
+- `textarena`: the single-player games of TextArena
 - `export`: a run's model as a folder for transformers, vLLM and llama.cpp
 """
 
@@ -17,6 +19,8 @@ __getattr__ = lazy(
         "PolicyLogprob": "sb3_policy",
         "TextVecEnv": "sb3_env",
         "SB3Agent": "sb3_agent",
+        "ReasoningGym": "reasoning_gym",
+        "TextArena": "textarena",
         "export": "export",
     },
 )

@@ -249,8 +249,9 @@ def checked_rows(
         return source
     if not isinstance(source, list | tuple):
         _say_texts(source, dataset, reader)
-        computed = not isinstance(source, Rows)
-        return source if computed and not reader.chat_settings.wraps_texts else WrittenRows(source, reader)
+        # Computed texts are as the model reads them; conversations may meet a model without a chat template.
+        as_they_are = not isinstance(source, Rows) and not isinstance(source[0].get("chat"), encoding.Chat)
+        return source if as_they_are and not reader.chat_settings.wraps_texts else WrittenRows(source, reader)
     report = RowReport(len(source))
     good_places = []
     for first in range(0, len(source), CHECKED_AT_ONCE):

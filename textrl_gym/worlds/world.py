@@ -6,9 +6,14 @@ problems and not only different wordings.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import random
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 
 from textrl_gym.core import Row
 
@@ -22,6 +27,32 @@ def in_split(key: str, split: str) -> bool:
     """Whether facts belong to a split, by a hash of what identifies them."""
     # Not hash(), which is salted in each process.
     return zlib.crc32(key.encode()) % 20 in SHARES[split]
+
+
+@dataclasses.dataclass
+class GlobalRandom:
+    """The state of Python's and NumPy's global generators, for code of others that draws from them."""
+
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def seeded(cls, seed: int) -> GlobalRandom:
+        """The state after seeding both."""
+        return cls(random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state())
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Both generators go on from this state inside, which takes up where they stop; outside nothing changes."""
+        outside = random.getstate(), np.random.get_state()  # noqa: NPY002
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            self.python, self.numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+            random.setstate(outside[0])
+            np.random.set_state(outside[1])  # noqa: NPY002
 
 
 class Rows:
