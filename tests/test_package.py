@@ -69,7 +69,9 @@ def test_version_is_written_once_in_two_places(project: dict[str, Any]) -> None:
     assert textrl_gym.__version__ == project["project"]["version"]
 
 
-UNTESTED = {"vllm", "wandb", "trackio", "mlflow"}
+ADAPTED = {"reasoning-gym", "textarena", "openenv", "verifiers", "trl", "torchrl"}
+"""Extras with many dependencies, some of which exclude each other; their tests run where they are installed."""
+UNTESTED = {"vllm", "wandb", "trackio", "mlflow"} | ADAPTED
 """Extras that the tests do without: what is large, or talks to services."""
 
 
