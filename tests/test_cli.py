@@ -113,7 +113,9 @@ def test_help_of_train_lists_the_agents_settings(capsys: pytest.CaptureFixture[s
 
 
 def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown command 'trian' (did you mean 'train'?); allowed: annotate, bench, check, " in one_error(capsys, "trian")
+    assert "unknown command 'trian' (did you mean 'train'?); allowed: annotate, bench, check, " in one_error(
+        capsys, "trian"
+    )
     line = one_error(capsys, "train", "grop", "CopyText-v0", *TINY)
     assert "unknown agent 'grop' (did you mean 'grpo'?); allowed: " in line
     assert ", grpo, " in line
@@ -212,7 +214,10 @@ def test_toml_and_the_command_line_wins(capsys: pytest.CaptureFixture[str], tmp_
         ("[env]\nstop = 'x'", "[env]: stop must be a list, each item a string, got 'x'"),
         ("[env.reward]\nlength = 'x'", "the weight of reward 'length' must be a finite number"),
         ("[train]\nconfig = 'x'", "[train]: unknown key 'config'"),
-        ("[agents]\nepochs = 1", "unknown table 'agents' (did you mean 'agent'?); allowed: agent, annotate, bench, compare"),
+        (
+            "[agents]\nepochs = 1",
+            "unknown table 'agents' (did you mean 'agent'?); allowed: agent, annotate, bench, compare",
+        ),
         ("seed = 1", "unknown table 'seed'"),
         ("[agent", "Expected ']'"),
     ],

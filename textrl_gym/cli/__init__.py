@@ -8,6 +8,6 @@ In reading order:
 - `compare`: compare, report and watch
 - `judge`: evaluate and judge
 - `export`: export
-- `feedback`: annotate
+- `feedback`: annotate and labels
 - `pipeline`: sft, reward-model and preferences
 """

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from textrl_gym.cli.options import Part, env_flags, flag, flat, parse_command, positional
+from textrl_gym import files
+from textrl_gym.cli.options import Part, env_flags, flag, flat, parse_command, parse_flags, positional
+from textrl_gym.cli.terminal import make_table, print_tables
+from textrl_gym.registry import unknown
 from textrl_gym.web.server import LOOPBACK
 
 
@@ -31,3 +35,85 @@ def annotate_command(args: Sequence[str]) -> int:
         print(f"{server.address}  (Ctrl-C ends it; the same command goes on)", flush=True)
         server.serve_forever()
     return 0
+
+
+def labels_command(args: Sequence[str]) -> int:
+    """Labels of annotators: `labels report FILE`, `labels export FILE --format ...`, `labels import FILE ...`."""
+    if not args or args[0] in ("-h", "--help"):
+        print(LABELS_HELP)
+        return 0
+    if args[0] not in LABELS_COMMANDS:
+        raise unknown("command of labels", args[0], LABELS_COMMANDS)
+    return LABELS_COMMANDS[args[0]](args[1:])
+
+
+LABELS_HELP = """\
+usage: textrl-gym labels report FILE [--out PAGE] [--json FILE]
+       textrl-gym labels export FILE --format trl|openai|alpaca-farm|argilla|label-studio --out FILE
+       textrl-gym labels import FILE --format trl|openai|alpaca-farm|argilla|label-studio --out FILE
+
+report: agreement between annotators, with themselves and with known answers, and their habits
+export: labels that `annotate` wrote, in the form of another tool
+import: the labels of another tool, as `annotate` writes them
+
+`textrl-gym labels report --help` and so on list the settings of each."""
+
+FILE_ABOUT = "a file of labels, as `annotate` writes it"
+
+
+def _report(args: Sequence[str]) -> int:
+    """Agreement between annotators, with themselves and with known answers, and their habits, as a page."""
+    parts: list[Part] = [
+        ("file", positional("FILE", Path, FILE_ABOUT)),
+        ("out", flag(Path | None, "the page; None: FILE with the ending .html"), None),
+        ("json", flag(Path | None, "also write the numbers to this file"), None),
+    ]
+    parsed = parse_flags("labels report", _report.__doc__, parts, args)
+    from textrl_gym.feedback import agreement
+    from textrl_gym.reports import labels_page as home
+
+    out = parsed.out or parsed.file.with_suffix(".html")
+    report = home.labels_report(parsed.file, out)
+    headings, rows = home.people_table(report.people)
+    tables = [
+        make_table(str(parsed.file), ("measure", "value"), home.overall_rows(report), left=("measure",)),
+        make_table("annotators", headings, rows, left=("annotator",)),
+    ]
+    if report.models:
+        headings, rows = home.models_table(report)
+        tables.append(make_table("models", headings, rows, left=("model", "other")))
+    print_tables(*tables)
+    for words in report.warnings:
+        print(f"warning: {words}")
+    if parsed.json is not None:
+        files.write_text(parsed.json, json.dumps(agreement.as_record(report), indent=1) + "\n")
+    print(f"saved in {out}")
+    return 0
+
+
+def _export(args: Sequence[str]) -> int:
+    """Write labels in the form of another tool."""
+    return _convert("export", _export.__doc__, FILE_ABOUT, args)
+
+
+def _import(args: Sequence[str]) -> int:
+    """Read the labels of another tool into a file as `annotate` writes it."""
+    return _convert("import", _import.__doc__, "the file of the other tool", args)
+
+
+def _convert(command: str, about: str | None, file_about: str, args: Sequence[str]) -> int:
+    from textrl_gym.feedback import formats
+
+    parts: list[Part] = [
+        ("file", positional("FILE", Path, file_about)),
+        ("format", flag(formats.Format, "the other tool's form")),
+        ("out", flag(Path, "the file to write")),
+    ]
+    parsed = parse_flags(f"labels {command}", about, parts, args)
+    work = formats.export_labels if command == "export" else formats.import_labels
+    count = work(parsed.file, parsed.format, parsed.out)
+    print(f"saved in {parsed.out}: {count:,} {'labels' if command == 'import' else 'entries'}")
+    return 0
+
+
+LABELS_COMMANDS = {"report": _report, "export": _export, "import": _import}

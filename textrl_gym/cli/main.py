@@ -28,7 +28,7 @@ from textrl_gym.cli.compare import (
     watch_command,
 )
 from textrl_gym.cli.export import export_command
-from textrl_gym.cli.feedback import annotate_command
+from textrl_gym.cli.feedback import annotate_command, labels_command
 from textrl_gym.cli.judge import evaluate_command, judge_command
 from textrl_gym.cli.options import Part, env_flags, environment, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.pipeline import preferences_command, reward_model_command, sft_command
@@ -168,6 +168,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "reward-model": reward_model_command,
     "preferences": preferences_command,
     "annotate": annotate_command,
+    "labels": labels_command,
     "export": export_command,
     "bench": bench_command,
 }

@@ -278,6 +278,17 @@ class Votes:
     second_L: np.ndarray
     """int64: 1 where the later place was preferred, else 0."""
 
+    def text_numbers(self) -> np.ndarray:
+        """The two completions of each pair, numbered over all items, int64 [pairs, 2]."""
+        numbers: dict[tuple[str, int], int] = {}
+        both = [[numbers.setdefault((item, place), len(numbers)) for place in (a, b)] for item, a, b in self.pairs]
+        return np.array(both, np.int64).reshape(-1, 2)
+
+    def texts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the preferred and of the other completion of each comparison."""
+        both_L2, rows = self.text_numbers()[self.pair_L], np.arange(len(self.pair_L))
+        return both_L2[rows, self.second_L], both_L2[rows, 1 - self.second_L]
+
 
 def votes(rows: Iterable[Row]) -> Votes:
     """The comparisons of rows with `item`, `annotator` and `ranks`; ties decide nothing and are left out."""
@@ -310,15 +321,8 @@ def consensus(rows: Sequence[Row], method: AnnotatorWeights) -> dict[str, dict[t
         fit = annotators.dawid_skene(cast.pair_L, cast.annotator_L, cast.second_L, symmetric=True)
         first_N = fit.posterior_NC[:, 0]
     else:
-        places: dict[tuple[str, int], int] = {}
-        for item, a, b in cast.pairs:
-            for place in (a, b):
-                places.setdefault((item, place), len(places))
-        both_N2 = np.array([[places[item, a], places[item, b]] for item, a, b in cast.pairs])
-        both_L2 = both_N2[cast.pair_L]
-        winner_L = both_L2[np.arange(len(both_L2)), cast.second_L]
-        loser_L = both_L2[np.arange(len(both_L2)), 1 - cast.second_L]
-        scores = annotators.crowd_bradley_terry(winner_L, loser_L, cast.annotator_L).score_I
+        scores = annotators.crowd_bradley_terry(*cast.texts(), cast.annotator_L).score_I
+        both_N2 = cast.text_numbers()
         gap_N = scores[both_N2[:, 0]] - scores[both_N2[:, 1]]
         first_N = 0.5 * (1 + np.tanh(gap_N / 2))
     by_item: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)

@@ -198,14 +198,20 @@ def _summaries(row: Row) -> Preference:
     texts = [text_of(summary, "text") for summary in row["summaries"]]
     if len(texts) != 2:
         raise BadRow("column 'summaries' does not hold two", shown(texts))
+    return _pair(post_prompt(info), texts[choice], texts[1 - choice])
+
+
+def post_prompt(info: Row) -> str:
+    """The prompt of a row of openai/summarize_from_feedback, from its column `info`."""
     # Its rows come from two sources, Reddit and the news of CNN/DM, of which only the second has an article.
     if info.get("article"):
         title, article = (text_of(info, name) for name in ("title", "article"))
-        prompt = f"TITLE: {title}\n\n{article}\n\nTL;DR:"
-    else:
-        texts_of_post = {name: text_of(info, name) for name in ("subreddit", "title", "post")}
-        prompt = prompts.tldr_prompt({**texts_of_post, "summary": ""})["prompt"]
-    return _pair(prompt, texts[choice], texts[1 - choice])
+        return f"TITLE: {title}\n\n{article}\n\nTL;DR:"
+    # What `labels export` writes of a prompt that is no post of Reddit.
+    if info.get("title") is None and info.get("subreddit") is None and info.get("post") is not None:
+        return text_of(info, "post")
+    texts_of_post = {name: text_of(info, name) for name in ("subreddit", "title", "post")}
+    return prompts.tldr_prompt({**texts_of_post, "summary": ""})["prompt"]
 
 
 def _webgpt(row: Row) -> Preference:

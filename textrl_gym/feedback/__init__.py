@@ -3,6 +3,8 @@
 In reading order:
 - `questions`: completions to be ranked, from an environment, a run or a file
 - `answers`: the file of labels as it grows, and who is asked what next
+- `agreement`: what annotators agree on, and how each of them answers
+- `formats`: labels as other tools write and read them
 """
 
 from __future__ import annotations
@@ -14,5 +16,8 @@ __getattr__ = lazy(
     {
         "AnnotateConfig": "questions",
         "Session": "answers",
+        "export_labels": "formats",
+        "import_labels": "formats",
+        "label_agreement": "agreement",
     },
 )

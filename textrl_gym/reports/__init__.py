@@ -10,6 +10,7 @@
 - `export_figures`: the charts as PNG and SVG
 - `suite_page`: a comparison over tasks
 - `lesson_page`: a lesson: its findings, numbers and samples
+- `labels_page`: labels of annotators: agreement, habits, disagreements
 - `sizes_page`: models by size against the reference texts
 """
 
@@ -23,5 +24,6 @@ __getattr__ = lazy(
         "report": "run_page",
         "comparison_report": "comparison_page",
         "comparison_figures": "export_figures",
+        "labels_report": "labels_page",
     },
 )
