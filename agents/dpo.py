@@ -28,13 +28,13 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from annotated_types import Ge
 from safetensors.torch import load_file, save_file
 
 from textrl_gym.core import Rollout
 from textrl_gym.training.agent import Agent, EnvLike, ModelLike
+from textrl_gym.training.minibatch import places_of_update
 from textrl_gym.training.preference_pairs import (
     PAIR_BAR,
     Pair,
@@ -96,22 +96,14 @@ class DPO(Agent):
 
     def collect(self) -> Rollout:
         """The next pairs in the order of this pass, as a rollout."""
-        # 1. Which: a function of the updates done, so that a resumed run goes on with the next.
-        num_pairs = self.config.rollout_episodes // 2
-        places = range(self.num_updates * num_pairs, (self.num_updates + 1) * num_pairs)
-        if self.config.pairs is None:
-            self._sample(min(places.stop, self.config.num_pairs))
-        size = len(self.pairs) if self.config.pairs is not None else self.config.num_pairs
-        chosen = [self.pairs[self._order(place // size, size)[place % size]] for place in places]
+        # 1. Which. Sampled ones come as they are made in the first pass.
+        num_pairs, sampled = self.config.rollout_episodes // 2, self.config.pairs is None
+        if sampled:
+            self._sample(min((self.num_updates + 1) * num_pairs, self.config.num_pairs))
+        size = self.config.num_pairs if sampled else len(self.pairs)
+        places = places_of_update(self.num_updates, num_pairs, size, self.seed, first_in_order=sampled)
         # 2. Their log-probabilities, now and under the reference.
-        return with_logprobs(pairs_rollout(self.env, chosen, self.device), self.policy)
-
-    def _order(self, number: int, size: int) -> np.ndarray:
-        """The order of pass `number` over the pairs. Sampled ones come as they are made in the first."""
-        if number == 0 and self.config.pairs is None:
-            return np.arange(size)
-        # A function of seed and pass, so that nothing of the order has to be saved.
-        return np.random.default_rng([self.seed, number]).permutation(size)
+        return with_logprobs(pairs_rollout(self.env, [self.pairs[i] for i in places], self.device), self.policy)
 
     # -- sampling pairs -----------------------------------------------------------------------------------------------
 

@@ -216,7 +216,7 @@ def test_toml_and_the_command_line_wins(capsys: pytest.CaptureFixture[str], tmp_
         ("[train]\nconfig = 'x'", "[train]: unknown key 'config'"),
         (
             "[agents]\nepochs = 1",
-            "unknown table 'agents' (did you mean 'agent'?); allowed: agent, annotate, bench, compare",
+            "unknown table 'agents' (did you mean 'agent'?); allowed: agent, annotate, bench, collect",
         ),
         ("seed = 1", "unknown table 'seed'"),
         ("[agent", "Expected ']'"),

@@ -26,9 +26,10 @@ import pytest
 
 from textrl_gym.cli import main
 from textrl_gym.core import Row
-from textrl_gym.judges import llm_judge
+from textrl_gym.judges import endpoint, llm_judge
+from textrl_gym.judges.endpoint import EndpointError
 from textrl_gym.judges.judge import Answer, Noisy
-from textrl_gym.judges.llm_judge import Endpoint, EndpointConfig, EndpointError
+from textrl_gym.judges.llm_judge import Endpoint, EndpointConfig
 
 Act = Callable[["Handler", str, str, int], None]
 """What the server does with a request: the handler, answers A and B, and how often it was asked this before."""
@@ -122,9 +123,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def config(server: Server, tmp_path: Path) -> EndpointConfig:
     template = tmp_path / "template.txt"
     template.write_text("P={prompt} A={answer_a} B={answer_b} END")
-    return EndpointConfig(
-        "tester", server.url, template, backoff_seconds=0.001, retries=3, timeout_seconds=5, cache=tmp_path / "v.sqlite"
-    )
+    files: dict[str, Any] = {"template": template, "cache": tmp_path / "v.sqlite"}
+    return EndpointConfig("tester", server.url, backoff_seconds=0.001, retries=3, timeout_seconds=5, **files)
 
 
 def judge_of(config: EndpointConfig, **changes: Any) -> Endpoint:
@@ -287,9 +287,9 @@ def test_retry_after_is_kept_to(server: Server, config: EndpointConfig) -> None:
 
 
 def test_retry_after_as_number_and_date() -> None:
-    assert [llm_judge.retry_after(text) for text in ("2", "0.5", "-3", "", "soon", "nan")] == [2, 0.5, 0, 0, 0, 0]
-    assert 8 < llm_judge.retry_after(email.utils.formatdate(time.time() + 10, usegmt=True)) <= 10
-    assert llm_judge.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert [endpoint.retry_after(text) for text in ("2", "0.5", "-3", "", "soon", "nan")] == [2, 0.5, 0, 0, 0, 0]
+    assert 8 < endpoint.retry_after(email.utils.formatdate(time.time() + 10, usegmt=True)) <= 10
+    assert endpoint.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 def test_after_the_last_try_an_error_names_url_and_reason_and_nothing_is_lost(
@@ -368,7 +368,7 @@ url, template, cache = sys.argv[1:]
 n = range(40)
 rows = [{"prompt": f"p{i}"} for i in n]
 a = [Answer(f"a{i}" if i % 3 == 0 else f"a{i} with more") for i in n]
-config = EndpointConfig("tester", url, Path(template), concurrency=2, cache=Path(cache))
+config = EndpointConfig("tester", url, template=Path(template), concurrency=2, cache=Path(cache))
 Endpoint(config).prefer(rows, a, [Answer(f"other {i}") for i in n])
 """
 

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from textrl_gym import registry
+from textrl_gym.cli.collect import collect_command
 from textrl_gym.cli.compare import (
     compare_command,
     lesson_command,
@@ -169,6 +170,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "preferences": preferences_command,
     "annotate": annotate_command,
     "labels": labels_command,
+    "collect": collect_command,
     "export": export_command,
     "bench": bench_command,
 }

@@ -48,7 +48,19 @@ class RunSettings:
 CONFIG_FILE = "config.toml"
 """The settings that a command was run with, in the folder that it wrote."""
 ENV_TABLE = "env"
-TABLES = (ENV_TABLE, "sft", "preferences", "reward_model", "annotate", "agent", "train", "evaluate", "compare", "bench")
+TABLES = (
+    ENV_TABLE,
+    "sft",
+    "preferences",
+    "reward_model",
+    "annotate",
+    "agent",
+    "train",
+    "evaluate",
+    "compare",
+    "bench",
+    "collect",
+)
 """Of a TOML file, which may hold a whole pipeline: each command reads its own, and [env] belongs to all."""
 
 

@@ -12,6 +12,7 @@ In reading order:
 - `labels`: labels of annotators: a file of them, and what several say together
 - `preferences`: the published schemas of preferences
 - `ranked`: preferences as token ids, in the form that reward models and DPO train on
+- `trajectories`: complete episodes as data, in files and as rollouts
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ __getattr__ = lazy(
         "load_rows": "prompts",
         "read_labels": "labels",
         "read_preferences": "ranked",
+        "Trajectory": "trajectories",
+        "read_trajectories": "trajectories",
         "tldr_prompt": "prompts",
+        "write_trajectories": "trajectories",
     },
 )

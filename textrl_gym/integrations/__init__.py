@@ -5,6 +5,7 @@
 - `sb3_agent`: Stable-Baselines3's algorithms as agents
 - `reasoning_gym`: the tasks of reasoning-gym
 - `textarena`: the single-player games of TextArena
+- `minari`: trajectories to and from Minari data sets
 - `export`: a run's model as a folder for transformers, vLLM and llama.cpp
 """
 
@@ -22,5 +23,7 @@ __getattr__ = lazy(
         "ReasoningGym": "reasoning_gym",
         "TextArena": "textarena",
         "export": "export",
+        "from_minari": "minari",
+        "to_minari": "minari",
     },
 )

@@ -2,6 +2,7 @@
 
 In reading order:
 - `judge`: the protocol, and any reward as a judge
+- `endpoint`: a client of OpenAI-compatible endpoints, by which judges and players ask
 - `llm_judge`: a language model behind an OpenAI-compatible endpoint
 - `annotators`: simulated annotators with noise and biases
 """
@@ -17,7 +18,7 @@ __getattr__ = lazy(
         "Answer": "judge",
         "Endpoint": "llm_judge",
         "EndpointConfig": "llm_judge",
-        "EndpointError": "llm_judge",
+        "EndpointError": "endpoint",
         "Judge": "judge",
         "Noisy": "judge",
         "Pointwise": "judge",

@@ -4,6 +4,7 @@
 - `sampler`: cached sampling of completions
 - `dialogues`: conversations while they are sampled
 - `text_actions`: an environment whose action is a whole turn, as text
+- `recording`: episodes of a policy or an agent as trajectories
 - `scoring`: log-probabilities, entropy, KL and reward of a rollout
 - `batching`: rows of a rollout in micro-batches of a token budget
 - `phases`: phases of training, for timers and counters that listen

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from textrl_gym import functional
@@ -77,3 +78,21 @@ def sum_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     for name, value in metrics.items():
         functional.require_finite(f"the metric {name!r}", value)
     return metrics
+
+
+def places_of_update(update: int, rows: int, size: int, seed: int, *, first_in_order: bool = False) -> list[int]:
+    """The items of a fixed data set that an update learns from: passes over all of it, each in an order of its own.
+
+    A function of its arguments, so that nothing of the order has to be saved, and a resumed run goes on with the next.
+
+    Args:
+        update: how many were before.
+        rows: items of each update.
+        size: of the data set.
+        first_in_order: the first pass takes the items as they come.
+    """
+    orders = {}
+    for number in range(update * rows // size, ((update + 1) * rows - 1) // size + 1):
+        in_order = number == 0 and first_in_order
+        orders[number] = np.arange(size) if in_order else np.random.default_rng([seed, number]).permutation(size)
+    return [int(orders[place // size][place % size]) for place in range(update * rows, (update + 1) * rows)]
