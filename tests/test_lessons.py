@@ -66,6 +66,15 @@ def test_the_page_says_what_came_out_and_escapes(result: LessonResult) -> None:
     assert "Content-Security-Policy" in html
 
 
+def test_a_front_has_a_point_with_intervals_for_each_trial(result: LessonResult) -> None:
+    assert lesson_page.plane_svg(result) == ""
+    html = lesson_page.plane_svg(
+        dataclasses.replace(result, lesson=dataclasses.replace(LESSON, plane=("gold", "mine")))
+    )
+    assert html.count("<circle") == 2 and html.count('class="interval"') == 4
+    assert ">start</text>" in html and ">up</text>" in html and "Gold score, sampled" in html
+
+
 def test_tables_show_the_metrics_that_all_trials_have(result: LessonResult) -> None:
     for seed in result.numbers["up"]:
         del seed["score"]
@@ -77,7 +86,7 @@ def test_tables_show_the_metrics_that_all_trials_have(result: LessonResult) -> N
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["CopyText-v0"], "CopyText-v0 has no lesson; these have: CalibratedQA-v0, MathWords-v0"),
+        (["CopyText-v0"], "CopyText-v0 has no lesson; these have: CalibratedQA-v0, "),
         (["MathWords-v0", "--seeds", "1"], "seeds must be at least 2, got 1"),
         (["Nothing-v0"], "unknown environment 'Nothing-v0'"),
     ],

@@ -13,11 +13,13 @@ from textrl_gym import files
 from textrl_gym.evaluation.metrics import metric
 from textrl_gym.experiments.lessons import LessonResult, first_completions
 from textrl_gym.experiments.results import RUNS
-from textrl_gym.reports.run_page import PAGE_SECURITY_POLICY, STYLE
+from textrl_gym.reports.run_page import PAGE_SECURITY_POLICY, STYLE, ticks
 from textrl_gym.stats.estimates import difference_of_means
 from textrl_gym.worlds.lesson import START
 
 PAGE = "report.html"
+WIDTH, HEIGHT, LEFT, BOTTOM = 720, 420, 70, 50
+"""Of the drawing, in its own units."""
 SHOWN = 6
 """Prompts whose completions are shown."""
 
@@ -72,6 +74,42 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str)
     return Markup(region).format(kind, top, Markup("").join(lines))
 
 
+def plane_svg(result: LessonResult) -> Markup:
+    """Each trial as a point with its 95% intervals, where the lesson has two metrics to draw; else nothing."""
+    if result.lesson.plane is None:
+        return Markup("")
+    points = {
+        name: [difference_of_means([seed[key] for seed in of_trial], 0.0) for key in result.lesson.plane]
+        for name, of_trial in result.numbers.items()
+    }
+    across, up = (metric(key).heading for key in result.lesson.plane)
+    lows = [min(point[axis].low for point in points.values()) for axis in (0, 1)]
+    spans = [max(point[axis].high for point in points.values()) - lows[axis] or 1.0 for axis in (0, 1)]
+
+    def at(axis: int, value: float) -> float:
+        share = (value - lows[axis]) / spans[axis]
+        return round(LEFT + (WIDTH - 2 * LEFT) * share if axis == 0 else HEIGHT - BOTTOM - (HEIGHT - 80) * share, 1)
+
+    marks = []
+    for axis in (0, 1):
+        for tick in ticks(lows[axis], lows[axis] + spans[axis]):
+            x, y, anchor = (at(0, tick), HEIGHT - 30, "middle") if axis == 0 else (LEFT - 16, at(1, tick), "end")
+            marks.append(Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, y, anchor, f"{tick:g}"))
+    for name, (right, upward) in points.items():
+        line = Markup('<line class="interval" x1="{}" x2="{}" y1="{}" y2="{}"/>')
+        marks.append(line.format(at(0, right.low), at(0, right.high), at(1, upward.value), at(1, upward.value)))
+        marks.append(line.format(at(0, right.value), at(0, right.value), at(1, upward.low), at(1, upward.high)))
+        dot = '<circle class="eval" cx="{0}" cy="{1}" r="5" fill="var(--c0)"/>'
+        dot += '<text x="{0}" y="{1}" dx="9" dy="-9">{2}</text>'
+        marks.append(Markup(dot).format(at(0, right.value), at(1, upward.value), name))
+    figure = (
+        '<figure><figcaption>Across: {across}. Up: {up}.</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
+        'aria-label="{up} against {across}"><style>.interval {{ stroke: var(--c0); stroke-width: 1.5; }}</style>'
+        "{marks}</svg></figure>"
+    )
+    return Markup(figure).format(across=across, up=up, width=WIDTH, height=HEIGHT, marks=Markup("").join(marks))
+
+
 def samples_html(result: LessonResult) -> Markup:
     """The first held-out prompts, not picked, with each trial's completion by its first seed."""
     episodes: dict[str, list[dict[str, Any]]] = {}
@@ -104,8 +142,8 @@ def lesson_html(result: LessonResult) -> str:
     ).format(title=f"{result.env_id}: the lesson", policy=PAGE_SECURITY_POLICY)
     body = Markup(
         "</style></head><body><h1>{env}: the lesson</h1><p>{words} <b>{verdict}</b></p><h2>Findings</h2>{findings}"
-        "<h2>Trials</h2><ul>{trials}</ul>{numbers}<h2>Samples</h2><p class=muted>The first held-out prompts, not "
-        "picked; one sample of each trial's first seed.</p>{samples}</body></html>\n"
+        "<h2>Trials</h2><ul>{trials}</ul>{numbers}{plane}<h2>Samples</h2><p class=muted>The first held-out prompts, "
+        "not picked; one sample of each trial's first seed.</p>{samples}</body></html>\n"
     ).format(
         env=result.env_id,
         words=lesson.words,
@@ -113,6 +151,7 @@ def lesson_html(result: LessonResult) -> str:
         findings=table_html(*findings_table(result), "words"),
         trials=trials,
         numbers=table_html(*numbers_table(result), "words"),
+        plane=plane_svg(result),
         samples=samples_html(result),
     )
     return str(head) + STYLE + str(body)

@@ -317,10 +317,16 @@ def make(
 ) -> RewardModel | Bundled:
     """The reward model of a folder or Hub id; without an argument the task's own, which is loaded when first needed.
 
+    The name of a folder that stands beside the task's own reward model is another of the task's.
+
     Raises:
         ValueError: the task has no reward model, or none can be loaded.
     """
-    source = argument or getattr(task, "reward_model_path", None)
+    own = getattr(task, "reward_model_path", None)
+    source = argument or own
+    if argument and own and not Path(argument).expanduser().is_dir():
+        beside = Path(own).parent / argument
+        source = str(beside) if (beside / NORMALISATION_FILE).is_file() else argument
     if not source:
         raise ValueError(
             f"task {type(task).__name__} has no reward model of its own: name one as reward_model:FOLDER (or a Hub "

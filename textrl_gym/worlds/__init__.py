@@ -3,6 +3,7 @@
 - `world`: rows that are a function of split, seed and index, and that no two splits share
 - `lesson`: Lesson: what a task shows about RL from feedback
 - `passages`: facts of which some are doubtful, and questions about them
+- `requests`: requests that are safe, unsafe, or only sound so
 - `sums`: word problems with their working
 - `tldr`: forum posts with short summaries, in the format of trl-lib/tldr
 - `tldr_grammar`: the phrase bank and the grammar that reference texts and gold score share

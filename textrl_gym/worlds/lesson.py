@@ -57,6 +57,8 @@ class Lesson:
     """The metrics that tell it, in the order of the table."""
     samples: int = 1
     """Completions of each prompt that gold_best_of_k is measured on; 1: not measured."""
+    plane: tuple[str, str] | None = None
+    """Two metrics that the page draws against each other, a point for each trial, as a front."""
     annotators: Mapping[str, float] | None = None
     """Settings of the simulated annotators (judges.annotators) who compare each trial's completions with the initial
     policy's: annotators_win_rate, and annotators_length_controlled at equal length; None: nobody does."""
