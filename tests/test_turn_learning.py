@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stable_baselines3 import PPO as StableBaselinesPPO
 from test_turns import Echo, make_env, make_model, points
 from torch import Tensor
 
@@ -24,8 +25,11 @@ from textrl_gym.agents.grpo import group_advantages
 from textrl_gym.agents.rloo import leave_one_out
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation.evaluator import Evaluator
+from textrl_gym.integrations.sb3_env import TextVecEnv
+from textrl_gym.integrations.sb3_policy import CausalLMPolicy
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.policy.policy import Policy
+from textrl_gym.rollouts.batching import micro_batches
 from textrl_gym.rollouts.collect import collect
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.logs import rollout_metrics
@@ -331,3 +335,36 @@ def test_turns_are_reported() -> None:
     assert (logged["rollout/turns"], logged["rollout/turn_rewards"]) == pytest.approx(
         (metrics["turns"], metrics["turn_rewards"]), abs=1e-6
     )
+
+
+def test_micro_batches_count_all_positions() -> None:
+    rollout = agent_of(GRPO).collect()
+    prompt_B, there_B = rollout.prompt_mask_BP.sum(1), rollout.present_BT.sum(1)
+    budget = 60
+    parts = micro_batches(rollout, budget)
+    assert sorted(torch.cat(parts).tolist()) == list(range(ROWS)) and len(parts) > 2
+    for rows in parts:
+        prompts = len(rollout.group_B[rows].unique())
+        positions = prompts * int(prompt_B[rows].max()) + len(rows) * int(there_B[rows].max())
+        assert len(rows) == 1 or positions <= budget
+
+
+def test_stable_baselines_steps_conversations() -> None:
+    """What SB3 learns from, read off whole texts, is what was sampled state by state."""
+    envs = TextVecEnv(make_env(4, array="numpy"))
+    model = StableBaselinesPPO(
+        CausalLMPolicy, envs, n_steps=24, batch_size=32, n_epochs=1, seed=0, policy_kwargs={"model": make_model("gpt2")}
+    )
+    model.learn(24 * 4)
+    buffer: Any = model.rollout_buffer  # which training has flattened
+    observations = {name: torch.as_tensor(value) for name, value in buffer.observations.items()}
+    fresh = CausalLMPolicy(
+        envs.observation_space,
+        envs.action_space,
+        lambda _: 1e-3,
+        model=make_model("gpt2"),  # as it was then
+    )
+    actions = torch.as_tensor(buffer.actions).flatten()
+    with torch.no_grad():
+        _, logp, _ = fresh.evaluate_actions(observations, actions)
+    torch.testing.assert_close(logp, torch.as_tensor(buffer.log_probs).flatten(), atol=1e-4, rtol=0)

@@ -183,6 +183,14 @@ def test_rendering_shows_who_speaks() -> None:
     assert f"\n[agent] {said}\n[environment] " in text and text.endswith(f"\n[agent] {rest}")
 
 
+def test_human_rendering_shows_who_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    env = TextEnv(task=Number, tokenizer=chat_tokenizer(), reward=points, render_mode="human")
+    env.reset(seed=0)
+    for token in env.scorer.codec.behind("higher lower" * 7)[:7]:
+        env.step(token)
+    assert "\n[environment] higher\n[agent] " in capsys.readouterr().out.replace("lower<|im_end|>", "higher")
+
+
 # -- what the model was fed -------------------------------------------------------------------------------------------
 
 WAYS = {"shared": Ways(True, True, True, ()), "repeated": Ways(False, True, True, ())}
