@@ -20,7 +20,7 @@ from test_turns import Echo, make_env, make_model, points
 from torch import Tensor
 
 from textrl_gym import functional, registry
-from textrl_gym.agents import DPO, GRPO, GSPO, PPO, RLOO, BestOfN
+from textrl_gym.agents import DPO, GRPO, GSPO, MCTS, PPO, RLOO, BestOfN, ValueGuided
 from textrl_gym.agents.grpo import group_advantages
 from textrl_gym.agents.rloo import leave_one_out
 from textrl_gym.core import Rollout
@@ -282,10 +282,11 @@ def test_best_of_n_takes_the_best_conversation() -> None:
     assert float(rollout.outcome_B.mean()) > float(others.outcome_B.mean())
 
 
-@pytest.mark.parametrize("cls", [cls for cls in TRAINED if cls.single_turn])
+@pytest.mark.parametrize("cls", [*(cls for cls in TRAINED if cls.single_turn), MCTS, ValueGuided])
 def test_single_turn_agents_say_so(cls: type[Agent]) -> None:
+    critic = {"ppo": "of no matter where"} if cls in (MCTS, ValueGuided) else {}
     with pytest.raises(ValueError, match="completes a single turn, and Echo is a conversation"):
-        agent_of(cls)
+        agent_of(cls, **critic)
 
 
 def test_credit_of_gspo_is_refused() -> None:

@@ -94,8 +94,11 @@ def with_finals(
             values = [final.get(name) for final in finals]
             is_number = isinstance(values[0], float)  # as Gymnasium does: others are kept as objects
             infos[name] = np.zeros(len(ended_B), float) if is_number else np.full(len(ended_B), None, object)
-            for b, value in zip(ended.tolist(), values, strict=True):  # one by one: a value may be a list
-                infos[name][b] = value
+            if name == "turns":  # one by one: numpy would take a list of lists for a matrix
+                for b, value in zip(ended.tolist(), values, strict=True):
+                    infos[name][b] = value
+            else:
+                infos[name][ended] = values
             infos[f"_{name}"] = ended_B.copy()  # a copy: the environment goes on using its own
             if None in values:
                 infos[f"_{name}"][ended] = [name in final for final in finals]

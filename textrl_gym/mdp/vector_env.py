@@ -482,7 +482,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         if self.max_new_tokens == 1 or self.turns is not None:
             # Gymnasium's checker refuses truncation at the first step.
             truncated_B &= self._host(self._state.count_B) > 1
-        return ended_B & ~truncated_B, truncated_B
+        return ended_B ^ truncated_B, truncated_B
 
     def _take_turns(
         self, turns: Turns, active_B: np.ndarray, action_B: BatchArray, infos: dict[str, Any]
