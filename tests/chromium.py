@@ -119,6 +119,15 @@ class Browser:
         for letter in text:
             self.press(letter)
 
+    def click(self, element: str) -> None:
+        """Press the mouse on the middle of an element, which a JavaScript expression gives."""
+        self.run(f"{element}.scrollIntoView({{block: 'center'}})")
+        box = self.run(
+            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({element}.getBoundingClientRect())"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+
     def look(self, width: int, height: int, dark: bool = False, touch: bool = False) -> None:
         """A window's size in pixels, and the colours that its user prefers."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)

@@ -240,6 +240,67 @@ def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "begun with other questions: seed was 0 and is 1" in error(source, "--out", out, "--seed", 1)
 
 
+# -- from the page to a policy ----------------------------------------------------------------------------------------
+
+
+def better(prompt: str, texts: list[str]) -> int:
+    """Which of two completions has more of the prompt's symbols at their places, and fewer others."""
+    scores = [
+        sum(a == b for a, b in zip(prompt.split(), text.split(), strict=False)) - len(text) / 10 for text in texts
+    ]
+    return int(scores[1] > scores[0])
+
+
+def from_labels_to_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reward model, PPO on it, DPO, and their pages, of the labels as they are."""
+    file, reward, run = tmp_path / "labels.jsonl", tmp_path / "reward", tmp_path / "runs" / "ppo"
+    given = ["--dataset", file, "--out", reward, "--epochs", 3, "--annotator-weights", "dawid-skene"]
+    commands: list[list[Any]] = [
+        ["reward-model", "CopyText-v0", *given],
+        ["train", "ppo", "CopyText-v0", "--env.reward", reward, "--total-timesteps", 200, "--out", run],
+        ["train", "dpo", "CopyText-v0", "--pairs", file, "--total-timesteps", 100, "--out", tmp_path / "runs" / "dpo"],
+        ["report", tmp_path / "runs"],
+        ["labels", "report", file],
+    ]
+    for command in commands:
+        assert main.main([*map(str, command)]) == 0, capsys.readouterr().err
+    record = json.loads((reward / "reward_training.json").read_text())
+    assert record["config"]["annotator_weights"] == "dawid-skene"
+    html = (tmp_path / "runs" / "report.html").read_text()
+    assert "ppo" in html and "dpo" in html
+    assert "Krippendorff" in (tmp_path / "labels.html").read_text()
+    # Its reward is the one that the annotators taught.
+    assert json.loads((run / "agent.json").read_text())["env"]["reward"] == str(reward)
+
+
+def test_from_the_page_to_a_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving("CopyText-v0", tmp_path / "labels.jsonl", n=40, per_pair=2) as server:
+        for name in ("ann", "ben"):
+            _, view = ask(server.port, "/view", {"annotator": name})
+            while "item" in view:
+                second = better(view["item"]["prompt"], view["item"]["completions"])
+                view = choose(server.port, view, [2, 1] if second else [1, 2], seconds=3.0)
+    assert len(labels.read_labels(tmp_path / "labels.jsonl")) == 80
+    from_labels_to_a_report(tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_from_clicks_in_a_browser_to_a_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"n": 40, "per_pair": 2}
+    with serving("CopyText-v0", tmp_path / "labels.jsonl", **settings) as server:
+        for name in ("ann", "ben"):
+            with Browser(tmp_path / name) as browser:
+                join(browser, server.address, name)
+                for number in range(40):
+                    prompt = browser.run("document.getElementById('prompt').textContent")
+                    second = better(prompt, browser.run(TEXTS))
+                    browser.click(f"document.querySelectorAll('.answer button')[{second}]")
+                    after = f"{TITLE} === 'Question {number + 2}' || document.getElementById('end').offsetParent"
+                    browser.wait(after)
+                assert browser.console == []
+    from_labels_to_a_report(tmp_path, capsys)
+
+
 # -- in a browser -----------------------------------------------------------------------------------------------------
 
 TITLE = "document.getElementById('title').textContent"

@@ -275,18 +275,22 @@ def sampled(env_id: str, config: AnnotateConfig, env: EnvSettings) -> Iterator[I
     own = {name: getattr(config, name) for name in ("n", "model", "other_model", "temperature", "device", "seed")}
     settings = PreferenceConfig(**own, label="gold", batch_size=min(config.n, 64))
     sampler = CompletionSampler(env_id, settings, env)
-    count, drawn, rng = 0, 0, random.Random(config.seed)
+    seen: set[str] = set()
+    drawn, rng = 0, random.Random(config.seed)
     for number, places in enumerate(draw_prompts(len(sampler.source), settings.batch_size, config.seed)):
         if drawn >= MOST_PROMPTS * max(config.n, settings.batch_size):
-            raise ValueError(f"{drawn} prompts gave {count} questions of n={config.n}: completions are equal")
+            raise ValueError(f"{drawn} prompts gave {len(seen)} different questions of n={config.n}")
         rows = [sampler.source[place] for place in places]
         drawn += len(rows)
         draw = np.random.default_rng([config.seed, 1, number])
         for row, texts, models, gold in _answered(sampler, rows, config.completions, draw):
             prompt = list(row["chat"]) if isinstance(row.get("chat"), Chat) else row["prompt"]
-            yield _item(prompt, texts, rng, models, gold)
-            count += 1
-            if count == config.n:
+            item = _item(prompt, texts, rng, models, gold)
+            if item.id in seen:
+                continue
+            seen.add(item.id)
+            yield item
+            if len(seen) == config.n:
                 return
 
 
