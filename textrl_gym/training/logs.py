@@ -50,6 +50,7 @@ def rollout_metrics(rollout: Rollout, sampled: bool = True) -> dict[str, float]:
     kl_B = ((rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT).sum(1)
     length_B = rollout.mask_BT.sum(1)
     logprob = float(rollout.logp_BT.sum()) / max(rollout.num_tokens, 1)
+    cut_B = (rollout.stop_B == StopReason.LENGTH) | (rollout.stop_B == StopReason.MAX_TURNS)
     metrics = {
         "rollout/score": float(rollout.score_B.mean()),
         "rollout/score_std": float(rollout.score_B.std()) if len(rollout) > 1 else 0.0,
@@ -59,7 +60,7 @@ def rollout_metrics(rollout: Rollout, sampled: bool = True) -> dict[str, float]:
         "rollout/completion_tokens": rollout.num_tokens / len(rollout),
         "rollout/completion_tokens_max": float(length_B.max()),
         "rollout/eos_share": float((rollout.stop_B == StopReason.EOS).float().mean()),
-        "rollout/ended_share": float((rollout.stop_B != StopReason.LENGTH).float().mean()),
+        "rollout/ended_share": float(1 - cut_B.float().mean()),
         "rollout/logprob_token": logprob,
     }
     if sampled:
