@@ -59,9 +59,11 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
+    body: dict[str, Any]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.body = body
         question = body["messages"][0]["content"]
         found = re.search(r"A=(.*) B=(.*) END", question)
         a, b = (found[1], found[2]) if found else ("", "")
@@ -108,15 +110,22 @@ def better(a: str, b: str) -> str:
     return "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+@contextlib.contextmanager
+def serving() -> Iterator[Server]:
+    """A server that runs in a thread of its own."""
     with Server() as made:
         thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield made
         made.shutdown()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serving() as made:
+        yield made
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_a_conversation_shows_all_that_was_said_by_its_template() -> None:
     messages, *_ = env.step("c")
     assert [m["role"] for m in messages] == ["user", "assistant", "user"]
     # The turn ended by EOS, which the template writes no end for: <e> follows, and the user's turn.
-    names = env.mdp.tokenizer.convert_ids_to_tokens(env._context)  # what a model would see
+    names = env.mdp.tokenizer.convert_ids_to_tokens(env.context)  # what a model would see
     assert names == [*SPOKEN, "<eos>", "<e>", "<s>", "user", "d", "c", "<e>", "<s>", "assistant"]
     with pytest.raises(ValueError, match="no token for '<e>'"):  # as letters, which this vocabulary lacks
         env.step("c <e>")
@@ -217,5 +217,9 @@ def test_bad_input_names_itself() -> None:
         env.step(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no token for 'hello'"):
         env.step("a hello")
+    lenient = TextActions("CopyText-v0", unknown="skip")
+    lenient.reset(options={"prompt_indices": [0]})
+    *_, info = lenient.step("well a then a")
+    assert info["completion"].split() == ["a", "a"] and info["score"] == 1.0
     with pytest.raises(ValueError, match="half of a character"):
         env.step("a \ud800")

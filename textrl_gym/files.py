@@ -84,8 +84,12 @@ def last_json_line(file: Path) -> dict[str, Any] | None:
     return next((row for row in rows if row is not None), None)
 
 
-def append_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append objects to a log, after removing a last line that an earlier process left unfinished."""
+def append_json_lines(file: Path, rows: Iterable[dict[str, Any]], sync: bool = False) -> None:
+    """Append objects to a log, after removing a last line that an earlier process left unfinished.
+
+    Args:
+        sync: return only when the disk has them, for what cannot be computed again.
+    """
     with file.open("ab+") as log:
         size = log.tell()
         log.seek(max(size - 1, 0))
@@ -97,6 +101,9 @@ def append_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
             else:
                 log.write(b"\n")
         log.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        if sync:
+            log.flush()
+            os.fsync(log.fileno())
 
 
 # -- checkpoints: folders that are written whole, with the one before kept ---------------------------------------------

@@ -7,6 +7,7 @@ In reading order:
 - `train`: train
 - `compare`: compare, report and watch
 - `judge`: evaluate and judge
+- `play`: play
 - `collect`: collect
 - `export`: export
 - `feedback`: annotate and labels

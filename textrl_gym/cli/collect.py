@@ -23,7 +23,7 @@ class CollectFlags:
     """What is collected."""
 
     agent: Path | None = None
-    """The folder of a saved agent; None: the initial policy."""
+    """The folder of a saved agent, or one that `play` wrote, with all its episodes; None: the initial policy."""
     episodes: Annotated[int, Ge(1)] = 1_000
     """Trajectories, in passes over the prompts."""
     seed: Seed = 0
@@ -56,12 +56,14 @@ def collect_command(args: Sequence[str]) -> int:
     import gymnasium
 
     from textrl_gym.data.trajectories import write_trajectories
+    from textrl_gym.experiments.play import is_played, played_trajectories
     from textrl_gym.integrations.minari import to_minari
     from textrl_gym.mdp.text_env import TextEnv, vector_env
     from textrl_gym.rollouts.recording import record
 
     model = flags.model
-    if flags.agent is not None:
+    played = flags.agent is not None and is_played(flags.agent)
+    if flags.agent is not None and not played:
         agent = load_agent(flags.agent, device=flags.device)
         # By the agent's own tokens: the environment's may have other tokens for the same ids.
         model = str(files.whole_checkpoint(flags.agent) / "model")
@@ -69,8 +71,11 @@ def collect_command(args: Sequence[str]) -> int:
     mdp = vector_env(make_env(env_id, parsed.env, model, flags.device, sizes))
     if flags.agent is None:
         agent = load_agent_class("reference")(mdp, model, seed=flags.seed, device=flags.device)
-    batches = record(mdp, agent.play, flags.episodes, flags.seed, agent.device)
-    trajectories = list(itertools.chain.from_iterable(batches))
+    if played:
+        trajectories = list(played_trajectories(flags.agent, mdp))
+    else:
+        batches = record(mdp, agent.play, flags.episodes, flags.seed, agent.device)
+        trajectories = list(itertools.chain.from_iterable(batches))
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"environment": env_id, "env": dataclasses.asdict(parsed.env), "seed": flags.seed}
     facts["agent"] = None if flags.agent is None else str(flags.agent.resolve())
@@ -79,7 +84,7 @@ def collect_command(args: Sequence[str]) -> int:
         keywords = parsed.env.keywords() | ({} if model is None else {"tokenizer": model})
         env = gymnasium.make(env_id, **keywords)
         assert isinstance(env.unwrapped, TextEnv)
-        to_minari(trajectories, flags.minari, env, algorithm_name=type(agent).__name__)
+        to_minari(trajectories, flags.minari, env, algorithm_name="play" if played else type(agent).__name__)
     tokens, scores = sum(one.num_actions for one in trajectories), [one.score for one in trajectories]
     rows = {"episodes": f"{len(trajectories):,}", "tokens of the agent": f"{tokens:,}"}
     rows |= {"mean score": f"{sum(scores) / len(scores):.3f}", "best score": f"{max(scores):.3f}"}

@@ -33,6 +33,7 @@ from textrl_gym.cli.feedback import annotate_command, labels_command
 from textrl_gym.cli.judge import evaluate_command, judge_command
 from textrl_gym.cli.options import Part, env_flags, environment, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.pipeline import preferences_command, reward_model_command, sft_command
+from textrl_gym.cli.play import play_command
 from textrl_gym.cli.terminal import make_table, print_rows, print_tables, show_error
 from textrl_gym.cli.train import train_command
 from textrl_gym.registry import find_env, text_envs, unknown
@@ -170,6 +171,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "preferences": preferences_command,
     "annotate": annotate_command,
     "labels": labels_command,
+    "play": play_command,
     "collect": collect_command,
     "export": export_command,
     "bench": bench_command,

@@ -59,6 +59,7 @@ TABLES = (
     "evaluate",
     "compare",
     "bench",
+    "play",
     "collect",
 )
 """Of a TOML file, which may hold a whole pipeline: each command reads its own, and [env] belongs to all."""

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from annotated_types import Ge
 from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
 from torch import Tensor
 
 from textrl_gym import files
 from textrl_gym.bounds import Seed, check
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.data.encoding import encode_completions, prompt_of
+from textrl_gym.data.trajectories import Trajectory, as_rollout
 from textrl_gym.evaluation.metrics import measure
 from textrl_gym.judges.judge import Answer, load_scorer, reward_of
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
@@ -79,10 +81,7 @@ class Evaluator:
             min(PARALLEL_PROMPTS, episodes), split=split, group_size=1, array="torch", render_mode=None
         )
         self.episodes, self.seed = episodes, seed
-        # A generator of its own, and not reset()'s streams: the prompts must not depend on how many rows there are.
-        rng = np.random.default_rng(seed)
-        size = len(self.mdp.source)
-        self.indices = rng.choice(size, episodes, replace=episodes > size)
+        self.indices = evaluation_prompts(len(self.mdp.source), episodes, seed)
         mdp = self.mdp
         if gold is None and mdp.settings["dataset"] is None:  # a task's gold score may need columns that others lack
             gold = mdp.task.gold
@@ -185,25 +184,54 @@ class Evaluator:
         policy = player if isinstance(player, Policy) else player.policy
         rollouts = self.play(player)
         logged = self.mdp.reward_model.take_metrics()  # before others play
-        gold_N = self.gold_scores(rollouts)
-        samples = self._samples(rollouts, gold_N)
-        metrics = measure(rollouts, samples) | {"entropy_token": mean_entropy(policy, rollouts)}
-        metrics |= mean_components(rollouts) | logged
+        metrics, samples = self._scored(rollouts, policy.reference, sampled=True)
+        metrics |= {"entropy_token": mean_entropy(policy, rollouts)} | logged
         if not isinstance(player, Policy):
             metrics |= player.extra_metrics(rollouts)
-        if self.gold is not None:
-            metrics["gold"] = float(gold_N.mean())
-        metrics |= self._of_task(samples)
-        if policy.reference is not None:
-            metrics["win_rate"] = float(outcomes(gold_N, self._played_start(policy.reference)[1]).mean())
-        human = self.human(rollouts)
-        if bool((there := ~human.isnan()).any()):
-            metrics["win_rate_human"] = float(outcomes(gold_N[there], human[there]).mean())
         if greedy:
             argmax = self.play(player, greedy=True)
             metrics["score_greedy"] = float(torch.cat([r.score_B for r in argmax]).mean())
             if self.gold is not None:
                 metrics["gold_greedy"] = float(self.gold_scores(argmax).mean())
+        return metrics, samples
+
+    def of_texts(
+        self, trajectories: Sequence[Trajectory], reference: Policy | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics of the episodes of a player without a policy, one for each prompt, and its completions.
+
+        As those of `run`, but for what needs log-probabilities, and nothing greedy.
+
+        Args:
+            trajectories: of the prompts of this evaluation, in their order; see `narrow`.
+            reference: whose completions the win rate is against; None: no win rate.
+        """
+        assert len(trajectories) == self.episodes, (len(trajectories), self.episodes)
+        rows = self.mdp.num_envs
+        batches = [trajectories[first : first + rows] for first in range(0, len(trajectories), rows)]
+        with self.mdp.reward_model.apart():
+            return self._scored([as_rollout(batch, self.mdp.device) for batch in batches], reference, sampled=False)
+
+    def narrow(self, indices: Sequence[int]) -> None:
+        """Evaluate on these prompts alone from now on: places in the split."""
+        self.indices, self.episodes = np.array(indices, np.int64), len(indices)
+        self._start, self._human = None, None
+
+    def _scored(
+        self, rollouts: list[Rollout], reference: Policy | None, sampled: bool
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics and samples of completions, whoever has written them; sampled: by a policy that gave its logp_BT."""
+        gold_N = self.gold_scores(rollouts)
+        samples = self._samples(rollouts, gold_N)
+        metrics = measure(rollouts, samples, sampled) | mean_components(rollouts)
+        if self.gold is not None:
+            metrics["gold"] = float(gold_N.mean())
+        metrics |= self._of_task(samples)
+        if reference is not None:
+            metrics["win_rate"] = float(outcomes(gold_N, self._played_start(reference)[1]).mean())
+        human = self.human(rollouts)
+        if bool((there := ~human.isnan()).any()):
+            metrics["win_rate_human"] = float(outcomes(gold_N[there], human[there]).mean())
         return metrics, samples
 
     def _of_task(self, samples: list[dict[str, Any]]) -> dict[str, float]:
@@ -244,6 +272,12 @@ class Evaluator:
                     sample["gold"] = float(gold_N[len(samples)])
                 samples.append(sample)
         return samples
+
+
+def evaluation_prompts(size: int, episodes: int, seed: int) -> NDArray[np.int64]:
+    """Which prompts of a split an evaluation has, as places in it; each once, unless there are too few. [episodes]"""
+    # A generator of its own, and not reset()'s streams: the prompts must not depend on how many rows there are.
+    return np.random.default_rng(seed).choice(size, episodes, replace=episodes > size)
 
 
 def mean_components(rollouts: Sequence[Rollout]) -> dict[str, float]:

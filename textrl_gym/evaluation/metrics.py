@@ -44,6 +44,8 @@ class Metric:
     table: Literal["summary", "quality", "none"] = "quality"
     """Which table of a comparison's page has it; "none" for what only the page of a single run shows."""
     drift: Drift | None = None
+    needs_policy: bool = False
+    """Whether it is computed from log-probabilities or calls of a model, which people and endpoints do not tell."""
 
     @property
     def heading(self) -> str:
@@ -118,6 +120,7 @@ METRICS: dict[str, Metric] = {
         "nats per sequence",
         decimals=2,
         of=lambda rollouts, _: _mean_of_rows(rollouts, _kl),
+        needs_policy=True,
         short="KL",
         table="summary",
     ),
@@ -126,6 +129,7 @@ METRICS: dict[str, Metric] = {
         "nats per token",
         decimals=4,
         of=lambda rollouts, _: _per_token(rollouts, _kl),
+        needs_policy=True,
         table="none",
     ),
     "entropy_token": Metric(
@@ -178,6 +182,7 @@ METRICS: dict[str, Metric] = {
         "Model calls per token",
         decimals=1,
         of=lambda rollouts, _: _per_token(rollouts, _model_calls),
+        needs_policy=True,
         table="none",
     ),
     # Measures of tasks (`Task.measures`).
@@ -204,6 +209,7 @@ METRICS: dict[str, Metric] = {
     "kl_bound": Metric("Best-of-n's KL to its own policy, bound", "nats", decimals=2, table="none"),
     "pair_accuracy": Metric("Held-out pairs ranked as labelled", table="none"),
     "pair_margin": Metric("Margin of implicit rewards on held-out pairs", table="none"),
+    "unplayed_prompts": Metric("Prompts of the evaluation that were not played", decimals=0, table="none"),
     "train_seconds": Metric("Training", "seconds", decimals=0, short="sec.", table="summary"),
 }
 """Key in evaluations, logs and tables -> the metric. The order is that of the tables."""
@@ -212,9 +218,14 @@ COUNTERS = frozenset({"timesteps", "updates"})
 """Keys of an evaluation that say when it was, and are no result of it."""
 
 
-def measure(rollouts: Sequence[Rollout], samples: Samples) -> dict[str, float]:
-    """Every metric that is computed from an evaluation's rollouts and completions, but for those that are NaN."""
-    values = {key: metric.of(rollouts, samples) for key, metric in METRICS.items() if metric.of is not None}
+def measure(rollouts: Sequence[Rollout], samples: Samples, sampled: bool = True) -> dict[str, float]:
+    """Every metric that is computed from an evaluation's rollouts and completions, but for those that are NaN.
+
+    Args:
+        sampled: whether a policy has written them, whose log-probabilities the rollouts have.
+    """
+    chosen = {key: metric for key, metric in METRICS.items() if sampled or not metric.needs_policy}
+    values = {key: metric.of(rollouts, samples) for key, metric in chosen.items() if metric.of is not None}
     return {key: value for key, value in values.items() if not math.isnan(value)}
 
 

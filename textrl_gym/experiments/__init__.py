@@ -6,6 +6,7 @@
 - `sizes`: pretrained, supervised and RLHF models by size
 - `reproduce`: one run again
 - `worker`: one run of a comparison, in a process of its own
+- `play`: people, and models behind an endpoint, on the prompts of an evaluation
 - `progress`: how far the runs of a comparison are
 - `results`: the finished runs of a comparison's folder
 - `win_rates`: win rates of saved completions by a judge

@@ -51,19 +51,26 @@ def main(folder: Path) -> int:
 def run(folder: Path, spec: dict[str, Any]) -> None:
     """Train as far as the spec's total, and evaluate."""
     registry.register_again(spec["environment"], spec.get("registered"))
-    agent = train_or_load(folder, spec)
     from textrl_gym.evaluation import token_credit
     from textrl_gym.evaluation.evaluator import Evaluator
+    from textrl_gym.experiments import play
 
+    # What people and endpoints have played has no policy: that of the initial one says what it is compared with.
+    played = play.is_played(spec["agent"])
+    agent = initial_agent(spec) if played else train_or_load(folder, spec)
     evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"], gold=spec.get("gold"))
-    metrics, samples = evaluator.run(agent)
     reference = agent.policy.reference
+    if played:
+        metrics, samples = play.evaluate_played(Path(spec["agent"]), evaluator, reference)
+    else:
+        metrics, samples = evaluator.run(agent)
     if reference is not None:  # what the win rate was against, beside each answer
         keys = ("completion", "tokens", "score", "gold", "stop_reason")
         for sample, start in zip(samples, evaluator.start(reference), strict=True):
             sample["start"] = {key: start[key] for key in keys if key in start}
-        credit_lines = token_credit.lines(agent, evaluator.mdp, evaluator.indices, spec["eval_seed"])
-        files.write_text(folder / CREDIT, "".join(line + "\n" for line in credit_lines))
+        if not played:
+            credit_lines = token_credit.lines(agent, evaluator.mdp, evaluator.indices, spec["eval_seed"])
+            files.write_text(folder / CREDIT, "".join(line + "\n" for line in credit_lines))
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     files.write_text(folder / EPISODES, lines)
     files.write_text(folder / MACHINE, json.dumps(dict(machine()), indent=1) + "\n")
@@ -104,6 +111,16 @@ def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
             save_every=spec["save_every"],
             gold=spec.get("gold"),  # a comparison of an earlier version names none
         )
+    return agent
+
+
+def initial_agent(spec: dict[str, Any]) -> Agent:
+    """The policy that the runs of the comparison start from."""
+    load_env_task(spec["environment"])
+    spec_env(spec).import_code()
+    agent_class = registry.load_agent_class("reference")
+    env = environment(spec, make_config(agent_class.Config, {}, "reference"))
+    agent: Agent = agent_class(env, spec["model"], seed=spec["seed"], device=spec["device"])
     return agent
 
 

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from textrl_gym.bounds import check, shown
 from textrl_gym.core import Message, Row
 from textrl_gym.data.chat import as_text
-from textrl_gym.data.encoding import Chat, codec
+from textrl_gym.data.encoding import Chat, Unknown, codec
 from textrl_gym.data.rows import check_characters
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv, vector_env
 
@@ -82,6 +82,7 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], gym.utils.RecordConstructorAr
         env: a TextEnv, wrapped or not, or an id.
         observation: "messages" or "text".
         separator: stands before a text that would otherwise touch the last word of what it stands behind.
+        unknown: what becomes of words that have no token: "raise" an error, or "skip" them.
 
     Raises:
         ValueError: a vector environment; a KL penalty, for which texts have no log-probabilities; or a conversation in
@@ -93,16 +94,18 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], gym.utils.RecordConstructorAr
         env: str | gym.Env[Any, Any],
         observation: Literal["messages", "text"] = "messages",
         separator: str = " ",
+        unknown: Unknown = "raise",
     ) -> None:
         check("observation", observation, Literal["messages", "text"])
+        check("unknown", unknown, Unknown)
         check("separator", separator, str)
         env = gym.make(env) if isinstance(env, str) else env
         if not isinstance(getattr(env, "unwrapped", None), TextEnv):
             raise ValueError(f"TextActions needs a single text environment (TextEnv), got {shown(env)}")
         # So that the spec of the wrapped environment can make it again.
-        gym.utils.RecordConstructorArgs.__init__(self, observation=observation, separator=separator)
+        gym.utils.RecordConstructorArgs.__init__(self, observation=observation, separator=separator, unknown=unknown)
         gym.Wrapper.__init__(self, env)
-        self.observation, self.separator = observation, separator
+        self.observation, self.separator, self.unknown = observation, separator, unknown
         self.mdp: TextVectorEnv = vector_env(env)
         if self.mdp.kl_coef:
             raise ValueError(
@@ -115,7 +118,8 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], gym.utils.RecordConstructorAr
         self._row: Row | None = None
         self._messages: list[Message] = []
         self._turns: list[Message] = []
-        self._context: list[int] = []
+        self.context: list[int] = []
+        """The tokens so far, the prompt's first."""
         budget = min(self.mdp.max_turn_tokens or self.mdp.max_new_tokens, self.mdp.max_new_tokens)
         longest = max(map(len, self.mdp.tokenizer.get_vocab()))
         self.action_space = AnyText(budget * longest + len(separator), self.codec, budget)
@@ -131,7 +135,7 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], gym.utils.RecordConstructorAr
         chat = row.get("chat")
         spoken = chat if isinstance(chat, Chat) else [{"role": "user", "content": row["prompt"]}]
         self._messages, self._turns = [dict(turn) for turn in spoken], []
-        self._context = _ids_of(observation)
+        self.context = _ids_of(observation)
         return self._observation(), info
 
     def step(self, action: str) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
@@ -159,7 +163,7 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], gym.utils.RecordConstructorAr
         self._turns.append({"role": "assistant", "content": self.mdp.scorer.text(ids[:taken])})
         if info.get("reply") is not None:
             self._turns.append({"role": "user", "content": info["reply"]})
-        self._context = _ids_of(observation)
+        self.context = _ids_of(observation)
         return self._observation(), reward, terminated, truncated, info
 
     def encode(self, text: str) -> list[int]:
@@ -173,14 +177,15 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], gym.utils.RecordConstructorAr
             text = self.separator + text
         # A chat template or a reply ends as texts do that others stand behind; a prompt may end in any word.
         if self._turns or isinstance(self._row.get("chat"), Chat):
-            return [*(self.codec.behind(text) if text else ()), self.end_id]
-        return [*self.codec.completions(self._row["prompt"], [text])[0], self.end_id]
+            return [*(self.codec.behind(text, unknown=self.unknown) if text else ()), self.end_id]
+        (ids,) = self.codec.completions(self._row["prompt"], [text], unknown=self.unknown)
+        return [*ids, self.end_id]
 
     def _touches(self) -> bool:
         """Whether the next word would stand at a word without a space between them."""
-        if self._context[-1] in self.codec.special:
+        if self.context[-1] in self.codec.special:
             return False
-        tail = self.codec.decode(self._context[-TAIL_TOKENS:])
+        tail = self.codec.decode(self.context[-TAIL_TOKENS:])
         return bool(tail) and not tail[-1].isspace()
 
     def _observation(self) -> tuple[Message, ...] | str:
