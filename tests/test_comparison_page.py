@@ -17,17 +17,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from textrl_gym.charts import analysis as numbers
+from textrl_gym.charts.comparison import charts
+from textrl_gym.charts.export_figures import printed
+from textrl_gym.charts.plotting import DARK, LIGHT
+from textrl_gym.charts.training_curves import level_of
 from textrl_gym.cli import main
 from textrl_gym.cli.compare import show_page
 from textrl_gym.experiments.results import read_comparison, tidy
-from textrl_gym.reports import analysis as numbers
 from textrl_gym.reports import run_page
-from textrl_gym.reports.charts import charts
 from textrl_gym.reports.comparison_page import comparison_report, embedded
 from textrl_gym.reports.credit_section import scale
-from textrl_gym.reports.export_figures import printed
-from textrl_gym.reports.plotting import DARK, LIGHT
-from textrl_gym.reports.training_curves import level_of
 from textrl_gym.stats import estimates, pairwise
 from textrl_gym.training.run_folder import alarms, read_run
 

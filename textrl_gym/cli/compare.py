@@ -193,8 +193,8 @@ def report_command(args: Sequence[str]) -> int:
         show_suite(parsed.folder)
         return 0
     if (parsed.folder / PLAN).is_file():
+        from textrl_gym.charts.export_figures import comparison_figures
         from textrl_gym.reports.comparison_page import comparison_report
-        from textrl_gym.reports.export_figures import comparison_figures
 
         print(comparison_report(parsed.folder))
         if parsed.figures:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Literal
 
 from textrl_gym import files
-from textrl_gym.cli.options import Part, env_flags, flag, flat, parse_command, parse_flags, positional
+from textrl_gym.cli.options import Part, env_flags, environment, flag, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.terminal import make_table, print_tables
-from textrl_gym.registry import unknown
+from textrl_gym.registry import find_env, unknown
 from textrl_gym.web.server import LOOPBACK
+
+if TYPE_CHECKING:
+    from textrl_gym.data.labels import Item
+    from textrl_gym.experiments.rounds import Annotate
 
 
 def annotate_command(args: Sequence[str]) -> int:
@@ -35,6 +43,86 @@ def annotate_command(args: Sequence[str]) -> int:
         print(f"{server.address}  (Ctrl-C ends it; the same command goes on)", flush=True)
         server.serve_forever()
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Labellers:
+    """Who answers."""
+
+    by: Literal["simulated", "page", "endpoint"] = "simulated"
+    """simulated: annotators by the task's gold score, noise and bias and all; page: people, on a page that this command
+    serves; endpoint: a language model, by --endpoint.model and so on (RLAIF)."""
+    host: str = LOOPBACK
+    """Where the page is served; beyond this machine its address has a secret token."""
+    port: int = 0
+    """Of the page; 0: a free one."""
+
+
+def rlhf_command(args: Sequence[str]) -> int:
+    """Iterated RLHF: labels on what the policy writes, a reward model, a new policy; several rounds, resumable."""
+    from textrl_gym.experiments import rounds
+    from textrl_gym.judges.annotators import Annotators
+    from textrl_gym.judges.llm_judge import EndpointConfig
+    from textrl_gym.pipeline.reward_data import RewardModelConfig
+
+    about = "its folder; the same one goes on. None: runs/rlhf-ENV"
+    parts: list[Part] = [
+        environment(),
+        ("out", flag(Path | None, about), None),
+        ("settings", flat(rounds.RoundsConfig)),
+        ("labellers", flat(Labellers)),
+        ("reward_model", RewardModelConfig, RewardModelConfig()),
+        ("annotators", Annotators, Annotators()),
+        ("endpoint", EndpointConfig, EndpointConfig()),
+        env_flags(),
+    ]
+    tables = {"settings": "rlhf", "labellers": "rlhf", "env": "env"}
+    parsed = parse_command("rlhf", rlhf_command.__doc__, parts, tables, args)
+    env_id = find_env(parsed.environment)
+    out = parsed.out or Path("runs") / f"rlhf-{env_id}"
+    annotate = _annotate(parsed, out)
+    try:
+        result = rounds.run_rounds(env_id, parsed.settings, parsed.reward_model, annotate, out, parsed.env)
+    except KeyboardInterrupt:
+        print(f"go on with the same command, --out {out}", file=sys.stderr)
+        raise
+    from textrl_gym.reports import rounds_page as home
+
+    head, rows = home.rounds_table(result)
+    print_tables(make_table(f"{env_id}: rounds of RLHF", head, rows, left=()))
+    print(home.rounds_report(result))
+    return 0
+
+
+def _annotate(parsed: SimpleNamespace, out: Path) -> Annotate:
+    """Who answers the questions of a round."""
+    labellers, endpoint, seed = parsed.labellers, parsed.endpoint, parsed.settings.seed
+    if labellers.by == "page":
+        from textrl_gym.feedback.questions import AnnotateConfig
+        from textrl_gym.web.annotate import serve_until_answered
+
+        config = AnnotateConfig(seed=seed)
+        return lambda items, file, _: serve_until_answered(items, file, config, labellers.host, labellers.port)
+    from textrl_gym.feedback.answers import LabelFile
+
+    if labellers.by == "endpoint":
+        from textrl_gym.feedback.judged import answer_by_judge
+        from textrl_gym.judges.llm_judge import CACHE, Endpoint
+
+        judge = Endpoint(dataclasses.replace(endpoint, cache=endpoint.cache or out / CACHE))
+
+        def ask(items: Sequence[Item], path: Path, appeals: dict[str, list[float]]) -> None:
+            with LabelFile(path) as file:
+                answer_by_judge(items, file, judge)
+
+        return ask
+    from textrl_gym.feedback.simulated import answer_all
+
+    def simulate(items: Sequence[Item], path: Path, appeals: dict[str, list[float]]) -> None:
+        with LabelFile(path) as file:
+            answer_all(items, file, parsed.annotators, appeals, seed)
+
+    return simulate
 
 
 def labels_command(args: Sequence[str]) -> int:

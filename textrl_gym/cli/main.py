@@ -29,7 +29,7 @@ from textrl_gym.cli.compare import (
     watch_command,
 )
 from textrl_gym.cli.export import export_command
-from textrl_gym.cli.feedback import annotate_command, labels_command
+from textrl_gym.cli.feedback import annotate_command, labels_command, rlhf_command
 from textrl_gym.cli.judge import evaluate_command, judge_command
 from textrl_gym.cli.options import Part, env_flags, environment, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.pipeline import preferences_command, reward_model_command, sft_command
@@ -173,6 +173,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "labels": labels_command,
     "play": play_command,
     "collect": collect_command,
+    "rlhf": rlhf_command,
     "export": export_command,
     "bench": bench_command,
 }

@@ -3,6 +3,7 @@
 - `compare`: every agent, seed and KL coefficient on the same prompts and budget
 - `suite`: a comparison over several tasks
 - `lessons`: a task's lesson: trials, and what the seeds say of them
+- `rounds`: iterated RLHF: labels, reward model and policy, several times
 - `sizes`: pretrained, supervised and RLHF models by size
 - `reproduce`: one run again
 - `worker`: one run of a comparison, in a process of its own

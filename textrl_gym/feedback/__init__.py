@@ -3,6 +3,9 @@
 In reading order:
 - `questions`: completions to be ranked, from an environment, a run or a file
 - `answers`: the file of labels as it grows, and who is asked what next
+- `judged`: a language model or a reward in the place of people
+- `selection`: which questions to ask, out of more than can be answered
+- `simulated`: annotators that answer by the gold score, with the noise of people
 - `agreement`: what annotators agree on, and how each of them answers
 - `formats`: labels as other tools write and read them
 """

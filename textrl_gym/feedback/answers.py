@@ -160,6 +160,12 @@ class Session:
             self._open.pop(name, None)
             return self._view(name) | {"saved": label.id, "feedback": _feedback(label)}
 
+    def is_answered(self) -> bool:
+        """Whether every question has as many answers as are asked for."""
+        with self._lock:
+            given = self._given()
+            return all(given[item.id] >= self.config.per_pair for item in self.by_kind[PAIR])
+
     def undo(self, annotator: object) -> dict[str, Any]:
         """Take an annotator's last answer back, and ask it again.
 

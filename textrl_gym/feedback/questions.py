@@ -265,7 +265,12 @@ def _made_checks(items: Sequence[Item], seed: int) -> list[Item]:
 
 
 def sampled(env_id: str, config: AnnotateConfig, env: EnvSettings) -> Iterator[Item]:
-    """Questions of an environment's prompts, sampled until there are `n`.
+    """Questions of an environment's prompts, sampled until there are `n`; errors as of `sampled_with_rows`."""
+    return (item for _, item in sampled_with_rows(env_id, config, env))
+
+
+def sampled_with_rows(env_id: str, config: AnnotateConfig, env: EnvSettings) -> Iterator[tuple[Row, Item]]:
+    """Questions of an environment's prompts, each with the row of its prompt, sampled until there are `n`.
 
     Raises:
         ValueError: a model that cannot be loaded, or policies that give equal completions nearly always.
@@ -289,7 +294,7 @@ def sampled(env_id: str, config: AnnotateConfig, env: EnvSettings) -> Iterator[I
             if item.id in seen:
                 continue
             seen.add(item.id)
-            yield item
+            yield row, item
             if len(seen) == config.n:
                 return
 

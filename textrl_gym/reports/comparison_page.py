@@ -15,13 +15,13 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from textrl_gym import files
+from textrl_gym.charts import analysis as numbers
+from textrl_gym.charts.comparison import charts
+from textrl_gym.charts.plotting import LIGHT, Chart, Table, go, painted, palettes, short
+from textrl_gym.charts.training_curves import quality
 from textrl_gym.evaluation.metrics import METRICS
 from textrl_gym.experiments.results import KEPT_STATE, Comparison, Group, read_comparison
-from textrl_gym.reports import analysis as numbers
-from textrl_gym.reports.charts import charts
 from textrl_gym.reports.credit_section import credit, credit_data
-from textrl_gym.reports.plotting import LIGHT, Chart, Table, go, painted, palettes, short
-from textrl_gym.reports.training_curves import quality
 from textrl_gym.stats.estimates import Estimate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "report"

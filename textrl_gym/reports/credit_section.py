@@ -13,9 +13,9 @@ from typing import Any
 
 from markupsafe import escape
 
+from textrl_gym.charts.plotting import LIGHT
 from textrl_gym.evaluation.token_credit import QUANTITIES
 from textrl_gym.experiments.results import Comparison, Group
-from textrl_gym.reports.plotting import LIGHT
 
 WORDS = {
     "advantage": ("Advantage", "what the agent's loss would weigh the token by; 0 in the middle"),

@@ -9,14 +9,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import threading
+import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from textrl_gym.data.labels import Item
 from textrl_gym.feedback.answers import LabelFile, Session
 from textrl_gym.feedback.questions import AnnotateConfig, questions_for
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.web.server import LOOPBACK, PageServer, Reply, content_security_policy, json_reply
 
+POLL_SECONDS = 1.0
 INSTRUCTIONS = """\
 You see a prompt and several answers to it. Choose the answer that you would rather be given: the one that is true, \
 does what the prompt asks for, and is clear. Longer is not better by itself.
@@ -113,3 +118,32 @@ def make_server(
     except BaseException:
         file.close()
         raise
+
+
+def serve_until_answered(items: Sequence[Item], out: Path, config: AnnotateConfig, host: str, port: int) -> None:
+    """Serve questions until each has its answers; those that are in the file already are not asked again.
+
+    Args:
+        items: what is asked.
+        out: the file of labels.
+        config: how; its `n` and what questions are made of are not read.
+
+    Raises:
+        ValueError, OSError: as of `make_server`.
+    """
+    file = LabelFile(out)
+    session = Session(items, file, config)
+    if session.is_answered():
+        file.close()
+        return
+    with AnnotateServer(session, host, port) as server:
+        print(f"{server.address}  ({len(items)} questions; Ctrl-C stops, and the same command goes on)", flush=True)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            while not session.is_answered():
+                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # the page asks once more, and is told that nothing is left
+        finally:
+            server.shutdown()
+            thread.join()

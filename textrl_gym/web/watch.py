@@ -15,9 +15,9 @@ from typing import Any
 
 from markupsafe import escape
 
+from textrl_gym.charts.plotting import go
 from textrl_gym.experiments.results import ERROR, PLAN, RESULT, RUNS, SPEC, progress, read_spec, state_of
 from textrl_gym.reports.comparison_page import asset, live_page
-from textrl_gym.reports.plotting import go
 from textrl_gym.web.server import LOOPBACK, PageServer, Reply, json_reply
 
 # -- what is shown ----------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textrl_gym.charts.comparison import charts
+from textrl_gym.charts.plotting import LIGHT, Chart, go
 from textrl_gym.experiments.results import read_comparison
-from textrl_gym.reports.charts import charts
-from textrl_gym.reports.plotting import LIGHT, Chart, go
 
 if TYPE_CHECKING:
     from plotly.basedatatypes import BaseTraceType

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from textrl_gym.charts import analysis as numbers
+from textrl_gym.charts.plotting import Chart, axes, between, line, look, marker, plain, short
+from textrl_gym.charts.training_curves import drifts, learning_curves, length_chart
 from textrl_gym.experiments.results import Comparison
-from textrl_gym.reports import analysis as numbers
-from textrl_gym.reports.plotting import Chart, axes, between, line, look, marker, plain, short
-from textrl_gym.reports.training_curves import drifts, learning_curves, length_chart
 
 
 def charts(comparison: Comparison) -> dict[str, Chart]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from textrl_gym.charts import analysis as numbers
+from textrl_gym.charts.plotting import Chart, Table, axes, between, line, look, marker, short
 from textrl_gym.evaluation.metrics import METRICS, metric, metric_names
 from textrl_gym.experiments.results import Comparison, Group
-from textrl_gym.reports import analysis as numbers
-from textrl_gym.reports.plotting import Chart, Table, axes, between, line, look, marker, short
 
 # -- through training -------------------------------------------------------------------------------------------------
 
