@@ -64,7 +64,7 @@ class Evaluator:
         seed: of the prompts and of sampling.
         split: of the dataset.
         gold: the reward that is the gold score, or "gold", the task's own; None: the task's own on its embedded
-            prompts, and else the reward that is trained on.
+            prompts, and else `Task.gold_of_dataset` or, without one, the reward that is trained on.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Evaluator:
         self.episodes, self.seed = episodes, seed
         self.indices = evaluation_prompts(len(self.mdp.source), episodes, seed)
         mdp = self.mdp
-        if gold is None and mdp.settings["dataset"] is None:  # a task's gold score may need columns that others lack
-            gold = mdp.task.gold
+        if gold is None:  # a task's gold score may need columns that others' rows lack
+            gold = mdp.task.gold if mdp.settings["dataset"] is None else mdp.task.gold_of_dataset
         self.gold = None
         if gold is not None:
             self.gold = load_scorer(gold, task=mdp.task, device=mdp.device, tokenizer=mdp.tokenizer)

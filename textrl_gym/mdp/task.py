@@ -48,6 +48,8 @@ class Task:
     reward: RewardSpec = "reward_model"
     gold: RewardSpec | None = None
     """The reward that `evaluate` reports beside the training reward; never trained on unless asked for."""
+    gold_of_dataset: RewardSpec | None = None
+    """The gold score of rows that `dataset=` gives, which may lack the columns that `gold` needs; None: none."""
     best_gold: float | None = None
     """The best gold score that is known, which is 1 on the scale of a comparison over tasks; None: what is reached."""
     kl_coef: float = 0.05

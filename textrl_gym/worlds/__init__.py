@@ -4,6 +4,7 @@
 - `lesson`: Lesson: what a task shows about RL from feedback
 - `passages`: facts of which some are doubtful, and questions about them
 - `requests`: requests that are safe, unsafe, or only sound so
+- `reviews`: reviews with mixed judgements, to be continued
 - `sums`: word problems with their working
 - `tldr`: forum posts with short summaries, in the format of trl-lib/tldr
 - `tldr_grammar`: the phrase bank and the grammar that reference texts and gold score share
