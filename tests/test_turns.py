@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from textrl_gym.core import Message, Reply, Rollout, Row
 from textrl_gym.evaluation.check_env import check_env
@@ -89,9 +91,9 @@ def make_model(name: str = "llama", seed: int = 0) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-def make_env(rows: int, **settings: Any) -> TextVectorEnv:
+def make_env(rows: int, **chosen: Any) -> TextVectorEnv:
     mode: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED, "array": "torch", "task": Echo, "reward": points}
-    return TextVectorEnv(rows, **(mode | settings))
+    return TextVectorEnv(rows, **(mode | chosen))
 
 
 def uniforms(rows: int, seed: int = 0) -> torch.Tensor:
@@ -154,11 +156,11 @@ def assert_same(rollout: Rollout, seen: dict[str, Any]) -> None:
     assert not rollout.token_BT[~rollout.present_BT].any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"group_size": 4, "kl_coef": 0.2, "stop": "c d"}], ids=["plain", "group"])
+@pytest.mark.parametrize("chosen", [{}, {"group_size": 4, "kl_coef": 0.2, "stop": "c d"}], ids=["plain", "group"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_collect_is_stepping(name: str, settings: dict[str, Any]) -> None:
+def test_collect_is_stepping(name: str, chosen: dict[str, Any]) -> None:
     policy = Policy(make_model(name), reference=make_model(name, seed=1))
-    env = make_env(12, **settings, reference=policy.reference)
+    env = make_env(12, **chosen, reference=policy.reference)
     seen = step_through(env, policy, uniforms(12), seed=3)
     env.streams_of_prompts.seed(3)
     rollout = collect(env, policy, uniform_BT=uniforms(12), kl_coef=env.kl_coef)
@@ -195,12 +197,12 @@ def same(one: Any, two: Any, where: str) -> None:
         assert type(one) is type(two) and one == two, (where, one, two)
 
 
-@pytest.mark.parametrize("settings", [{}, {"stop": "c d", "max_turns": 2}], ids=["plain", "stop"])
+@pytest.mark.parametrize("chosen", [{}, {"stop": "c d", "max_turns": 2}], ids=["plain", "stop"])
 @pytest.mark.parametrize("mode", AutoresetMode)
-def test_a_vector_is_singles(mode: AutoresetMode, settings: dict[str, Any]) -> None:
+def test_a_vector_is_singles(mode: AutoresetMode, chosen: dict[str, Any]) -> None:
     rows = 4
-    envs = make_env(rows, autoreset_mode=mode, array="numpy", **settings)
-    singles = SyncVectorEnv([lambda: TextEnv(task=Echo, reward=points, **settings)] * rows, autoreset_mode=mode)
+    envs = make_env(rows, autoreset_mode=mode, array="numpy", **chosen)
+    singles = SyncVectorEnv([lambda: TextEnv(task=Echo, reward=points, **chosen)] * rows, autoreset_mode=mode)
     same(envs.reset(seed=5), singles.reset(seed=5), "reset")
     rng, names = np.random.default_rng(0), set[str]()
     for step in range(90):
@@ -232,3 +234,44 @@ def test_torch_is_numpy() -> None:
 
 def test_check_env_passes() -> None:
     assert check_env(TextEnv(task=Echo, reward=points, stop="c d"))
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 6), st.integers(2, T), st.integers(0, 999), st.sampled_from([None, "a", "b c"])
+)
+@settings(max_examples=12)
+def test_collect_is_stepping_whatever_the_budgets(turns: int, of_turn: int, new: int, seed: int, stop: Any) -> None:
+    policy = Policy(make_model())
+    env = make_env(4, max_turns=turns, max_turn_tokens=of_turn, max_new_tokens=new, stop=stop)
+    seen = step_through(env, policy, uniforms(4, seed), seed=seed)
+    env.streams_of_prompts.seed(seed)
+    rollout = collect(env, policy, uniform_BT=uniforms(4, seed))
+    seen["kl"] = rollout.kl_BT
+    assert_same(rollout, seen)
+    assert int(rollout.present_BT.sum(1).max()) <= new
+    assert rollout.turn_BT is not None and int(rollout.turn_BT.max()) < turns
+
+
+class Together(Echo):
+    """Another side that answers many conversations at once."""
+
+    reply = Task.reply
+
+    def replies(self, rows: Sequence[Row], turns: Sequence[Sequence[Message]]) -> list[Reply]:
+        self.asked = [*getattr(self, "asked", []), len(rows)]
+        return [Echo().reply(row, of_row) for row, of_row in zip(rows, turns, strict=True)][: self.given]
+
+    given: int | None = None
+
+
+def test_many_are_answered_at_once() -> None:
+    task = Together()
+    assert task.replies_to_turns
+    one, two = make_env(3, task=task, array="numpy"), make_env(3, array="numpy")
+    same(one.reset(seed=0), two.reset(seed=0), "reset")
+    for _ in range(3):
+        same(one.step(np.zeros(3, int)), two.step(np.zeros(3, int)), "step")
+    assert task.asked == [3, 3, 3]
+    task.given = 2
+    with pytest.raises(ValueError, match="Together\\.replies must give 3 replies, got 2"):
+        one.step(np.zeros(3, int))
