@@ -232,6 +232,7 @@ def test_torch_is_numpy() -> None:
             assert np.array_equal(a, b.numpy())
 
 
+@pytest.mark.slow  # GuessNumber-v0 goes through the same checks in tests/test_env.py
 def test_check_env_passes() -> None:
     assert check_env(TextEnv(task=Echo, reward=points, stop="c d"))
 
