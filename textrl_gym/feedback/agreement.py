@@ -70,7 +70,8 @@ class Annotator:
     accuracy: float | None
     """Dawid and Skene's: how likely the annotator is right, as the others see it."""
     reliability: float | None
-    """Bradley-Terry's with annotators: how likely the annotator says what the scores say; 0.5 is a coin."""
+    """Bradley-Terry's with annotators: how likely the annotator says what the scores say; 0.5 is a coin. Of rankings
+    alone: where each text is compared to one other, a coin's answers look like those to a close call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,11 +256,11 @@ def _as_others_see_them(pairs: Sequence[Label]) -> tuple[dict[str, float], dict[
     if len(cast.names) < 3 or not (np.bincount(cast.pair_L, minlength=1) >= 2).any():
         return {}, {}
     accuracy_A = annotators.dawid_skene(cast.pair_L, cast.annotator_L, cast.second_L, symmetric=True).accuracy_A
+    accuracy = dict(zip(cast.names, accuracy_A.tolist(), strict=True))
+    if all(len(label.completions) == 2 for label in pairs):
+        return accuracy, {}
     reliability_A = annotators.crowd_bradley_terry(*cast.texts(), cast.annotator_L).reliability_A
-    return (
-        dict(zip(cast.names, accuracy_A.tolist(), strict=True)),
-        dict(zip(cast.names, reliability_A.tolist(), strict=True)),
-    )
+    return accuracy, dict(zip(cast.names, reliability_A.tolist(), strict=True))
 
 
 def _warnings(person: Annotator) -> Iterator[str]:

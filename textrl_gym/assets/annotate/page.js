@@ -279,8 +279,11 @@
     else $("tie").removeAttribute("aria-pressed");
   }
 
+  // Blanks around a text are not shown: completions of language models begin with one.
+  const lead = (text) => text.length - text.trimStart().length;
+
   function pieces(text, layers) {
-    const cuts = [...new Set([0, text.length, ...layers.flatMap(([start, end]) => [start, end])])].sort((a, b) => a - b);
+    const cuts = [...new Set([lead(text), text.trimEnd().length, ...layers.flatMap(([start, end]) => [start, end])])].sort((a, b) => a - b);
     return cuts.slice(0, -1).map((start, number) => {
       const kinds = layers.filter(([from, to]) => from <= start && start < to).map(([, , kind]) => kind);
       const part = text.slice(start, cuts[number + 1]);
@@ -312,8 +315,8 @@
         const before = document.createRange();
         before.setStart(box, 0);
         before.setEnd(range.startContainer, range.startOffset);
-        const start = before.toString().length;
-        return [Number(box.dataset.answer), start, start + range.toString().length];
+        const answer = Number(box.dataset.answer), start = lead(view.item.completions[answer]) + before.toString().length;
+        return [answer, start, start + range.toString().length];
       }
     }
     const all = words(view.item.completions[place.answer]);
