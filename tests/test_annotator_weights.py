@@ -43,7 +43,7 @@ class Letters(CopyText):
 
 @pytest.fixture
 def letters() -> Iterator[str]:
-    textrl_gym.register("Letters-v0", Letters)
+    textrl_gym.register("Letters-v0", "test_annotator_weights:Letters")
     yield "Letters-v0"
     del gymnasium.registry["Letters-v0"]
 
@@ -68,10 +68,10 @@ def accuracies(env_id: str, folder: Path, accuracy: list[float], items: int, see
     ]
     rows: list[dict[str, Any]] = []
     for item, (prompt, texts, best) in enumerate(comparisons(rng, items, value)):
-        for name, chance in enumerate(accuracy):
+        for person, chance in enumerate(accuracy):
             wins = best if rng.random() < chance else 1 - best
             ranks = [1, 2] if wins == 0 else [2, 1]
-            rows.append(dataclasses.asdict(Label(len(rows) + 1, str(item), "pair", f"{name}", prompt, texts, ranks)))
+            rows.append(dataclasses.asdict(Label(len(rows) + 1, str(item), "pair", f"{person}", prompt, texts, ranks)))
     for name, some in (("clean", clean), ("labels", rows)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     measured = {}
