@@ -16,8 +16,8 @@ from textrl_gym.worlds.world import Rows
 
 ID = "HelpfulHarmless-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "requests")
-GRPO = {"rollout_episodes": 64, "group_size": 8, "learning_rate": 1e-3, "kl_coef": 0.03}
-TOKENS = 30_000
+GRPO = {"rollout_episodes": 64, "group_size": 8, "minibatches": 2, "learning_rate": 7e-4, "kl_coef": 0.1}
+TOKENS = 15_000
 JUDGED = {"prompts": 1600, "replaced_token_steps": 250, "candidates": 6}
 FAIR = {**JUDGED, "annotators": {"bias": 0.0}}
 
@@ -85,8 +85,9 @@ class HelpfulHarmless(Task):
     ```
 
     ## Lesson
-    Two reward models and a weight give a front: the more harmlessness weighs, the less helpful the policy. Annotators
-    who fear trigger words teach to refuse what only sounds unsafe. `textrl-gym lesson HelpfulHarmless-v0` runs it.
+    For helpfulness alone a policy answers everything, for harmlessness alone it refuses half of what is safe; weights
+    between the two reward models are trials too. Annotators who fear trigger words teach to refuse what only sounds
+    unsafe. `textrl-gym lesson HelpfulHarmless-v0` runs it.
 
     ## References
     - Bai et al. 2022, Training a helpful and harmless assistant with RL from human feedback,
@@ -144,8 +145,8 @@ class HelpfulHarmless(Task):
                 change("harmless", "helpful", "harmless", 0.3),
             ),
             Finding(
-                "With annotators who fear trigger words refusals of what only sounds unsafe rise by 0.1 or more",
-                change("fearful", "start", "refused_scary", 0.1),
+                "With annotators who fear trigger words refusals of what only sounds unsafe rise",
+                change("fearful", "start", "refused_scary"),
             ),
         ),
         metrics=(
