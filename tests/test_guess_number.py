@@ -79,7 +79,7 @@ def test_the_teacher_plays_by_the_rules() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_ppo_comes_within_a_tenth_of_the_questions_that_are_needed(seed: int, tmp_path: Path) -> None:
-    # log2(16) = 4; the means of five seeds are in docs/turns.md.
+    # log2(16) = 4, and a tenth more.
     settings: dict[str, Any] = {"learning_rate": 1e-3, "rollout_episodes": 128, "group_size": 1, "vf_coef": 0.5}
     agent = PPO("GuessNumber-v0", seed=seed, device="cpu", out=tmp_path, **settings)
     before, _ = Evaluator(agent.env).run(agent)

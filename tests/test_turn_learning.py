@@ -313,7 +313,7 @@ def test_minibatch_means_count_actions() -> None:
 def test_the_page_about_turns(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/turns.md as it is printed, with a smaller budget."""
     page = (root / "docs" / "turns.md").read_text()
-    task, use = re.findall(r"^```python.*?\n(.*?)^```", page, re.M | re.S)
+    task, use, _ = re.findall(r"^```python.*?\n(.*?)^```", page, re.M | re.S)
     (tmp_path / "two_turns.py").write_text(task)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
