@@ -2,6 +2,7 @@
 
 - `world`: rows that are a function of split, seed and index, and that no two splits share
 - `lesson`: Lesson: what a task shows about RL from feedback
+- `orders`: lists with constraints that a program can check
 - `passages`: facts of which some are doubtful, and questions about them
 - `requests`: requests that are safe, unsafe, or only sound so
 - `reviews`: reviews with mixed judgements, to be continued
