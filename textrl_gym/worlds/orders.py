@@ -350,7 +350,7 @@ def candidates(row: Row, rng: random.Random, n: int) -> list[str]:
 
 def corrupted(row: Row, rng: random.Random, n: int) -> list[tuple[str, str]]:
     """Pairs of a list that keeps the order and the same with a fault, for replaced-token detection."""
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     while len(pairs) < n:
         right = compose(row["topic"], row["constraints"], length_of(row["constraints"], rng), rng)
         if right is None:
