@@ -244,7 +244,7 @@ def test_awr_reaches_the_known_optimum_without_the_environment(tmp_path: Path) -
         assert float(torch.special.xlogy(target_Y, target_Y).sum() - (target_Y * logp_Y).sum()) < 0.08
 
 
-@pytest.mark.parametrize("cls", [FilteredBC, AWR])
+@pytest.mark.parametrize("cls", [FilteredBC, pytest.param(AWR, marks=pytest.mark.slow)])
 def test_they_are_better_than_the_policy_that_wrote_the_data(cls: type[Agent], tmp_path: Path) -> None:
     mdp, trajectories = recorded(episodes=1_000)
     write_trajectories(tmp_path / "t.jsonl", trajectories, mdp.tokenizer)

@@ -122,7 +122,8 @@ def play_command(args: Sequence[str]) -> int:
     out = flags.out or Path("runs") / f"play-{flags.player}-{env_id}"
     settings = {"environment": env_id, "registered": registry.registration(env_id), "model": flags.model}
     settings |= {"env": dataclasses.asdict(parsed.env), "episodes": flags.episodes, "seed": flags.seed}
-    asked = {"model", "url", "temperature", "system_prompt", "max_answer_tokens"}
+    # Not the url: a server may come back at another address.
+    asked = {"model", "temperature", "system_prompt", "max_answer_tokens"}
     endpoint = {name: value for name, value in dataclasses.asdict(parsed.endpoint).items() if name in asked}
     settings |= {"player": flags.player, "endpoint": endpoint if flags.player == "endpoint" else None}
     try:

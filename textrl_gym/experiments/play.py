@@ -191,8 +191,9 @@ class _Keeper:
         self._new: list[tuple[Seat, str]] = []
 
     def __call__(self, seat: Seat, text: str) -> None:
-        seat.env.encode(text)  # a word that has no token is an error here, and not in each later run
+        # The tokenizer inside too: those of the tokenizers library may not be called from two threads at once.
         with self._lock:
+            seat.env.encode(text)  # a text that cannot be said is an error here, and not in each later run
             row = {"index": seat.index, "turn": len(seat.answers), "text": text}
             files.append_json_lines(self.file, [row], sync=True)
             self._new.append((seat, text))

@@ -142,13 +142,12 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], gym.utils.RecordConstructorAr
         """Say a turn.
 
         Raises:
-            ValueError: the action is no text, or has a word for which the tokenizer has no token.
+            ValueError: the action is no text, or one that cannot be encoded.
         """
         if self._row is None:
             raise gym.error.ResetNeeded("call reset() before step()")
         if not isinstance(action, str):
             raise ValueError(f"an action of TextActions is a text, got {shown(action)}")
-        check_characters(action, "an action")
         ids, reward = self.encode(action), 0.0
         taken = 0
         for token in ids:
@@ -170,9 +169,10 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], gym.utils.RecordConstructorAr
         """The tokens that a text would be stepped as now, the end token last.
 
         Raises:
-            ValueError: naming a word for which the tokenizer has no token.
+            ValueError: half of a character, or naming a word for which the tokenizer has no token.
         """
         assert self._row is not None
+        check_characters(text, "a text")
         if text and not text[0].isspace() and self._touches():
             text = self.separator + text
         # A chat template or a reply ends as texts do that others stand behind; a prompt may end in any word.
