@@ -89,7 +89,7 @@ def accuracies(env_id: str, folder: Path, accuracy: list[float], items: int, see
 @pytest.mark.slow
 def test_weights_are_worth_it_where_one_annotator_is_careless(letters: str, tmp_path: Path) -> None:
     """Two of three are right in 90% of 800 comparisons, the third tosses a coin."""
-    seeds = [accuracies(letters, tmp_path / f"{seed}", [0.9, 0.9, 0.5], 800, seed) for seed in range(4)]
+    seeds = [accuracies(letters, tmp_path / f"{seed}", [0.9, 0.9, 0.5], 800, seed) for seed in range(8)]
     effect = difference_of_means([one["dawid-skene"] - one["none"] for one in seeds], 0.0)
     assert effect.low > 0, (effect, seeds)
 
