@@ -6,6 +6,10 @@
 - `reasoning_gym`: the tasks of reasoning-gym
 - `textarena`: the single-player games of TextArena
 - `minari`: trajectories to and from Minari data sets
+- `trl`: prompts, rewards and environments for TRL's trainers
+- `verifiers`: a text environment as a taskset of verifiers
+- `openenv`: a text environment as an OpenEnv server
+- `torchrl`: a text vector environment as TorchRL's EnvBase
 - `export`: a run's model as a folder for transformers, vLLM and llama.cpp
 """
 
@@ -22,6 +26,7 @@ __getattr__ = lazy(
         "SB3Agent": "sb3_agent",
         "ReasoningGym": "reasoning_gym",
         "TextArena": "textarena",
+        "TorchRLEnv": "torchrl",
         "export": "export",
         "from_minari": "minari",
         "to_minari": "minari",

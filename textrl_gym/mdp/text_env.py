@@ -46,8 +46,9 @@ class TextEnv(gym.Env[Any, Any]):
         self.render_mode = self.vector.render_mode
 
     def __getattr__(self, name: str) -> Any:
-        # tokenizer, task, reward_model, reference, ...: what the row's MDP carries
-        if name.startswith("_") or name == "vector":  # "vector" itself is asked for while unpickling
+        # tokenizer, task, reward_model, reference, ...: what the row's MDP carries. Not num_envs, by which TorchRL's
+        # GymWrapper tells a vector environment; "vector" itself is asked for while unpickling.
+        if name.startswith("_") or name in ("vector", "num_envs"):
             raise AttributeError(name)
         return getattr(self.vector, name)
 

@@ -6,6 +6,7 @@ The MDP stays that of tokens: a text becomes tokens, which are stepped one by on
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
 import gymnasium as gym
@@ -193,6 +194,30 @@ class TextActions(gym.Wrapper[Any, str, Any, Any], gym.utils.RecordConstructorAr
             return tuple(dict(turn) for turn in (*self._messages, *self._turns))
         assert self._row is not None
         return self._row["prompt"] + (as_text(self._turns) if self._turns else "")
+
+
+def maker(env: object, **settings: Any) -> Callable[[], TextActions]:
+    """A function that makes environments of one kind, which share what is loaded: for libraries that want one for each
+    conversation.
+
+    Args:
+        env: an id, or a text environment that they are to be like.
+        settings: of an id, those of the environment.
+
+    Raises:
+        ValueError: no text environment, settings beside one that is made already, or see TextActions.
+    """
+    if settings and not isinstance(env, str):
+        raise ValueError(f"{', '.join(settings)}: settings are for an environment that is named by its id")
+    given = vector_env(env, **({"num_envs": 1} | settings)) if isinstance(env, str) else vector_env(env)
+    keywords = given.keywords(group_size=1, array="numpy", render_mode=None)
+    del keywords["autoreset_mode"]  # of vector environments
+    TextActions(TextEnv(**keywords))  # what it refuses is refused now
+
+    def make() -> TextActions:
+        return TextActions(TextEnv(**keywords))
+
+    return make
 
 
 def _ids_of(observation: dict[str, Any]) -> list[int]:
