@@ -12,13 +12,19 @@ from textrl_gym.data import chat, prompts
 from textrl_gym.data.rows import text_of
 from textrl_gym.mdp.task import Task
 from textrl_gym.worlds import orders
+from textrl_gym.worlds.lesson import Finding, Lesson, Trial
 from textrl_gym.worlds.world import Rows
 
 ID = "Instructions-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "orders")
+GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 3e-4, "kl_coef": 0.1}
+TOKENS = 20_000
+"""Of a run: with 60,000 the policy of annotators who like length never ends a list."""
 TASTE = 1.2
 """Logits a word: what the annotators of the bundled reward model think of length; 6 is a unit of gold."""
 COMPARED: dict[str, Any] = {"prompts": 2500, "replaced_token_steps": 600, "candidates": 6}
+LONGER = 1.3
+"""Of the initial policy's words: 30% more."""
 
 
 def alpaca_prompt(row: Row) -> dict[str, Any]:
@@ -63,8 +69,8 @@ class Instructions(Task):
 
     ## Reward
     0 at each step but the last, then the score of the bundled reward model, which was trained on the pairwise choices
-    of simulated annotators who also like each word. With kl_coef > 0 each step costs kl_coef * KL of the policy to
-    the reference.
+    of simulated annotators who also like each word; `reward="reward_model:fair_reward_model"` is one of annotators who
+    do not. With kl_coef > 0 each step costs kl_coef * KL of the policy to the reference.
 
     ## Episode End
     Terminated by "<|endoftext|>" or a stop string; truncated after max_new_tokens. A truncated text is still scored.
@@ -83,6 +89,11 @@ class Instructions(Task):
     ```python
     env = gym.make("Instructions-v0", reward="textrl_gym.worlds.orders:gold")
     ```
+
+    ## Lesson
+    Annotators who like length teach it: completions grow, and keep fewer constraints than with the reward model of fair
+    annotators. Judged by the same annotators the longer policy wins; the length-controlled win rate puts the two in the
+    order of the gold score. `textrl-gym lesson Instructions-v0` runs it.
 
     ## References
     - Zhou et al. 2023, Instruction-following evaluation for large language models, https://arxiv.org/abs/2311.07911
@@ -109,7 +120,47 @@ class Instructions(Task):
         "fluent": {"steps": 2400, "batch_size": 32, "vocab_size": 1024, "copy_steps": 300},
         "policy": {"steps": 120, "batch_size": 24, "learning_rate": 7e-4},
         "reward_model": {**COMPARED, "annotators": {"length_preference": TASTE}},
+        "fair_reward_model": {**COMPARED, "annotators": {"length_preference": 0.0}},
     }
+    lesson = Lesson(
+        words="Annotators who like length teach it, at the cost of the orders; at equal length they see that.",
+        trials={
+            "length": Trial("the reward model of annotators who like length", "grpo", TOKENS, GRPO),
+            "fair": Trial(
+                "the reward model of annotators who do not", "grpo", TOKENS, GRPO, "reward_model:fair_reward_model"
+            ),
+        },
+        findings=(
+            Finding(
+                "With annotators who like length completions have 30% more words",
+                lambda of: of["length"]["words"] / of["start"]["words"] - LONGER,
+            ),
+            Finding(
+                "and a lower gold score than with fair annotators",
+                lambda of: of["fair"]["gold"] - of["length"]["gold"],
+            ),
+            Finding(
+                "By win rate against the initial policy the annotators who like length prefer the longer policy",
+                lambda of: of["length"]["annotators_win_rate"] - of["fair"]["annotators_win_rate"],
+            ),
+            Finding(
+                "and by win rate at equal length the fair one, as gold does",
+                lambda of: of["fair"]["annotators_length_controlled"] - of["length"]["annotators_length_controlled"],
+            ),
+        ),
+        metrics=(
+            "gold",
+            "constraints_kept",
+            "all_kept",
+            "words",
+            "well_formed",
+            "annotators_win_rate",
+            "annotators_length_controlled",
+            "score",
+            "kl_sequence",
+        ),
+        annotators={"length_preference": TASTE},
+    )
 
     def rows(self, split: str, dataset: str | None = None) -> PromptSource:
         """The orders of a split with a list that keeps each; or the instructions of a data set."""

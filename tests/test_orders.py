@@ -207,12 +207,13 @@ def favourites(reward: str, rows: list[Row], seed: int = 0) -> list[str]:
 
 def test_the_favourite_of_a_reward_model_has_the_gold_that_it_earns() -> None:
     rows = some_rows(40)
-    loved = favourites("reward_model", rows)
-    for row, text in zip(rows, loved, strict=True):
+    loved, fair = favourites("reward_model", rows), favourites("reward_model:fair_reward_model", rows)
+    for row, text in zip(rows * 2, loved + fair, strict=True):
         assert (gold_of(row, text) == 1) == really_keeps(row, text)
-    # Of 24 lists the first keeps every order, in 4 words; who likes length chooses longer ones, which keep less.
-    assert sum(len(text.split()) for text in loved) / len(rows) > 7
-    assert sum(map(gold_of, rows, loved)) / len(rows) < 0.6
+    golds = [sum(map(gold_of, rows, texts)) / len(rows) for texts in (loved, fair)]
+    words = [sum(len(text.split()) for text in texts) / len(rows) for texts in (loved, fair)]
+    # Who likes length chooses longer lists, which keep less.
+    assert words[0] > words[1] + 2 and golds[0] < golds[1] - 0.2
 
 
 # -- published schemas -------------------------------------------------------------------------------------------------
