@@ -120,8 +120,8 @@ def run_sizes(env_id: str, config: SizesConfig, out: str | Path, progress_bar: b
     """
     env_id, out = registry.find_env(env_id), Path(out)
     task = load_env_task(env_id)
-    if "fluent" not in task.recipe or task.gold is None or not hasattr(task, "demonstrations"):
-        able = [name for name in sorted(registry.env_ids()) if "fluent" in load_env_task(name).recipe]
+    if not _has_sizes(task) or task.gold is None or not hasattr(task, "demonstrations"):
+        able = [name for name in sorted(registry.env_ids()) if _has_sizes(load_env_task(name))]
         raise ValueError(f"{env_id} has no recipe for models of several sizes; these have: {', '.join(able)}")
     if not (out / "corpus").is_dir():
         write_corpus(env_id, task, out / "corpus")
@@ -133,6 +133,11 @@ def run_sizes(env_id: str, config: SizesConfig, out: str | Path, progress_bar: b
         _say(progress_bar, f"{size}: {config.agent}, {config.seeds} seeds")
         run_agent(env_id, size, config, reward_model, out, progress_bar)
     return measure(env_id, task, config, out)
+
+
+def _has_sizes(task: Task) -> bool:
+    # Of a conversation there is no reward model, nor a text to pretrain on.
+    return "fluent" in task.recipe and not task.replies_to_turns
 
 
 def _say(progress_bar: bool, words: str) -> None:
@@ -151,7 +156,7 @@ def corpus_rows(env_id: str, task: Task, split: str, seed: int) -> Iterator[Row]
     """
     rng = random.Random(f"corpus {split} {seed}")
     others = [load_env_task(name) for name in sorted(registry.env_ids()) if name != env_id]
-    sources = [other.references(split) for other in others if "fluent" in other.recipe]
+    sources = [other.references(split) for other in others if _has_sizes(other)]
     own, mediocre = task.references(split), cast("Any", task).demonstrations(split)
     while True:
         chance = rng.random()

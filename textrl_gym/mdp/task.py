@@ -58,8 +58,12 @@ class Task:
     lesson: Lesson | None = None
     """What the task shows about RL from feedback; `textrl-gym lesson ENV` runs it."""
     recipe: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """How the embedded models were made (`pipeline.build_assets`): the settings of "fluent" and "policy", and those of
+    """How the embedded models were made (`pipeline.build_assets`): the settings of "fluent" (with "references", the
+    rows that it may see) and "policy", and those of
     each reward model by the name of its folder."""
+    symbols: ClassVar[tuple[str, ...]] = ()
+    """The words of the embedded model's tokenizer (`models.tiny.symbol_tokenizer`), where each word is one token; none:
+    it is trained on the task's texts."""
     keep_suffix: str = ""
     """The end of every prompt that cutting must not touch, such as "\\n\\nTL;DR:"."""
     max_turns: int = 8

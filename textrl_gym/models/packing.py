@@ -30,7 +30,7 @@ class Packed:
     token_BKT: Tensor
     """int64, the completions again."""
     mask_BKT: Tensor
-    """bool, made from lengths."""
+    """bool, made from lengths; of dialogues the agent's tokens only."""
 
     @property
     def prompt_places(self) -> int:
@@ -53,8 +53,22 @@ class Packed:
         }
 
 
+class Dialogue(list[int]):
+    """Token ids of a conversation behind its prompt, a completion of which the agent's tokens alone are learnt."""
+
+    def __init__(self, ids: Sequence[int], actions: Sequence[bool]) -> None:
+        """actions: which of the ids are the agent's."""
+        super().__init__(ids)
+        self.actions = list(actions)
+
+
+def learnt_tokens(completion: list[int]) -> list[bool]:
+    """Which tokens of a completion are learnt: all, but for what the environment says in a dialogue."""
+    return completion.actions if isinstance(completion, Dialogue) else [True] * len(completion)
+
+
 Item = tuple[list[int], list[list[int]]]
-"""Prompt ids, and the ids of its completions."""
+"""Prompt ids, and the ids of its completions, which may be Dialogues."""
 
 
 def split(items: Sequence[Item], places: int) -> list[list[int]]:
@@ -77,6 +91,7 @@ def pack(items: Sequence[Item]) -> Packed:
     prompt_BP, prompt_mask_BP = pad([prompt for prompt, _ in items], "left")
     texts = [ids for _, completions in items for ids in [*completions, *[[]] * (most - len(completions))]]
     token_XT, mask_XT = pad(texts, "right")
+    learnt_XT = pad([[int(own) for own in learnt_tokens(ids)] for ids in texts], "right")[0].bool()
     rows, prompt_places, width = len(items), prompt_BP.shape[1], token_XT.shape[1]
 
     place_L = torch.arange(prompt_places + most * width)
@@ -94,5 +109,5 @@ def pack(items: Sequence[Item]) -> Packed:
             length_B1 + (place_L - prompt_places) % width,
         ),
         token_BKT=token_XT.view(rows, most, width),
-        mask_BKT=mask_XT.view(rows, most, width),
+        mask_BKT=learnt_XT.view(rows, most, width),
     )

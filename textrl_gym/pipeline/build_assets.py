@@ -14,31 +14,37 @@ same number of threads; elsewhere sums are rounded differently and the measureme
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import torch
 import tyro
 
 from textrl_gym import files, registry
 from textrl_gym.bounds import Seed
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task, load_env_task
+from textrl_gym.mdp.text_env import vector_env
 from textrl_gym.models import loading
 from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.pipeline.reward_model import train_reward_model
-from textrl_gym.pipeline.sft import SFTConfig, sft
+from textrl_gym.pipeline.sft import LEARNT, SFTConfig, sft
 from textrl_gym.pipeline.simulated_comparisons import decode, sample_texts
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward, reward_model
+from textrl_gym.rollouts.collect import collect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REFERENCES = 60_000
-"""Rows that the fluent model may see; 4,500 updates of 12 draw 54,000 of them, with repetition."""
+"""Rows that the fluent model may see, where its recipe does not say; 4,500 updates of 12 draw 54,000 of them, with
+repetition."""
 KEPT = frozenset({"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"})
 """Of a policy's folder, beside the record; a reward model's has its normalisation too."""
 
@@ -68,7 +74,7 @@ def write_references(task: Task, folder: Path, rows: int) -> Path:
         source = task.references(split)
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for index in range(count):
-                columns = ("prompt", "completion", "completions")
+                columns = ("prompt", *LEARNT)
                 row = {name: value for name, value in source[index].items() if name in columns}
                 file.write(json.dumps(row) + "\n")
     return folder
@@ -97,6 +103,27 @@ def initial_policy_quality(task: Task, folder: Path, prompts: int = 128, seed: i
         "greedy_gold": sum(map(sum, gold(1, 0.0))) / prompts,
         "sampled_gold": sum(map(sum, sampled)) / (8 * prompts),
         "best_of_8_gold": sum(map(max, sampled)) / prompts,
+    }
+
+
+def initial_dialogue_quality(env_id: str, folder: Path, prompts: int = 128, seed: int = 0) -> dict[str, float]:
+    """The same of a conversation, and what its turns are rewarded with, of samples."""
+    task = load_env_task(env_id)
+    assert task.gold is not None, "a task with a recipe has a gold score"
+    env = vector_env(
+        env_id, num_envs=prompts, split="validation", tokenizer=str(folder), reward=task.gold, array="torch"
+    )
+    policy = Policy(cast("Any", task.load_model(str(folder))))
+    generator = torch.Generator().manual_seed(seed)
+    play = functools.partial(collect, env, policy, kl_coef=0.0, prompt_indices=np.arange(prompts))
+    sampled = [play(generator=generator) for _ in range(8)]
+    gold_8B = torch.stack([rollout.score_B for rollout in sampled])
+    rewards = [float((rollout.outcome_B - rollout.score_B).mean()) for rollout in sampled]
+    return {
+        "greedy_gold": float(play(greedy=True).score_B.mean()),
+        "sampled_gold": float(gold_8B.mean()),
+        "best_of_8_gold": float(gold_8B.amax(0).mean()),
+        "sampled_turn_rewards": sum(rewards) / len(rewards),
     }
 
 
@@ -130,12 +157,16 @@ def build(env_id: str, config: BuildConfig, work: Path) -> dict[str, Any]:
     fluent, policy = work / "fluent", work / "policy"
     settings = {name: dict(values) for name, values in task.recipe.items()}
     references = work / "references"
+    rows = settings["fluent"].pop("references", REFERENCES)
     if not references.is_dir():
-        write_references(task, references, REFERENCES)
+        write_references(task, references, rows)
     # Each is left as it is where it is finished, and goes on where it was stopped.
     sft(env_id, SFTConfig(seed=config.seed, **settings.pop("fluent")), fluent, EnvSettings(dataset=str(references)))
     sft(env_id, SFTConfig(model=str(fluent), seed=config.seed, **settings.pop("policy")), policy)
-    records = {"policy": store(policy, out / "policy", "sft.json", **initial_policy_quality(task, policy))}
+    quality = (
+        initial_dialogue_quality(env_id, policy) if task.replies_to_turns else initial_policy_quality(task, policy)
+    )
+    records = {"policy": store(policy, out / "policy", "sft.json", **quality)}
     for name, values in settings.items():
         judging = RewardModelConfig(model=str(fluent), policy=str(policy), seed=config.seed, **values)
         train_reward_model(env_id, judging, work / name)

@@ -25,13 +25,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from textrl_gym import files
 from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.core import PromptSource, Row
-from textrl_gym.data.encoding import encode_completions, end_ids, prompt_of
+from textrl_gym.data.encoding import Chat, codec, encode_completions, end_ids, prompt_of
+from textrl_gym.data.turn_markers import TurnMarkers, markers_of_template
 from textrl_gym.mdp import budgets
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
-from textrl_gym.models import loading, positions
+from textrl_gym.models import loading, positions, tiny
 from textrl_gym.models.loading import declared_ends
-from textrl_gym.models.packing import Item, Packed, pack, split
+from textrl_gym.models.packing import Dialogue, Item, Packed, learnt_tokens, pack, split
 from textrl_gym.models.tokenizer import train_tokenizer, vocab_size
 from textrl_gym.persistence import run_lock
 from textrl_gym.persistence.save_schedule import SaveOptions
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+LEARNT = ("completion", "completions", "turns")
+"""Columns that hold what is learnt, one of which a row must have."""
 RECORD = "sft.json"
 """Settings and measurements, in the folder of a trained model."""
 
@@ -137,13 +140,47 @@ def encode_row(
     """Token ids of a row's prompt (cut to the task's limit) and of its completions, each with one EOS.
 
     A completion longer than the budget loses its end and its EOS: the model must not learn to stop in mid-sentence.
+    Where the task is a conversation and the row has a column `turns`, that is learnt (`encode_dialogue`).
 
     Args:
         ends: tokens that end a completion, the usual one first; none: the tokenizer's EOS.
     """
+    if task.replies_to_turns and row.get("turns"):
+        return task.encode(row, tokenizer, task.max_prompt_tokens), [encode_dialogue(task, tokenizer, row, ends)]
     texts = row.get("completions") or [row["completion"]]
     completions = encode_completions(prompt_of(row), texts, tokenizer, task.max_new_tokens, end_ids=ends)
     return task.encode(row, tokenizer, task.max_prompt_tokens), completions
+
+
+def encode_dialogue(task: Task, tokenizer: PreTrainedTokenizerBase, row: Row, ends: Sequence[int] = ()) -> Dialogue:
+    """The turns of a row as the environment appends them behind the prompt; the agent's are what is learnt.
+
+    Args:
+        row: with `turns`, [{"role": "assistant", "content": ...}, {"role": "user", ...}, ...], the agent's first.
+        ends: as of `encode_row`.
+
+    Raises:
+        ValueError: turns that do not alternate, or a word without a token.
+    """
+    turns = row["turns"][: len(row["turns"]) - (len(row["turns"]) + 1) % 2]  # nobody acts on a last reply
+    spoken = isinstance(row.get("chat"), Chat)
+    markers = markers_of_template(tokenizer) if spoken else TurnMarkers(tokenizer, *task.turn_markers)
+    end = markers.end_id if markers.end_id is not None else next(iter(ends), tokenizer.eos_token_id)
+    ids: list[int] = []
+    actions: list[bool] = []
+    for number, turn in enumerate(turns):
+        role = ("assistant", "user")[number % 2]
+        if turn["role"] != role:
+            raise ValueError(f"turn {number} of a dialogue must be of the role {role!r}, got {turn['role']!r}")
+        if role == "user":
+            new = markers.encode(turn["content"], ids[-1])
+        elif number == 0 and not spoken:
+            (new,) = encode_completions(row["prompt"], [turn["content"]], tokenizer, end_ids=[end])
+        else:
+            new = [*codec(tokenizer).behind(turn["content"]), end]
+        ids += new
+        actions += [role == "assistant"] * len(new)
+    return Dialogue(ids[: task.max_new_tokens], actions[: task.max_new_tokens])
 
 
 class OneCompletion:
@@ -163,7 +200,8 @@ def demonstrations(task: Task, split: str, env: EnvSettings, reader: PromptReade
     """Rows to learn from: the task's own `demonstrations(split)` where it has them, or the rows of a dataset.
 
     A row holds `prompt` and `completion`, or a list of `completions`, which cost little more to learn than one. In a
-    dataset a column called `completions` is anything, and not what is learnt.
+    dataset a column called `completions` is anything, and not what is learnt. Of a task that is a conversation a row
+    may hold `turns` instead.
 
     Args:
         reader: of the model that is to learn.
@@ -178,7 +216,7 @@ def demonstrations(task: Task, split: str, env: EnvSettings, reader: PromptReade
         source: PromptSource = OneCompletion(rows())
     else:
         source = rows() if own is None else own(split)
-    if len(source) == 0 or not (source[0].get("completions") or source[0].get("completion")):
+    if len(source) == 0 or not any(source[0].get(name) for name in LEARNT):
         columns = sorted(source[0]) if len(source) else "no rows"
         raise ValueError(f"supervised training needs rows with the columns prompt and completion; found {columns}")
     return source
@@ -298,7 +336,7 @@ class Supervised(Phase):
     def losses(self, step: int) -> Iterator[Tensor]:
         items = next(self.batches)
         parts = split(items, self.config.micro_batch_tokens)
-        tokens = sum(len(ids) for _, completions in items for ids in completions)
+        tokens = sum(sum(learnt_tokens(ids)) for _, completions in items for ids in completions)
         for part in parts:
             with self.tuned.precision():
                 nll, _ = completion_nll(self.tuned.model, pack([items[number] for number in part]))
@@ -355,6 +393,9 @@ def load_initial(
         return model, task.load_tokenizer(tokenizer_name or config.model)
     if tokenizer_name is not None:
         tokenizer = task.load_tokenizer(tokenizer_name)
+        return new_model(config, tokenizer, task.max_prompt_tokens + task.max_new_tokens), tokenizer
+    if task.symbols:
+        tokenizer = tiny.symbol_tokenizer(task.symbols)
         return new_model(config, tokenizer, task.max_prompt_tokens + task.max_new_tokens), tokenizer
     picked = random.Random(config.seed).choices(range(len(source)), k=min(4000, len(source)))
     texts = (source[i]["prompt"] + source[i]["completion"] for i in picked)
