@@ -221,7 +221,7 @@ def dealer_replies(text: str) -> list[tuple[str, float]]:
     [
         # 80 - (80 - 40) // 4 = 70, 70 - 30 // 4 = 63, 63 - 23 // 4 = 58
         ("offer 40\noffer 40\noffer 40\ndeal", [("then 70", 10), ("then 63", 7), ("last 58", 5), ("deal for 58", 0)]),
-        ("offer 40\noffer 69", [("then 70", 10), ("deal for 69", 1)]),  # 70 - 1 // 4 = 70, above what is offered
+        ("offer 40\noffer 69", [("then 70", 10), ("then 70", 0)]),  # 70 - 1 // 4 = 70
         ("offer 90", [("deal for 80", 0)]),  # nobody pays more than is asked
         ("offer 39\nhello", [("no 80", 0), ("bye", 0)]),
         ("offer 40\noffer 40\noffer 40\noffer 57", [("then 70", 10), ("then 63", 7), ("last 58", 5), ("bye", -22)]),

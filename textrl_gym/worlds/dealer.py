@@ -79,8 +79,6 @@ def step(row: Row, state: State, text: str) -> State:
     if insults > state.insults:
         return state._replace(answers=state.answers + 1, insults=insults)
     ask = max(row["reserve"], state.ask - (state.ask - amount) // 4)
-    if amount >= ask:
-        return state._replace(ask=amount, price=amount, over=True)
     return state._replace(ask=ask, answers=state.answers + 1)
 
 
