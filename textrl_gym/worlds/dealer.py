@@ -16,6 +16,7 @@ other offers bring it lower (a test tries them all), and it takes no knowledge o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import re
@@ -53,7 +54,8 @@ SYMBOLS = (
 _OFFER = re.compile(rf"{OFFER}\s+(\d{{1,9}})")
 
 
-class State(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class State:
     """Where a talk stands."""
 
     ask: int
@@ -72,14 +74,14 @@ def step(row: Row, state: State, text: str) -> State:
     offer = _OFFER.fullmatch(text.strip())
     amount = state.ask if text.strip() == DEAL else int(offer[1]) if offer else 0
     if amount >= state.ask:
-        return state._replace(price=state.ask, over=True)
+        return dataclasses.replace(state, price=state.ask, over=True)
     insults = state.insults + (amount < SERIOUS * row["first"])
     if last or insults == INSULTS:
-        return state._replace(insults=insults, over=True)
+        return dataclasses.replace(state, insults=insults, over=True)
     if insults > state.insults:
-        return state._replace(answers=state.answers + 1, insults=insults)
+        return dataclasses.replace(state, answers=state.answers + 1, insults=insults)
     ask = max(row["reserve"], state.ask - (state.ask - amount) // 4)
-    return state._replace(ask=ask, answers=state.answers + 1)
+    return dataclasses.replace(state, ask=ask, answers=state.answers + 1)
 
 
 def reply(row: Row, turns: Sequence[Message]) -> Reply:
