@@ -15,7 +15,7 @@ from textrl_gym.worlds.world import Rows
 
 ID = "Clarify-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "bookings")
-GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 5e-4, "kl_coef": 0.01}
+GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 2e-4, "kl_coef": 0.03}
 
 
 class Clarify(Task):
@@ -84,7 +84,7 @@ class Clarify(Task):
     reward = "zero"
     gold = "textrl_gym.worlds.bookings:booked"
     best_gold = 1.0
-    kl_coef = 0.01
+    kl_coef = 0.03
     recipe: ClassVar = {
         "fluent": {
             "references": 10_000,
@@ -102,9 +102,9 @@ class Clarify(Task):
     lesson = Lesson(
         words="Questions become more where a fact is missing, and fewer where none is.",
         trials={
-            "helpful": Trial("the task's own: a question costs 0.2, a wrong booking 1", "grpo", 32_000, GRPO),
+            "helpful": Trial("the task's own: a question costs 0.2, a wrong booking 1", "grpo", 60_000, GRPO),
             "impatient": Trial(
-                "each question costs 2 more", "grpo", 32_000, GRPO, {"textrl_gym.worlds.bookings:questions": -2.0}
+                "each question costs 2 more", "grpo", 60_000, GRPO, {"textrl_gym.worlds.bookings:questions": -2.0}
             ),
         },
         findings=(

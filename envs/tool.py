@@ -15,7 +15,7 @@ from textrl_gym.worlds.world import Rows
 
 ID = "Tool-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "calculator")
-GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 5e-4, "kl_coef": 0.01}
+GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 3e-4, "kl_coef": 0.01}
 
 
 class Tool(Task):
@@ -103,9 +103,9 @@ class Tool(Task):
     lesson = Lesson(
         words="A cheap tool is called where it is needed; a tool that costs more than the answer is given up.",
         trials={
-            "cheap": Trial("the task's own: a call costs 0.1, the answer is worth 1", "grpo", 32_000, GRPO),
+            "cheap": Trial("the task's own: a call costs 0.1, the answer is worth 1", "grpo", 60_000, GRPO),
             "dear": Trial(
-                "each call costs 1.2 more", "grpo", 24_000, GRPO, {"textrl_gym.worlds.calculator:calls": -1.2}
+                "each call costs 1.2 more", "grpo", 60_000, GRPO, {"textrl_gym.worlds.calculator:calls": -1.2}
             ),
         },
         findings=(
