@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.mdp.text_env import TextEnv, vector_env
 from textrl_gym.models import tiny
 from textrl_gym.models.packing import Dialogue, pack
-from textrl_gym.pipeline import sft
+from textrl_gym.pipeline import build_assets, sft
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.rollouts.collect import collect
@@ -100,6 +101,14 @@ def test_the_bundled_policy_is_mediocre(env_id: str) -> None:
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     score = float(gold(rollout.prompts, rollout.completions, **columns).mean())
     assert 0.3 < score < 0.75
+
+
+def test_a_build_measures_what_conversations_are_worth() -> None:
+    task = load_env_task("Tool-v0")
+    measured = build_assets.initial_dialogue_quality("Tool-v0", Path(task.model), prompts=32)
+    assert measured["greedy_gold"] > measured["sampled_gold"] and measured["best_of_8_gold"] > measured["sampled_gold"]
+    # The right answer is worth 1, and calls cost: 0.1 to 0.3 of each, at most three of them.
+    assert measured["sampled_gold"] - 0.9 < measured["sampled_turn_rewards"] < measured["sampled_gold"]
 
 
 # -- learning dialogues ------------------------------------------------------------------------------------------------

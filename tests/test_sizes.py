@@ -36,6 +36,7 @@ def test_the_corpus_has_other_worlds_and_poor_texts() -> None:
     ("args", "words"),
     [
         (["CopyText-v0"], "CopyText-v0 has no recipe for models of several sizes; these have: CalibratedQA-v0"),
+        (["Tool-v0"], "Tool-v0 has no recipe for models of several sizes"),
         ([ENV, "--sizes", "xl"], "unknown size 'xl'"),
         ([ENV, "--sizes", "s", "s"], "sizes: name some of s, m, l, each once"),
         ([ENV, "--seeds", "0"], "seeds must be at least 1, got 0"),
