@@ -15,7 +15,7 @@ from textrl_gym.worlds.world import Rows
 
 ID = "Clarify-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "bookings")
-GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 2e-4, "kl_coef": 0.03}
+GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 5e-4, "kl_coef": 0.02}
 
 
 class Clarify(Task):
@@ -84,27 +84,27 @@ class Clarify(Task):
     reward = "zero"
     gold = "textrl_gym.worlds.bookings:booked"
     best_gold = 1.0
-    kl_coef = 0.03
+    kl_coef = 0.02
     recipe: ClassVar = {
         "fluent": {
-            "references": 10_000,
-            "steps": 300,
+            "references": 20_000,
+            "steps": 800,
             "batch_size": 32,
             "layers": 3,
             "hidden_size": 96,
             "intermediate_size": 192,
             "copy_run": 24,
-            "copy_steps": 80,
+            "copy_steps": 150,
             "copy_batch_size": 32,
         },
-        "policy": {"steps": 80, "batch_size": 32, "learning_rate": 7e-4},
+        "policy": {"steps": 100, "batch_size": 32, "learning_rate": 7e-4},
     }
     lesson = Lesson(
         words="Questions become more where a fact is missing, and fewer where none is.",
         trials={
-            "helpful": Trial("the task's own: a question costs 0.2, a wrong booking 1", "grpo", 60_000, GRPO),
+            "helpful": Trial("the task's own: a question costs 0.2, a wrong booking 1", "grpo", 50_000, GRPO),
             "impatient": Trial(
-                "each question costs 2 more", "grpo", 60_000, GRPO, {"textrl_gym.worlds.bookings:questions": -2.0}
+                "each question costs 2 more", "grpo", 50_000, GRPO, {"textrl_gym.worlds.bookings:questions": -2.0}
             ),
         },
         findings=(
