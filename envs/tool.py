@@ -60,7 +60,7 @@ class Tool(Task):
     ```
 
     ## Lesson
-    With calls that cost little accuracy rises, and calls are made where they are needed and not elsewhere. Where a call
+    With calls that cost little accuracy rises, missing calls are made, and needless ones become fewer. Where a call
     costs more than the answer is worth, the tool is given up and accuracy falls. `textrl-gym lesson Tool-v0` runs it.
 
     ## References
@@ -114,11 +114,11 @@ class Tool(Task):
                 lambda of: of["cheap"]["gold"] - of["start"]["gold"] - 0.1,
             ),
             Finding(
-                "and calls that are not needed fall by half or more",
-                lambda of: of["start"]["needless_calls"] / 2 - of["cheap"]["needless_calls"],
+                "and calls that are not needed fall",
+                lambda of: of["start"]["needless_calls"] - of["cheap"]["needless_calls"],
             ),
             Finding(
-                "and so do those that are missing",
+                "and those that are missing, by half or more",
                 lambda of: of["start"]["missing_calls"] / 2 - of["cheap"]["missing_calls"],
             ),
             Finding(
