@@ -86,6 +86,9 @@ FORMS: dict[str, tuple[dict[str, Any], list[tuple[str, str]], str, str | None]] 
     ),
     "instruction alone": ({"instruction": "Add.", "input": ""}, [("user", "Add.")], "Add.", None),
     "gsm8k": ({"question": "1 + 1?", "answer": "#### 2"}, [("user", "1 + 1?")], "1 + 1?", "#### 2"),
+    "hhh": (
+        {"input": "Why?", "targets": {"choices": ["No.", "So."], "labels": [0, 1]}}, [("user", "Why?")], "Why?", "So.",
+    ),
     "hh's pairs": ({"chosen": f"{HH} So.", "rejected": f"{HH} No."}, TURNS, HH, "So."),
     "pairs of conversations": (
         {"chosen": turns(*TURNS, ("assistant", "So.")), "rejected": turns(*TURNS, ("assistant", "No."))},

@@ -63,7 +63,13 @@ def test_hhh_alignment_is_a_schema_of_prompts(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first = prompts.load_rows(file, "train")[0]
     assert first["completion"] == "So." and first["prompt"].startswith("Why")
-    rows[3]["targets"]["labels"] = [0, 0]  # type: ignore[index]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="no choice with the label 1"):
-        prompts.load_rows(file, "train")
+    good = "".join(json.dumps(row) + "\n" for row in rows)
+    for targets, words in (
+        ({"choices": ["No.", "So."], "labels": [0, 0]}, "no choice with the label 1"),
+        ({"choices": ["No.", "So."], "labels": [1]}, "no choices with a label each"),
+        ({"choices": ["No."]}, "no choices with a label each"),
+        ("So.", "no choices with a label each"),
+    ):
+        file.write_text(good + json.dumps({"input": "Why?", "targets": targets}) + "\n")
+        with pytest.raises(ValueError, match=words):
+            prompts.load_rows(file, "train")

@@ -371,7 +371,10 @@ def _instruction(row: Row) -> dict[str, Any]:
 def _hhh(row: Row) -> dict[str, Any]:
     """The prompt, with the first choice that is labelled 1."""
     text, targets = text_of(row, "input"), row["targets"]
-    right = [choice for choice, label in zip(targets["choices"], targets["labels"], strict=True) if label == 1]
+    choices, labels = (targets.get(name) if isinstance(targets, Mapping) else None for name in ("choices", "labels"))
+    if not isinstance(choices, list) or not isinstance(labels, list) or len(choices) != len(labels):
+        raise BadRow("column 'targets' has no choices with a label each", shown(targets))
+    right = [choice for choice, label in zip(choices, labels, strict=True) if label == 1 and isinstance(choice, str)]
     if not right:
         raise BadRow("column 'targets' has no choice with the label 1", shown(targets))
     return _spoken(chat.user(text), right[0], text)
