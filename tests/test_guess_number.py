@@ -36,6 +36,15 @@ def bisect(env: gym.Env[Any, Any], number: int) -> tuple[int, float]:
     return turns, total
 
 
+def test_gold_is_the_return_of_a_game() -> None:
+    games = ["7", "8\n4\n6\n7", "1\n2\n3\n4\n5\n6\n8\n9\n7", "", "what\n7", "7\n7", "17\n8"]
+    golds = guess_number.quickness(["guess"] * len(games), games, number=[7] * len(games))
+    # Found at once, after three, with a ninth guess that nobody has, not at all, after a word, at once, not at all.
+    assert golds == pytest.approx([1.0, 0.7, 0.0, 0.0, 0.9, 1.0, 0.0], abs=1e-12)
+    returns = [bisect(gym.make("GuessNumber-v0"), number)[1] for number in range(1, N + 1)]
+    assert np.mean(returns) == pytest.approx(guess_number.GuessNumber.best_gold, abs=1e-6)  # float32
+
+
 def test_bisection_is_the_optimum() -> None:
     env = gym.make("GuessNumber-v0")
     played = [bisect(env, number) for number in range(1, N + 1)]
