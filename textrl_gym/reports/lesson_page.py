@@ -30,9 +30,9 @@ def mean_and_interval(values: Sequence[float], decimals: int = 3) -> str:
     """The mean over seeds; with its 95% interval where seeds differ."""
     mean = float(np.mean(values))
     if np.ptp(values) == 0:
-        return f"{mean:.{decimals}f}"
+        return f"{mean:z.{decimals}f}"
     estimate = difference_of_means(values, 0.0)
-    return f"{mean:.{decimals}f} ({estimate.low:.{decimals}f} to {estimate.high:.{decimals}f})"
+    return f"{mean:z.{decimals}f} ({estimate.low:z.{decimals}f} to {estimate.high:z.{decimals}f})"
 
 
 def numbers_table(result: LessonResult) -> tuple[list[str], Rows]:
