@@ -160,12 +160,12 @@ class GuessNumber(Task):
 
     def reply(self, row: Row, turns: Sequence[Message]) -> Reply:
         """Higher, lower, or the end."""
-        said = turns[-1]["content"]
-        if said not in NUMBERS:
+        guess = turns[-1]["content"]
+        if guess not in NUMBERS:
             return Reply("what", -COST)
-        if int(said) == row["number"]:
+        if int(guess) == row["number"]:
             return Reply("", 1.0, done=True)
-        return Reply("higher" if row["number"] > int(said) else "lower", -COST)
+        return Reply("higher" if row["number"] > int(guess) else "lower", -COST)
 
     def load_tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
         if name is not None:

@@ -16,11 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chromium import SHIFT, Browser
+from servers import running
 
 from textrl_gym.cli import main
 from textrl_gym.data import labels
@@ -43,16 +45,8 @@ def pairs(file: Path, count: int = 30, end: str = "") -> str:
     )
 
 
-@contextlib.contextmanager
-def serving(source: str, out: Path, host: str = "127.0.0.1", **settings: Any) -> Iterator[AnnotateServer]:
-    with annotate.make_server(source, out, AnnotateConfig(**settings), host=host) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def serving(source: str, out: Path, host: str = "127.0.0.1", **settings: Any) -> AbstractContextManager[AnnotateServer]:
+    return running(annotate.make_server(source, out, AnnotateConfig(**settings), host=host))
 
 
 def ask(port: int, path: str, body: dict[str, Any] | None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
@@ -190,7 +184,7 @@ def process(source: str, out: Path, root: Path, *flags: str) -> Iterator[tuple[s
 def kill_while_answering(source: str, out: Path, root: Path, seed: int) -> int:
     """Answers that were said to be saved by a server that was killed at a random moment."""
     saved = 0
-    with process(source, out, root) as (server, port):
+    with process(source, out, root, "--n", "3000") as (server, port):
         _, view = ask(port, "/view", {"annotator": "ann"})
         timer = threading.Timer(random.Random(seed).uniform(0.02, 0.4), server.kill)
         timer.start()
@@ -204,13 +198,14 @@ def kill_while_answering(source: str, out: Path, root: Path, seed: int) -> int:
 
 def test_killed_or_interrupted_it_goes_on(tmp_path: Path, root: Path) -> None:
     """After SIGKILL everything that was said to be saved is there; after Ctrl-C the same command asks the same."""
-    source, out = pairs(tmp_path / "pairs.jsonl", 200), tmp_path / "labels.jsonl"
+    # So many that a quick machine has not answered them all when the kill comes.
+    source, out = pairs(tmp_path / "pairs.jsonl", 3000), tmp_path / "labels.jsonl"
     saved = kill_while_answering(source, out, root, 0)
     rows = labels.read_labels(out)
     # One may be on the disk whose word was on its way.
     assert saved > 0 and len(rows) - saved in (0, 1)
     assert len({row.item for row in rows}) == len(rows), "none twice"
-    with process(source, out, root) as (server, port):
+    with process(source, out, root, "--n", "3000") as (server, port):
         _, view = ask(port, "/view", {"annotator": "ann"})
         assert view["progress"]["yours"] == len(rows)
         choose(port, view, [1, 2])
@@ -328,7 +323,8 @@ def answer(browser: Browser, key: str) -> None:
     browser.wait(f"{fresh} && !document.querySelector('[aria-busy]')")
 
 
-def check_choices(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow, id="two_hundred")])
+def test_choices_by_the_keyboard(tmp_path: Path, count: int) -> None:
     """So many comparisons by the keyboard alone; what is on the disk is what was pressed."""
     source = pairs(tmp_path / "pairs.jsonl", count, HOSTILE)
     keys = random.Random(0).choices(["1", "2", "ArrowLeft", "ArrowRight", "t", "b", "s"], k=count)
@@ -349,15 +345,6 @@ def check_choices(tmp_path: Path, count: int) -> None:
     assert given == [ranks[key] for key in keys]
     assert [row.all_bad for row in rows] == [key == "b" for key in keys]
     assert all(row.seconds is not None and 0 <= row.seconds < 60 for row in rows)
-
-
-def test_choices_by_the_keyboard(tmp_path: Path) -> None:
-    check_choices(tmp_path, 20)
-
-
-@pytest.mark.slow
-def test_two_hundred_comparisons_by_the_keyboard(tmp_path: Path) -> None:
-    check_choices(tmp_path, 200)
 
 
 def test_what_is_said_beside_a_choice(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_an_environment_of_it() -> None:
     talk = textrl_gym.TextActions(env)
     _, info = talk.reset(seed=0)
     _, reward, terminated, _, info = talk.step(row["completion"])
-    assert (reward, terminated, info["score"]) == (1.0, True, 1.0)
+    assert terminated and reward == info["score"] == pytest.approx(1.0)
     assert info["prompt"] == row["prompt"]
 
 

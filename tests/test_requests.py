@@ -279,26 +279,33 @@ def write_xstest(file: Path) -> Path:
     return file
 
 
-def learn_on(dataset: str, **more: Any) -> None:
+# Refusals alone may be equal in all groups of so few rows; lengths are not.
+WITH_LENGTH = {"refusal": 1.0, "length": 0.1}
+
+
+def learn_on(dataset: str, **more: Any) -> bool:
+    """Whether an update on the data left finite weights that differ from those before."""
     env = gymnasium.make_vec(ENV, num_envs=4, group_size=2, dataset=dataset, array="torch", max_new_tokens=12, **more)
     agent = GRPO(env, rollout_episodes=4, group_size=2, device="cpu")
     # The small policy rarely refuses a request in other words: groups without spread are no fault here.
+    before = agent.policy.model.get_input_embeddings().weight.detach().clone()
     agent.learn(total_timesteps=60, progress_bar=False, on_bad_health="warn")
-    assert all(bool(torch.isfinite(weight).all()) for weight in agent.policy.model.parameters())
+    finite = all(bool(torch.isfinite(weight).all()) for weight in agent.policy.model.parameters())
+    return finite and not torch.equal(before, agent.policy.model.get_input_embeddings().weight)
 
 
 def test_prompts_in_xstests_columns_are_learnt_from(tmp_path: Path) -> None:
-    learn_on(str(write_xstest(tmp_path / "xstest.csv")), reward="refusal")
+    assert learn_on(str(write_xstest(tmp_path / "xstest.csv")), reward=WITH_LENGTH)
 
 
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("xstest/xstest_prompts.csv", {"reward": "refusal"}),
+        ("xstest/xstest_prompts.csv", {"reward": WITH_LENGTH}),
         # The bundled model has 512 positions, and a dialogue that is longer cannot be cut.
         ("hh_rlhf/harmless-base_test.jsonl.gz", {"max_prompt_tokens": 240, "bad_rows": "skip"}),
         ("hhh_alignment/hhh_alignment_harmless.jsonl", {"max_prompt_tokens": 480, "bad_rows": "skip"}),
     ],
 )
 def test_real_files_are_learnt_from(name: str, more: dict[str, Any]) -> None:
-    learn_on(str(data(name)), **more)
+    assert learn_on(str(data(name)), **more)

@@ -173,6 +173,7 @@ def test_the_page_shows_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run.mkdir(parents=True)
         row = {"prompt": "a & b", "completion": f"new {number}", "score": 1.0, "gold": 0.5, "start": start}
         (run / "episodes.jsonl").write_text(json.dumps(row) + "\n")
+        (run / "evaluation.json").write_text("{}")
     metrics = {"gold": 0.5, "score": 1.0, "kl_sequence": 0.25}
     done = [Round(1, 200, 0.61, metrics), Round(2, 400, 0.66, metrics)]
     html = rounds_page.rounds_report(RoundsResult("X-v0", tmp_path, done)).read_text()

@@ -190,6 +190,8 @@ def test_gymnasium_checker(env_id: str, observation: Any) -> None:
         warnings.filterwarnings("ignore", message=".*different from the unwrapped version.*")
         warnings.filterwarnings("ignore", message=".*observation space.*")
         gymnasium_check(env, skip_render_check=True)
+    seen, _ = env.reset(seed=0)
+    assert seen in env.observation_space
 
 
 def test_samples_are_texts_of_the_vocabulary_and_seeded() -> None:

@@ -310,7 +310,9 @@ def test_minibatch_means_count_actions() -> None:
     assert float(batch.mean(torch.ones_like(rollout.logp_BT))) == pytest.approx(1.0, abs=1e-6)
 
 
-def test_the_page_about_turns(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_about_turns(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """docs/turns.md as it is printed, with a smaller budget."""
     page = (root / "docs" / "turns.md").read_text()
     task, use, _ = re.findall(r"^```python.*?\n(.*?)^```", page, re.M | re.S)
@@ -319,6 +321,9 @@ def test_the_page_about_turns(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(tmp_path)
     exec(compile(use.replace("15_000", "300").replace("episodes=64", "episodes=8"), "docs/turns.md", "exec"), {})
     sys.modules.pop("two_turns")
+    printed = capsys.readouterr().out
+    assert "[agent]" in printed and "[environment]" in printed
+    assert 0 <= float(printed.split()[-1]) <= 2, "what the second print says: rewards of two turns"
 
 
 def test_turns_are_reported() -> None:

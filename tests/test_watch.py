@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import http.client
 import json
@@ -13,14 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from servers import running
 
 from textrl_gym.cli import main
 from textrl_gym.cli.compare import watch_command
@@ -65,16 +64,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@contextlib.contextmanager
-def serving(folder: Path, host: str = "127.0.0.1") -> Iterator[watch.WatchServer]:
-    with watch.make_server(folder, host) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def serving(folder: Path, host: str = "127.0.0.1") -> AbstractContextManager[watch.WatchServer]:
+    return running(watch.make_server(folder, host))
 
 
 def ask(

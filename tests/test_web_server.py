@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+from servers import running
 
 from textrl_gym.web.server import MOST_BYTES, PageServer, Reply, json_reply
 
@@ -23,16 +22,8 @@ def double(asked: dict[str, Any]) -> Reply:
     return json_reply({"number": 2 * asked["number"]})
 
 
-@contextlib.contextmanager
-def serving(host: str = "127.0.0.1") -> Iterator[PageServer]:
-    with PageServer(host, 0, {"/": lambda: Reply(b"page", "text/plain")}, {"/double": double}) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def serving(host: str = "127.0.0.1") -> AbstractContextManager[PageServer]:
+    return running(PageServer(host, 0, {"/": lambda: Reply(b"page", "text/plain")}, {"/double": double}))
 
 
 def ask(server: PageServer, path: str, body: str | None, headers: dict[str, str]) -> tuple[int, str]:

@@ -107,14 +107,14 @@ def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]
     return [Evaluation(last[at], written[at][len(written[at]) - counts[at] :]) for at in sorted(last)]
 
 
-def last_alarms(found: Sequence[Evaluation]) -> list[Alarm]:
+def last_alarms(evaluations: Sequence[Evaluation]) -> list[Alarm]:
     """Every measure that is out of bounds at the end of a run, by all of its evaluations; none without any."""
-    return alarms(found[0], best(found), found[-1]) if found else []
+    return alarms(evaluations[0], best(evaluations), evaluations[-1]) if evaluations else []
 
 
-def best(found: Sequence[Evaluation]) -> Evaluation | None:
+def best(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """The first evaluation with the best gold score; None without one."""
-    scored = [evaluation for evaluation in found if "gold" in evaluation.row]
+    scored = [evaluation for evaluation in evaluations if "gold" in evaluation.row]
     return max(scored, key=lambda evaluation: evaluation.row["gold"], default=None)
 
 

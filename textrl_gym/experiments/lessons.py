@@ -22,7 +22,7 @@ from textrl_gym import files, registry
 from textrl_gym.bounds import check_settings
 from textrl_gym.experiments import win_rates
 from textrl_gym.experiments.compare import CompareConfig, compare
-from textrl_gym.experiments.results import EPISODES, RESULT, RUNS
+from textrl_gym.experiments.results import EPISODES, RESULT, finished_runs
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task
@@ -133,10 +133,7 @@ def run_lesson(env_id: str, config: LessonConfig, out: str | Path, progress_bar:
             print(f"{number}/{len(everything)} {name}: {trial.words}", flush=True)
         settings = compare_config(trial, config)
         table = compare(env_id, settings, out / name, progress_bar, env=EnvSettings(reward=trial.reward_flag))
-        runs = sorted((out / name / RUNS).iterdir())
-        missing = [run.name for run in runs if not (run / RESULT).is_file()]
-        if missing:
-            raise RuntimeError(f"{', '.join(missing)} in {str(out / name)!r} failed; its log.txt says why")
+        runs = finished_runs(out / name)
         assert len(table) >= len(runs)
         numbers[name] = [measured(run, lesson, config) | judged(run, lesson, task) for run in runs]
     numbers[START] *= config.seeds

@@ -368,6 +368,19 @@ def _groups(runs: list[Result], named: list[str]) -> tuple[Group, ...]:
 # -- how far runs are ----------------------------------------------------------------------------------------------
 
 
+def finished_runs(folder: Path) -> list[Path]:
+    """The folders of the runs of a comparison, in order.
+
+    Raises:
+        RuntimeError: one of them has no result.
+    """
+    runs = sorted((folder / RUNS).iterdir())
+    missing = [run.name for run in runs if not (run / RESULT).is_file()]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)} in {str(folder)!r} failed; its log.txt says why")
+    return runs
+
+
 def state_of(folder: Path, running: bool) -> str:
     """ "done", "failed", "running" or "waiting"."""
     if (folder / RESULT).is_file():

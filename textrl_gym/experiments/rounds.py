@@ -27,7 +27,7 @@ from textrl_gym import files, registry
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.data.labels import Item, read_labels
 from textrl_gym.experiments.compare import CompareConfig, compare
-from textrl_gym.experiments.results import RESULT, RUNS
+from textrl_gym.experiments.results import RESULT, finished_runs
 from textrl_gym.feedback import selection
 from textrl_gym.feedback.questions import AnnotateConfig, read_items, sampled_with_rows, write_items
 from textrl_gym.mdp.env_settings import EnvSettings
@@ -184,7 +184,7 @@ def policy_of(out: Path, number: int) -> str | None:
     """The agent's folder of a round; None before the first."""
     if number == 0:
         return None
-    (run,) = sorted((out / f"round-{number}" / "policy" / RUNS).iterdir())
+    (run,) = finished_runs(out / f"round-{number}" / "policy")
     return str(run)
 
 
@@ -234,9 +234,7 @@ def train_policy(
     )
     reward = str((folder / "reward_model").resolve())
     compare(env_id, settings, folder / "policy", progress_bar, env=dataclasses.replace(env, reward=reward))
-    (run,) = sorted((folder / "policy" / RUNS).iterdir())
-    if not (run / RESULT).is_file():
-        raise RuntimeError(f"{run.name} in {str(folder / 'policy')!r} failed; its log.txt says why")
+    (run,) = finished_runs(folder / "policy")
     metrics: dict[str, float] = files.read_json(run / RESULT)
     return metrics
 

@@ -27,7 +27,8 @@ from textrl_gym import files, registry
 from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
 from textrl_gym.experiments.compare import CompareConfig, compare
-from textrl_gym.experiments.results import RESULT, RUNS
+from textrl_gym.experiments.results import finished_runs
+from textrl_gym.judges.judge import Answer, reward_of
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.stats.estimates import Estimate, difference_of_means, outcomes
@@ -238,10 +239,7 @@ def run_agent(env_id: str, size: str, config: SizesConfig, reward_model: Path, o
     )
     env = EnvSettings(reward=f"reward_model:{reward_model}", tokenizer=str(out / size / "sft"))
     compare(env_id, settings, out / size / "rlhf", progress_bar, env=env)
-    runs = sorted((out / size / "rlhf" / RUNS).iterdir())
-    missing = [run.name for run in runs if not (run / RESULT).is_file()]
-    if missing:
-        raise RuntimeError(f"{', '.join(missing)} of size {size} failed; its log.txt says why")
+    finished_runs(out / size / "rlhf")
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -263,7 +261,7 @@ def measure(env_id: str, task: Task, config: SizesConfig, out: Path) -> SizesRes
             rate = win_rate(outcomes(gold_N, reference_N))
             points.append(Point(size, stage, count, float(gold_N.mean()), rate))
         golds, rates = [], []
-        for seed, run in enumerate(sorted((out / size / "rlhf" / RUNS).iterdir())):
+        for seed, run in enumerate(finished_runs(out / size / "rlhf")):
             gold_N = sampled_gold(registry.load_agent(run, device="cpu").policy, task, rows, seed)
             golds.append(float(gold_N.mean()))
             rates.append(outcomes(gold_N, reference_N))
@@ -284,11 +282,11 @@ def of_seeds(rates: Sequence[float]) -> Estimate:
 
 def gold_of(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The gold score of a completion for each row. [N]"""
-    from textrl_gym.rewards import columns_of, load_reward
+    from textrl_gym.rewards import load_reward
 
     assert task.gold is not None
     scorer = load_reward(task.gold, task=task, tokenizer=task.load_tokenizer())
-    return scorer.score([row["prompt"] for row in rows], list(texts), columns_of(list(rows))).total_B.double().numpy()
+    return reward_of(scorer, rows, [Answer(text) for text in texts]).double().numpy()
 
 
 def sampled_gold(policy: Policy, task: Task, rows: Sequence[Row], seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -150,8 +150,8 @@ def label_agreement(rows: Sequence[Label]) -> LabelReport:
 def _counts(pairs: Sequence[Label]) -> agreement.Counts:
     """How many labels of each class every comparison has."""
     numbers: dict[Comparison, int] = {}
-    found = [(numbers.setdefault(key, len(numbers)), decision) for _, key, decision in decided(pairs)]
-    item_L, label_L = np.array(found, np.int64).reshape(-1, 2).T
+    item_and_label = [(numbers.setdefault(key, len(numbers)), decision) for _, key, decision in decided(pairs)]
+    item_L, label_L = np.array(item_and_label, np.int64).reshape(-1, 2).T
     return agreement.class_counts(item_L, label_L, CLASSES)
 
 
@@ -172,14 +172,14 @@ def _pair_kappas(pairs: Sequence[Label]) -> list[PairKappa]:
     by_name: dict[str, dict[Comparison, int]] = defaultdict(dict)
     for label, key, decision in decided(pairs):
         by_name[label.annotator][key] = decision
-    found = []
+    kappas = []
     for first, second in itertools.combinations(sorted(by_name), 2):
         both = sorted(by_name[first].keys() & by_name[second].keys())
         if both:
             a_N, b_N = ([by_name[name][key] for key in both] for name in (first, second))
             same = pairwise.win_rate([float(a == b) for a, b in zip(a_N, b_N, strict=True)])
-            found.append(PairKappa(first, second, len(both), same, agreement.cohen_kappa(a_N, b_N)))
-    return found
+            kappas.append(PairKappa(first, second, len(both), same, agreement.cohen_kappa(a_N, b_N)))
+    return kappas
 
 
 # -- each annotator ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +78,29 @@ class LabelFile:
             self._stream.truncate(size)
             raise
         self.history.append(label)
+
+    def unanswered(self, items: Iterable[Item]) -> list[Item]:
+        """The questions that nobody's answer in the file holds for."""
+        answered = {label.item for label in labels.read_labels(self.path)} if self.history else set()
+        return [item for item in items if item.id not in answered]
+
+    def add(self, item: Item, annotator: str, ranks: list[int] | None) -> None:
+        """Append the answer of a program, which reads completions in the order in which they are written."""
+        self.append(
+            Label(
+                id=len(self.history) + 1,
+                item=item.id,
+                kind=item.kind,
+                annotator=annotator,
+                prompt=item.prompt,
+                completions=item.completions,
+                ranks=ranks,
+                order=list(range(len(item.completions))),
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                models=item.models,
+                gold=item.gold,
+            )
+        )
 
     def close(self) -> None:
         """Let another process write the file."""

@@ -364,9 +364,9 @@ def _from_alpaca_farm(row: Mapping[str, Any]) -> Iterator[Given]:
     if preference not in (0, 1, 2, 1.5):
         raise ValueError(f"preference must be 1, 2, or 0 for a tie, got {preference!r}")
     ranks = {1: [1, 2], 2: [2, 1]}.get(preference, [1, 1])
-    said = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+    prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
     texts = [str(row["output_1"]), str(row["output_2"])]
-    yield Given([{"role": "user", "content": said}], texts, ranks, str(row.get("annotator") or UNKNOWN))
+    yield Given([{"role": "user", "content": prompt}], texts, ranks, str(row.get("annotator") or UNKNOWN))
 
 
 def _from_argilla(row: Mapping[str, Any]) -> Iterator[Given]:

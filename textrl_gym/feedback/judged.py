@@ -7,11 +7,10 @@ orders, or a reward (Lee et al. 2023, arXiv:2309.00267).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import numpy as np
 
-from textrl_gym.data.labels import Item, Label, ranks_of_scores, read_labels
+from textrl_gym.data.labels import Item, ranks_of_scores
 from textrl_gym.feedback.answers import LabelFile
 from textrl_gym.judges.judge import Answer, Judge
 
@@ -25,29 +24,14 @@ def answer_by_judge(items: Sequence[Item], file: LabelFile, judge: Judge) -> Non
     Raises:
         ValueError: a question whose prompt is a conversation.
     """
-    answered = {label.item for label in read_labels(file.path)} if file.history else set()
-    asked = [item for item in items if item.id not in answered]
+    asked = file.unanswered(items)
     for item in asked:
         if not isinstance(item.prompt, str):
             raise ValueError(f"a judge reads prompts as texts, and question {item.id!r} has a conversation")
     for first in range(0, len(asked), AT_ONCE):
         some = asked[first : first + AT_ONCE]
         for item, ranks in zip(some, _ranks(some, judge), strict=True):
-            file.append(
-                Label(
-                    id=len(file.history) + 1,
-                    item=item.id,
-                    kind=item.kind,
-                    annotator=judge.name,
-                    prompt=item.prompt,
-                    completions=item.completions,
-                    ranks=ranks,
-                    order=list(range(len(item.completions))),
-                    time=datetime.now(UTC).isoformat(timespec="seconds"),
-                    models=item.models,
-                    gold=item.gold,
-                )
-            )
+            file.add(item, judge.name, ranks)
 
 
 def _ranks(items: Sequence[Item], judge: Judge) -> list[list[int] | None]:

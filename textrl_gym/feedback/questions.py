@@ -184,9 +184,9 @@ def from_file(dataset: str, most: int | None, seed: int, env: EnvSettings | None
         places = {text.strip(): place for place, text in reversed(list(enumerate(completions)))}
         if not 2 <= len(places) <= MOST_COMPLETIONS:
             continue
-        kept = sorted(places.values())
-        scores = None if gold is None else [gold[place] for place in kept]
-        item = _item(prompt, [completions[place] for place in kept], rng, gold=scores)
+        different = sorted(places.values())
+        scores = None if gold is None else [gold[place] for place in different]
+        item = _item(prompt, [completions[place] for place in different], rng, gold=scores)
         items.setdefault(item.id, item)
     if not items:
         raise ValueError(f"dataset {dataset!r} has no prompt with 2 to {MOST_COMPLETIONS} different completions")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 
 import numpy as np
 
-from textrl_gym.data.labels import Item, Label, ranks_of_scores, read_labels
+from textrl_gym.data.labels import Item, ranks_of_scores
 from textrl_gym.feedback.answers import LabelFile
 from textrl_gym.judges.annotators import Annotators
 
@@ -32,10 +31,7 @@ def answer_all(
     Raises:
         ValueError: a question without gold scores.
     """
-    answered = {label.item for label in read_labels(file.path)} if file.history else set()
-    for item in items:
-        if item.id in answered:
-            continue
+    for item in file.unanswered(items):
         if item.gold is None:
             raise ValueError(f"simulated annotators judge by gold scores, and question {item.id!r} has none")
         seen = np.array(item.gold) + annotators.bias * np.array((appeals or {}).get(item.id, [0.0] * len(item.gold)))
@@ -45,18 +41,4 @@ def answer_all(
         first, second = np.triu_indices(len(seen), 1)
         wins = annotators.prefer(seen[first], seen[second], words[first], words[second], rng)
         won = np.bincount(np.where(wins, first, second), minlength=len(seen))
-        file.append(
-            Label(
-                id=len(file.history) + 1,
-                item=item.id,
-                kind=item.kind,
-                annotator=NAME,
-                prompt=item.prompt,
-                completions=item.completions,
-                ranks=ranks_of_scores(won.tolist()),
-                order=list(range(len(seen))),
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
-                models=item.models,
-                gold=item.gold,
-            )
-        )
+        file.add(item, NAME, ranks_of_scores(won.tolist()))

@@ -62,8 +62,8 @@ def to_minari(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`eval_env` is set to None|env_spec is None")
         dataset = minari.create_dataset_from_buffers(dataset_id, buffers, **(given | metadata))
-    kept = [{name: getattr(one, name) for name in KEPT} | {"stop": one.stop.name} for one in trajectories]
-    dataset.storage.update_episode_metadata(kept, range(len(kept)))
+    metadata_of = [{name: getattr(one, name) for name in KEPT} | {"stop": one.stop.name} for one in trajectories]
+    dataset.storage.update_episode_metadata(metadata_of, range(len(metadata_of)))
     dataset.storage.update_metadata({TOKENS: vocabulary_hash(mdp.tokenizer)})
     return dataset
 

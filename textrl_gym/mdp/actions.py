@@ -15,7 +15,7 @@ from torch import Tensor
 
 from textrl_gym import kl
 from textrl_gym.bounds import shown
-from textrl_gym.mdp.spaces import MDPSettings
+from textrl_gym.mdp.spaces import MDPSettings, to_tensor
 from textrl_gym.mdp.transition import BatchArray, State
 
 Actions = Mapping[str, Any] | Tensor | np.ndarray | Sequence[int]
@@ -23,14 +23,6 @@ Actions = Mapping[str, Any] | Tensor | np.ndarray | Sequence[int]
 
 # torch's dtypes know no "kind" as numpy's do.
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def to_tensor(values: ArrayLike | Tensor, device: torch.device) -> Tensor:
-    """The values on the device; arrays, which may be read-only, are copied."""
-    if isinstance(values, Tensor):
-        return values.to(device)
-    # torch.tensor and not from_numpy, which would share memory with an array that the caller goes on writing to.
-    return torch.tensor(np.asarray(values), device=device)
 
 
 def parse_actions(env: MDPSettings, actions: Actions) -> tuple[BatchArray, Tensor | None]:

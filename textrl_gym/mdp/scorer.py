@@ -132,7 +132,9 @@ class Scorer:
         """
         columns = columns_of(rows) | {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
         if turns:
-            texts = ["\n".join(turn["content"] for turn in said if turn["role"] == "assistant") for said in turns]
+            texts = [
+                "\n".join(turn["content"] for turn in dialogue if turn["role"] == "assistant") for dialogue in turns
+            ]
             columns |= {"turns": list(turns), "action_mask": list(action_masks)}
         else:
             texts = [self.text(ids) for ids in completion_ids]

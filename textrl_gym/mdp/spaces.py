@@ -1,4 +1,4 @@
-"""The settings of a text environment: what is allowed, and the spaces that follow from them."""
+"""The settings of a text environment: what is allowed, and the spaces and arrays that follow from them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from annotated_types import Ge, Le
 from gymnasium.vector import AutoresetMode
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from textrl_gym import kl
 from textrl_gym.bounds import MOST_ROWS, check, shown
 from textrl_gym.data.rows import OnBadRows
 from textrl_gym.data.turn_markers import TurnTemplate
+from textrl_gym.mdp.transition import BatchArray, State
 from textrl_gym.policy.policy import Policy
 
 if TYPE_CHECKING:
@@ -144,3 +147,76 @@ def spaces(env: MDPSettings) -> tuple[gym.spaces.Dict, gym.Space]:
     # 0 is the log-probability of a certain token; there is no least one.
     shape = (vocab,) if env.kl_estimator == "full" else ()
     return observation, gym.spaces.Dict({"token": token, "logprob": gym.spaces.Box(-np.inf, 0.0, shape, np.float32)})
+
+
+def reset_mask(mask: Any, num_envs: int) -> np.ndarray:
+    """Which rows a reset is for: the option `reset_mask`, or every row where it is None. bool [B].
+
+    Raises:
+        ValueError: it is not a boolean for each row, or all are False.
+    """
+    if mask is None:
+        return np.ones(num_envs, bool)
+    wrong = f"reset_mask must be {num_envs} booleans with at least one True, got {shown(mask)}"
+    try:
+        mask_B = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths
+        raise ValueError(wrong) from error
+    if mask_B.shape != (num_envs,) or mask_B.dtype != np.bool_ or not mask_B.any():
+        raise ValueError(wrong)
+    return mask_B
+
+
+def to_tensor(values: ArrayLike | Tensor, device: torch.device) -> Tensor:
+    """The values on the device; arrays, which may be read-only, are copied."""
+    if isinstance(values, Tensor):
+        return values.to(device)
+    # torch.tensor and not from_numpy, which would share memory with an array that the caller goes on writing to.
+    return torch.tensor(np.asarray(values), device=device)
+
+
+class Arrays:
+    """The two kinds of arrays of a batch: those that it is stepped with, and those that are returned.
+
+    Args:
+        num_envs: B.
+        device: numpy's arrays are stepped on the CPU, torch's tensors elsewhere.
+        form: "numpy" or "torch", in which everything is returned.
+    """
+
+    def __init__(self, num_envs: int, device: torch.device, form: str) -> None:
+        self.num_envs, self.device, self.form = num_envs, device, form
+        self.on_host = device.type == "cpu"
+
+    def zeros(self) -> BatchArray:
+        """float32 [B], to step with."""
+        return np.zeros(self.num_envs, np.float32) if self.on_host else torch.zeros(self.num_envs, device=self.device)
+
+    def host(self, array: BatchArray) -> np.ndarray:
+        """An array that is stepped with, as numpy's."""
+        return array if self.on_host else array.cpu().numpy()
+
+    def places(self, array: np.ndarray) -> BatchArray:
+        """Flags or numbers of rows from the host, beside the arrays that are stepped with."""
+        return array if self.on_host else torch.as_tensor(array, device=self.device)
+
+    def state(self, state: State) -> State:
+        """A new state, where it is stepped."""
+        return state if self.on_host else state.to(self.device)
+
+    def returned(self, array: BatchArray, dtype: type[np.generic]) -> BatchArray:
+        """An array in the form that the user asked for; numpy's of the given type."""
+        if self.form == "torch":
+            return to_tensor(array, self.device)
+        return (array.cpu().numpy() if isinstance(array, Tensor) else array).astype(dtype)
+
+    def flags(self, flag_B: np.ndarray) -> BatchArray:
+        """A copy of flags, in the form that the user asked for. bool [B]."""
+        return torch.tensor(flag_B, device=self.device) if self.form == "torch" else flag_B.copy()
+
+    def observation(self, state: State) -> dict[str, Any]:
+        """Copies of the tokens and their mask, since the state goes on being written to. [B, L]"""
+        arrays = {"input_ids": state.token_BL, "attention_mask": state.mask_BL}
+        if not self.on_host:
+            return {k: v.clone() if self.form == "torch" else v.cpu().numpy() for k, v in arrays.items()}
+        return {k: torch.from_numpy(v.copy()) if self.form == "torch" else v.copy() for k, v in arrays.items()}

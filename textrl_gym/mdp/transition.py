@@ -66,6 +66,15 @@ def initial_state(prompts: Sequence[Sequence[int]], max_prompt: int, max_new: in
     return state
 
 
+def begun_state(state: State | None, chosen_B: np.ndarray, fresh: State, rows_R: BatchArray) -> State:
+    """The state with R new episodes in the chosen rows: the new one itself where all are chosen."""
+    if chosen_B.all():
+        return fresh
+    assert state is not None
+    restart_(state, rows_R, fresh)
+    return state
+
+
 def restart_(state: State, rows_R: BatchArray, fresh: State) -> None:
     """Put R new episodes into the given rows, in place."""
     # row_B stays: it says where a row stands, not what is in it.
@@ -173,6 +182,24 @@ def end_(state: State, action_B: BatchArray, hit_B: BatchArray | None, max_new: 
     xp: Any = torch if isinstance(state.token_BL, Tensor) else np
     stop_B = stop_reasons(action_B, state.count_B, hit_B, max_new, end_ids)
     state.stop_B = xp.where(state.stop_B == RUNNING, stop_B, state.stop_B)
+
+
+def terminated_and_truncated(
+    stop_B: np.ndarray, active_B: np.ndarray, first_B: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the rows that were running have been terminated by a step, and which truncated. bool [B] each.
+
+    Args:
+        stop_B: int64, StopReason after the step.
+        active_B: the rows that were running before it.
+        first_B: where the step was an episode's first; None where none that ends can have been.
+    """
+    ended_B = active_B & (stop_B != RUNNING)
+    truncated_B = active_B & ((stop_B == BY_LENGTH) | (stop_B == BY_TURNS))
+    if first_B is not None:
+        # Gymnasium's checker refuses truncation at the first step.
+        truncated_B &= ~first_B
+    return ended_B ^ truncated_B, truncated_B
 
 
 def reply_(state: State, row: int, ids: Sequence[int], max_new: int) -> None:

@@ -28,24 +28,22 @@ from textrl_gym.data.prompt_streams import Prompt, PromptStreams
 from textrl_gym.data.ranked import RankedCompletions, read_preferences
 from textrl_gym.data.rows import OnBadRows
 from textrl_gym.data.turn_markers import TurnTemplate
-from textrl_gym.mdp.actions import Actions, parse_actions, penalty, to_tensor
+from textrl_gym.mdp.actions import Actions, parse_actions, penalty
 from textrl_gym.mdp.infos import final_info, reset_infos, turn_infos, with_finals
 from textrl_gym.mdp.render import RENDER_MODES, Renderer, Spoken
 from textrl_gym.mdp.scorer import Scorer
-from textrl_gym.mdp.spaces import check_settings, spaces, stop_strings
+from textrl_gym.mdp.spaces import Arrays, check_settings, reset_mask, spaces, stop_strings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows, load_task
 from textrl_gym.mdp.transition import (
-    BY_LENGTH,
-    BY_TURNS,
-    RUNNING,
     BatchArray,
     State,
     append_,
+    begun_state,
     end_,
     initial_state,
     reply_,
-    restart_,
     shape_reward,
+    terminated_and_truncated,
     turns_over,
 )
 from textrl_gym.mdp.turns import Answer, Conversation, Turns
@@ -166,6 +164,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._make_spaces()
 
     def _forget_episodes(self) -> None:
+        self._arrays = Arrays(self.num_envs, self.device, self.array)
         self._prompts: list[Prompt] = []
         self._state: State | None = None
         self._conversations: list[Conversation] = []
@@ -176,10 +175,14 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
     def _set_budgets(self) -> None:
         """Where the settings are silent, the task's own."""
         given, task = self.settings, self.task
-        self.max_prompt_tokens: int = _first_of(given["max_prompt_tokens"], task.max_prompt_tokens)
-        self.max_new_tokens: int = _first_of(given["max_new_tokens"], task.max_new_tokens)
-        self.max_turns: int = _first_of(given["max_turns"], task.max_turns)
-        self.max_turn_tokens: int | None = _first_of(given["max_turn_tokens"], task.max_turn_tokens)
+
+        def setting(name: str) -> Any:
+            return getattr(task, name) if given[name] is None else given[name]
+
+        self.max_prompt_tokens: int = setting("max_prompt_tokens")
+        self.max_new_tokens: int = setting("max_new_tokens")
+        self.max_turns: int = setting("max_turns")
+        self.max_turn_tokens: int | None = setting("max_turn_tokens")
         self.stop = stop_strings(given["stop"], task.stop)
 
     def _read_rows(self, split: str, dataset: str | None) -> PromptSource:
@@ -192,10 +195,6 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.single_observation_space, self.single_action_space = spaces(self)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-
-    @property
-    def _on_host(self) -> bool:
-        return self.device.type == "cpu"
 
     def _load_tokenizer(self, tokenizer: PreTrainedTokenizerBase | str | Path | None) -> PreTrainedTokenizerBase:
         if tokenizer is None or isinstance(tokenizer, str | Path):
@@ -331,17 +330,9 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         chosen = options.pop("reset_mask", None)
         if options:
             raise ValueError(f"unknown reset options {shown(list(options))}; allowed: prompt_indices, reset_mask")
-        chosen_B = np.ones(self.num_envs, bool)
-        if chosen is not None:
-            allowed = f"{self.num_envs} booleans with at least one True"
-            try:
-                chosen_B = np.asarray(chosen.cpu() if isinstance(chosen, Tensor) else chosen)
-            except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths
-                raise ValueError(f"reset_mask must be {allowed}, got {shown(chosen)}") from error
-            if chosen_B.shape != (self.num_envs,) or chosen_B.dtype != np.bool_ or not chosen_B.any():
-                raise ValueError(f"reset_mask must be {allowed}, got {shown(chosen)}")
-            if self._state is None and not chosen_B.all():
-                raise gym.error.ResetNeeded("the first reset() must begin an episode in every row, without reset_mask")
+        chosen_B = reset_mask(chosen, self.num_envs)
+        if self._state is None and not chosen_B.all():
+            raise gym.error.ResetNeeded("the first reset() must begin an episode in every row, without reset_mask")
         self.streams_of_prompts.seed(seed, chosen_B)
         self.streams_of_prompts.rejoin(chosen_B)
         self._begin(chosen_B, indices)
@@ -370,7 +361,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             places = slice(self.max_prompt_tokens, self.max_prompt_tokens + len(episode["tokens"]))
             state.token_BL[b, places], state.mask_BL[b, places] = episode["tokens"], 1
             state.count_B[b] = len(episode["tokens"])
-        self._prompts, self._state = prompts, state if self._on_host else state.to(self.device)
+        self._prompts, self._state = prompts, state if self._arrays.on_host else state.to(self.device)
         self._over_B = np.zeros(self.num_envs, bool)
         return self._observation()
 
@@ -406,14 +397,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         prompts = self.streams_of_prompts.draw(rows.tolist(), indices)
         budgets = (self.max_prompt_tokens, self.max_new_tokens)
         fresh = initial_state([p.ids for p in prompts], *budgets, turns=self.turns is not None)
-        fresh = fresh if self._on_host else fresh.to(self.device)
-        if len(rows) == self.num_envs:
-            self._prompts, self._state = prompts, fresh
-        else:
-            assert self._state is not None
-            restart_(self._state, rows if self._on_host else torch.as_tensor(rows, device=self.device), fresh)
-            for b, prompt in zip(rows, prompts, strict=True):
-                self._prompts[b] = prompt
+        self._state = begun_state(self._state, chosen_B, self._arrays.state(fresh), self._arrays.places(rows))
+        self._prompts = self._prompts or list(prompts)
+        for b, prompt in zip(rows, prompts, strict=True):
+            self._prompts[b] = prompt
         if self.turns is not None:
             self._conversations = self._conversations or [Conversation(p.row) for p in self._prompts]
             for place in rows.tolist():
@@ -449,7 +436,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             end_(self._state, action_B, self._stop_hits(active_B), self.max_new_tokens, self.end_ids)
         else:
             turn_reward_B = self._take_turns(self.turns, active_B, action_B, infos)
-        terminated_B, truncated_B = self._flags_of(active_B)
+        stop_B, count_B = self._arrays.host(self._state.stop_B), self._state.count_B
+        # With one token, or where the environment ends a conversation, an episode may be over at its first step.
+        first_B = self._arrays.host(count_B) <= 1 if self.max_new_tokens == 1 or self.turns is not None else None
+        terminated_B, truncated_B = terminated_and_truncated(stop_B, active_B, first_B)
         self._over_B = ended_B = terminated_B | truncated_B
         # 3. Rows that ended now are scored together, as one batch of a reward model.
         reward_B, finals = self._end(ended_B, kl_B)
@@ -468,21 +458,8 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         if self._mode is not AutoresetMode.DISABLED and starting_B.any():
             self._begin(starting_B)
             infos |= reset_infos(self._prompts, starting_B)
-        reward = self._array(reward_B, np.float64)
-        return self._observation(), reward, self._flags(terminated_B), self._flags(truncated_B), infos
-
-    def _flags_of(self, active_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which rows were terminated by this step, and which truncated. bool [B]."""
-        assert self._state is not None
-        stop_B = self._host(self._state.stop_B)
-        ended_B = active_B & (stop_B != RUNNING)
-        truncated_B = active_B & (stop_B == BY_LENGTH)
-        if self.turns is not None:
-            truncated_B |= active_B & (stop_B == BY_TURNS)
-        if self.max_new_tokens == 1 or self.turns is not None:
-            # Gymnasium's checker refuses truncation at the first step.
-            truncated_B &= self._host(self._state.count_B) > 1
-        return ended_B ^ truncated_B, truncated_B
+        flags = self._arrays.flags(terminated_B), self._arrays.flags(truncated_B)
+        return self._observation(), self._arrays.returned(reward_B, np.float64), *flags, infos
 
     def _take_turns(
         self, turns: Turns, active_B: np.ndarray, action_B: BatchArray, infos: dict[str, Any]
@@ -495,16 +472,16 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         assert state is not None
         budgets = (turns.max_turn_tokens, self.max_new_tokens)
         lengths = (state.count_B - state.start_B, state.count_B)
-        over_B = active_B & self._host(
+        over_B = active_B & self._arrays.host(
             turns_over(action_B, *lengths, self._stop_hits(active_B), *budgets, turns.end_ids)
         )
-        rows, number_B = np.flatnonzero(over_B), self._host(state.turn_B).copy()
-        length_N = self._host(state.count_B)[rows].tolist()
+        rows, number_B = np.flatnonzero(over_B), self._arrays.host(state.turn_B).copy()
+        length_N = self._arrays.host(state.count_B)[rows].tolist()
         answers = turns.answer([self._conversations[b] for b in rows], self._turn_ids(rows), length_N)
         infos |= turn_infos(number_B, active_B, rows, answers)
         if len(rows) == 0:
             return None
-        reward_B = self._zeros()
+        reward_B = self._arrays.zeros()
         for b, answer in zip(rows.tolist(), answers, strict=True):
             reply_(state, b, answer.ids, self.max_new_tokens)
             state.stop_B[b], reward_B[b] = answer.stop.value, answer.reward
@@ -518,17 +495,17 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         if self.kl_coef == 0:
             return None, {}
         if not active_B.any():  # in mode NEXT_STEP every row begins now
-            return self._zeros(), {}
+            return self._arrays.zeros(), {}
         assert self._state is not None
         kl_B, ref_logp_B = penalty(self, self._observation, self._state, actions, action_B, logprob)
         # A row that has ended is sent an action too, which in mode NEXT_STEP only begins its next episode.
         running_B = torch.as_tensor(active_B, device=self.device)
         infos: dict[str, Any] = {}
         for name, value_B in {"kl": kl_B, "ref_logprob": ref_logp_B}.items():
-            shown = self._array(torch.where(running_B, value_B, 0.0), np.float64)
+            shown = self._arrays.returned(torch.where(running_B, value_B, 0.0), np.float64)
             infos |= {name: shown, f"_{name}": active_B.copy()}
         kl_B = torch.where(running_B, kl_B, 0.0)
-        return kl_B.numpy() if self._on_host else kl_B, infos
+        return kl_B.numpy() if self._arrays.on_host else kl_B, infos
 
     # -- the end of an episode ----------------------------------------------------------------------------------------
 
@@ -540,7 +517,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         rows = np.flatnonzero(active_B)
         hit_B = np.zeros(self.num_envs, bool)
         hit_B[rows] = self.scorer.completes_stop(self._turn_ids(rows))
-        return hit_B if self._on_host else torch.as_tensor(hit_B, device=self.device)
+        return self._arrays.places(hit_B)
 
     def _turn_ids(self, rows: np.ndarray) -> list[list[int]]:
         """The tokens of the agent's current turn in the given rows; of a single turn all tokens."""
@@ -548,71 +525,47 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         if self.turns is None:
             return ids
         assert self._state is not None
-        start_N = self._host(self._state.start_B)[rows].tolist()
+        start_N = self._arrays.host(self._state.start_B)[rows].tolist()
         return [of_row[start:] for of_row, start in zip(ids, start_N, strict=True)]
 
     def _completion_ids(self, rows: np.ndarray) -> list[list[int]]:
         """All tokens behind the prompts of the given rows."""
         assert self._state is not None
-        chosen: Any = rows if self._on_host else torch.as_tensor(rows, device=self.device)
+        chosen = self._arrays.places(rows)
         tokens = self._state.token_BL[chosen, self.max_prompt_tokens :].tolist()
         return [ids[:count] for ids, count in zip(tokens, self._state.count_B[chosen].tolist(), strict=True)]
 
     def _end(self, ended_B: np.ndarray, kl_B: BatchArray | None) -> tuple[BatchArray, list[dict[str, Any]]]:
         """The step's rewards, and the final info of each row that ended."""
         assert self._state is not None
-        score_B = self._zeros()
+        score_B = self._arrays.zeros()
         finals: list[dict[str, Any]] = []
         if not ended_B.any():
             return (score_B if kl_B is None else -self.kl_coef * kl_B), finals
         ended = np.flatnonzero(ended_B)
         prompts, ids = [self._prompts[b] for b in ended], self._completion_ids(ended)
         talks = [self._conversations[b] for b in ended] if self.turns is not None else []
-        said, masks = [talk.turns for talk in talks], [talk.action_mask for talk in talks]
+        turns, masks = [talk.turns for talk in talks], [talk.action_mask for talk in talks]
         scores = self.scorer.score(
-            [p.row for p in prompts], [p.ids for p in prompts], ids, turns=said, action_masks=masks
+            [p.row for p in prompts], [p.ids for p in prompts], ids, turns=turns, action_masks=masks
         )
         values, parts = scores.score_N.tolist(), {name: part.tolist() for name, part in scores.components.items()}
-        stop_B = self._host(self._state.stop_B) * ended_B  # a row that ended before is not paid again
+        stop_B = self._arrays.host(self._state.stop_B) * ended_B  # a row that ended before is not paid again
         for i, (b, prompt, text) in enumerate(zip(ended, prompts, scores.texts, strict=True)):
             components = {name: part[i] for name, part in parts.items()}
             logged = {name: items[i] for name, items in scores.logged.items()}
             final = final_info(prompt.row, text, values[i], StopReason(stop_B[b]), components, logged)
-            finals.append(final | {"turns": said[i]} if said else final)
-        if self._on_host:
-            score_B[ended] = scores.score_N.numpy()
-        else:
-            score_B[torch.as_tensor(ended, device=self.device)] = scores.score_N
-            stop_B = torch.as_tensor(stop_B, device=self.device)
-        kl_B = self._zeros() if kl_B is None else kl_B
+            finals.append(final | {"turns": turns[i]} if turns else final)
+        score_B[self._arrays.places(ended)] = scores.score_N.numpy() if self._arrays.on_host else scores.score_N
+        stop_B = self._arrays.places(stop_B)
+        kl_B = self._arrays.zeros() if kl_B is None else kl_B
         return shape_reward(score_B, stop_B, kl_B, self.kl_coef, self.missing_eos_penalty), finals
 
     # -- what is returned ---------------------------------------------------------------------------------------------
 
-    def _zeros(self) -> BatchArray:
-        """float32 [B]."""
-        return np.zeros(self.num_envs, np.float32) if self._on_host else torch.zeros(self.num_envs, device=self.device)
-
-    def _host(self, array: BatchArray) -> np.ndarray:
-        return array if self._on_host else array.cpu().numpy()
-
-    def _array(self, array: BatchArray, dtype: type[np.generic]) -> BatchArray:
-        if self.array == "torch":
-            return to_tensor(array, self.device)
-        return (array.cpu().numpy() if isinstance(array, Tensor) else array).astype(dtype)
-
-    def _flags(self, flag_B: np.ndarray) -> BatchArray:
-        return torch.tensor(flag_B, device=self.device) if self.array == "torch" else flag_B.copy()
-
     def _observation(self) -> dict[str, Any]:
-        """A copy: the state goes on being written to."""
         assert self._state is not None
-        token_BL, mask_BL = self._state.token_BL, self._state.mask_BL
-        if self._on_host:
-            observation = {"input_ids": token_BL.copy(), "attention_mask": mask_BL.copy()}
-            return {k: torch.from_numpy(v) for k, v in observation.items()} if self.array == "torch" else observation
-        tensors = {"input_ids": token_BL, "attention_mask": mask_BL}
-        return {k: v.clone() if self.array == "torch" else v.cpu().numpy() for k, v in tensors.items()}
+        return self._arrays.observation(self._state)
 
     def render(self) -> tuple[str | NDArray[np.uint8], ...] | None:
         """Every row's text in mode "ansi", a picture of it in "rgb_array" (uint8 [480, 640, 3], by Pillow).
@@ -628,15 +581,11 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             return None
         every = np.arange(self.num_envs)
         ids, stops = self._completion_ids(every), [StopReason(s) for s in self._state.stop_B.tolist()]
-        said: list[Spoken | None] = [None] * self.num_envs
+        dialogues: list[Spoken | None] = [None] * self.num_envs
         if self.turns is not None:
             # The last turn is in the conversation already where an episode has ended with it.
             now = [[] if over else ids for ids, over in zip(self._turn_ids(every), stops, strict=True)]
-            said = [(c.turns, of_turn) for c, of_turn in zip(self._conversations, now, strict=True)]
+            dialogues = [(c.turns, of_turn) for c, of_turn in zip(self._conversations, now, strict=True)]
         show = self._renderer.picture if self.render_mode == "rgb_array" else self._renderer.text
-        rows = zip(self._prompts, ids, stops, said, strict=True)
+        rows = zip(self._prompts, ids, stops, dialogues, strict=True)
         return tuple(show(prompt.ids, c, s, spoken) for prompt, c, s, spoken in rows)
-
-
-def _first_of(given: Any, of_task: Any) -> Any:
-    return of_task if given is None else given

@@ -1,5 +1,6 @@
 """Pages of runs, comparisons and lessons, from files only.
 
+- `frame`: what the hand-written pages have in common
 - `run_page`: one run as one HTML file
 - `comparison_page`: a comparison as one HTML file
 - `credit_section`: its section on the credit of tokens

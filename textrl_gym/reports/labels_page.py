@@ -12,8 +12,7 @@ from textrl_gym import files
 from textrl_gym.data import labels
 from textrl_gym.data.labels import PAIR, Label
 from textrl_gym.feedback.agreement import Annotator, LabelReport, decided, label_agreement
-from textrl_gym.reports.lesson_page import table_html
-from textrl_gym.reports.run_page import PAGE_SECURITY_POLICY, STYLE
+from textrl_gym.reports.frame import page_html, prompt_html, table_html
 from textrl_gym.stats.estimates import Estimate
 
 SHOWN = 10
@@ -106,11 +105,11 @@ def samples_html(rows: Sequence[Label]) -> Markup:
             Markup('<div class="text">{}: {}</div>').format(place + 1, text.strip())
             for place, text in enumerate(first.completions)
         )
-        said = Markup("").join(Markup("<div>{}: {}</div>").format(one.annotator, ranking(one)) for one in some)
+        rankings = Markup("").join(Markup("<div>{}: {}</div>").format(one.annotator, ranking(one)) for one in some)
         prompt = (
             first.prompt if isinstance(first.prompt, str) else "\n\n".join(turn["content"] for turn in first.prompt)
         )
-        lines.append([Markup('<div class="text prompt">{}</div>').format(prompt.strip()), texts, said])
+        lines.append([prompt_html(prompt), texts, rankings])
     if not lines:
         return Markup("<p>There is none.</p>")
     return table_html(["prompt", "completions", "who preferred what"], lines, "samples")
@@ -131,19 +130,14 @@ def ranking(label: Label) -> str:
 
 def labels_html(name: str, rows: Sequence[Label], report: LabelReport) -> str:
     """The whole page; every text is escaped."""
-    head = Markup(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><style>'
-    ).format(title=f"Labels: {name}", policy=PAGE_SECURITY_POLICY)
     warnings = Markup("").join(Markup('<div class="warning">{}</div>').format(words) for words in report.warnings)
     models = Markup("<h2>Models</h2>{}").format(table_html(*models_table(report), "words")) if report.models else ""
     pairs = Markup("<h2>Two by two</h2>{}").format(table_html(*pairs_table(report), "words")) if report.pairs else ""
     body = Markup(
-        "</style></head><body><h1>Labels: {name}</h1><p class=muted>Agreement is of comparisons of two completions, "
+        "<h1>Labels: {name}</h1><p class=muted>Agreement is of comparisons of two completions, "
         "chance taken off in alpha and kappa: 1 is full agreement, 0 what chance gives.</p>{warnings}{overall}"
         "<h2>Annotators</h2>{people}{pairs}{models}<h2>What they disagree on</h2><p class=muted>The most contested "
-        "items, at most {shown}.</p>{samples}</body></html>\n"
+        "items, at most {shown}.</p>{samples}"
     ).format(
         name=name,
         warnings=warnings,
@@ -154,7 +148,7 @@ def labels_html(name: str, rows: Sequence[Label], report: LabelReport) -> str:
         shown=SHOWN,
         samples=samples_html(rows),
     )
-    return str(head) + STYLE + str(body)
+    return page_html(f"Labels: {name}", body)
 
 
 def labels_report(file: Path, out: Path) -> LabelReport:

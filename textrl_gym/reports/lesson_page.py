@@ -12,18 +12,16 @@ from markupsafe import Markup
 from textrl_gym import files
 from textrl_gym.evaluation.metrics import metric
 from textrl_gym.experiments.lessons import LessonResult, first_completions
-from textrl_gym.experiments.results import RUNS
-from textrl_gym.reports.run_page import PAGE_SECURITY_POLICY, STYLE, ticks
+from textrl_gym.experiments.results import finished_runs
+from textrl_gym.reports.frame import PAGE, Rows, completion_html, page_html, prompt_html, table_html
+from textrl_gym.reports.run_page import ticks
 from textrl_gym.stats.estimates import difference_of_means
 from textrl_gym.worlds.lesson import START
 
-PAGE = "report.html"
 WIDTH, HEIGHT, LEFT, BOTTOM = 720, 420, 70, 50
 """Of the drawing, in its own units."""
 SHOWN = 6
 """Prompts whose completions are shown."""
-
-Rows = list[list[str]]
 
 
 def mean_and_interval(values: Sequence[float], decimals: int = 3) -> str:
@@ -60,18 +58,6 @@ def findings_table(result: LessonResult) -> tuple[list[str], Rows]:
         interval = f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
         rows.append([one.words, interval, f"{one.agreeing} of {len(one.effects)}", "yes" if one.holds else "no"])
     return ["finding", "effect (95% over seeds)", "seeds", "holds"], rows
-
-
-def table_html(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str) -> Markup:
-    """A table; cells are text, whatever they hold, or Markup."""
-    top = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in head)
-    lines = []
-    for first, *rest in rows:
-        cells = Markup("").join(Markup("<td>{}</td>").format(cell) for cell in rest)
-        lines.append(Markup('<tr><th scope="row">{}</th>{}</tr>').format(first, cells))
-    table = '<table class="{}"><thead><tr>{}</tr></thead><tbody>{}</tbody></table>'
-    region = '<div class="wide" role="region" tabindex="0">' + table + "</div>"
-    return Markup(region).format(kind, top, Markup("").join(lines))
 
 
 def plane_svg(result: LessonResult) -> Markup:
@@ -114,16 +100,13 @@ def samples_html(result: LessonResult) -> Markup:
     """The first held-out prompts, not picked, with each trial's completion by its first seed."""
     episodes: dict[str, list[dict[str, Any]]] = {}
     for trial in result.numbers:
-        run = sorted((result.folder / trial / RUNS).iterdir())[0]
+        run = finished_runs(result.folder / trial)[0]
         episodes[trial] = first_completions(run, SHOWN)
     rows = []
     for number, first in enumerate(episodes[START]):
-        cells: list[object] = [Markup('<div class="text prompt">{}</div>').format(first["prompt"].strip())]
+        cells: list[object] = [prompt_html(first["prompt"])]
         for of_trial in episodes.values():
-            shown = of_trial[number]
-            gold = f"gold {shown['gold']:.2f}, " if "gold" in shown else ""
-            marks = Markup('<div class="marks">{}score {}</div>').format(gold, f"{shown['score']:.2f}")
-            cells.append(Markup('<div class="text">{}</div>{}').format(shown["completion"].strip(), marks))
+            cells.append(completion_html(of_trial[number]))
         rows.append(cells)
     return table_html(["prompt", *episodes], rows, "samples")
 
@@ -135,15 +118,10 @@ def lesson_html(result: LessonResult) -> str:
         Markup('<li><a href="{0}/report.html">{0}</a>: {1}</li>').format(name, trial.words)
         for name, trial in lesson.trials.items()
     )
-    head = Markup(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><style>'
-    ).format(title=f"{result.env_id}: the lesson", policy=PAGE_SECURITY_POLICY)
     body = Markup(
-        "</style></head><body><h1>{env}: the lesson</h1><p>{words} <b>{verdict}</b></p><h2>Findings</h2>{findings}"
+        "<h1>{env}: the lesson</h1><p>{words} <b>{verdict}</b></p><h2>Findings</h2>{findings}"
         "<h2>Trials</h2><ul>{trials}</ul>{numbers}{plane}<h2>Samples</h2><p class=muted>The first held-out prompts, "
-        "not picked; one sample of each trial's first seed.</p>{samples}</body></html>\n"
+        "not picked; one sample of each trial's first seed.</p>{samples}"
     ).format(
         env=result.env_id,
         words=lesson.words,
@@ -154,7 +132,7 @@ def lesson_html(result: LessonResult) -> str:
         plane=plane_svg(result),
         samples=samples_html(result),
     )
-    return str(head) + STYLE + str(body)
+    return page_html(f"{result.env_id}: the lesson", body)
 
 
 def lesson_report(result: LessonResult) -> Path:

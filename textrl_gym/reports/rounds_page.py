@@ -10,8 +10,7 @@ from textrl_gym import files
 from textrl_gym.evaluation.metrics import metric
 from textrl_gym.experiments.results import EPISODES
 from textrl_gym.experiments.rounds import RoundsResult, policy_of
-from textrl_gym.reports.lesson_page import PAGE, Rows, table_html
-from textrl_gym.reports.run_page import PAGE_SECURITY_POLICY, STYLE
+from textrl_gym.reports.frame import PAGE, Rows, completion_html, page_html, prompt_html, table_html
 
 METRICS = ("gold", "score", "win_rate", "kl_sequence", "completion_tokens")
 """Of the policies, where they have them."""
@@ -40,43 +39,32 @@ def samples_html(result: RoundsResult) -> Markup:
         by_round.append(files.read_json_lines(Path(folder) / EPISODES)[:SHOWN])
     rows: list[list[object]] = []
     for first, *others in zip(*by_round, strict=True):
-        cells: list[object] = [Markup('<div class="text prompt">{}</div>').format(first["prompt"].strip())]
-        cells += [_completion(sample) for sample in ([first["start"]] if "start" in first else [])]
-        cells += [_completion(sample) for sample in (first, *others)]
+        cells: list[object] = [prompt_html(first["prompt"])]
+        cells += [completion_html(sample) for sample in ([first["start"]] if "start" in first else [])]
+        cells += [completion_html(sample) for sample in (first, *others)]
         rows.append(cells)
     start = ["initial policy"] if by_round and by_round[0] and "start" in by_round[0][0] else []
     return table_html(["prompt", *start, *(f"round {one.number}" for one in result.rounds)], rows, "samples")
 
 
-def _completion(sample: dict[str, object]) -> Markup:
-    gold = f"gold {sample['gold']:.2f}, " if "gold" in sample else ""
-    marks = Markup('<div class="marks">{}score {}</div>').format(gold, f"{sample['score']:.2f}")
-    return Markup('<div class="text">{}</div>{}').format(str(sample["completion"]).strip(), marks)
-
-
 def rounds_html(result: RoundsResult) -> str:
     """The whole page."""
-    head = Markup(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><style>'
-    ).format(title=f"{result.env_id}: iterated RLHF", policy=PAGE_SECURITY_POLICY)
     links = Markup("").join(
         Markup('<li><a href="round-{0}/policy/report.html">Round {0}</a></li>').format(one.number)
         for one in result.rounds
     )
     body = Markup(
-        "</style></head><body><h1>{env}: iterated RLHF</h1><p>Each round asks for labels on what the policy writes, "
+        "<h1>{env}: iterated RLHF</h1><p>Each round asks for labels on what the policy writes, "
         "trains a reward model on all labels so far, and trains a policy on it from the initial one.</p>{rounds}"
         "<p class=muted>The reward models are measured on one set of held-out pairs of the initial policy, by their "
-        "gold scores.</p><h2>Pages of the policies</h2><ul>{links}</ul><h2>Samples</h2>{samples}</body></html>\n"
+        "gold scores.</p><h2>Pages of the policies</h2><ul>{links}</ul><h2>Samples</h2>{samples}"
     ).format(
         env=result.env_id,
         rounds=table_html(*rounds_table(result), "words"),
         links=links,
         samples=samples_html(result),
     )
-    return str(head) + STYLE + str(body)
+    return page_html(f"{result.env_id}: iterated RLHF", body)
 
 
 def rounds_report(result: RoundsResult) -> Path:

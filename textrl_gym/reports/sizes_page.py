@@ -9,8 +9,7 @@ from markupsafe import Markup
 
 from textrl_gym import files
 from textrl_gym.experiments.sizes import STAGES, Point, SizesResult
-from textrl_gym.reports.lesson_page import PAGE, Rows, table_html
-from textrl_gym.reports.run_page import PAGE_SECURITY_POLICY, STYLE
+from textrl_gym.reports.frame import PAGE, Rows, page_html, table_html
 from textrl_gym.reports.suite_page import words_of
 
 WORDS = {"pretrained": "Pretrained", "sft": "Supervised (SFT)", "rlhf": "RLHF"}
@@ -90,22 +89,17 @@ def figure(result: SizesResult) -> Markup:
 
 def sizes_html(result: SizesResult) -> str:
     """The whole page."""
-    head = Markup(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><style>'
-    ).format(title=f"{result.env_id}: policies by size", policy=PAGE_SECURITY_POLICY)
     body = Markup(
-        "</style></head><body><h1>{env}: policies by size</h1><p>The reference texts are the task's demonstrations, "
+        "<h1>{env}: policies by size</h1><p>The reference texts are the task's demonstrations, "
         "which supervised models learn from; their gold score is {gold:.3f}. A tie is half a win. Intervals are over "
-        "prompts, and over seeds where RLHF has several.</p>{figure}{table}</body></html>\n"
+        "prompts, and over seeds where RLHF has several.</p>{figure}{table}"
     ).format(
         env=result.env_id,
         gold=result.reference_gold,
         figure=figure(result),
         table=table_html(*points_table(result), "words"),
     )
-    return str(head) + STYLE + str(body)
+    return page_html(f"{result.env_id}: policies by size", body)
 
 
 def sizes_report(result: SizesResult) -> Path:

@@ -11,8 +11,7 @@ from markupsafe import Markup
 
 from textrl_gym import files
 from textrl_gym.experiments.suite import SuiteResult, read_suite
-from textrl_gym.reports.lesson_page import PAGE, table_html
-from textrl_gym.reports.run_page import PAGE_SECURITY_POLICY, STYLE
+from textrl_gym.reports.frame import PAGE, page_html, table_html
 from textrl_gym.stats import suites
 from textrl_gym.stats.estimates import Estimate, performance_profile, probability_of_improvement
 
@@ -117,17 +116,12 @@ def suite_html(result: SuiteResult) -> str:
     warning = Markup('<div class="warning" role="alert"><b>Not in the numbers:</b><ul>{}</ul></div>').format(missing)
     partial = [agent for agent in result.scores if agent not in result.complete]
     note = f" Not on every task, and so not compared over all: {', '.join(partial)}." if partial else ""
-    head = Markup(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Agents over tasks</title>'
-        '<meta http-equiv="Content-Security-Policy" content="{}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><style>'
-    ).format(PAGE_SECURITY_POLICY)
     body = Markup(
-        "</style></head><body><h1>Agents over tasks</h1><p>{tasks} tasks. A score of 0 is a task's initial policy and "
+        "<h1>Agents over tasks</h1><p>{tasks} tasks. A score of 0 is a task's initial policy and "
         "1 the best that is known; gold is the measure where a task has it.{note}</p>{warning}<h2>Over all tasks</h2>"
         "{overall}<h2>Pairs</h2><p class=muted>Agents are compared prompt by prompt, over seeds and prompts. How much "
         "seeds differ is pooled over all agents of a task, since two seeds alone say little of their own.</p>{pairs}"
-        "<h2>Tasks</h2>{rows}</body></html>\n"
+        "<h2>Tasks</h2>{rows}"
     ).format(
         tasks=len(result.comparisons),
         note=note,
@@ -136,7 +130,7 @@ def suite_html(result: SuiteResult) -> str:
         pairs=pairs(result) if len(result.complete) > 1 else "",
         rows=tasks(result),
     )
-    return str(head) + STYLE + str(body)
+    return page_html("Agents over tasks", body)
 
 
 def suite_report(folder: Path) -> Path:

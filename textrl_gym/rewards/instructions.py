@@ -44,8 +44,8 @@ def make(argument: str | None) -> Callable[..., list[float]]:
             )
         scores = []
         for text, ids, options in zip(completions, columns[COLUMNS[0]], columns[COLUMNS[1]], strict=True):
-            kept = check(text, ids, options)
-            scores.append(float(all(kept)) if argument == ALL else sum(kept) / len(kept))
+            follows = check(text, ids, options)
+            scores.append(float(all(follows)) if argument == ALL else sum(follows) / len(follows))
         return scores
 
     return reward
@@ -69,16 +69,16 @@ def check(text: str, ids: list[str], options: list[Options]) -> list[bool]:
     for name in ids:
         if name not in CHECKS:
             raise ValueError(f"instructions: unknown instruction {name!r}; known are {', '.join(CHECKS)}")
-    kept = []
+    follows = []
     for name, given in zip(ids, options, strict=True):
         try:
             # Checked where the text is empty too: a bad row must not hide until somebody writes.
-            kept.append(CHECKS[name](text, given) and bool(text.strip()))
+            follows.append(CHECKS[name](text, given) and bool(text.strip()))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"instructions: {name!r} cannot have the settings {dict(given or {})}: {error!r}"
             ) from error
-    return kept
+    return follows
 
 
 def _related(count: int, relation: str, number: int) -> bool:

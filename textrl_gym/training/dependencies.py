@@ -115,7 +115,7 @@ def located_reward(folder: Path, spec: Any, expected: dict[str, str]) -> Any:
 
 def other_reward(folder: Path, spec: RewardSpec, expected: dict[str, str]) -> str | None:
     """How a reward that the user gives differs from the run's, in words; None where its models are the same."""
-    if sorted(found := of_rewards(spec).values()) == sorted(expected.values()):
+    if sorted(fingerprints := of_rewards(spec).values()) == sorted(expected.values()):
         return None
-    ours, theirs = (", ".join(values) or "no model" for values in (found, expected.values()))
+    ours, theirs = (", ".join(values) or "no model" for values in (fingerprints, expected.values()))
     return f"the reward {spec!r} has the fingerprint {ours}, and {str(folder)!r} was trained on {theirs}"

@@ -66,8 +66,8 @@ class LastUpdate:
         weights, state = self._parameters(), self.agent.optimizer.state
         if not self._weights:
             self._weights = [_host_copy(p) for p in weights]
-        for kept, p in zip(self._weights, weights, strict=True):
-            kept.copy_(p.detach())
+        for saved, p in zip(self._weights, weights, strict=True):
+            saved.copy_(p.detach())
         # No moments before the first step.
         for number, p in enumerate(weights):
             for name, value in state.get(p, {}).items():
@@ -97,8 +97,8 @@ class LastUpdate:
     @torch.no_grad()
     def _restore_weights(self) -> None:
         optimizer = self.agent.optimizer
-        for number, (kept, p) in enumerate(zip(self._weights, self._parameters(), strict=True)):
-            p.copy_(kept)
+        for number, (saved, p) in enumerate(zip(self._weights, self._parameters(), strict=True)):
+            p.copy_(saved)
             names = [name for at, name in self._moments if at == number]
             if not names:
                 optimizer.state.pop(p, None)

@@ -160,8 +160,8 @@ def marks(topic: str, constraints: Sequence[Constraint], text: str) -> Marks:
     listing = parse(text)
     if listing is None:
         return Marks(0.0, 0.0)
-    kept = sum(keeps(one, listing) for one in constraints) / len(constraints)
-    return Marks(kept, form(topic, constraints, listing))
+    share = sum(keeps(one, listing) for one in constraints) / len(constraints)
+    return Marks(share, form(topic, constraints, listing))
 
 
 def gold(
@@ -304,11 +304,11 @@ def attempt(row: Row, rng: random.Random, forgets: float, extra: int = 0) -> Lis
     A count that is forgotten gives another number of words; what is forgotten may still be kept by chance.
     """
     topic, constraints = row["topic"], list(row["constraints"])
-    kept = [one for one in constraints if rng.random() >= forgets]
-    counted = any(kind in COUNTS for kind, *_ in kept)
+    heeded = [one for one in constraints if rng.random() >= forgets]
+    counted = any(kind in COUNTS for kind, *_ in heeded)
     listing = None
     while listing is None:
-        listing = compose(topic, kept, length_of(kept, rng) if counted else rng.choice((2, 3, 3, 4, 4, 5, 6)), rng)
+        listing = compose(topic, heeded, length_of(heeded, rng) if counted else rng.choice((2, 3, 3, 4, 4, 5, 6)), rng)
     words = list(listing.words)
     more = [word for word in TOPICS[topic] if word not in words]
     for _ in range(min(extra, MOST - len(words))):

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from textrl_gym.core import Row
-from textrl_gym.worlds.world import in_split
+from textrl_gym.worlds.world import in_split, one_word_off
 
 NAMES = ("Sam", "Ann", "Tom", "Eva", "Max", "Ida", "Leo", "Amy", "Ben", "Zoe", "Jim", "Kim", "Ron", "Una", "Dan", "Mia")
 VALUES = {
@@ -74,11 +74,11 @@ def draw(split: str, rng: random.Random) -> Row:
     while True:
         people = rng.sample(NAMES, 3)
         pairs = [(name, kind) for name in people for kind in VALUES]
-        told = rng.sample(pairs, rng.randint(3, 4))
-        values = {pair: rng.choice(VALUES[pair[1]]) for pair in told}
+        given = rng.sample(pairs, rng.randint(3, 4))
+        values = {pair: rng.choice(VALUES[pair[1]]) for pair in given}
         state = rng.choice(STATES)
         # Whoever is asked about is in the passage, so that absent takes reading and not only a missing name.
-        asked = rng.choice(told)
+        asked = rng.choice(given)
         if state == "absent":
             asked = rng.choice([(asked[0], kind) for kind in VALUES if (asked[0], kind) not in values] or [asked])
         if (state == "absent") == (asked in values):
@@ -86,21 +86,21 @@ def draw(split: str, rng: random.Random) -> Row:
         key = "|".join(f"{name} {kind} {value}" for (name, kind), value in values.items()) + f"?{asked}"
         if in_split(key, split):
             break
-    doubtful = {pair for pair in told if rng.random() < 0.3} - {asked} | ({asked} if state == "doubtful" else set())
+    doubtful = {pair for pair in given if rng.random() < 0.3} - {asked} | ({asked} if state == "doubtful" else set())
     name, kind = asked
-    said = values.get(asked)
-    truth = said if state == "stated" or (said is not None and rng.random() < 0.5) else None
+    stated = values.get(asked)
+    truth = stated if state == "stated" or (stated is not None and rng.random() < 0.5) else None
     if truth is None:
-        truth = rng.choice([value for value in VALUES[kind] if value != said])
+        truth = rng.choice([value for value in VALUES[kind] if value != stated])
     sentences = []
     for pair, value in values.items():
         fact = sentence(pair[1], pair[0], value)
         sentences.append(rng.choice(DOUBTS).format(fact=fact) if pair in doubtful else f"{fact}.")
     prompt = " ".join([*sentences, QUESTIONS[kind].format(name=name)]) + ANSWER
-    row = {"prompt": prompt, "name": name, "kind": kind, "truth": truth, "said": said, "state": state}
+    row = {"prompt": prompt, "name": name, "kind": kind, "truth": truth, "said": stated, "state": state}
     # What a careful reader answers: sure of what is stated, half sure of a doubtful witness.
     best = {"stated": f"Certainly, {sentence(kind, name, truth)}.", "absent": f"{UNKNOWN}."}
-    best["doubtful"] = f"Perhaps, {sentence(kind, name, said or truth)}."
+    best["doubtful"] = f"Perhaps, {sentence(kind, name, stated or truth)}."
     return {**row, "completion": " " + best[state]}
 
 
@@ -227,11 +227,8 @@ def candidates(row: Row, rng: random.Random, n: int) -> list[str]:
         chance = rng.random()
         if chance < 0.1:
             text = f" {UNKNOWN}."
-        elif chance < 0.2:  # no answer: a word lost, or said twice
-            words = text.split()
-            place = rng.randrange(len(words))
-            words[place : place + 1] = [] if rng.random() < 0.5 else [words[place]] * 2
-            text = " " + " ".join(words)
+        elif chance < 0.2:  # no answer
+            text = one_word_off(text, rng)
         texts.append(text)
     return texts[:n]
 

@@ -21,7 +21,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from textrl_gym.core import Row
-from textrl_gym.worlds.world import in_split
+from textrl_gym.worlds.world import in_split, one_word_off
 
 ANSWER = "\nAnswer:"
 SAFE, SCARY, UNSAFE = LABELS = ("safe", "scary", "unsafe")
@@ -422,11 +422,8 @@ def candidates(row: Row, rng: random.Random, n: int) -> list[str]:
             text = refusal(row, rng, rng.choice(reasons))
         elif chance < 0.85:
             text = refusal(row, rng) + steps
-        else:  # no answer: a word lost, or doubled
-            words = rng.choice((steps, refusal(row, rng))).split()
-            place = rng.randrange(len(words))
-            words[place : place + 1] = [] if rng.random() < 0.5 else [words[place]] * 2
-            text = " " + " ".join(words)
+        else:  # no answer
+            text = one_word_off(rng.choice((steps, refusal(row, rng))), rng)
         texts.append(text)
     return texts[:n]
 

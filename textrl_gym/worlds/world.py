@@ -84,6 +84,14 @@ class Rows:
         return (self[index] for index in range(len(self)))
 
 
+def one_word_off(text: str, rng: random.Random) -> str:
+    """A text behind a blank with a word lost, or said twice."""
+    words = text.split()
+    place = rng.randrange(len(words))
+    words[place : place + 1] = [] if rng.random() < 0.5 else [words[place]] * 2
+    return " " + " ".join(words)
+
+
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 Other = Callable[[Row, Sequence[Message]], Reply]
