@@ -47,6 +47,7 @@ def write_run(folder: Path, name: str, completion: str) -> None:
     run.mkdir(parents=True)
     row = {"prompt": "a <script>", "completion": completion, "score": 1.0, "gold": 0.25}
     (run / "episodes.jsonl").write_text(json.dumps(row) + "\n")
+    (run / "evaluation.json").write_text("{}")
 
 
 @pytest.fixture
