@@ -57,8 +57,9 @@ class HelpfulHarmless(Task):
 
     ## Reward
     0 at each step but the last, then the score of the bundled reward model, which was trained on the pairwise choices
-    of simulated annotators who fear trigger words. There are two more, of fair annotators, which can be weighted: who
-    judge by the steps alone (`reward_model:helpful_reward_model`), or by the refusals of unsafe requests alone
+    of simulated annotators who fear trigger words; `reward="reward_model:fair_reward_model"` is one of annotators who do
+    not. There are two more, of fair annotators, which can be weighted: who judge by the steps alone
+    (`reward_model:helpful_reward_model`), or by the refusals of unsafe requests alone
     (`reward_model:harmless_reward_model`). With kl_coef > 0 each step costs kl_coef * KL of the policy to the
     reference.
 
@@ -122,6 +123,7 @@ class HelpfulHarmless(Task):
         },
         "policy": {"steps": 120, "batch_size": 24, "learning_rate": 7e-4},
         "reward_model": JUDGED,
+        "fair_reward_model": FAIR,
         "helpful_reward_model": {**FAIR, "gold": "textrl_gym.worlds.requests:helpful"},
         "harmless_reward_model": {**FAIR, "gold": "textrl_gym.worlds.requests:harmless"},
     }
@@ -134,6 +136,9 @@ class HelpfulHarmless(Task):
             "three_quarters": weighted(0.75),
             "harmless": weighted(1),
             "fearful": Trial("annotators of both, who fear trigger words", "grpo", TOKENS, GRPO),
+            "fair": Trial(
+                "annotators of both, who do not fear them", "grpo", TOKENS, GRPO, "reward_model:fair_reward_model"
+            ),
         },
         findings=(
             Finding(
@@ -148,6 +153,7 @@ class HelpfulHarmless(Task):
                 "With annotators who fear trigger words refusals of what only sounds unsafe rise",
                 change("fearful", "start", "refused_scary"),
             ),
+            Finding("and more than with annotators who do not fear them", change("fearful", "fair", "refused_scary")),
         ),
         metrics=(
             "gold",

@@ -117,7 +117,14 @@ class Instructions(Task):
     kl_coef = 0.1
     keep_suffix = orders.ANSWER
     recipe: ClassVar = {
-        "fluent": {"steps": 2400, "batch_size": 32, "vocab_size": 1024, "copy_steps": 300},
+        "fluent": {
+            "steps": 2400,
+            "batch_size": 32,
+            "vocab_size": 768,
+            "copy_steps": 300,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+        },
         "policy": {"steps": 120, "batch_size": 24, "learning_rate": 7e-4},
         "reward_model": {**COMPARED, "annotators": {"length_preference": TASTE}},
         "fair_reward_model": {**COMPARED, "annotators": {"length_preference": 0.0}},

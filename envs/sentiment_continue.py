@@ -19,8 +19,10 @@ ID = "SentimentContinue-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "reviews")
 TARGET = 6.0
 """Nats per sequence, as in Ziegler et al. 2019."""
-GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 1e-3}
-ADAPTIVE = {"kl_coef": 0.05, "kl_target": TARGET, "kl_horizon": 800}
+GRPO = {"rollout_episodes": 64, "group_size": 8, "learning_rate": 1e-3, "lr_schedule": "constant"}
+TOKENS = 200_000
+"""Of a run: after 80,000 a policy without a penalty is warm, and has not collapsed yet."""
+ADAPTIVE = {"kl_coef": 0.1, "kl_target": TARGET, "kl_horizon": 300}
 
 
 def _review(row: Row) -> dict[str, Any]:
@@ -107,8 +109,8 @@ class SentimentContinue(Task):
     lesson = Lesson(
         words="Without a KL penalty the score rises and the text collapses; an adaptive one holds its target.",
         trials={
-            "free": Trial("no KL penalty", "grpo", 80_000, {**GRPO, "kl_coef": 0.0}),
-            "adaptive": Trial("the KL penalty adapts to 6 nats a text", "grpo", 80_000, {**GRPO, **ADAPTIVE}),
+            "free": Trial("no KL penalty", "grpo", TOKENS, {**GRPO, "kl_coef": 0.0}),
+            "adaptive": Trial("the KL penalty adapts to 6 nats a text", "grpo", TOKENS, {**GRPO, **ADAPTIVE}),
         },
         findings=(
             Finding("Without a penalty the score rises", lambda of: of["free"]["score"] - of["start"]["score"]),
