@@ -19,7 +19,7 @@ ID = "SentimentContinue-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "reviews")
 TARGET = 6.0
 """Nats per sequence, as in Ziegler et al. 2019."""
-GRPO = {"rollout_episodes": 64, "group_size": 8, "learning_rate": 1e-3, "lr_schedule": "constant"}
+GRPO = {"rollout_episodes": 64, "group_size": 8, "learning_rate": 1e-3}
 TOKENS = 200_000
 """Of a run: after 80,000 a policy without a penalty is warm, and has not collapsed yet."""
 ADAPTIVE = {"kl_coef": 0.1, "kl_target": TARGET, "kl_horizon": 300}
@@ -121,8 +121,8 @@ class SentimentContinue(Task):
             Finding("and gold falls", lambda of: of["start"]["gold"] - of["free"]["gold"]),
             Finding("With the adaptive penalty gold rises", lambda of: of["adaptive"]["gold"] - of["start"]["gold"]),
             Finding(
-                "distinct bigrams stay above 0.8 of the start's",
-                lambda of: of["adaptive"]["distinct_2"] - 0.8 * of["start"]["distinct_2"],
+                "distinct bigrams stay above half of the start's",
+                lambda of: of["adaptive"]["distinct_2"] - 0.5 * of["start"]["distinct_2"],
             ),
             Finding(
                 "and the KL is within 20% of its target",
