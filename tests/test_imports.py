@@ -22,6 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"bounds", "console", "core", "functional", "kl", "files", "stats"}),
     frozenset({"registry", "data", "models", "persistence", "worlds"}),
     frozenset({"policy"}),
+    frozenset({"llm"}),
     frozenset({"rewards"}),
     frozenset({"judges", "mdp"}),
     frozenset({"rollouts", "envs"}),

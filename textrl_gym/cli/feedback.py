@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from textrl_gym import files
 from textrl_gym.cli.options import Part, env_flags, environment, flag, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.terminal import make_table, print_tables
+from textrl_gym.llm.asking import EndpointConfig, is_language_model
 from textrl_gym.registry import find_env, unknown
 from textrl_gym.web.server import LOOPBACK
 
@@ -49,20 +50,24 @@ def annotate_command(args: Sequence[str]) -> int:
 class Labellers:
     """Who answers."""
 
-    by: Literal["simulated", "page", "endpoint"] = "simulated"
+    by: str = "simulated"
     """simulated: annotators by the task's gold score, noise and bias and all; page: people, on a page that this command
-    serves; endpoint: a language model, by --endpoint.model and so on (RLAIF)."""
+    serves; endpoint: a language model, by --endpoint.model and so on; local:FOLDER: a language model of this machine,
+    local alone the task's own (both RLAIF)."""
     host: str = LOOPBACK
     """Where the page is served; beyond this machine its address has a secret token."""
     port: int = 0
     """Of the page; 0: a free one."""
+
+    def __post_init__(self) -> None:
+        if self.by not in ("simulated", "page") and not is_language_model(self.by):
+            raise ValueError(f"by must be simulated, page, endpoint, local or local:FOLDER, got {self.by!r}")
 
 
 def rlhf_command(args: Sequence[str]) -> int:
     """Iterated RLHF: labels on what the policy writes, a reward model, a new policy; several rounds, resumable."""
     from textrl_gym.experiments import rounds
     from textrl_gym.judges.annotators import Annotators
-    from textrl_gym.judges.llm_judge import EndpointConfig
     from textrl_gym.pipeline.reward_data import RewardModelConfig
 
     about = "its folder; the same one goes on. None: runs/rlhf-ENV"
@@ -105,11 +110,13 @@ def _annotate(parsed: SimpleNamespace, out: Path) -> Annotate:
         return lambda items, file, _: serve_until_answered(items, file, config, labellers.host, labellers.port)
     from textrl_gym.feedback.answers import LabelFile
 
-    if labellers.by == "endpoint":
+    if is_language_model(labellers.by):
         from textrl_gym.feedback.judged import answer_by_judge
-        from textrl_gym.judges.llm_judge import CACHE, Endpoint
+        from textrl_gym.judges.llm_judge import load_language_judge
+        from textrl_gym.mdp.task import load_env_task
 
-        judge = Endpoint(dataclasses.replace(endpoint, cache=endpoint.cache or out / CACHE))
+        task, device = load_env_task(find_env(parsed.environment)), parsed.settings.device
+        judge = load_language_judge(labellers.by, endpoint, out, task=task, device=device)
 
         def ask(items: Sequence[Item], path: Path, appeals: dict[str, list[float]]) -> None:
             with LabelFile(path) as file:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from textrl_gym.evaluation.evaluator import Evaluator
     from textrl_gym.experiments.win_rates import Reader, Tally
     from textrl_gym.judges.judge import Judge
-    from textrl_gym.judges.llm_judge import EndpointConfig
+    from textrl_gym.llm.asking import EndpointConfig
     from textrl_gym.mdp.task import Task
     from textrl_gym.mdp.text_env import TextVectorEnv
     from textrl_gym.training.agent import Agent
@@ -36,8 +36,8 @@ class JudgeFlags:
     """Who judges, and against whom."""
 
     judge: str | None = None
-    """gold (the task's own), a reward (its name, module:function, a folder with a reward model), or endpoint, which is
-    a language model; None: gold."""
+    """gold (the task's own), a reward (its name, module:function, a folder with a reward model), or a language model:
+    endpoint, or local:FOLDER without a server (a folder or Hub id; local alone: the task's own); None: gold."""
     against: str | None = None
     """start (the initial policy), human (the reference texts), or another agent: for `evaluate` the
     folder that it was saved to, for `judge` its name in the comparison. None: start."""
@@ -57,17 +57,18 @@ class JudgeFlags:
         device: str | torch.device = "cpu",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Judge:
-        """The judge that the flags name; endpoint: an EndpointConfig, for the judge of that name."""
-        from textrl_gym.judges.judge import ENDPOINT, GOLD, Noisy, load_judge
-        from textrl_gym.judges.llm_judge import CACHE, Endpoint, EndpointConfig
+        """The judge that the flags name; endpoint: how a language model is asked."""
+        from textrl_gym.judges.judge import GOLD, Noisy, load_judge
+        from textrl_gym.judges.llm_judge import load_language_judge
+        from textrl_gym.llm.asking import ENDPOINT, EndpointConfig, is_language_model
 
         # Said before a judge is asked for an hour: the intervals come last.
         if importlib.util.find_spec("scipy") is None:
             raise ImportError("win rates with intervals need the package scipy: pip install textrl-gym[judge]")
-        if self.judge != ENDPOINT and endpoint != EndpointConfig():
+        if not is_language_model(self.judge) and endpoint != EndpointConfig():
             raise ValueError(f"--endpoint. settings are of --judge {ENDPOINT}, and the judge is {self.judge or GOLD}")
-        if self.judge == ENDPOINT:
-            judge: Judge = Endpoint(dataclasses.replace(endpoint, cache=endpoint.cache or folder / CACHE))
+        if self.judge is not None and is_language_model(self.judge):
+            judge: Judge = load_language_judge(self.judge, endpoint, folder, task=task, device=device)
         else:
             judge = load_judge(self.judge or GOLD, task=task, device=device, tokenizer=tokenizer)
         return Noisy(judge, self.judge_noise, self.judge_seed) if self.judge_noise else judge
@@ -96,7 +97,7 @@ class EvaluateFlags:
 
 def judge_parts() -> list[Part]:
     """The flags of a judge, and under --endpoint. those of a language model."""
-    from textrl_gym.judges.llm_judge import EndpointConfig
+    from textrl_gym.llm.asking import EndpointConfig
 
     return [("judging", flat(JudgeFlags)), ("endpoint", EndpointConfig, EndpointConfig())]
 

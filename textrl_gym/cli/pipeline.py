@@ -72,12 +72,14 @@ def _measure_reward(args: Sequence[str]) -> int:
 
 def preferences_command(args: Sequence[str]) -> int:
     """Sample pairs of completions, label them, and write them as jsonl."""
+    from textrl_gym.llm.asking import EndpointConfig
     from textrl_gym.pipeline import sample_preferences
 
     about, config = preferences_command.__doc__, sample_preferences.PreferenceConfig
-    parsed = _parse("preferences", about, config, (Output,), args)
+    asking: Part = ("endpoint", EndpointConfig, EndpointConfig())
+    parsed = _parse("preferences", about, config, (Output,), args, asking)
     record = sample_preferences.make_preferences(
-        find_env(parsed.environment), parsed.settings, parsed.output.out, parsed.env
+        find_env(parsed.environment), parsed.settings, parsed.output.out, parsed.env, parsed.endpoint
     )
     _finish("preferences", parsed, record)
     return 0
@@ -116,13 +118,17 @@ def _train(
 
 
 def _parse(
-    command: str, about: str | None, config: type[Any], own: Sequence[type[Any]], args: Sequence[str]
+    command: str, about: str | None, config: type[Any], own: Sequence[type[Any]], args: Sequence[str], *more: Part
 ) -> SimpleNamespace:
-    """ENV, the flags of the command's own dataclasses, and those of the config and the environment."""
+    """ENV, the flags of the command's own dataclasses, and those of the config and the environment.
+
+    Args:
+        more: arguments that no table of a TOML file holds.
+    """
     names = {Output: "output", SaveOptions: "save"}
     parts: list[Part] = [environment(), *((names[cls], flat(cls)) for cls in own), ("settings", flat(config))]
     tables = {part[0]: _table(command) for part in parts[1:]} | {"env": "env"}
-    return parse_command(command, about, [*parts, env_flags()], tables, args)
+    return parse_command(command, about, [*parts, *more, env_flags()], tables, args)
 
 
 def _table(command: str) -> str:

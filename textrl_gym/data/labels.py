@@ -94,6 +94,11 @@ class Label:
     gold: list[float] | None = None
     undoes: int | None = None
     """The label that this line takes back; the other fields then repeat it."""
+    probabilities: list[float] | None = None
+    """Of every two completions a < b, in the order of itertools.combinations, how likely a is the better one, 0 to 1,
+    where a judge says so; a soft label."""
+    flips: int | None = None
+    """Of these pairs, those whose verdict turned round with their order; None: they were shown in one order."""
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -112,6 +117,8 @@ _OPTIONAL: files.Kinds = {
     "models": (list,),
     "gold": (list, type(None)),
     "undoes": (int, type(None)),
+    "probabilities": (list, type(None)),
+    "flips": (int, type(None)),
 }
 
 
@@ -177,11 +184,28 @@ def check_label(row: Mapping[str, Any]) -> None:
     seconds = row.get("seconds")
     if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
         raise ValueError(f"seconds must be finite and at least 0, got {seconds!r}")
+    check_judged(row, size * (size - 1) // 2)
     for span in row.get("spans") or []:
         check_span(span, completions)
     for name in ("models", "gold"):
         if row.get(name) and len(row[name]) != size:
             raise ValueError(f"{name} must have one value for each of {size} completions, got {shown(row[name])}")
+
+
+def check_judged(row: Mapping[str, Any], pairs: int) -> None:
+    """Hold that what a judge says of its own verdicts fits the pairs of a label.
+
+    Raises:
+        ValueError: naming the field and what is allowed.
+    """
+    probabilities, flips = row.get("probabilities"), row.get("flips")
+    if probabilities is not None and len(probabilities) != pairs:
+        raise ValueError(f"probabilities must have one for each of {pairs} pairs, got {shown(probabilities)}")
+    for chance in probabilities or ():
+        if isinstance(chance, bool) or not isinstance(chance, int | float) or not 0 <= chance <= 1:
+            raise ValueError(f"probabilities must be numbers from 0 to 1, got {shown(probabilities)}")
+    if flips is not None and not 0 <= flips <= pairs:
+        raise ValueError(f"flips must be 0 to {pairs}, got {flips!r}")
 
 
 def check_span(span: object, completions: Sequence[str]) -> None:
@@ -249,6 +273,19 @@ def ranked_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
     """(better, worse) of every two completions of different rank."""
     places = range(len(ranks))
     return [(a, b) for a in places for b in places if ranks[a] < ranks[b]]
+
+
+def likely_pairs(size: int, probabilities: Sequence[float]) -> tuple[list[tuple[int, int]], list[float]]:
+    """(better, worse) of every two of `size` completions, and how likely they stand so, at least 0.5.
+
+    Two that are equally likely the better one are a tie, and no pair.
+
+    Args:
+        probabilities: as of `Label`.
+    """
+    both = zip(itertools.combinations(range(size), 2), probabilities, strict=True)
+    ordered = [((a, b), first) if first > 0.5 else ((b, a), 1 - first) for (a, b), first in both if first != 0.5]
+    return [pair for pair, _ in ordered], [chance for _, chance in ordered]
 
 
 def ranks_of_scores(scores: Sequence[float]) -> list[int]:

@@ -66,6 +66,8 @@ class Preference:
     """The prompt as a text too, where the prompt is a conversation and the row has both."""
     dialogue: bool = False
     """Whether a prompt that is a text is a whole dialogue."""
+    probabilities: list[float] = dataclasses.field(default_factory=list)
+    """How likely each pair's chosen one is the better one, where a judge says so (soft labels); empty: 1 each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,9 @@ class Preferences:
     """What a data set holds."""
 
     rows: Rows
-    """A row's own columns, with `prompt` (text), `completions`, `pairs`, `dialogue`: whether the prompt is one, so that
-    its end matters most, and `chat`: the conversation where the chat template wrote it, else None."""
+    """A row's own columns, with `prompt` (text), `completions`, `pairs`, `probabilities`, `dialogue`: whether the
+    prompt is one, so that its end matters most, and `chat`: the conversation where the chat template wrote it, or
+    None."""
     schema: str
     """Where its form is published."""
     dropped: dict[str, int]
@@ -184,6 +187,18 @@ def _implicit(row: Row) -> Preference:
 
 
 def _explicit(row: Row) -> Preference:
+    preference = _of_columns(row)
+    if row.get(PROBABILITY) is None:
+        return preference
+    with contextlib.suppress(Dropped):  # none, in a column of floats
+        chance = _label(row, PROBABILITY)
+        if not 0 <= chance <= 1:
+            raise BadRow(f"column {PROBABILITY!r} is not between 0 and 1", shown(row[PROBABILITY]))
+        return dataclasses.replace(preference, probabilities=[chance])
+    return preference
+
+
+def _of_columns(row: Row) -> Preference:
     prompt, chosen = row["prompt"], row["chosen"]
     if isinstance(chosen, str):
         return _pair(prompt if isinstance(prompt, str) else chat.messages(prompt), chosen, text_of(row, "rejected"))
@@ -335,16 +350,24 @@ def _ranked(row: Row) -> Preference:
     if row["ranks"] is None:
         raise Dropped(UNLABELLED)
     prompt = row["prompt"]
-    preference = _of_pairs(
-        prompt if isinstance(prompt, str) else chat.messages(prompt),
-        list(row["completions"]),
-        labels.ranked_pairs(row["ranks"]),
+    texts = list(row["completions"])
+    chances: list[float] = []
+    if row.get("probabilities") is None:
+        pairs = labels.ranked_pairs(row["ranks"])
+    else:
+        pairs, chances = labels.likely_pairs(len(texts), row["probabilities"])
+    spoken_prompt = prompt if isinstance(prompt, str) else chat.messages(prompt)
+    preference = dataclasses.replace(
+        _of_pairs(spoken_prompt, texts, pairs),
+        probabilities=[chances[n] for n, (a, b) in enumerate(pairs) if chances and texts[a] != texts[b]],
     )
     # As `_implicit` says of the same text, so that labels of a dialogue are read as the dialogue was.
     spoken = isinstance(prompt, str) and HUMAN in prompt and prompt.endswith(ASSISTANT)
     return dataclasses.replace(preference, dialogue=spoken)
 
 
+PROBABILITY = "probability"
+"""A column beside prompt, chosen and rejected: how likely the chosen one is the better one (a soft label)."""
 PAIR = ("prompt", "chosen", "rejected")
 PREFERENCE_SCHEMAS = (
     PreferenceSchema(
@@ -532,5 +555,5 @@ def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None, se
         # Completions begin with a blank, as Anthropic's do: with most tokenizers "Yes" and " Yes" are other tokens.
         blank = row["prompt"][-1:].isspace()
         texts = [text if text[:1].isspace() or blank else f" {text}" for text in texts]
-    texts_and_pairs = {"completions": texts, "pairs": preference.pairs}
+    texts_and_pairs = {"completions": texts, "pairs": preference.pairs, "probabilities": preference.probabilities}
     return {"prompt": row["prompt"], "chat": spoken, "dialogue": dialogue} | texts_and_pairs

@@ -45,6 +45,8 @@ class RankedCompletions:
     """The first so many completions are the model's own samples."""
     weights: list[float] = dataclasses.field(default_factory=list)
     """Of each pair, at least 0; empty: 1 each."""
+    probabilities: list[float] = dataclasses.field(default_factory=list)
+    """How likely each pair's chosen one is the better one (soft labels); empty: 1 each."""
     subset: str = ""
     """The part of the data set that the row names in its column `subset`, as RewardBench has them."""
 
@@ -102,7 +104,7 @@ def read_preferences(
         # What the budget cuts has no EOS, as a rollout that is truncated has none.
         behind = (encoding.prompt_of(row), row["completions"], tokenizer, budget)
         ids = encoding.encode_completions(*behind, end_ids=end_ids)
-        pairs, weights = _differing(row, ids, weighed)
+        pairs, weights, chances = _differing(row, ids, weighed)
         if not pairs:
             equal.add(rows.where(number), Dropped(f"completions that are equal within max_new_tokens={budget}"))
             continue
@@ -111,7 +113,7 @@ def read_preferences(
         except ValueError as error:
             bad.add(rows.where(number), BadRow(prompts.UNCUTTABLE, str(error)))
             continue
-        ranked.append(RankedCompletions(prompt_ids, ids, pairs, weights=weights, subset=str(row.get("subset") or "")))
+        ranked.append(RankedCompletions(prompt_ids, ids, pairs, [], 0, weights, chances, str(row.get("subset") or "")))
     where = f"dataset {dataset!r}, split {split!r}"
     settle(bad, where, bad_rows)
     if not ranked:
@@ -125,11 +127,20 @@ Weighed = dict[str, dict[tuple[int, int], float]]
 """Item -> of two places a < b of its completions, how likely a is the better one."""
 
 
-def _differing(row: Row, ids: list[list[int]], weighed: Weighed) -> tuple[list[tuple[int, int]], list[float]]:
-    """A row's pairs whose completions are not equal as tokens, and their weights where they have some."""
-    pairs, weights = labels.weighted_pairs(weighed[row["item"]]) if weighed else (row["pairs"], [])
+def _differing(
+    row: Row, ids: list[list[int]], weighed: Weighed
+) -> tuple[list[tuple[int, int]], list[float], list[float]]:
+    """A row's pairs whose completions are not equal as tokens, and their weights and probabilities if they have any.
+
+    Weights are made of what all annotators say of an item, so that one label's own probability has no part in them.
+    """
+    if weighed:
+        (pairs, weights), chances = labels.weighted_pairs(weighed[row["item"]]), []
+    else:
+        pairs, weights, chances = row["pairs"], [], row["probabilities"]
     differing = [place for place, (a, b) in enumerate(pairs) if ids[a] != ids[b]]
-    return [pairs[place] for place in differing], [weights[place] for place in differing if weights]
+    chosen = [[numbers[place] for place in differing if numbers] for numbers in (weights, chances)]
+    return [pairs[place] for place in differing], chosen[0], chosen[1]
 
 
 def _weighed(rows: Sequence[Row], dataset: str, method: labels.AnnotatorWeights) -> tuple[Sequence[int], Weighed]:

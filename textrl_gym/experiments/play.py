@@ -26,8 +26,8 @@ from textrl_gym.data.encoding import Unknown
 from textrl_gym.data.trajectories import Trajectory
 from textrl_gym.evaluation.evaluator import Evaluator
 from textrl_gym.experiments.results import EPISODES
-from textrl_gym.judges.endpoint import Client, ClientConfig, ask_together
-from textrl_gym.judges.judge import ENDPOINT
+from textrl_gym.llm.asking import ENDPOINT
+from textrl_gym.llm.endpoint import Client, ClientConfig, ask_together
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
 from textrl_gym.persistence.run_lock import alone
 from textrl_gym.policy.policy import Policy
@@ -75,7 +75,7 @@ class EndpointPlayer:
         before = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
 
         def ask(seat: Seat, stop: threading.Event) -> None:
-            keep(seat, self.client.ask([*before, *seat.messages], self.config.temperature, stop))
+            keep(seat, self.client.ask([*before, *seat.messages], self.config.temperature, stop).text)
 
         ask_together([functools.partial(ask, seat) for seat in seats], self.at_once, lambda: None)
 

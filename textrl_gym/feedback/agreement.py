@@ -59,6 +59,8 @@ class Annotator:
     """Median time of an answer."""
     first: Estimate | None
     """Share of preferences for the completion that was shown earlier; 0.5 without a bias, since sides are random."""
+    flipped: Estimate | None
+    """Share of comparisons whose verdict turned round with the order, of a judge that is asked in both."""
     longer: Estimate | None
     """Share of preferences for the completion with more words."""
     myself: Estimate | None
@@ -203,6 +205,7 @@ def _person(name: str, own: Sequence[Label], accuracy: float | None, reliability
         skipped=sum(label.ranks is None for label in pairs),
         seconds=statistics.median(times) if times else None,
         first=_share(float(_shown_earlier(label, key) == decision) for label, key, decision in _preferences(pairs)),
+        flipped=_share(_flipped(pairs)),
         longer=_share(_longer_preferred(pairs)),
         myself=_share(_alike_again(own)),
         gold=_share(_as_known(pairs)),
@@ -225,6 +228,14 @@ def _shown_earlier(label: Label, key: Comparison) -> int:
     """0 where the completion at the lower place was shown before the other, else 1."""
     order = label.order or list(range(len(label.completions)))
     return int(order.index(key[1]) > order.index(key[2]))
+
+
+def _flipped(rows: Iterable[Label]) -> Iterator[float]:
+    """Of every comparison that was made in both orders, 1 where the verdict turned round."""
+    for label in rows:
+        if label.flips is not None:
+            size = len(label.completions)
+            yield from [1.0] * label.flips + [0.0] * (size * (size - 1) // 2 - label.flips)
 
 
 def _longer_preferred(pairs: Sequence[Label]) -> Iterator[float]:

@@ -84,8 +84,20 @@ class LabelFile:
         answered = {label.item for label in labels.read_labels(self.path)} if self.history else set()
         return [item for item in items if item.id not in answered]
 
-    def add(self, item: Item, annotator: str, ranks: list[int] | None) -> None:
-        """Append the answer of a program, which reads completions in the order in which they are written."""
+    def add(
+        self,
+        item: Item,
+        annotator: str,
+        ranks: list[int] | None,
+        *,
+        probabilities: list[float] | None = None,
+        flips: int | None = None,
+    ) -> None:
+        """Append the answer of a program, which reads completions in the order in which they are written.
+
+        Args:
+            probabilities, flips: as of `Label`.
+        """
         self.append(
             Label(
                 id=len(self.history) + 1,
@@ -99,6 +111,8 @@ class LabelFile:
                 time=datetime.now(UTC).isoformat(timespec="seconds"),
                 models=item.models,
                 gold=item.gold,
+                probabilities=probabilities,
+                flips=flips,
             )
         )
 

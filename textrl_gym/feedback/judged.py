@@ -1,18 +1,21 @@
 """AI feedback: a judge answers the questions that people would be asked, into labels of the same form (RLAIF).
 
-The judge is whatever compares two texts: a language model behind an endpoint (judges.llm_judge), which is asked in both
-orders, or a reward (Lee et al. 2023, arXiv:2309.00267).
+The judge is whatever compares two texts: a language model (judges.llm_judge), which is asked in both orders and may say
+how sure it is, or a reward (Lee et al. 2023, arXiv:2309.00267).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from textrl_gym.data.labels import Item, ranks_of_scores
 from textrl_gym.feedback.answers import LabelFile
-from textrl_gym.judges.judge import Answer, Judge
+from textrl_gym.judges.judge import Answer, Judge, compare
+from textrl_gym.stats.estimates import Array
 
 AT_ONCE = 32
 """Questions that the judge is given together: those that were answered before a stop are not asked again."""
@@ -30,22 +33,42 @@ def answer_by_judge(items: Sequence[Item], file: LabelFile, judge: Judge) -> Non
             raise ValueError(f"a judge reads prompts as texts, and question {item.id!r} has a conversation")
     for first in range(0, len(asked), AT_ONCE):
         some = asked[first : first + AT_ONCE]
-        for item, ranks in zip(some, _ranks(some, judge), strict=True):
-            file.add(item, judge.name, ranks)
+        for item, verdict in zip(some, _verdicts(some, judge), strict=True):
+            file.add(item, judge.name, verdict.ranks, probabilities=verdict.probabilities, flips=verdict.flips)
 
 
-def _ranks(items: Sequence[Item], judge: Judge) -> list[list[int] | None]:
-    """The ranks of each question's completions: by how often each is preferred to the others."""
-    rows, a, b, places = [], [], [], []
+class _Verdict(NamedTuple):
+    """What a judge says of a question's completions; fields as of `data.labels.Label`."""
+
+    ranks: list[int] | None
+    probabilities: list[float] | None
+    flips: int | None
+
+
+def _verdicts(items: Sequence[Item], judge: Judge) -> list[_Verdict]:
+    """Of each question, from what is said of every two of its completions."""
+    rows, a, b, number_N = [], [], [], []
     for number, item in enumerate(items):
-        for first, second in zip(*np.triu_indices(len(item.completions), 1), strict=True):
+        for first, second in itertools.combinations(item.completions, 2):
             rows.append({"prompt": item.prompt})
-            a.append(Answer(item.completions[first]))
-            b.append(Answer(item.completions[second]))
-            places.append((number, first, second))
-    outcome_N = judge.prefer(rows, a, b)
-    won = [np.zeros(len(item.completions)) for item in items]
-    for (number, first, second), outcome in zip(places, outcome_N, strict=True):
-        won[number][first] += outcome
-        won[number][second] += 1 - outcome
-    return [None if np.isnan(scores).any() else ranks_of_scores(scores.tolist()) for scores in won]
+            a.append(Answer(first))
+            b.append(Answer(second))
+            number_N.append(number)
+    said = np.stack(compare(judge, rows, a, b))
+    return [_verdict(item, said[:, np.array(number_N) == number]) for number, item in enumerate(items)]
+
+
+def _verdict(item: Item, said_3P: Array) -> _Verdict:
+    """What is made of the outcomes, probabilities and flips of an item's P pairs."""
+    outcome_P, probability_P, flipped_P = said_3P
+    if np.isnan(outcome_P).any():
+        return _Verdict(None, None, None)
+    soft = not np.isnan(probability_P).any()
+    won = [0.0] * len(item.completions)
+    # The probability and not the outcome: two orders that disagree are a tie, of which it still says which is likelier.
+    first_P = probability_P if soft else outcome_P
+    for (first, second), chance in zip(itertools.combinations(range(len(won)), 2), first_P.tolist(), strict=True):
+        won[first] += chance
+        won[second] += 1 - chance
+    flips = None if np.isnan(flipped_P).all() else int(np.nansum(flipped_P))
+    return _Verdict(ranks_of_scores(won), probability_P.tolist() if soft else None, flips)

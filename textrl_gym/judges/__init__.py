@@ -2,8 +2,7 @@
 
 In reading order:
 - `judge`: the protocol, and any reward as a judge
-- `endpoint`: a client of OpenAI-compatible endpoints, by which judges and players ask
-- `llm_judge`: a language model behind an OpenAI-compatible endpoint
+- `llm_judge`: a language model, behind an endpoint or of this machine, in both orders
 - `annotators`: simulated annotators with noise and biases
 """
 
@@ -17,12 +16,13 @@ __getattr__ = lazy(
         "Annotators": "annotators",
         "Answer": "judge",
         "Endpoint": "llm_judge",
-        "EndpointConfig": "llm_judge",
-        "EndpointError": "endpoint",
+        "Comparisons": "judge",
         "Judge": "judge",
+        "LanguageJudge": "llm_judge",
         "Noisy": "judge",
         "Pointwise": "judge",
         "load_judge": "judge",
+        "load_language_judge": "llm_judge",
         "load_scorer": "judge",
     },
 )

@@ -1,8 +1,8 @@
 """Judges: which of two answers to a prompt is the better one.
 
 A judge is whatever has `prefer(rows, a, b)`. Any reward is one, the higher score being the better answer, and so is a
-language model behind an endpoint (judges.llm_judge). `Noisy` makes a judge of another one that errs as often as
-people do.
+language model (judges.llm_judge), which may say besides how sure it is (`compare`). `Noisy` makes a judge of another
+one that errs as often as people do.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from textrl_gym.core import RewardSpec, Row
+from textrl_gym.llm.asking import ENDPOINT, is_language_model
 from textrl_gym.stats.estimates import Array, outcomes
 
 if TYPE_CHECKING:  # the settings of a judge are read without torch
@@ -25,8 +26,6 @@ if TYPE_CHECKING:  # the settings of a judge are read without torch
 
 GOLD = "gold"
 """The name of a task's own gold score."""
-ENDPOINT = "endpoint"
-"""The name of the judge that is a language model; it has settings, see textrl_gym.judges.llm_judge."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,35 @@ class Judge(Protocol):
             b: N others.
         """
         ...
+
+
+class Comparisons(NamedTuple):
+    """What a judge says of N pairs; all [N]."""
+
+    outcome_N: Array
+    """As `Judge.prefer` gives them."""
+    probability_N: Array
+    """How likely a is better, 0 to 1; nan where the judge does not say, or gave no verdict."""
+    flipped_N: Array
+    """1 where the verdict names the other answer when the order is turned round, 0 where it does not, nan where the
+    pair was not asked about in both orders."""
+
+
+@runtime_checkable
+class UncertainJudge(Judge, Protocol):
+    """A judge that says how sure it is."""
+
+    def compare(self, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Comparisons:
+        """Outcomes and their probabilities; arguments as of `prefer`."""
+        ...
+
+
+def compare(judge: Judge, rows: Sequence[Row], a: Sequence[Answer], b: Sequence[Answer]) -> Comparisons:
+    """What any judge says of pairs; of one that only prefers, without probabilities."""
+    if isinstance(judge, UncertainJudge):
+        return judge.compare(rows, a, b)
+    unknown_N = np.full(len(rows), np.nan)
+    return Comparisons(judge.prefer(rows, a, b), unknown_N, unknown_N)
 
 
 class Pointwise:
@@ -129,10 +157,10 @@ def load_scorer(
     """
     from textrl_gym.rewards import load_reward
 
-    if spec == ENDPOINT:
+    if isinstance(spec, str) and is_language_model(spec):
         raise ValueError(
-            f"judge {ENDPOINT!r} compares two answers and gives no scores: finish the comparison without it, and then "
-            f"run `textrl-gym judge DIR --judge {ENDPOINT} --endpoint.model NAME`"
+            f"judge {spec!r} compares two answers and gives no scores: finish the comparison without it, and then "
+            f"run `textrl-gym judge DIR --judge {ENDPOINT} --endpoint.model NAME`; for scores name judge:{spec}"
         )
     # The task's own name for it ("tldr_gold") would do too, but is another for each task.
     if spec == GOLD:

@@ -245,7 +245,8 @@ def first_pairs(comparisons: Sequence[RankedCompletions], number: int) -> list[R
     for c in comparisons:
         pairs = c.pairs[:number]
         if pairs:
-            taken.append(dataclasses.replace(c, pairs=pairs, weights=c.weights[:number]))
+            weights, chances = c.weights[:number], c.probabilities[:number]
+            taken.append(dataclasses.replace(c, pairs=pairs, weights=weights, probabilities=chances))
         number -= len(pairs)
     return taken
 

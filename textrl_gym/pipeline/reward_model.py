@@ -69,19 +69,28 @@ TRAINING_RECORD = "reward_training.json"
 # -- model and loss ---------------------------------------------------------------------------------------------------
 
 
-def bradley_terry_loss(raw_BK: Tensor, winner_N3: Tensor, weight_N: Tensor | None = None) -> Tensor:
+def bradley_terry_loss(
+    raw_BK: Tensor, winner_N3: Tensor, weight_N: Tensor | None = None, probability_N: Tensor | None = None
+) -> Tensor:
     """Mean of -log sigmoid(r_w - r_l) over N pairs (Bradley and Terry 1952; Stiennon et al. 2020, eq. 1).
+
+    With soft labels p the cross entropy -p log sigmoid(r_w - r_l) - (1 - p) log sigmoid(r_l - r_w) (Lee et al. 2023,
+    arXiv:2309.00267, section 3.2.1), which is the former where p is 1.
 
     Args:
         raw_BK: float32 rewards.
         winner_N3: int64 (prompt, chosen, rejected).
         weight_N: of each pair; a pair in both orders with weights p and 1 - p is one that is preferred with
             probability p. None: 1 each.
+        probability_N: how likely the chosen one is the better one. None: 1 each.
     """
     assert raw_BK.ndim == 2
     assert winner_N3.shape[1] == 3
     prompt_N, chosen_N, rejected_N = winner_N3.unbind(1)
-    loss_N = -F.logsigmoid(raw_BK[prompt_N, chosen_N] - raw_BK[prompt_N, rejected_N])
+    gap_N = raw_BK[prompt_N, chosen_N] - raw_BK[prompt_N, rejected_N]
+    loss_N = -F.logsigmoid(gap_N)
+    if probability_N is not None:
+        loss_N = probability_N * loss_N - (1 - probability_N) * F.logsigmoid(-gap_N)
     return loss_N.mean() if weight_N is None else (loss_N * weight_N).sum() / weight_N.sum()
 
 
@@ -95,6 +104,13 @@ def pair_weights(batch: Sequence[RankedCompletions]) -> Tensor | None:
     if not any(c.weights for c in batch):
         return None
     return torch.tensor([weight for c in batch for weight in c.weights or [1.0] * len(c.pairs)])
+
+
+def pair_probabilities(batch: Sequence[RankedCompletions]) -> Tensor | None:
+    """The probability of each of a batch's pairs, float32 [N]; None where all are 1."""
+    if not any(c.probabilities for c in batch):
+        return None
+    return torch.tensor([chance for c in batch for chance in c.probabilities or [1.0] * len(c.pairs)])
 
 
 def total_weight(batch: Sequence[RankedCompletions]) -> float:
@@ -176,10 +192,11 @@ class PreferenceUpdates(Phase):
             winner_N3 = winners(some).to(model.device)
             # The mean of no pairs is nan, and one step with it would be the end of the model.
             if len(winner_N3):  # else every prompt had one distinct completion
-                weight_N = pair_weights(some)
+                beside = (pair_weights(some), pair_probabilities(some))
+                weight_N, probability_N = (None if x_N is None else x_N.to(model.device) for x_N in beside)
                 with self.tuned.precision():
                     raw_BK = raw_rewards(model, some)
-                loss = bradley_terry_loss(raw_BK, winner_N3, None if weight_N is None else weight_N.to(model.device))
+                loss = bradley_terry_loss(raw_BK, winner_N3, weight_N, probability_N)
                 yield loss * (total_weight(some) / pairs)
 
     def learning_rate(self, step: int) -> float:

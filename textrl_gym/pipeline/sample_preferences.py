@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,11 @@ from numpy.typing import NDArray
 from textrl_gym import files
 from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.core import Row
+from textrl_gym.data.preferences import PROBABILITY
 from textrl_gym.judges.annotators import Annotators
+from textrl_gym.judges.judge import Answer, Judge, compare
+from textrl_gym.judges.llm_judge import load_language_judge
+from textrl_gym.llm.asking import ENDPOINT, EndpointConfig, is_language_model
 from textrl_gym.mdp import budgets
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
@@ -56,7 +61,8 @@ class PreferenceConfig:
     completions of `model`."""
     label: str = ANNOTATORS
     """Who chooses. "annotators": the simulated ones, by the task's gold score, noise and all; "gold": the
-    higher gold score; else the higher score of this reward (a name, package.module:name or a folder)."""
+    higher gold score; a language model (endpoint, local:FOLDER, local for the task's own), which compares in both
+    orders; else the higher score of this reward (a name, package.module:name or a folder)."""
     temperature: Annotated[float, Ge(0)] = 1.0
     """Of sampling; 0 is greedy, for two different models."""
     batch_size: Annotated[int, Ge(1), Le(MOST_ROWS)] = 64
@@ -192,12 +198,20 @@ class CompletionSampler:
 class Pairer(CompletionSampler):
     """Samples pairs of a task's prompts and has them labelled."""
 
-    def __init__(self, env_id: str, config: PreferenceConfig, env: EnvSettings) -> None:
-        """Raises ValueError where the models, the label or the prompts are not to be had."""
+    def __init__(self, env_id: str, config: PreferenceConfig, env: EnvSettings, judge: Judge | None = None) -> None:
+        """Raises ValueError where the models, the label or the prompts are not to be had.
+
+        Args:
+            judge: who compares in place of the label; None: the label.
+        """
         super().__init__(env_id, config, env)
-        self.labeller = Labeller(self.task, self.tokenizer, config)
+        self.labeller = Labeller(self.task, self.tokenizer, config) if judge is None else None
+        self.judge = judge
         self.counts = {"prompts": 0, "equal": 0, "ties": 0}
         """Prompts drawn; those whose texts were equal, and those whose scores were: neither are pairs."""
+        if judge is not None:
+            self.counts |= {"no_verdict": 0, "compared": 0, "flipped": 0}
+        """Of a judge: pairs without a verdict, those compared in both orders, and those whose verdict turned round."""
 
     def pairs(self) -> Iterator[dict[str, Any]]:
         """Labelled pairs without end.
@@ -205,7 +219,7 @@ class Pairer(CompletionSampler):
         Raises:
             ValueError: nearly all prompts give none.
         """
-        config, counts = self.config, self.counts
+        config, counts, written = self.config, self.counts, 0
         for number, places in enumerate(draw_prompts(len(self.source), config.batch_size, config.seed)):
             if counts["prompts"] >= MOST_PROMPTS * max(config.n, config.batch_size):
                 reasons = f"{counts['equal']} with equal texts, {counts['ties']} with equal scores"
@@ -217,12 +231,44 @@ class Pairer(CompletionSampler):
             differing = [pair for pair in zip(rows, both, texts, strict=True) if pair[2][0] != pair[2][1]]
             counts["prompts"] += len(rows)
             counts["equal"] += len(rows) - len(differing)
-            if differing:
+            if differing and self.judge is not None:
+                # A verdict may cost money: no more are asked for than pairs are still wanted.
+                while differing and written < config.n:
+                    some, differing = differing[: config.n - written], differing[config.n - written :]
+                    for pair in self._judged(self.judge, [(row, two) for row, _, two in some]):
+                        written += 1
+                        yield pair
+            elif differing:
                 yield from self._labelled(differing, rng)
+
+    def _judged(self, judge: Judge, pairs: list[tuple[Row, list[str]]]) -> Iterator[dict[str, Any]]:
+        """Pairs as a judge compares them, with a column `probability` where it says how sure it is."""
+        a, b = ([Answer(two[place]) for _, two in pairs] for place in (0, 1))
+        said = compare(judge, [row for row, _ in pairs], a, b)
+        counts = self.counts
+        for (row, two), outcome, likely, flipped in zip(pairs, *(one_N.tolist() for one_N in said), strict=True):
+            if math.isnan(outcome):
+                counts["no_verdict"] += 1
+                continue
+            counts["compared"] += int(not math.isnan(flipped))
+            counts["flipped"] += int(flipped == 1)
+            # The probability and not the outcome: two orders that disagree are a tie, which it may still decide.
+            first = outcome if math.isnan(likely) else likely
+            if first == 0.5:
+                counts["ties"] += 1
+                continue
+            soft = {} if math.isnan(likely) else {PROBABILITY: max(first, 1 - first)}
+            yield self._pair(row, two, int(first < 0.5)) | soft
+
+    def _pair(self, row: Row, texts: list[str], chosen: int) -> dict[str, Any]:
+        order, names = {"chosen": chosen, "rejected": 1 - chosen}, self.writers(2)
+        pair = {"prompt": row["prompt"]} | {name: texts[place] for name, place in order.items()}
+        return pair | {f"model_{name}": names[place] for name, place in order.items()}
 
     def _labelled(
         self, pairs: list[tuple[Row, list[list[int]], list[str]]], rng: np.random.Generator
     ) -> Iterator[dict[str, Any]]:
+        assert self.labeller is not None
         rows = [row for row, _, _ in pairs for _ in range(2)]
         prompt_ids = [self.task.encode(row, self.tokenizer, self.task.max_prompt_tokens) for row in rows]
         flat_ids = [ids for _, both, _ in pairs for ids in both]
@@ -233,17 +279,16 @@ class Pairer(CompletionSampler):
             if chosen is None:
                 self.counts["ties"] += 1
                 continue
-            order, names = {"chosen": chosen, "rejected": 1 - chosen}, self.writers(2)
-            yield (
-                {"prompt": row["prompt"]}
-                | {name: texts[place] for name, place in order.items()}
-                | {f"score_{name}": scores[place] for name, place in order.items()}
-                | {f"model_{name}": names[place] for name, place in order.items()}
-            )
+            order = {"score_chosen": chosen, "score_rejected": 1 - chosen}
+            yield self._pair(row, texts, chosen) | {name: scores[place] for name, place in order.items()}
 
 
 def make_preferences(
-    env_id: str, config: PreferenceConfig, out: str | Path, env: EnvSettings | None = None
+    env_id: str,
+    config: PreferenceConfig,
+    out: str | Path,
+    env: EnvSettings | None = None,
+    endpoint: EndpointConfig | None = None,
 ) -> dict[str, Any]:
     """Sample, label and write pairs; the file appears when it is whole.
 
@@ -251,21 +296,32 @@ def make_preferences(
         env_id: a registered environment.
         out: the file to write, *.jsonl.
         env: the prompts (dataset and split) and the budgets, where they are not the task's own.
+        endpoint: how a language model is asked, where it is the label.
 
     Returns:
-        {"measured": what was counted: pairs, prompts drawn, those with equal texts and with ties, mean scores}.
+        {"measured": what was counted: pairs, prompts drawn, those with equal texts and with ties, mean scores}; of a
+        language model the pairs without a verdict, and the share whose verdict turned round with the order.
 
     Raises:
         ValueError: an unknown environment, model or label; a file that is there already; or too few pairs.
+        EndpointError: the endpoint fails for good; the verdicts that were given until then are kept.
     """
     out = Path(out)
     if out.suffix != ".jsonl":
         raise ValueError(f"out must be a file *.jsonl, got {str(out)!r}")
     if out.exists():
         raise ValueError(f"{str(out)!r} is there already: name another file")
-    pairer = Pairer(env_id, config, env or EnvSettings())
+    env, endpoint = env or EnvSettings(), endpoint or EndpointConfig()
+    judge = None
+    if is_language_model(config.label):
+        where: dict[str, Any] = {"task": env.task(env_id), "device": loading.resolve_device(config.device)}
+        judge = load_language_judge(config.label, endpoint, out.parent, **where)
+    elif endpoint != EndpointConfig():
+        raise ValueError(f"the settings of an endpoint are of label {ENDPOINT!r}, and the label is {config.label!r}")
+    pairer = Pairer(env_id, config, env, judge)
     counts = pairer.counts
-    total = {"score_chosen": 0.0, "score_rejected": 0.0}
+    # What a judge compares has no scores.
+    total = {"score_chosen": 0.0, "score_rejected": 0.0} if judge is None else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_writer(out) as file, progress_bar() as bar:
         line = bar.add_task("pairs", total=config.n, note="")
@@ -274,4 +330,6 @@ def make_preferences(
             total = {name: value + pair[name] for name, value in total.items()}
             bar.update(line, advance=1, note=f"{counts['equal']} equal, {counts['ties']} ties")
     means = {name: value / config.n for name, value in total.items()}
+    if counts.get("compared"):
+        means["flipped"] = counts.pop("flipped") / counts["compared"]
     return {"measured": {"pairs": config.n, **counts, **means}, "lengths": pairer.lengths}

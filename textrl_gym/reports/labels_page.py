@@ -51,6 +51,7 @@ PEOPLE = {
     "Dawid-Skene accuracy": lambda one: number(one.accuracy),
     "Bradley-Terry reliability": lambda one: number(one.reliability),
     "first shown preferred": lambda one: share(one.first),
+    "turned round with the order": lambda one: share(one.flipped),
     "longer preferred": lambda one: share(one.longer),
 }
 """Heading -> what of an annotator stands there, in words."""

@@ -18,17 +18,23 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Ge, Gt
 
 from textrl_gym.bounds import check_settings
 from textrl_gym.core import Message
+from textrl_gym.llm.questions import Reply, Token
 
 MAX_REPLY_BYTES = 1_000_000
 """A reply is some words in some JSON; an endpoint that sends more is broken, or means harm."""
+
+LONGEST_REPLY_BYTES = 16 * MAX_REPLY_BYTES
+"""The same of a reply that gives reasons: some hundred tokens, each with its alternatives."""
+TOP_LOGPROBS = (20, 5, 0)
+"""Alternatives at each token that are asked for: what an endpoint refuses is asked for in the next form, or not."""
 
 _TRY_AGAIN = frozenset({408, 409, 429})  # timeout, conflict, too many requests; each 5xx is tried again too
 
@@ -97,12 +103,18 @@ class Client:
         import httpx2
 
         self.config = config
+        self.top_logprobs = 0
+        """Alternatives that are asked for at each token, with log-probabilities; fewer once the endpoint refuses."""
+        self.most_bytes = MAX_REPLY_BYTES
+        """Of a reply."""
         self._tls = httpx2.create_ssl_context()  # reading the certificates takes longer than a request
         self._secret = _read_key(config.key_variable)
         self.url = config.url.rstrip("/") + "/chat/completions"
 
-    def ask(self, messages: Sequence[Message], temperature: float, stop: threading.Event | None = None) -> str:
+    def ask(self, messages: Sequence[Message], temperature: float, stop: threading.Event | None = None) -> Reply:
         """The model's reply to a conversation, tried for as often as the settings allow.
+
+        Its tokens have the log-probabilities of `top_logprobs` alternatives, where the endpoint gives them.
 
         Args:
             stop: set by another thread, it ends the waits between tries.
@@ -124,7 +136,7 @@ class Client:
             if number > config.retries or stop.wait(max(delay, backoff)):
                 raise EndpointError(f"{self.url}: {reason} ({number} tries)")
 
-    def _try(self, messages: Sequence[Message], temperature: float) -> tuple[str | None, str, float]:
+    def _try(self, messages: Sequence[Message], temperature: float) -> tuple[Reply | None, str, float]:
         """One request: the reply, or None, why there is none, and the wait that the endpoint asks for, in seconds.
 
         Raises:
@@ -132,8 +144,9 @@ class Client:
         """
         import httpx2
 
+        asked = self.top_logprobs
         try:
-            response = asyncio.run(self._post(messages, temperature))
+            response = asyncio.run(self._post(messages, temperature, asked))
         except TimeoutError:
             return None, f"no whole reply within total_seconds={self.config.total_seconds:g}", 0.0
         except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.InvalidURL) as error:
@@ -144,20 +157,25 @@ class Client:
         if response.status != 200:
             # The key is taken out before the text is cut: of a key cut in two the rest would stay.
             reason = f"status {response.status}: {' '.join(text.split())[:300]}"
+            if asked and "logprob" in text.lower():
+                fewer = max(number for number in TOP_LOGPROBS if number < asked)
+                self.top_logprobs = min(self.top_logprobs, fewer)  # another thread may have been refused meanwhile
+                return self._try(messages, temperature)
             if response.status in _TRY_AGAIN or response.status >= 500:
                 return None, reason, retry_after(response.retry_after)
             if response.status in (401, 403):
                 reason += f" (the key is read from the environment variable {self.config.key_variable})"
             raise EndpointError(f"{self.url}: {reason}")
-        if len(response.body) > MAX_REPLY_BYTES:
-            return None, f"a reply of over {MAX_REPLY_BYTES:,} bytes", 0.0
+        if len(response.body) > self.most_bytes:
+            return None, f"a reply of over {self.most_bytes:,} bytes", 0.0
         try:
-            content = json.loads(response.body)["choices"][0]["message"]["content"]
+            choice = json.loads(response.body)["choices"][0]
+            content = choice["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):  # the last of brackets, many thousands deep
             return None, f"not an answer of a chat: {text[:200]!r}", 0.0
-        return content if isinstance(content, str) else "", "", 0.0
+        return Reply(content, read_tokens(choice) if asked else ()) if isinstance(content, str) else Reply(""), "", 0.0
 
-    async def _post(self, messages: Sequence[Message], temperature: float) -> Response:
+    async def _post(self, messages: Sequence[Message], temperature: float, top_logprobs: int) -> Response:
         """Send a conversation and read the reply, within its time and as far as its size may be.
 
         Asynchronous, since only so one time limit holds for all of it: a client's own counts from byte to byte, and an
@@ -170,7 +188,9 @@ class Client:
         headers = {"Accept-Encoding": "identity"}
         if self._secret:
             headers["Authorization"] = f"Bearer {self._secret}"
-        request = {"model": config.model, "messages": list(messages), "temperature": temperature}
+        request: dict[str, object] = {"model": config.model, "messages": list(messages), "temperature": temperature}
+        if top_logprobs:
+            request |= {"logprobs": True, "top_logprobs": top_logprobs}
         if config.max_answer_tokens:
             request["max_tokens"] = config.max_answer_tokens
         body = bytearray()
@@ -181,7 +201,7 @@ class Client:
         ):
             async for part in response.aiter_raw():
                 body += part
-                if len(body) > MAX_REPLY_BYTES:
+                if len(body) > self.most_bytes:
                     break
         return Response(response.status_code, response.headers.get("retry-after", ""), bytes(body))
 
@@ -224,6 +244,23 @@ def ask_together(
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def read_tokens(choice: Mapping[str, object]) -> tuple[Token, ...]:
+    """The tokens of a reply with their alternatives; none where the endpoint gave none, or not in OpenAI's form."""
+    tokens = []
+    try:
+        content: Any = choice["logprobs"]
+        for entry in content["content"]:
+            listed = [entry, *(entry.get("top_logprobs") or ())]
+            alternatives = {str(one["token"]): float(one["logprob"]) for one in listed}
+            # Not < 0: rounding gives certain tokens a little more than log 1. It is false for nan.
+            if not all(logp < 1e-3 for logp in alternatives.values()):
+                return ()
+            tokens.append(Token(str(entry["token"]), alternatives))
+    except (LookupError, TypeError, ValueError, AttributeError):  # a field that endpoints fill as they like
+        return ()
+    return tuple(tokens)
 
 
 def retry_after(header: str) -> float:
