@@ -36,8 +36,8 @@ class JudgeFlags:
     """Who judges, and against whom."""
 
     judge: str | None = None
-    """gold (the task's own), a reward (its name, module:function, a folder with a reward model), or a language model:
-    endpoint, or local:FOLDER without a server (a folder or Hub id; local alone: the task's own); None: gold."""
+    """gold (the task's own), a reward (its name, module:function, a folder with a reward model), or endpoint or
+    local:FOLDER, language models, of which the second needs no server (local alone: the task's own); None: gold."""
     against: str | None = None
     """start (the initial policy), human (the reference texts), or another agent: for `evaluate` the
     folder that it was saved to, for `judge` its name in the comparison. None: start."""

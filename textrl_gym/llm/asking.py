@@ -46,8 +46,8 @@ class EndpointConfig(ClientConfig):
     """Which model judges, and how it is asked."""
 
     max_answer_tokens: Annotated[int, Ge(0)] = 16
-    """Sent as max_tokens; 0: not sent, for models that refuse it or that think before they answer. With cot it must
-    be 0 or at least 64."""
+    """Sent as max_tokens; 0: not sent, for models that refuse it or that think before they answer. With
+    cot it must be 0 or at least 64."""
     template: Path | None = None
     """A file with the question, which holds {prompt}, {answer_a} and {answer_b}, and best {tag}, a number that no text
     holds, in what is around these; for scores {prompt} and {answer}. None: our own."""

@@ -16,6 +16,7 @@ Shape legend: B questions, K labels, L tokens of a question, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -40,6 +41,10 @@ MOST_REASONS = 256
 """Tokens of reasons where the settings do not say how many."""
 NO_TIE = ("A", "B")
 """A local model is asked for the better answer: a tie is that both are equally likely."""
+
+
+class LongQuestionWarning(UserWarning):
+    """A local judge reads more than its model was made for."""
 
 
 @runtime_checkable
@@ -82,9 +87,9 @@ class LocalModel:
         self.tokenizer, self.form, self.name, self.most_reasons = tokenizer, form, name, most_reasons
         self.codec = codec(tokenizer)
         self.labels = NO_TIE if form.labels == PAIR.labels else form.labels
-        own = (positions.limit(self.policy.model), positions.stated(self.policy.model.config))
-        self.limit = min((number for number in own if number is not None), default=None)
+        self.limit = positions.limit(self.policy.model)
         """Tokens of the longest question and answer; None: there is no bound."""
+        self._made_for = positions.stated(self.policy.model.config)
         try:  # what cannot be written is said before anything is asked
             self._label_ids, self._common = self._encode_labels()
         except ValueError as error:
@@ -149,9 +154,16 @@ class LocalModel:
         room = len(ids) + reasons + max(len(one) for one in self._label_ids) + len(self._common)
         if self.limit is not None and room > self.limit:
             raise ValueError(
-                f"judge {self.name!r} has {self.limit:,} positions, and a question and its answer take {room:,} tokens: "
+                f"judge {self.name!r} has {self.limit:,} positions, and question and answer take {room:,} tokens: "
                 "name another model, or a shorter template"
             )
+        if self._made_for is not None and room > self._made_for:
+            warnings.warn(
+                f"judge {self.name!r} was made for {self._made_for:,} tokens, and question and answer take {room:,}",
+                LongQuestionWarning,
+                stacklevel=2,
+            )
+            self._made_for = None  # said once
         return ids
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
