@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_endpoint import Handler, Server, serving
+from test_endpoint import Handler, Server, comparison, serving
 
 from textrl_gym.cli.main import main
 from textrl_gym.data.labels import Item, read_labels
@@ -44,6 +45,8 @@ from textrl_gym.pipeline.reward_data import first_pairs
 from textrl_gym.pipeline.reward_model import bradley_terry_loss, pair_probabilities
 from textrl_gym.rewards import load_reward
 from textrl_gym.rewards.judge import reward_of
+
+__all__ = ["comparison"]  # a fixture
 
 ENV = "TLDRSummarize-v0"
 """Its tokenizer has all letters, and its model room for a question."""
@@ -724,6 +727,47 @@ def test_preferences_by_a_model_of_this_machine(tmp_path: Path, capsys: pytest.C
     task = load_env_task(ENV)
     ranked = read_preferences(str(out), "train", task, task.load_tokenizer(), whole=True)
     assert all(len(c.probabilities) == len(c.pairs) == 1 for c in ranked)
+
+
+def test_rounds_are_labelled_by_a_language_model(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [Item("a", "p", [" longer", " x"]), Item("b", "q", [" y", " refused"])]
+
+    def one_round(env_id: str, config: object, reward: object, annotate: Any, out: Path, env: object) -> object:
+        annotate(asked, out / "labels.jsonl", {})
+        raise ValueError("enough")
+
+    def act(handler: Handler, a: str, b: str, times: int) -> None:
+        handler.say("I will not") if "refused" in "".join(shown_texts(handler)) else by_length(handler, 0.6)
+
+    server.act = act
+    monkeypatch.setattr("textrl_gym.experiments.rounds.run_rounds", one_round)
+    args = ["rlhf", ENV, "--by", "endpoint", "--out", str(tmp_path), "--endpoint.model", "m"]
+    assert main([*args, "--endpoint.url", server.url, "--endpoint.asks", "1"]) == 2
+    likely = (0.9 + 0.98 - 0.6) / 0.98 / 2
+    first, second = read_labels(tmp_path / "labels.jsonl")
+    assert first.probabilities == near([likely], 1e-6) and (first.ranks, first.annotator) == ([1, 2], "endpoint m")
+    assert second.ranks is None and (tmp_path / "judge-cache.sqlite").is_file()
+    words = "no verdict: 1 of 2; turned round with the order: 1 of 1 pairs"
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::textrl_gym.llm.local.LongQuestionWarning")
+def test_a_comparison_is_judged_without_a_server(
+    comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, folder = load_env_task(ENV), tmp_path / "judge"
+    task.load_model().save_pretrained(folder)
+    task.load_tokenizer().save_pretrained(folder)
+    assert main(["judge", str(comparison), "--judge", f"local:{folder}"]) == 0
+    (file,) = comparison.glob("judged-*.csv")
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["no_verdict"] for row in rows] == ["0", "0"] and rows[0]["judge"] == f"local:{folder}"
+    assert [sum(int(row[name]) for name in ("wins", "ties", "losses")) for row in rows] == [3, 3]
+    assert main(["judge", str(comparison), "--judge", "local:x", "--endpoint.model", "m"]) == 2
+    assert "model is a setting of an endpoint, and the judge is 'local:x'" in capsys.readouterr().err
 
 
 def test_wrong_labellers_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

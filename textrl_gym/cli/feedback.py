@@ -111,7 +111,7 @@ def _annotate(parsed: SimpleNamespace, out: Path) -> Annotate:
     from textrl_gym.feedback.answers import LabelFile
 
     if is_language_model(labellers.by):
-        from textrl_gym.feedback.judged import answer_by_judge
+        from textrl_gym.feedback.judged import answer_by_judge, verdict_report
         from textrl_gym.judges.llm_judge import load_language_judge
         from textrl_gym.mdp.task import load_env_task
 
@@ -121,6 +121,7 @@ def _annotate(parsed: SimpleNamespace, out: Path) -> Annotate:
         def ask(items: Sequence[Item], path: Path, appeals: dict[str, list[float]]) -> None:
             with LabelFile(path) as file:
                 answer_by_judge(items, file, judge)
+                print(verdict_report(file.history), flush=True)
 
         return ask
     from textrl_gym.feedback.simulated import answer_all

@@ -7,12 +7,13 @@ how sure it is, or a reward (Lee et al. 2023, arXiv:2309.00267).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from textrl_gym.data.labels import Item, ranks_of_scores
+from textrl_gym.data.labels import Item, Label, ranks_of_scores
 from textrl_gym.feedback.answers import LabelFile
 from textrl_gym.judges.judge import Answer, Judge, compare
 from textrl_gym.stats.estimates import Array
@@ -72,3 +73,12 @@ def _verdict(item: Item, said_3P: Array) -> _Verdict:
         won[second] += 1 - chance
     flips = None if np.isnan(flipped_P).all() else int(np.nansum(flipped_P))
     return _Verdict(ranks_of_scores(won), probability_P.tolist() if soft else None, flips)
+
+
+def verdict_report(labels: Sequence[Label]) -> str:
+    """How often a judge gave no verdict, and how often its verdict turned round with the order, in words."""
+    decided = [label for label in labels if label.flips is not None]
+    pairs = sum(math.comb(len(label.completions), 2) for label in decided)
+    flips = sum(label.flips or 0 for label in decided)
+    none = sum(label.ranks is None for label in labels)
+    return f"no verdict: {none} of {len(labels)}; turned round with the order: {flips} of {pairs} pairs"
