@@ -17,6 +17,7 @@ WINGS = (
     "mdp",
     "rewards",
     "judges",
+    "llm",
     "rollouts",
     "agents",
     "training",
