@@ -55,13 +55,13 @@ def _verdicts(items: Sequence[Item], judge: Judge) -> list[_Verdict]:
             a.append(Answer(first))
             b.append(Answer(second))
             number_N.append(number)
-    said = np.stack(compare(judge, rows, a, b))
-    return [_verdict(item, said[:, np.array(number_N) == number]) for number, item in enumerate(items)]
+    comparisons_3N = np.stack(compare(judge, rows, a, b))
+    return [_verdict(item, comparisons_3N[:, np.array(number_N) == number]) for number, item in enumerate(items)]
 
 
-def _verdict(item: Item, said_3P: Array) -> _Verdict:
+def _verdict(item: Item, comparisons_3P: Array) -> _Verdict:
     """What is made of the outcomes, probabilities and flips of an item's P pairs."""
-    outcome_P, probability_P, flipped_P = said_3P
+    outcome_P, probability_P, flipped_P = comparisons_3P
     if np.isnan(outcome_P).any():
         return _Verdict(None, None, None)
     soft = not np.isnan(probability_P).any()

@@ -65,11 +65,11 @@ class LanguageJudge:
         }
         asked = list(dict.fromkeys(question for both in orders.values() for question in both))
         answered = dict(zip(asked, self.model.answers(asked), strict=True)) if asked else {}
-        said = [
+        judged_N3 = [
             judged(*(answered[question] for question in orders[triple])) if triple in orders else (0.5, 0.5, math.nan)
             for triple in triples
         ]
-        outcome_N, probability_N, flipped_N = np.array(said, np.float64).reshape(-1, 3).T
+        outcome_N, probability_N, flipped_N = np.array(judged_N3, np.float64).reshape(-1, 3).T
         return Comparisons(outcome_N, probability_N, flipped_N)
 
 

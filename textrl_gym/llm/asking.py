@@ -27,6 +27,7 @@ from textrl_gym.llm.endpoint import LONGEST_REPLY_BYTES, Client, ClientConfig, E
 from textrl_gym.llm.questions import (
     NONE,
     Form,
+    Reply,
     fill_template,
     read_chances,
     read_label,
@@ -215,16 +216,16 @@ class EndpointModel:
         """Ask one question until there is a verdict, and keep it."""
         texts = {place: without_markers(text) for place, text in zip(self.form.places, asked, strict=True)}
         question = fill_template(self.form.question, texts)
-        answered, reply = Answered(NONE), ""
+        answered, reply = Answered(NONE), Reply("")
         for number in range(self.config.asks):
             message: Message = {"role": "user", "content": question + (self.form.reminder if number else "")}
             # Temperature 0: a verdict is kept for good, so that it should be the one that would come again.
-            said = self.client.ask([message], 0.0, stop)
-            reply, label = said.text, read_label(self.form, said.text)
+            reply = self.client.ask([message], 0.0, stop)
+            label = read_label(self.form, reply.text)
             if label != NONE:
-                answered = Answered(label, read_chances(self.form, said))
+                answered = Answered(label, read_chances(self.form, reply))
                 break
-        self.verdicts.add(key, answered, reply)
+        self.verdicts.add(key, answered, reply.text)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -279,6 +280,6 @@ def read_settings(file: Path) -> tuple[str, EndpointConfig]:
             raise ValueError(f"{str(file)!r}: unknown key {key!r}; allowed: judge, {', '.join(kinds)}")
         kind = str if kinds[key] is type(None) else kinds[key]  # paths
         if not (type(value) is kind or (kind is float and type(value) is int)):
-            raise ValueError(f"{str(file)!r}: {key} must be a {kind.__name__}, got {value!r}")
+            raise ValueError(f"{str(file)!r}: {key} must be of type {kind.__name__}, got {value!r}")
     settings: dict[str, Any] = table | {key: Path(table[key]) for key in ("template", "cache") if key in table}
     return str(name), EndpointConfig(**settings)

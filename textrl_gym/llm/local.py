@@ -89,7 +89,7 @@ class LocalModel:
         self.labels = NO_TIE if form.labels == PAIR.labels else form.labels
         self.limit = positions.limit(self.policy.model)
         """Tokens of the longest question and answer; None: there is no bound."""
-        self._made_for = positions.stated(self.policy.model.config)
+        self._stated = positions.stated(self.policy.model.config)
         try:  # what cannot be written is said before anything is asked
             self._label_ids, self._common = self._encode_labels()
         except ValueError as error:
@@ -157,13 +157,13 @@ class LocalModel:
                 f"judge {self.name!r} has {self.limit:,} positions, and question and answer take {room:,} tokens: "
                 "name another model, or a shorter template"
             )
-        if self._made_for is not None and room > self._made_for:
+        if self._stated is not None and room > self._stated:
             warnings.warn(
-                f"judge {self.name!r} was made for {self._made_for:,} tokens, and question and answer take {room:,}",
+                f"judge {self.name!r} was made for {self._stated:,} tokens, and question and answer take {room:,}",
                 LongQuestionWarning,
                 stacklevel=2,
             )
-            self._made_for = None  # said once
+            self._stated = None  # said once
         return ids
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:

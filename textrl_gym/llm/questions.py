@@ -235,10 +235,12 @@ def read_chances(form: Form, reply: Reply) -> dict[str, float] | None:
     mass = dict.fromkeys(form.labels, 0.0)
     whole = False
     for word, logp in reply.tokens[place].alternatives.items():
-        said = word.strip(_TRIMMED).lower()
+        spelled = word.strip(_TRIMMED).lower()
         # Words such as "tie" may be parted into tokens; of numbers "1" may be the beginning of "10".
-        matching = [one for one in form.labels if said == one.lower()]
-        matching = matching or [one for one in form.labels if said and not said.isdigit() and one.startswith(said)]
+        matching = [one for one in form.labels if spelled == one.lower()]
+        matching = matching or [
+            one for one in form.labels if spelled and not spelled.isdigit() and one.startswith(spelled)
+        ]
         if matching:
             mass[matching[0]] += math.exp(logp)
             whole = whole or len(matching[0]) > 1

@@ -244,9 +244,9 @@ class Pairer(CompletionSampler):
     def _judged(self, judge: Judge, pairs: list[tuple[Row, list[str]]]) -> Iterator[dict[str, Any]]:
         """Pairs as a judge compares them, with a column `probability` where it says how sure it is."""
         a, b = ([Answer(two[place]) for _, two in pairs] for place in (0, 1))
-        said = compare(judge, [row for row, _ in pairs], a, b)
+        comparisons = compare(judge, [row for row, _ in pairs], a, b)
         counts = self.counts
-        for (row, two), outcome, likely, flipped in zip(pairs, *(one_N.tolist() for one_N in said), strict=True):
+        for (row, two), outcome, likely, flipped in zip(pairs, *(one_N.tolist() for one_N in comparisons), strict=True):
             if math.isnan(outcome):
                 counts["no_verdict"] += 1
                 continue

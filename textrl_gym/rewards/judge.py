@@ -96,4 +96,8 @@ def make(argument: str | None, *, task: object = None, device: str | torch.devic
 
         most = config.max_answer_tokens if config.cot else 0
         return JudgeReward(load_local(spec, shaped(SCORE, config), task=task, device=device, most_reasons=most))
+    if not config.model:
+        raise ValueError(
+            f"reward 'judge:{argument}' needs the name of its model: judge:endpoint:MODEL, or model in the file"
+        )
     return JudgeReward(EndpointModel(config, SCORE, "reward 'judge'", progress_bar=False))
