@@ -5,7 +5,7 @@ replies are read and kept, is of the wing `llm`. Where the probabilities of the 
 
     P(a is better) = (P(first | a, b) + 1 - P(first | b, a)) / 2,     P(first) = P(A) + P(tie) / 2
 
-the mean of both orders, which takes the preference for a place out (Lee et al. 2023, arXiv:2309.00267, section 3.1).
+the mean of both orders, which takes the preference for a place out (Lee et al. 2023, arXiv:2309.00267).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The question is written by the tokenizer's chat template where it has one, and the label is the first word of the reply;
 without a template it stands behind a last line "Verdict:". Names of special tokens in the texts stay letters
 (data.encoding). With reasons (chain of thought) the model writes them greedily, and the labels follow a line
-"Verdict:" that is put behind them, as Lee et al. (2023, arXiv:2309.00267, section 3.1) do.
+"Verdict:" that is put behind them, as Lee et al. (2023, arXiv:2309.00267) do.
 
 A label may be several tokens, and the beginning of another one ("1" and "10"):
 

@@ -9,7 +9,7 @@ answer. Where the endpoint gives the log-probabilities of its tokens, those at t
 
     P(label) = sum of the probabilities of the tokens that say it / the same sum over all labels
 
-as Lee et al. (2023, arXiv:2309.00267, section 3.1) label preferences and (section 3.3) score answers from 1 to 10.
+as Lee et al. (2023, arXiv:2309.00267) label preferences and score answers from 1 to 10.
 """
 
 from __future__ import annotations

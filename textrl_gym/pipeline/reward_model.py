@@ -75,7 +75,7 @@ def bradley_terry_loss(
     """Mean of -log sigmoid(r_w - r_l) over N pairs (Bradley and Terry 1952; Stiennon et al. 2020, eq. 1).
 
     With soft labels p the cross entropy -p log sigmoid(r_w - r_l) - (1 - p) log sigmoid(r_l - r_w) (Lee et al. 2023,
-    arXiv:2309.00267, section 3.2.1), which is the former where p is 1.
+    arXiv:2309.00267), which is the former where p is 1.
 
     Args:
         raw_BK: float32 rewards.

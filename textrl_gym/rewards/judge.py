@@ -3,7 +3,7 @@
     reward = (E[score] - 5.5) / 4.5,     E[score] = sum_s s P(s)
 
 where the probabilities of the scores are known, else of the score that the model says; -1 is the worst and 1 the best
-(Lee et al. 2023, arXiv:2309.00267, section 3.3). Where the model gives no score the reward is None, which TRL and this
+(Lee et al. 2023, arXiv:2309.00267). Where the model gives no score the reward is None, which TRL and this
 library read as "does not apply": such a completion gets the mean of its prompt's others.
 
     judge:endpoint:MODEL[@URL]   a model behind an OpenAI-compatible endpoint, with the default settings
