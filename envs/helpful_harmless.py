@@ -57,8 +57,8 @@ class HelpfulHarmless(Task):
 
     ## Reward
     0 at each step but the last, then the score of the bundled reward model, which was trained on the pairwise choices
-    of simulated annotators who fear trigger words; `reward="reward_model:fair_reward_model"` is one of annotators who do
-    not. There are two more, of fair annotators, which can be weighted: who judge by the steps alone
+    of simulated annotators who fear trigger words; `reward="reward_model:fair_reward_model"` is one of annotators who
+    do not. There are two more, of fair annotators, which can be weighted: who judge by the steps alone
     (`reward_model:helpful_reward_model`), or by the refusals of unsafe requests alone
     (`reward_model:harmless_reward_model`). With kl_coef > 0 each step costs kl_coef * KL of the policy to the
     reference.
