@@ -109,6 +109,7 @@ class HelpfulHarmless(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "textrl_gym.worlds.requests:gold"
+    critic = "textrl_gym.feedback.request_critic:RequestCritic"
     best_gold = 0.91  # of the competent model that the bundled one was made of
     kl_coef = 0.03
     keep_suffix = requests.ANSWER

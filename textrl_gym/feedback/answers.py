@@ -90,13 +90,14 @@ class LabelFile:
         annotator: str,
         ranks: list[int] | None,
         *,
+        comment: str = "",
         probabilities: list[float] | None = None,
         flips: int | None = None,
     ) -> None:
         """Append the answer of a program, which reads completions in the order in which they are written.
 
         Args:
-            probabilities, flips: as of `Label`.
+            comment, probabilities, flips: as of `Label`.
         """
         self.append(
             Label(
@@ -108,6 +109,7 @@ class LabelFile:
                 completions=item.completions,
                 ranks=ranks,
                 order=list(range(len(item.completions))),
+                comment=comment,
                 time=datetime.now(UTC).isoformat(timespec="seconds"),
                 models=item.models,
                 gold=item.gold,

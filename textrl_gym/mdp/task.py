@@ -57,6 +57,9 @@ class Task:
     stop: tuple[str, ...] = ()
     lesson: Lesson | None = None
     """What the task shows about RL from feedback; `textrl-gym lesson ENV` runs it."""
+    critic: str | None = None
+    """module:Class of a rule-based critic of the embedded prompts, made of its `CriticErrors`; it stands for a language
+    model in `textrl-gym constitutional` (`feedback.critics`). None: there is none."""
     recipe: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """How the embedded models were made (`pipeline.build_assets`): the settings of "fluent" (with "references", the
     rows that it may see) and "policy", and those of
