@@ -30,7 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"training"}),
     frozenset({"feedback", "integrations"}),
     frozenset({"experiments"}),
-    frozenset({"charts"}),
+    frozenset({"charts", "recipes"}),
     frozenset({"agents", "reports"}),
     frozenset({"web"}),
     frozenset({"cli", "__main__"}),

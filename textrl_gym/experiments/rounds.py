@@ -38,6 +38,8 @@ from textrl_gym.stats.pairwise import agreement
 
 RECORD = "rlhf.json"
 """The rounds in numbers, in the folder."""
+SETTINGS = "settings.json"
+"""What a folder was begun with."""
 LABELS, QUESTIONS, APPEALS = "labels.jsonl", "questions.jsonl", "appeals.json"
 HELDOUT = "held-out.jsonl"
 """Pairs of the initial policy on held-out prompts, by whose gold scores every round's reward model is measured."""
@@ -158,20 +160,31 @@ def _say(progress_bar: bool, words: str) -> None:
 def _check_folder(
     out: Path, env_id: str, config: RoundsConfig, reward_config: RewardModelConfig, env: EnvSettings
 ) -> None:
-    """Write down what was asked for, or hold that the folder was begun with the same; more rounds may follow."""
-    asked = {"environment": env_id, "config": dataclasses.asdict(config)}
+    asked: dict[str, Any] = {"environment": env_id, "config": dataclasses.asdict(config)}
     asked |= {"reward_model": dataclasses.asdict(reward_config), "env": dataclasses.asdict(env)}
-    now = json.loads(json.dumps(asked, default=str))
-    now["config"].pop("rounds")
-    file = out / "settings.json"
+    asked["config"].pop("rounds")  # more may follow
+    hold_settings(out, asked)
+
+
+def hold_settings(out: Path, asked: dict[str, Any]) -> None:
+    """Write down what a folder was begun with, or hold that it was the same.
+
+    Args:
+        asked: names and values, as JSON can hold them; a value may be names and values too.
+
+    Raises:
+        ValueError: it was another, naming the setting.
+    """
+    now: dict[str, Any] = json.loads(json.dumps(asked, default=str))
+    file = out / SETTINGS
     if file.is_file():
         before = files.read_json(file)
         for part, values in now.items():
             if before.get(part) != values:
                 known: Any = before.get(part)
                 both = isinstance(values, dict) and isinstance(known, dict)
-                names = [name for name in values if known.get(name) != values[name]] if both else [part]
-                raise ValueError(f"{str(out)!r} was begun with another {names[0]}: name another --out")
+                names = [name for name in values if known.get(name) != values[name]] if both else []
+                raise ValueError(f"{str(out)!r} was begun with another {[*names, part][0]}: name another --out")
         return
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(file, json.dumps(now, indent=1) + "\n")
