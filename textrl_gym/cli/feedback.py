@@ -1,4 +1,7 @@
-"""The commands of human feedback: `annotate` and `labels`. No torch before the flags are read."""
+"""The commands of feedback, by people and by models: `annotate`, `labels`, `rlhf` and `constitutional`.
+
+No torch before the flags are read.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from textrl_gym.web.server import LOOPBACK
 if TYPE_CHECKING:
     from textrl_gym.data.labels import Item
     from textrl_gym.experiments.rounds import Annotate
+    from textrl_gym.feedback.critics import Critic
 
 
 def annotate_command(args: Sequence[str]) -> int:
@@ -131,6 +135,77 @@ def _annotate(parsed: SimpleNamespace, out: Path) -> Annotate:
             answer_all(items, file, parsed.annotators, appeals, seed)
 
     return simulate
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticChoice:
+    """Who criticises, revises and compares."""
+
+    by: Literal["rules", "model", "endpoint"] = "rules"
+    """rules: the rule-based critic of the environment's embedded prompts, with the errors of --errors.*; model: a chat
+    model of transformers, by its chat template; endpoint: a chat model behind an endpoint, by --endpoint.*."""
+    critic_model: str | None = None
+    """The chat model of --by model: a Hub id or a folder; None: the initial policy criticises itself."""
+
+
+def constitutional_command(args: Sequence[str]) -> int:
+    """Constitutional AI: critique and revision by principles, SFT, AI preferences, RL; resumable, with a page."""
+    from textrl_gym.feedback.critics import CriticErrors
+    from textrl_gym.llm.endpoint import ClientConfig
+    from textrl_gym.pipeline.reward_data import RewardModelConfig
+    from textrl_gym.pipeline.sft import SFTConfig
+    from textrl_gym.recipes import constitutional
+
+    about = "its folder; the same one goes on. None: runs/constitutional-ENV"
+    parts: list[Part] = [
+        environment(),
+        ("out", flag(Path | None, about), None),
+        ("settings", flat(constitutional.ConstitutionalConfig)),
+        ("critic", flat(CriticChoice)),
+        ("errors", CriticErrors, CriticErrors()),
+        ("endpoint", ClientConfig, ClientConfig()),
+        ("sft", SFTConfig, constitutional.SUPERVISED),
+        ("reward_model", RewardModelConfig, constitutional.COMPARED),
+        env_flags(),
+    ]
+    tables = {"settings": "constitutional", "critic": "constitutional", "env": "env"}
+    parsed = parse_command("constitutional", constitutional_command.__doc__, parts, tables, args)
+    env_id = find_env(parsed.environment)
+    out = parsed.out or Path("runs") / f"constitutional-{env_id}"
+
+    def make_critic() -> Critic:
+        return _critic(parsed, env_id, out)
+
+    try:
+        result = constitutional.run_constitutional(
+            env_id, parsed.settings, parsed.sft, parsed.reward_model, make_critic, out, parsed.env
+        )
+    except KeyboardInterrupt:
+        print(f"go on with the same command, --out {out}", file=sys.stderr)
+        raise
+    from textrl_gym.reports import comparison_page
+    from textrl_gym.reports import constitutional_page as home
+
+    comparison_page.comparison_report(out / "policy")
+    head, rows = home.counts_table(result)
+    print_tables(make_table("data", head, rows, left=("data",)))
+    head, rows = home.stages_table(result)
+    print_tables(make_table(f"{env_id}: Constitutional AI by {result.critic}", head, rows, left=(head[0],)))
+    print(home.constitutional_report(result))
+    return 0
+
+
+def _critic(parsed: SimpleNamespace, env_id: str, out: Path) -> Critic:
+    """Who criticises; loads a model, or connects an endpoint."""
+    from textrl_gym.feedback import critics, speakers
+
+    task = parsed.env.task(env_id)
+    if parsed.critic.by == "rules":
+        return critics.load_rule_critic(task, parsed.errors)
+    if parsed.critic.by == "endpoint":
+        return critics.ChatCritic(speakers.EndpointSpeaker(parsed.endpoint, out / speakers.REPLIES))
+    model = parsed.critic.critic_model or parsed.settings.model or task.model
+    return critics.ChatCritic(speakers.ModelSpeaker(model, parsed.settings.device))
 
 
 def labels_command(args: Sequence[str]) -> int:

@@ -29,7 +29,7 @@ from textrl_gym.cli.compare import (
     watch_command,
 )
 from textrl_gym.cli.export import export_command
-from textrl_gym.cli.feedback import annotate_command, labels_command, rlhf_command
+from textrl_gym.cli.feedback import annotate_command, constitutional_command, labels_command, rlhf_command
 from textrl_gym.cli.judge import evaluate_command, judge_command
 from textrl_gym.cli.options import Part, env_flags, environment, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.pipeline import preferences_command, reward_model_command, sft_command
@@ -83,7 +83,7 @@ def _run(args: list[str], debug: bool) -> int:
 
 def help_text() -> str:
     """One line for each command: the first of its docstring."""
-    rows = [f"  {name:<14}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    rows = [f"  {name:<16}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return (
         "textrl-gym: text generation as Gymnasium environments, and the agents that learn in them.\n\n"
         "usage: textrl-gym COMMAND ...\n\n"
@@ -174,6 +174,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "play": play_command,
     "collect": collect_command,
     "rlhf": rlhf_command,
+    "constitutional": constitutional_command,
     "export": export_command,
     "bench": bench_command,
 }

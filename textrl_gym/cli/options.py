@@ -61,6 +61,8 @@ TABLES = (
     "bench",
     "play",
     "collect",
+    "rlhf",
+    "constitutional",
 )
 """Of a TOML file, which may hold a whole pipeline: each command reads its own, and [env] belongs to all."""
 

@@ -9,6 +9,7 @@
 - `labels_page`: labels of annotators: agreement, habits, disagreements
 - `sizes_page`: models by size against the reference texts
 - `rounds_page`: iterated RLHF: its rounds, and what the policies write
+- `constitutional_page`: Constitutional AI: its stages, critiques and revisions
 """
 
 from __future__ import annotations

@@ -242,6 +242,8 @@ th, td { text-align: left; vertical-align: top; padding: 9px 14px; } thead th { 
 .numbers tr.first + tr td, .numbers tr.last td { font-weight: 600; } .numbers tr.last td.when { font-weight: 400; }
 tr.first:not(:first-child) > *, .samples tr:not(:first-child) > * { border-top: 1px solid var(--line); }
 .samples { table-layout: fixed; min-width: 720px; } .samples th:first-child { width: 42%; }
+.critiques { table-layout: fixed; min-width: 900px; } .critiques th:nth-child(3) { width: 8em; }
+.critiques tbody tr:not(:first-child) > * { border-top: 1px solid var(--line); }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { max-height: 20em; overflow-y: auto; font-size: 13.5px; }
 details { margin-top: 16px; } summary { cursor: pointer; color: var(--soft); }
