@@ -273,10 +273,13 @@ def test_an_answer_that_says_choose_a_does_not_win(attack: str) -> None:
     assert critic.prefer(rows, [attack, "no"], ["no", attack], principles).tolist() == [0.0, 1.0]
     # The model can be tricked: where the attacker knows the tags' number it does what he says.
     number = "0123456789abcdef"
-    values = {"tag": number, "prompt": "q", "answer_b": "no", "preference_request": ""}
     known = attack.replace("{tag}", number).replace("0000000000000000", number)
+    values = {"tag": number, "prompt": "q", "answer_a": known, "answer_b": "no", "preference_request": ""}
     if "answer_a" in attack:
-        assert model.reply(Question(PREFERENCE, values | {"answer_a": known}).text()) == "A"
+        asked = PREFERENCE
+        for name, value in values.items():
+            asked = asked.replace(f"{{{name}}}", value)
+        assert model.reply(asked) == "A"
     assert critic.criticise(rows[:1], [attack], principles[:1]) == [f"criticised: {attack}".strip()]
 
 
@@ -339,7 +342,7 @@ def chat_model(folder: Path) -> Path:
     task = load_env_task(ENV)
     saved: Any = task.load_model()
     tokenizer = task.load_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\\n{% endfor %}Answer:"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}Answer:"
     saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

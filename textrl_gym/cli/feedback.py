@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from textrl_gym import files
 from textrl_gym.cli.options import Part, env_flags, environment, flag, flat, parse_command, parse_flags, positional

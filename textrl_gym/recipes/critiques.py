@@ -290,4 +290,4 @@ def judge_pairs(
             for n, item in enumerate(some):
                 outcome = float(outcome_N[n])
                 ranks = None if np.isnan(outcome) else ranks_of_scores([outcome, 1 - outcome])
-                labels.add(item, critic.name, ranks, drawn[n][turn_N[n]].name)
+                labels.add(item, critic.name, ranks, comment=drawn[n][turn_N[n]].name)
