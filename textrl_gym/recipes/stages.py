@@ -54,6 +54,7 @@ class Stage:
 def heldout_rows(task: Task, env: EnvSettings, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Row]:
     """The first held-out prompts: of the embedded world those of its test split, else of the data's validation."""
     if env.dataset is None:
+        # Validation rows are what training was watched on.
         source: PromptSource = task.rows("test")
     else:
         reader = PromptReader(task, tokenizer, task.max_prompt_tokens, env.chat_settings())
@@ -85,6 +86,7 @@ def write_heldout(
 
     def sample(number: int) -> list[dict[str, Any]]:
         some = rows[number * AT_ONCE : number * AT_ONCE + sizes[number]]
+        # A seed for each part, so that a stage that was stopped goes on as if it had not been.
         sampled = sample_texts(policy, task, tokenizer, some, 1, 1.0, seed * len(sizes) + number)
         texts = [decode(tokenizer, ids) for (ids,) in sampled]
         return [{"prompt": prompt_as_data(row), "completion": text} for row, text in zip(some, texts, strict=True)]
