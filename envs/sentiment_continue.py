@@ -114,15 +114,12 @@ class SentimentContinue(Task):
         },
         findings=(
             Finding("Without a penalty the score rises", lambda of: of["free"]["score"] - of["start"]["score"]),
-            Finding(
-                "while distinct bigrams fall below half of the start's",
-                lambda of: 0.5 * of["start"]["distinct_2"] - of["free"]["distinct_2"],
-            ),
+            Finding("while distinct bigrams fall", lambda of: of["start"]["distinct_2"] - of["free"]["distinct_2"]),
             Finding("and gold falls", lambda of: of["start"]["gold"] - of["free"]["gold"]),
             Finding("With the adaptive penalty gold rises", lambda of: of["adaptive"]["gold"] - of["start"]["gold"]),
             Finding(
-                "distinct bigrams stay above half of the start's",
-                lambda of: of["adaptive"]["distinct_2"] - 0.5 * of["start"]["distinct_2"],
+                "distinct bigrams are more than without one",
+                lambda of: of["adaptive"]["distinct_2"] - of["free"]["distinct_2"],
             ),
             Finding(
                 "and the KL is within 20% of its target",

@@ -190,6 +190,6 @@ def test_a_small_run_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(args) == 0
     record = json.loads((out / rounds.RECORD).read_text())
     assert [one["labels"] for one in record["rounds"]] == [24, 48]
-    assert (out / "report.html").is_file()
+    assert (out / "report.html").is_file() and (out / "round-2/policy/report.html").is_file()
     assert main(args) == 0  # nothing is left to do
     assert json.loads((out / rounds.RECORD).read_text()) == record

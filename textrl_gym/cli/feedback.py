@@ -95,8 +95,11 @@ def rlhf_command(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"go on with the same command, --out {out}", file=sys.stderr)
         raise
+    from textrl_gym.cli.compare import show_page
     from textrl_gym.reports import rounds_page as home
 
+    for one in result.rounds:
+        show_page(rounds.policy_folder(out, one.number))
     head, rows = home.rounds_table(result)
     print_tables(make_table(f"{env_id}: rounds of RLHF", head, rows, left=()))
     print(home.rounds_report(result))
@@ -183,10 +186,10 @@ def constitutional_command(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"go on with the same command, --out {out}", file=sys.stderr)
         raise
-    from textrl_gym.reports import comparison_page
+    from textrl_gym.cli.compare import show_page
     from textrl_gym.reports import constitutional_page as home
 
-    comparison_page.comparison_report(out / "policy")
+    show_page(out / "policy")
     head, rows = home.counts_table(result)
     print_tables(make_table("data", head, rows, left=("data",)))
     head, rows = home.stages_table(result)

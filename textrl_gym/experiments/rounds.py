@@ -193,11 +193,16 @@ def hold_settings(out: Path, asked: dict[str, Any]) -> None:
 # -- questions --------------------------------------------------------------------------------------------------------
 
 
+def policy_folder(out: Path, number: int) -> Path:
+    """The comparison that trains a round's policy."""
+    return out / f"round-{number}" / "policy"
+
+
 def policy_of(out: Path, number: int) -> str | None:
     """The agent's folder of a round; None before the first."""
     if number == 0:
         return None
-    (run,) = finished_runs(out / f"round-{number}" / "policy")
+    (run,) = finished_runs(policy_folder(out, number))
     return str(run)
 
 
