@@ -61,7 +61,7 @@ class Instructions(Task):
     `reward="instructions"`, which checks its instruction ids; with more tokens and a model that knows them.
 
     ## Observation Space
-    `Dict(input_ids: Box int64 [L], attention_mask: Box int8 [L])`, L = max_prompt_tokens + max_new_tokens = 68. The
+    `Dict(input_ids: Box int64 [L], attention_mask: Box int8 [L])`, L = max_prompt_tokens + max_new_tokens = 72. The
     prompt is left-padded into the first 40 places, so that generated token t always stands at place 40 + t.
 
     ## Action Space
@@ -108,7 +108,7 @@ class Instructions(Task):
 
     id = ID
     max_prompt_tokens = 40
-    max_new_tokens = 28
+    max_new_tokens = 32
     model = f"{ASSETS}/policy"
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
