@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import ClassVar
 
+from textrl_gym.conversations import bookings
 from textrl_gym.core import Message, PromptSource, Reply, Row
 from textrl_gym.data import prompts
 from textrl_gym.mdp.task import Task
-from textrl_gym.worlds import bookings
 from textrl_gym.worlds.lesson import Finding, Lesson, Trial
 from textrl_gym.worlds.world import Rows
 
 ID = "Clarify-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "bookings")
+QUESTIONS = "textrl_gym.conversations.bookings:questions"
 GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 5e-4, "kl_coef": 0.02}
 
 
@@ -56,7 +57,7 @@ class Clarify(Task):
     `kind`, `facts` (an object) and `missing`.
 
     ```python
-    env = gym.make("Clarify-v0", reward={"textrl_gym.worlds.bookings:questions": -1.0})  # who hates to be asked
+    env = gym.make("Clarify-v0", reward={"textrl_gym.conversations.bookings:questions": -1.0})  # who hates to be asked
     ```
 
     ## Lesson
@@ -82,7 +83,7 @@ class Clarify(Task):
     max_turn_tokens = 8
     turn_markers = ("", "")
     reward = "zero"
-    gold = "textrl_gym.worlds.bookings:booked"
+    gold = "textrl_gym.conversations.bookings:booked"
     best_gold = 1.0
     kl_coef = 0.02
     recipe: ClassVar = {
@@ -104,7 +105,11 @@ class Clarify(Task):
         trials={
             "helpful": Trial("the task's own: a question costs 0.2, a wrong booking 1", "grpo", 50_000, GRPO),
             "impatient": Trial(
-                "each question costs 2 more", "grpo", 50_000, GRPO, {"textrl_gym.worlds.bookings:questions": -2.0}
+                "each question costs 2 more",
+                "grpo",
+                50_000,
+                GRPO,
+                {"textrl_gym.conversations.bookings:questions": -2.0},
             ),
         },
         findings=(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import ClassVar
 
+from textrl_gym.conversations import dealer
 from textrl_gym.core import Message, PromptSource, Reply, Row
 from textrl_gym.data import prompts
 from textrl_gym.mdp.task import Task
-from textrl_gym.worlds import dealer
 from textrl_gym.worlds.lesson import Finding, Lesson, Trial
 from textrl_gym.worlds.world import Rows
 
@@ -85,7 +85,7 @@ class Negotiate(Task):
     max_turn_tokens = 4
     turn_markers = ("", "")
     reward = "zero"
-    gold = "textrl_gym.worlds.dealer:bargain"
+    gold = "textrl_gym.conversations.dealer:bargain"
     best_gold = 1.0  # the lowest price that the script can be brought to
     kl_coef = 0.01
     recipe: ClassVar = {

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import ClassVar
 
+from textrl_gym.conversations import calculator
 from textrl_gym.core import Message, PromptSource, Reply, Row
 from textrl_gym.data import prompts
 from textrl_gym.mdp.task import Task
-from textrl_gym.worlds import calculator
 from textrl_gym.worlds.lesson import Finding, Lesson, Trial
 from textrl_gym.worlds.world import Rows
 
@@ -56,7 +56,7 @@ class Tool(Task):
     `policy_logprob`, `missing_eos_penalty`, `device`, `array`, `render_mode`.
 
     ```python
-    env = gym.make("Tool-v0", reward={"textrl_gym.worlds.calculator:calls": -1.0})  # a dearer tool
+    env = gym.make("Tool-v0", reward={"textrl_gym.conversations.calculator:calls": -1.0})  # a dearer tool
     ```
 
     ## Lesson
@@ -82,7 +82,7 @@ class Tool(Task):
     max_turn_tokens = 6
     turn_markers = ("", "")
     reward = "zero"
-    gold = "textrl_gym.worlds.calculator:right"
+    gold = "textrl_gym.conversations.calculator:right"
     best_gold = 1.0
     kl_coef = 0.01
     recipe: ClassVar = {
@@ -105,7 +105,7 @@ class Tool(Task):
         trials={
             "cheap": Trial("the task's own: a call costs 0.1, the answer is worth 1", "grpo", 60_000, GRPO),
             "dear": Trial(
-                "each call costs 1.2 more", "grpo", 60_000, GRPO, {"textrl_gym.worlds.calculator:calls": -1.2}
+                "each call costs 1.2 more", "grpo", 60_000, GRPO, {"textrl_gym.conversations.calculator:calls": -1.2}
             ),
         },
         findings=(

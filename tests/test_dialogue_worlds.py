@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from textrl_gym import registry
+from textrl_gym.conversations import bookings, calculator, dealer
+from textrl_gym.conversations.replay import replay
 from textrl_gym.core import Reply, Row
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.mdp.text_env import TextEnv, vector_env
@@ -19,8 +21,7 @@ from textrl_gym.pipeline import build_assets, sft
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import load_reward
 from textrl_gym.rollouts.collect import collect
-from textrl_gym.worlds import bookings, calculator, dealer
-from textrl_gym.worlds.world import Rows, replay
+from textrl_gym.worlds.world import Rows
 
 TALKS = [env_id for env_id in registry.env_ids() if load_env_task(env_id).symbols]
 ROWS = 300

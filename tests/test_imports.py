@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"lazy"}),
     frozenset({"bounds", "console", "core", "functional", "kl", "files", "stats"}),
     frozenset({"registry", "data", "models", "persistence", "worlds"}),
-    frozenset({"policy"}),
+    frozenset({"conversations", "policy"}),
     frozenset({"llm"}),
     frozenset({"rewards"}),
     frozenset({"judges", "mdp"}),

@@ -1,9 +1,6 @@
 """Procedural text worlds: the embedded tasks' prompts and reference texts. No torch.
 
 - `world`: rows that are a function of split, seed and index, and that no two splits share
-- `bookings`: requests of which half lack a fact, and a person who gives it when asked
-- `calculator`: sums of which some can be done by heart, and a tool for the others
-- `dealer`: a car dealer who comes down to a reserve price by a rule
 - `lesson`: Lesson: what a task shows about RL from feedback
 - `orders`: lists with constraints that a program can check
 - `passages`: facts of which some are doubtful, and questions about them

@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from textrl_gym.core import Message, Reply, Row
+from textrl_gym.core import Row
 
 SIZES = {"train": 1_000_000, "validation": 10_000, "test": 10_000}
 """Rows of each split: as many as an index may name; the worlds have no end."""
@@ -90,29 +90,3 @@ def one_word_off(text: str, rng: random.Random) -> str:
     place = rng.randrange(len(words))
     words[place : place + 1] = [] if rng.random() < 0.5 else [words[place]] * 2
     return " " + " ".join(words)
-
-
-# -- conversations -----------------------------------------------------------------------------------------------------
-
-Other = Callable[[Row, Sequence[Message]], Reply]
-"""The scripted other side of a conversation: `reply(row, turns)`, as `mdp.task.Task.reply`."""
-
-
-def replay(other: Other, row: Row, text: str) -> tuple[list[Message], list[Reply]]:
-    """What a conversation was, from what the agent said alone: the other side is a function of it.
-
-    Args:
-        text: the agent's turns, a line each.
-
-    Returns:
-        the turns of both sides, and the replies among them. Both end where the other side has ended it.
-    """
-    turns: list[Message] = []
-    replies: list[Reply] = []
-    for line in text.split("\n") if text else ():
-        turns.append({"role": "assistant", "content": line})
-        replies.append(other(row, turns))
-        turns.append({"role": "user", "content": replies[-1].text})
-        if replies[-1].done:
-            break
-    return turns, replies

@@ -15,8 +15,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from textrl_gym.conversations.replay import replay
 from textrl_gym.core import Message, Reply, Row
-from textrl_gym.worlds.world import in_split, replay
+from textrl_gym.worlds.world import in_split
 
 NAMES = ("Sam", "Ann", "Tom", "Eva", "Max", "Ida", "Leo", "Amy", "Ben", "Zoe", "Jim", "Kim", "Ron", "Una", "Dan", "Mia")
 OPENINGS = ("please book", "could you book", "can you get me", "I need", "we want", "get us")

@@ -19,8 +19,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from textrl_gym.conversations.replay import replay
 from textrl_gym.core import Message, Reply, Row
-from textrl_gym.worlds.world import in_split, replay
+from textrl_gym.worlds.world import in_split
 
 NAMES = ("Sam", "Ann", "Tom", "Eva", "Max", "Ida", "Leo", "Amy", "Ben", "Zoe", "Jim", "Kim", "Ron", "Una", "Dan", "Mia")
 THINGS = ("shells", "pears", "coins", "books", "cards", "stamps", "eggs", "keys", "plates", "roses", "hats", "nails")

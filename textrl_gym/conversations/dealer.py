@@ -23,8 +23,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from textrl_gym.conversations.replay import replay
 from textrl_gym.core import Message, Reply, Row
-from textrl_gym.worlds.world import in_split, replay
+from textrl_gym.worlds.world import in_split
 
 NAMES = ("Sam", "Ann", "Tom", "Eva", "Max", "Ida", "Leo", "Amy", "Ben", "Zoe", "Jim", "Kim", "Ron", "Una", "Dan", "Mia")
 COLOURS = ("red", "blue", "green", "white", "black", "grey", "yellow", "brown", "silver", "orange")
