@@ -67,6 +67,7 @@ def reply(row: Row, turns: Sequence[Message]) -> Reply:
     """The fact that was asked for, or the end."""
     text = " ".join(turns[-1]["content"].split())
     if text.startswith(f"{DONE} "):
+        # Letter for letter: a booking with its facts in another order would be a second way to be right.
         right = text == f"{DONE} {booking(row['kind'], row['facts'])}"
         return Reply(NOTHING if not right else "thanks", 1.0 if right else WRONG, done=True)
     for name, question in QUESTIONS.items():

@@ -25,6 +25,7 @@ def replay(other: Other, row: Row, text: str) -> tuple[list[Message], list[Reply
         turns.append({"role": "assistant", "content": line})
         replies.append(other(row, turns))
         turns.append({"role": "user", "content": replies[-1].text})
+        # What a text has behind the end of its conversation was never answered.
         if replies[-1].done:
             break
     return turns, replies
