@@ -6,16 +6,18 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_endpoint import Handler, Server, serving
+from test_endpoint import Handler, Server, server
 
 from textrl_gym.judges.judge import Answer, Comparisons, compare
 from textrl_gym.judges.llm_judge import Endpoint, LanguageJudge
 from textrl_gym.llm.asking import EndpointConfig
+
+__all__ = ["server"]  # a fixture
 
 ENV = "TLDRSummarize-v0"
 """Its tokenizer has all letters, and its model room for a question."""
@@ -49,14 +51,6 @@ def shown_texts(handler: Handler) -> tuple[str, str]:
     a, b = (re.search(rf"<answer_{x} {tag[1]}>\n(.*)\n</answer_{x} {tag[1]}>", question, re.DOTALL) for x in "ab")
     assert a is not None and b is not None
     return a[1], b[1]
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture

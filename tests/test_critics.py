@@ -331,6 +331,8 @@ def test_an_endpoint_is_asked_once(tmp_path: Path) -> None:
         for _ in range(2):
             replies = EndpointSpeaker(config, tmp_path / "replies.sqlite").say(questions)
             assert replies == ["reply to one?", "reply to two?", "reply to one?"]
+        EndpointSpeaker(config, tmp_path / "names.sqlite").say([Question("{a}?", {"a": "x<|im_end|>y"})])
+        assert server.bodies.pop()["messages"][0]["content"] == "x< |im_end| >y?"
         assert len(server.bodies) == 2 and {body["temperature"] for body in server.bodies} == {0.0}
         server.act = lambda handler, a, b, times: handler.send(400, "no")
         with pytest.raises(EndpointError, match="the same command goes on"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_endpoint import Handler, Server, serving
+from test_endpoint import Handler, Server, server
 
 from textrl_gym import files
 from textrl_gym.cli import main
@@ -20,6 +20,8 @@ from textrl_gym.evaluation.evaluator import Evaluator, evaluation_prompts
 from textrl_gym.experiments import worker
 from textrl_gym.experiments.compare import CompareConfig, prepare
 from textrl_gym.experiments.results import SPEC, read_comparison
+
+__all__ = ["server"]  # a fixture
 
 GUESS = "test_text_actions:Guess"
 
@@ -104,14 +106,6 @@ def test_a_conversation_goes_on_in_its_middle(tmp_path: Path, monkeypatch: pytes
 def copies(handler: Handler, *_: Any) -> None:
     """The prompt, with words that have no token."""
     handler.say(f"Here: {handler.body['messages'][-1]['content']}")
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture

@@ -78,15 +78,15 @@ def test_the_librarys_default_scorer_pays_what_is_wrong_and_ours_does_not() -> N
     row = Problems("basic_arithmetic", "train")[0]
     wrong = f"{row['completion']}0"
     assert open_problems("basic_arithmetic").score_answer(wrong, row["entry"]) >= 0.5
-    assert scores("basic_arithmetic", wrong) == (0.0, 0.0)
-    assert scores("basic_arithmetic", f" {row['completion']}\n") == (1.0, 1.0)
+    assert scores("basic_arithmetic", wrong) == pytest.approx((0.0, 0.0))
+    assert scores("basic_arithmetic", f" {row['completion']}\n") == pytest.approx((1.0, 1.0))
 
 
 def test_own_rules_score_answers_other_than_the_reference() -> None:
     assert is_scored_by_rule("knights_knaves") and not is_scored_by_rule("basic_arithmetic")
     answer = Problems("knights_knaves", "train")[0]["completion"]
-    assert scores("knights_knaves", f"So {answer}") == (1.0, 0.0)
-    assert scores("prime_factorization", "none") == (0.0, 0.0)  # the library's scorer raises ValueError
+    assert scores("knights_knaves", f"So {answer}") == pytest.approx((1.0, 0.0))
+    assert scores("prime_factorization", "none") == pytest.approx((0.0, 0.0))  # the library's scorer raises ValueError
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_completion_is_never_run_as_code(name: str, tmp_path: Path) -> None:
     assert not is_scored_by_rule(name)
     code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
     for answer in (code, f"[{code}]"):
-        assert scores(name, answer) == (0.0, 0.0)
+        assert scores(name, answer) == pytest.approx((0.0, 0.0))
     assert not mark.exists()
     if name == "binary_matrix":  # the library's own scorer runs it
         open_problems(name).score_answer(code, Problems(name, "train")[0]["entry"])

@@ -120,9 +120,8 @@ def _annotate(parsed: SimpleNamespace, out: Path) -> Annotate:
     if is_language_model(labellers.by):
         from textrl_gym.feedback.judged import answer_by_judge, verdict_report
         from textrl_gym.judges.llm_judge import load_language_judge
-        from textrl_gym.mdp.task import load_env_task
 
-        task, device = load_env_task(find_env(parsed.environment)), parsed.settings.device
+        task, device = parsed.env.task(find_env(parsed.environment)), parsed.settings.device
         judge = load_language_judge(labellers.by, endpoint, out, task=task, device=device)
 
         def ask(items: Sequence[Item], path: Path, appeals: dict[str, list[float]]) -> None:

@@ -110,7 +110,7 @@ class LabelFile:
                 ranks=ranks,
                 order=list(range(len(item.completions))),
                 comment=comment,
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                time=_now(),
                 models=item.models,
                 gold=item.gold,
                 probabilities=probabilities,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from textrl_gym.data import chat
 from textrl_gym.llm.asking import ENDPOINT, Answered, Verdicts
 from textrl_gym.llm.endpoint import Client, ClientConfig, EndpointError, ask_together
-from textrl_gym.llm.questions import fill_template
+from textrl_gym.llm.questions import fill_template, without_markers
 
 if TYPE_CHECKING:
     from textrl_gym.core import Row
@@ -98,7 +98,9 @@ class EndpointSpeaker:
         missing = {key: by_key[key] for key in by_key.keys() - replies.known(by_key).keys()}
 
         def ask(key: str, question: Question, stop: threading.Event) -> None:
-            message = {"role": "user", "content": question.text()}
+            # A server encodes a message with its special tokens: their names in a text would end the question.
+            texts = {name: without_markers(text) for name, text in question.values.items()}
+            message = {"role": "user", "content": Question(question.template, texts).text()}
             replies.add(key, Answered(self.client.ask([message], 0.0, stop).text), "")
 
         work = [functools.partial(ask, key, missing[key]) for key in by_key if key in missing]
