@@ -13,6 +13,8 @@ environment's own reward, as section 4 of the paper has it. They are sampled as 
 most, and never again: nothing that the trained policy writes is ever seen. Then, or where a file ends, the next pass
 over the same pairs begins, in another order.
 
+A pair of a file may have a probability, how sure a judge is: a soft label, of which preference_pairs has the loss.
+
 A timestep is a token of a completion trained on. The rollout's score is 1 for chosen and -1 for rejected rows, its "KL"
 the mean log-ratio of the pairs' texts, which says nothing of the policy's own (an evaluation does); so an adaptive
 kl_target makes little sense here.
@@ -85,7 +87,6 @@ class DPO(Agent):
         super().__init__(env, model, reference, **settings)
         check_beta(self)
         self.pairs: list[Pair] = []
-        """Token ids of prompt, chosen and rejected completion."""
         self.draws = 0
         """Rollouts of the reference that pairs have been sampled from."""
         self._held_out: Rollout | None = None
@@ -139,7 +140,7 @@ class DPO(Agent):
 
     def save_extra(self, folder: Path) -> None:
         if self.config.pairs is None and self.pairs:
-            texts = [ids for pair in self.pairs for ids in pair]
+            texts = [ids for pair in self.pairs for ids in (pair.prompt, pair.chosen, pair.rejected)]
             # One flat tensor and lengths: safetensors has no ragged arrays, and a tensor a text would be thousands of
             # entries.
             flat = torch.tensor([token for ids in texts for token in ids], dtype=torch.int32)
@@ -149,7 +150,7 @@ class DPO(Agent):
         if self.config.pairs is None and (folder / FILE).is_file():
             saved = load_file(folder / FILE)
             texts = [ids.tolist() for ids in saved["tokens"].split(saved["lengths"].tolist())]
-            self.pairs = [(texts[at], texts[at + 1], texts[at + 2]) for at in range(0, len(texts), 3)]
+            self.pairs = [Pair(*texts[at : at + 3]) for at in range(0, len(texts), 3)]
 
     def extra_state(self) -> dict[str, Any]:
         return {"draws": self.draws}

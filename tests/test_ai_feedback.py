@@ -266,6 +266,12 @@ def test_preferences_by_a_language_model(
     shown = capsys.readouterr().out
     assert "flipped" in shown and "no_verdict" in shown
     assert len(server.bodies) <= 2 * (6 + 8)  # no more pairs are asked about than are wanted, but for ties
+    # The file of settings asks the same endpoint, whose verdicts are known, for the same pairs.
+    asks = len(server.bodies)
+    again = ["preferences", ENV, "--config", str(out.with_suffix(".toml")), "--out", str(tmp_path / "again.jsonl")]
+    assert main(again) == 0 and len(server.bodies) == asks
+    assert (tmp_path / "again.jsonl").read_text() == out.read_text()
+    capsys.readouterr()
     assert main([*args[:-3], str(tmp_path / "x.jsonl"), "--endpoint.model", "m"]) == 2
     assert (
         "the settings of an endpoint are of label 'endpoint', and the label is 'annotators'" in capsys.readouterr().err

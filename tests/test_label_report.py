@@ -237,6 +237,18 @@ def test_trl_form_is_what_was_preferred(tmp_path: Path) -> None:
     assert len(labels.read_labels(tmp_path / "back.jsonl")) == 5
 
 
+def test_trl_form_keeps_soft_labels(tmp_path: Path) -> None:
+    """Of three texts: the first is likely better than the second, as good as the third, which the second may beat."""
+    row = Label(1, "i", PAIR, "judge", "p", ["a", "b", "c"], [1, 2, 2], probabilities=[0.75, 0.5, 0.25], flips=1)
+    file = write(tmp_path / "labels.jsonl", [row])
+    assert formats.export_labels(file, "trl", tmp_path / "out.jsonl") == 2
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["chosen"], row["rejected"], row["probability"]) for row in rows] == [
+        ("a", "b", 0.75),
+        ("c", "b", 0.75),
+    ]
+
+
 def test_alpaca_farm_form(tmp_path: Path) -> None:
     file = write(tmp_path / "labels.jsonl", varied())
     formats.export_labels(file, "alpaca-farm", tmp_path / "out.json")

@@ -38,18 +38,20 @@ def gradient(agent: Agent) -> Tensor:
 def test_pair_losses_by_hand() -> None:
     # h = 2, -1, 0 with beta 0.5: beta h = 1, -0.5, 0
     margin_N = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
-    for loss, smoothing, expected in (
-        ("sigmoid", 0.0, [math.log1p(math.exp(-1)), math.log1p(math.exp(0.5)), math.log(2)]),
+    for loss, chance, expected in (
+        ("sigmoid", 1.0, [math.log1p(math.exp(-1)), math.log1p(math.exp(0.5)), math.log(2)]),
         # 3/4 log(1 + e^-1) + 1/4 log(1 + e), and so on
-        ("sigmoid", 0.25, [
+        ("sigmoid", 0.75, [
             0.75 * math.log1p(math.exp(-1)) + 0.25 * math.log1p(math.exp(1)),
             0.75 * math.log1p(math.exp(0.5)) + 0.25 * math.log1p(math.exp(-0.5)),
             math.log(2),
         ]),
-        ("ipo", 0.0, [1.0, 4.0, 1.0]),  # 1 / (2 beta) = 1: (2 - 1)^2, (-1 - 1)^2, 1
-        ("hinge", 0.0, [0.0, 1.5, 1.0]),  # 1 - 1, 1 + 0.5, 1
+        ("ipo", 1.0, [1.0, 4.0, 1.0]),  # 1 / (2 beta) = 1: (2 - 1)^2, (-1 - 1)^2, 1
+        ("hinge", 1.0, [0.0, 1.5, 1.0]),  # 1 - 1, 1 + 0.5, 1
+        ("hinge", 0.75, [0.5, 1.25, 1.0]),  # 1/4 (1 + 1), 3/4 (1 + 0.5) + 1/4 (1 - 0.5), 1
+        ("ipo", 0.75, [3.0, 3.0, 1.0]),  # 3/4 1 + 1/4 (-2 - 1)^2, 3/4 4 + 1/4 0, 1
     ):  # fmt: skip
-        found_N = pair_loss(margin_N, loss, 0.5, smoothing)  # type: ignore[arg-type]
+        found_N = pair_loss(margin_N, loss, 0.5, torch.tensor(chance))  # type: ignore[arg-type]
         torch.testing.assert_close(found_N, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
@@ -73,6 +75,34 @@ def test_pairs_loss_by_hand() -> None:
     told = {name: value.item() for name, value in metrics.items()}
     expected = {"accuracy": 1 / 4, "reward_margin": 0.5 * (2 - 1) / 4, "chosen_log_ratio": (3 - 1) / 4}
     assert told == pytest.approx({"loss": 0.375, "rejected_log_ratio": 1 / 4} | expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("config", [PairConfig(), PairConfig(label_smoothing=0.2), PairConfig(loss="ipo")])
+def test_a_soft_label_is_a_mixture_of_the_two_hard_ones(config: PairConfig) -> None:
+    """A pair with probability 0.75 has the loss and the gradient of four judges of whom one disagrees."""
+    generator = torch.Generator().manual_seed(1)
+    mask_BT = torch.arange(3) < torch.tensor([3, 1])[:, None]
+
+    def loss_and_gradient(score: float) -> Tensor:
+        logp_BT = torch.randn(2, 3, dtype=torch.float64, generator=generator.manual_seed(1)).requires_grad_()
+        part = minibatch(mask_BT, score_B=torch.tensor([score, -score]), group_B=torch.tensor([0, 0]))
+        loss, _ = pairs_loss(logp_BT, part, config, 0.3)
+        return torch.cat([loss.detach()[None], torch.autograd.grad(loss, logp_BT)[0].flatten()])
+
+    torch.testing.assert_close(loss_and_gradient(0.5), 0.75 * loss_and_gradient(1.0) + 0.25 * loss_and_gradient(-1.0))
+
+
+def test_dpo_learns_a_file_of_soft_labels(tmp_path: Path) -> None:
+    """Probabilities go from the file to the scores of the pairs; a tie is no pair, and p < 0.5 is the other order."""
+    rows = [{"prompt": "a b", "chosen": "c", "rejected": "d", "probability": p} for p in (1.0, 0.75, 0.5, 0.25)]
+    rows.append(rows[0] | {"prompt": "held out"})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    agent = DPO("CopyText-v0", pairs=str(tmp_path / "pairs.jsonl"), rollout_episodes=6, kl_coef=0.1, out=tmp_path)
+    by_text = sorted((pair.chance, agent.env.scorer.text(pair.chosen)) for pair in agent.pairs)
+    assert by_text == [(0.75, "c"), (0.75, "d"), (1.0, "c")]
+    rollout = agent.collect()
+    assert sorted(rollout.score_B.tolist()) == [-1, -0.5, -0.5, 0.5, 0.5, 1]
+    assert all(math.isfinite(value) for value in agent.update(rollout).values())
 
 
 def test_raft_loss_by_hand() -> None:
@@ -309,7 +339,8 @@ def write_pairs(path: Path) -> dict[str, list[tuple[int, int]]]:
     ]
     path.mkdir()
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (path / "train.jsonl").write_text(text, encoding="utf-8")  # a folder, so that nothing is held out
+    for split in ("train", "validation"):  # with a part of its own to hold out, or one of two prompts would be
+        (path / f"{split}.jsonl").write_text(text, encoding="utf-8")
     return judged
 
 

@@ -52,6 +52,7 @@ TABLES = (
     ENV_TABLE,
     "sft",
     "preferences",
+    "endpoint",
     "reward_model",
     "annotate",
     "agent",
@@ -227,9 +228,12 @@ def parse_command(
             if name in tables:
                 schema[tables[name]] = (*schema.get(tables[name], ()), _class_of(kind))
         values = read_toml(file, schema)
-        parts = [_with_file(part, values[ENV_TABLE]) if tables.get(part[0]) == ENV_TABLE else part for part in parts]
+        # Those with a default have flags with a prefix.
+        prefixed = [part[0] for part in parts if len(part) == 3 and part[0] in tables]
+        parts = [_with_file(part, values[tables[part[0]]]) if part[0] in prefixed else part for part in parts]
         # As flags before the user's own, of which the last counts: a config is checked when all its values are there.
-        before = [arg for table in values if table != ENV_TABLE for arg in as_arguments(values[table])]
+        in_flags = values.keys() - {tables[name] for name in prefixed}
+        before = [arg for table in values if table in in_flags for arg in as_arguments(values[table])]
     listed = ", ".join(f"[{table}]" for table in dict.fromkeys(tables.values()))
     about_file = f"a TOML file, of which this command reads {listed}; flags win over it"
     parts = [*parts, ("config", flag(Path | None, about_file), None)]
@@ -247,7 +251,10 @@ def _with_file(part: Part, values: dict[str, Any]) -> Part:
     """A part whose default has the values of a file: its flags have a prefix, and a stop string may look like one."""
     name, kind, default = part  # type: ignore[misc]
     settings: Any = default
-    return name, kind, dataclasses.replace(settings, **values)
+    hints = get_type_hints(type(settings))
+    # TOML has no paths.
+    paths = {key: Path(value) for key, value in values.items() if Path in (hints[key], *get_args(hints[key]))}
+    return name, kind, dataclasses.replace(settings, **(values | paths))
 
 
 def parse_flags(command: str, about: str | None, parts: Sequence[Part], args: Sequence[str]) -> types.SimpleNamespace:

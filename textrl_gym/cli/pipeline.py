@@ -123,11 +123,11 @@ def _parse(
     """ENV, the flags of the command's own dataclasses, and those of the config and the environment.
 
     Args:
-        more: arguments that no table of a TOML file holds.
+        more: arguments with a prefix, which is also the name of their table.
     """
     names = {Output: "output", SaveOptions: "save"}
     parts: list[Part] = [environment(), *((names[cls], flat(cls)) for cls in own), ("settings", flat(config))]
-    tables = {part[0]: _table(command) for part in parts[1:]} | {"env": "env"}
+    tables = {part[0]: _table(command) for part in parts[1:]} | {name: name for name, *_ in (*more, env_flags())}
     return parse_command(command, about, [*parts, *more, env_flags()], tables, args)
 
 
@@ -141,7 +141,9 @@ def _finish(command: str, parsed: SimpleNamespace, record: Mapping[str, Any]) ->
     out = parsed.output.out
     config_file = out / CONFIG_FILE if out.is_dir() else out.with_suffix(".toml")
     own = [getattr(parsed, name) for name in ("output", "save", "settings") if hasattr(parsed, name)]
-    write_toml(config_file, {"env": parsed.env, _table(command): own})
+    asking = getattr(parsed, "endpoint", None)
+    asked = {} if asking is None or asking == type(asking)() else {"endpoint": asking}
+    write_toml(config_file, {"env": parsed.env, _table(command): own, **asked})
     # Lists and missing values stay in the record; a terminal has no room for them.
     measured = {name: value for name, value in record["measured"].items() if isinstance(value, int | float)}
     print_rows(f"saved in {out}", {name: f"{value:.4g}" for name, value in measured.items()})

@@ -1,13 +1,14 @@
 """Labels as other tools write and read them.
 
-trl            a line for each preference: prompt, chosen, rejected (TRL's form)
+trl            a line for each preference: prompt, chosen, rejected (TRL's form), and probability of soft labels
 openai         a line for each comparison of two: info, summaries, choice, worker, extra.confidence, as
                openai/summarize_from_feedback has them; choice is null for a tie
 alpaca-farm    a list of comparisons of two: instruction, input, output_1, output_2, preference (1, 2, 0 for a tie)
 argilla        a list of records, as Argilla 2 exports them: fields prompt and answer_1, ...; a ranking question
 label-studio   a list of tasks with their annotations, for the template of pairwise comparison
 
-What a tool has no place for stays behind: who answered, in trl; marks and comments, but in argilla and label-studio.
+What a tool has no place for stays behind: who answered, in trl; marks and comments, but in argilla and label-studio;
+probabilities of soft labels, but in trl, whose own trainers do not read them.
 Questions that were asked again, attention checks and qualification rows are exported by none: they are no data to
 train on.
 """
@@ -84,11 +85,17 @@ def check_format(kind: str) -> None:
 
 def _trl(rows: Sequence[Label]) -> Iterator[dict[str, Any]]:
     for label in rows:
-        for chosen, rejected in labels.ranked_pairs(label.ranks or []):
+        # As they are read: a tie of two orders that disagree may still have a likelier side.
+        chances: list[float] | None = None
+        pairs = labels.ranked_pairs(label.ranks or [])
+        if label.ranks is not None and label.probabilities is not None:
+            pairs, chances = labels.likely_pairs(len(label.completions), label.probabilities)
+        for place, (chosen, rejected) in enumerate(pairs):
             texts = {"chosen": label.completions[chosen], "rejected": label.completions[rejected]}
             # TRL takes a text for a text, and for a conversation the turns that go on with it.
             spoken = {name: [{"role": "assistant", "content": text}] for name, text in texts.items()}
-            yield {"prompt": label.prompt} | (texts if isinstance(label.prompt, str) else spoken)
+            soft = {} if chances is None else {preferences.PROBABILITY: chances[place]}
+            yield {"prompt": label.prompt} | (texts if isinstance(label.prompt, str) else spoken) | soft
 
 
 def _check_two(rows: Sequence[Label], kind: Format) -> None:

@@ -1,6 +1,7 @@
 """What agents that learn from pairs share: which completions become a pair, and the losses on a pair.
 
-A rollout of pairs has two rows in each group: the chosen one with score 1, the rejected one with score -1. With
+A rollout of pairs has two rows in each group: the chosen one with score 1, the rejected one with score -1; or with
+2p - 1 and 1 - 2p, where a judge says that the chosen one is the better one with probability p (a soft label). With
 
     h(x, y_w, y_l) = log pi(y_w | x) / pi_ref(y_w | x) - log pi(y_l | x) / pi_ref(y_l | x)
 
@@ -12,6 +13,8 @@ summed over the tokens of each completion, the loss of a pair is one of
     ipo       (h - 1 / (2 beta))^2               IPO, Azar et al. 2023, arXiv:2310.12036, equation 17, tau = beta
     hinge     max(0, 1 - beta h)                 SLiC's rank loss (Zhao et al. 2023, arXiv:2305.10425) on log-ratios
 
+Of a soft label each loss is l(h) with probability p, and l(-h) else; label smoothing is p = 1 - e for every pair.
+
 IPO's h is a sum here, as in the paper; TRL divides each log-ratio by its number of tokens, so that its beta is another.
 
 Shape legend: B rows, T response places, N pairs.
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,9 +46,6 @@ from textrl_gym.training.minibatch import Minibatch, sum_of
 
 Loss = Literal["sigmoid", "ipo", "hinge"]
 Labels = Literal["best", "bradley_terry"]
-Pair = tuple[list[int], list[int], list[int]]
-"""Token ids of a prompt, its chosen and its rejected completion. In a conversation a token i of the environment is
-written as -1 - i."""
 PAIR_BAR = {
     "train/accuracy": "accuracy {:.2f}",
     "train/reward_margin": "margin {:.2f}",
@@ -53,6 +53,16 @@ PAIR_BAR = {
     "eval/pair_margin": "margin {:.2f}",
 }
 """What the progress bar of an agent shows that learns from given pairs."""
+
+
+class Pair(NamedTuple):
+    """Token ids. In a conversation a token i of the environment is written as -1 - i."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    chance: float = 1.0
+    """How likely the chosen one is the better one: more than 0.5."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,25 +109,39 @@ def label_pairs(return_B: Tensor, group_B: Tensor, labels: Labels, generator: to
     return torch.where(first_N[:, None], row_N2, row_N2.flip(1))
 
 
-def as_pairs(rollout: Rollout, row_N2: Tensor) -> Rollout:
-    """The rollout of these pairs: neighbouring rows of one group, score 1 for the chosen and -1 for the rejected."""
+def as_pairs(rollout: Rollout, row_N2: Tensor, chance_N: Tensor | None = None) -> Rollout:
+    """The rollout of these pairs: neighbouring rows of one group, with the scores of the head of this file.
+
+    Args:
+        row_N2: the rows (chosen, rejected) of each pair.
+        chance_N: how likely the chosen one is the better one. None: 1 each.
+    """
     picked = rollout.select(row_N2.flatten())
     rows = torch.arange(len(picked), device=row_N2.device)
     sign_B = (1 - 2 * (rows % 2)).to(picked.score_B)
+    if chance_N is not None:
+        sign_B = sign_B * (2 * chance_N.to(sign_B) - 1).repeat_interleave(2)
     reward_BT = torch.zeros_like(picked.reward_BT)
     reward_BT[rows, last_places(picked.mask_BT)] = sign_B
     return dataclasses.replace(picked, group_B=rows // 2, score_B=sign_B, reward_BT=reward_BT)
 
 
 def pairs_of(compared: Sequence[RankedCompletions]) -> list[Pair]:
-    """All pairs of ranked completions."""
-    return [(c.prompt_ids, c.completion_ids[a], c.completion_ids[b]) for c in compared for a, b in c.pairs]
+    """All pairs of ranked completions, the likelier one as the chosen one; not those that are as likely either way."""
+    pairs = []
+    for c in compared:
+        for (a, b), chance in zip(c.pairs, c.probabilities or [1.0] * len(c.pairs), strict=True):
+            better, worse = (a, b) if chance > 0.5 else (b, a)
+            if chance != 0.5:
+                ids = c.completion_ids
+                pairs.append(Pair(c.prompt_ids, ids[better], ids[worse], max(chance, 1 - chance)))
+    return pairs
 
 
 def pairs_rollout(env: TextVectorEnv, pairs: Sequence[Pair], device: torch.device) -> Rollout:
     """The rollout of given pairs; log-probabilities, rewards and values are 0."""
-    prompt_BP, prompt_mask_BP = pad([prompt for prompt, _, _ in pairs for _ in range(2)], "left")
-    texts = [ids for _, chosen, rejected in pairs for ids in (chosen, rejected)]
+    prompt_BP, prompt_mask_BP = pad([pair.prompt for pair in pairs for _ in range(2)], "left")
+    texts = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
     token_BT, present_BT = pad(texts, "right")
     reply_BT = token_BT < 0
     token_BT, mask_BT = torch.where(reply_BT, -1 - token_BT, token_BT), present_BT & ~reply_BT
@@ -126,7 +150,7 @@ def pairs_rollout(env: TextVectorEnv, pairs: Sequence[Pair], device: torch.devic
     names = ("logp_BT", "ref_logp_BT", "kl_BT", "value_BT", "reward_BT")
     tensors |= dict.fromkeys(names, torch.zeros(mask_BT.shape)) | {"score_B": torch.zeros(len(texts))}
     tensors |= {"stop_B": stops_of(env, texts), "group_B": torch.arange(len(texts)) // 2}
-    prompts = [env.scorer.codec.decode(ids, begin=True) for ids, _, _ in pairs for _ in range(2)]
+    prompts = [env.scorer.codec.decode(pair.prompt, begin=True) for pair in pairs for _ in range(2)]
     completions = [env.scorer.text(ids) for ids in texts]
     if reply_BT.any():
         begins_BT = reply_BT & ~torch.nn.functional.pad(reply_BT, (1, -1))
@@ -134,7 +158,8 @@ def pairs_rollout(env: TextVectorEnv, pairs: Sequence[Pair], device: torch.devic
         tensors |= {"reply_BT": reply_BT, "turn_BT": turn_BT, "turn_reward_BT": torch.zeros(mask_BT.shape)}
     on_device: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
     rollout = Rollout(**on_device, prompts=prompts, completions=completions)
-    return as_pairs(rollout, torch.arange(len(texts), device=device).view(-1, 2))
+    chance_N = torch.tensor([pair.chance for pair in pairs], device=device)
+    return as_pairs(rollout, torch.arange(len(texts), device=device).view(-1, 2), chance_N)
 
 
 def stops_of(env: TextVectorEnv, completions: list[list[int]]) -> Tensor:
@@ -169,7 +194,7 @@ def sample_pairs(agent: Agent, env: TextVectorEnv, seed: tuple[int, int]) -> lis
     # Whose each token is must be known again where pairs come from a file.
     signed_BT = torch.where(drawn.mask_BT, drawn.token_BT, -1 - drawn.token_BT)
     text_B = [ids[there].tolist() for ids, there in zip(signed_BT, drawn.present_BT, strict=True)]
-    return [(prompt_B[a], text_B[a], text_B[b]) for a, b in row_N2.tolist()]
+    return [Pair(prompt_B[a], text_B[a], text_B[b]) for a, b in row_N2.tolist()]
 
 
 def pair_metrics(agent: Agent, pairs: Rollout) -> dict[str, float]:
@@ -187,28 +212,38 @@ def pair_metrics(agent: Agent, pairs: Rollout) -> dict[str, float]:
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
-def pair_loss(margin_N: Tensor, loss: Loss, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """The loss of each pair, [N], of its difference h of log-ratios; see the head of this file."""
+def pair_loss(margin_N: Tensor, loss: Loss, beta: float, chance_N: Tensor | float = 1.0) -> Tensor:
+    """The loss of each pair, [N], of its difference h of log-ratios; see the head of this file.
+
+    Args:
+        margin_N: h of each pair.
+        chance_N: how likely the chosen completion is the better one.
+    """
     assert margin_N.ndim == 1, margin_N.shape
-    if loss == "ipo":
-        return (margin_N - 1 / (2 * beta)) ** 2
-    if loss == "hinge":
-        return F.relu(1 - beta * margin_N)
-    right_N, wrong_N = F.logsigmoid(beta * margin_N), F.logsigmoid(-beta * margin_N)
-    return -(1 - label_smoothing) * right_N - label_smoothing * wrong_N
+
+    def one_sided(h_N: Tensor) -> Tensor:
+        if loss == "ipo":
+            return (h_N - 1 / (2 * beta)) ** 2
+        return F.relu(1 - beta * h_N) if loss == "hinge" else -F.logsigmoid(beta * h_N)
+
+    return chance_N * one_sided(margin_N) + (1 - chance_N) * one_sided(-margin_N)
 
 
 def pairs_loss(logp_BT: Tensor, part: Minibatch, config: PairConfig, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean over pairs of pair_loss, and metrics.
 
-    A part has whole groups, its rows in any order; score_B is 1 for the chosen row of a group, -1 for the rejected.
+    A part has whole groups, its rows in any order. score_B is 1 for the chosen row of a group and -1 for the rejected,
+    or nearer to 0 for a soft label.
     """
     assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
     ratio_B = ((logp_BT - part.ref_logp_BT) * part.mask_BT).sum(1)
     row_N2, _ = rows_of_groups(part.group_B)
-    margin_N = (part.score_B * ratio_B)[row_N2].sum(1)
+    margin_N = (part.score_B.sign() * ratio_B)[row_N2].sum(1)
     pairs, chosen_B = part.rows // 2, part.score_B > 0
-    loss = pair_loss(margin_N, config.loss, beta, config.label_smoothing).sum() / pairs
+    chance_N = 0.5 + 0.5 * part.score_B.abs()[row_N2[:, 0]]
+    # A share of the labels is wrong whatever the judge said of them.
+    chance_N = chance_N * (1 - config.label_smoothing) + (1 - chance_N) * config.label_smoothing
+    loss = pair_loss(margin_N, config.loss, beta, chance_N).sum() / pairs
     detached_N, detached_B = margin_N.detach(), ratio_B.detach()
     return loss, {
         "loss": loss.detach(),
