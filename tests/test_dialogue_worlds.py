@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from textrl_gym import registry
-from textrl_gym.conversations import bookings, calculator, dealer
+from textrl_gym.conversations import bookings, calculator, dealer, things
 from textrl_gym.conversations.replay import replay
 from textrl_gym.core import Reply, Row
 from textrl_gym.mdp.task import Task, load_env_task
@@ -282,6 +282,84 @@ def test_measures_of_talks() -> None:
     texts = ["offer 40\noffer 40\noffer 40\ndeal", "offer 40\ndeal", "offer 1\noffer 1"]
     # Of 3 answers all, one, and one of two insults
     assert dealer.measures([CAR] * 3, texts) == pytest.approx({"deals": 2 / 3, "patience": 5 / 9, "insults": 2 / 3})
+
+
+# -- things ------------------------------------------------------------------------------------------------------------
+
+THING = {"prompt": "", "thing": "tiny green wooden spoon"}
+
+
+@pytest.mark.parametrize(
+    ("text", "replies"),
+    [
+        ("is it red or blue\nis it green\nis it black", [("no green black", 0), ("yes green", 0), ("no green", 0)]),
+        ("is it tiny or giant\nis it large", [("yes tiny giant", 0), ("no tiny giant", 0)]),
+        ("is it a tiny black wooden spoon\nis it a tiny green wooden spoon", [("no", 0), ("", 1)]),
+        # Two attributes, three values, no value, a thing without the question: no questions
+        ("is it red or tiny\nis it red or blue or green", [("what ?", 0), ("what ?", 0)]),
+        ("is it\ntiny green wooden spoon", [("what ?", 0), ("what ?", 0)]),
+    ],
+)
+def test_the_oracle_says_what_is_left(text: str, replies: list[tuple[str, float]]) -> None:
+    answers = replay(things.reply, THING, text)[1]
+    assert [answer.text for answer in answers] == [words for words, _ in replies]
+    assert [answer.reward for answer in answers] == [reward or -things.COST for _, reward in replies]
+
+
+def test_no_questions_find_a_thing_in_fewer_turns_than_halves() -> None:
+    """The best gold score, by trying all: any split of what is left, not only those that attributes make."""
+
+    @functools.cache
+    def turns_before(left: int) -> float:
+        if left == 1:
+            return 0.0
+        asked = (
+            1 + (part * turns_before(part) + (left - part) * turns_before(left - part)) / left
+            for part in range(1, left // 2 + 1)
+        )
+        return min((left - 1) / left * (1 + turns_before(left - 1)), *asked)
+
+    every = [" ".join(values) for values in itertools.product(*things.ATTRIBUTES)]
+    best = {row["thing"]: row["completion"] for row in first(Rows(things.draw, "train"), 5000)}
+    assert len(every) == len(best) == 256
+    turns = [things.game(thing, best[thing]).turns - 1 for thing in every]
+    assert np.mean(turns) == pytest.approx(turns_before(256)) == pytest.approx(things.FEWEST_TURNS)
+
+
+def test_rewards_of_turns_sum_to_the_quickness_of_a_game() -> None:
+    rows = first(Rows(things.draw_demonstration, "train"))
+    texts = [row["completion"] for row in rows]
+    texts[:20] = ["\n".join(text.split("\n")[:-1]) for text in texts[:20]]  # stopped before the end
+    gold = np.array(things.quickness([], texts, [row["thing"] for row in rows]))
+    sums = [
+        sum(reply.reward for reply in replay(things.reply, row, text)[1]) for row, text in zip(rows, texts, strict=True)
+    ]
+    assert np.array(sums)[gold > 0] == pytest.approx(gold[gold > 0], abs=1e-9)
+    assert not gold[:20].any() and (gold > 0).sum() > 200
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n" * 30, "is it a", "is it a tiny or giant", THING["thing"], "is it a " + "tiny green " * 9]
+)
+def test_a_game_is_not_won_by_other_lines(text: str) -> None:
+    assert things.quickness([], [text], [THING["thing"]]) == [0.0]
+
+
+def test_a_thing_counts_within_the_turns_of_a_game_only() -> None:
+    right, other = (f"is it a {colour} {THING['thing'][5:]}" for colour in ("tiny", "small"))
+    texts = ["\n".join([other] * before + [right] + [other] * 5) for before in (0, 19, 20)]
+    assert things.quickness([], texts, [THING["thing"]] * 3) == pytest.approx([1.0, 1 - 19 * things.COST, 0.0])
+
+
+def test_measures_of_games() -> None:
+    texts = [
+        # A half, a question that tells something, two whose answers are known, and the right guess
+        "is it red or blue\nis it tiny\nis it small or large\nis it red\nis it a tiny green wooden spoon",
+        "is it a\nis it a tiny",
+    ]
+    assert things.measures([THING] * 2, texts) == pytest.approx(
+        {"solved": 0.5, "turns": 3.5, "halves": 1 / 4, "idle": 2 / 4, "guesses": 1.0}
+    )
 
 
 # -- bookings ----------------------------------------------------------------------------------------------------------

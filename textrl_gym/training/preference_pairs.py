@@ -131,6 +131,7 @@ def pairs_of(compared: Sequence[RankedCompletions]) -> list[Pair]:
     pairs = []
     for c in compared:
         for (a, b), chance in zip(c.pairs, c.probabilities or [1.0] * len(c.pairs), strict=True):
+            # Accuracy and margin count the likelier order as right.
             better, worse = (a, b) if chance > 0.5 else (b, a)
             if chance != 0.5:
                 ids = c.completion_ids
@@ -240,6 +241,7 @@ def pairs_loss(logp_BT: Tensor, part: Minibatch, config: PairConfig, beta: float
     row_N2, _ = rows_of_groups(part.group_B)
     margin_N = (part.score_B.sign() * ratio_B)[row_N2].sum(1)
     pairs, chosen_B = part.rows // 2, part.score_B > 0
+    # A rollout has a score for each row and no more: 2p - 1 holds the sign and the probability.
     chance_N = 0.5 + 0.5 * part.score_B.abs()[row_N2[:, 0]]
     # A share of the labels is wrong whatever the judge said of them.
     chance_N = chance_N * (1 - config.label_smoothing) + (1 - chance_N) * config.label_smoothing
