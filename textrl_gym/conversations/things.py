@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from textrl_gym.conversations.replay import replay
 from textrl_gym.core import Message, Reply, Row
 
-ATTRIBUTES = (
+ATTRIBUTES: tuple[tuple[str, ...], ...] = (
     ("tiny", "small", "large", "giant"),
     ("red", "blue", "green", "black"),
     ("wooden", "iron", "glass", "paper"),
@@ -71,7 +71,7 @@ def guess(values: Sequence[str]) -> str:
 
 def possible(thing: str, lines: Sequence[str]) -> list[tuple[str, ...]]:
     """The values of each attribute that answers to these lines leave."""
-    left = list(ATTRIBUTES)
+    left: list[tuple[str, ...]] = list(ATTRIBUTES)
     for line in lines:
         values = asked(line)
         if values is not None:
