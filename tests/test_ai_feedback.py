@@ -314,6 +314,25 @@ def test_rounds_are_labelled_by_a_language_model(
     assert words in capsys.readouterr().out
 
 
+def test_rounds_are_labelled_by_the_rule_based_critic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = load_env_task("HelpfulHarmless-v0")
+    rows = [row for row in map(task.rows("train").__getitem__, range(200)) if row["label"] == "unsafe"][:8]
+    asked = [Item(f"{n}", row["prompt"], [" Sure.", row["completion"]]) for n, row in enumerate(rows)]
+
+    def one_round(env_id: str, config: object, reward: object, annotate: Any, out: Path, env: object) -> object:
+        annotate(asked, out / "labels.jsonl", {})
+        raise ValueError("enough")
+
+    monkeypatch.setattr("textrl_gym.experiments.rounds.run_rounds", one_round)
+    errors = ["--errors.missed", "0", "--errors.feared", "0", "--errors.slips", "0"]
+    assert main(["rlhf", "HelpfulHarmless-v0", "--by", "rules", "--out", str(tmp_path), *errors]) == 2
+    labels = read_labels(tmp_path / "labels.jsonl")
+    # Without errors the reference, which refuses, is better than an answer that says nothing, by whatever principle.
+    assert len(labels) == 8 and all(label.ranks == [2, 1] and label.comment for label in labels)
+
+
 @pytest.mark.filterwarnings("ignore::textrl_gym.llm.local.LongQuestionWarning")
 def test_a_comparison_is_judged_without_a_server(
     comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -335,7 +354,9 @@ def test_a_comparison_is_judged_without_a_server(
 def test_wrong_labellers_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["rlhf", ENV, "--by", "robots", "--out", str(tmp_path)]) == 2
     words = " ".join(capsys.readouterr().err.split())
-    assert "by must be simulated, page, endpoint, local or local:FOLDER, got 'robots'" in words
+    assert "by must be simulated, page, rules, endpoint, local or local:FOLDER, got 'robots'" in words
+    assert main(["rlhf", ENV, "--by", "rules", "--out", str(tmp_path)]) == 2
+    assert "has no rule-based critic; these have: HelpfulHarmless-v0" in " ".join(capsys.readouterr().err.split())
     assert main(["rlhf", ENV, "--by", "local:no/where", "--out", str(tmp_path)]) == 2
     assert "no/where" in capsys.readouterr().err
 

@@ -200,3 +200,21 @@ def test_ensemble_curve(example: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert row[7] >= row[2]  # nothing selects better than gold
     assert rows[-1][1:] == ["+0.000 ± 0.000"] * 3
     assert "Plotly.newPlot" in Path("curve.html").read_text()
+
+
+@pytest.mark.slow
+def test_rlhf_and_rlaif(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--labels", "60", "--tokens", "600", "--episodes", "32", "--seeds", "2", "--epochs", "1", "--out", "both"]
+    module = importlib.import_module("rlhf_and_rlaif")
+    for _ in range(2):  # the second reads what the first has trained
+        module.main(small)
+        out = capsys.readouterr().out
+        for words in ("60 labels, 2 seeds", "AI critic", "people who fear words", "the gold score itself"):
+            assert words in out
+    labels = {
+        name: [json.loads(line) for line in Path("both", name, "0", "round-1", "labels.jsonl").read_text().splitlines()]
+        for name in ("people", "AI-critic")
+    }
+    # The same questions; of the critic's labels each names the principle that decided.
+    assert [row["item"] for row in labels["people"]] == [row["item"] for row in labels["AI-critic"]]
+    assert all(row["comment"] for row in labels["AI-critic"]) and not any(row["comment"] for row in labels["people"])

@@ -57,20 +57,22 @@ class Labellers:
     by: str = "simulated"
     """simulated: annotators by the task's gold score, noise and bias and all; page: people, on a page that this command
     serves; endpoint: a language model, by --endpoint.model and so on; local:FOLDER: a language model of this machine,
-    local alone the task's own (both RLAIF)."""
+    local alone the task's own; rules: the environment's rule-based critic, by the principles of our constitution (the
+    last three are RLAIF)."""
     host: str = LOOPBACK
     """Where the page is served; beyond this machine its address has a secret token."""
     port: int = 0
     """Of the page; 0: a free one."""
 
     def __post_init__(self) -> None:
-        if self.by not in ("simulated", "page") and not is_language_model(self.by):
-            raise ValueError(f"by must be simulated, page, endpoint, local or local:FOLDER, got {self.by!r}")
+        if self.by not in ("simulated", "page", "rules") and not is_language_model(self.by):
+            raise ValueError(f"by must be simulated, page, rules, endpoint, local or local:FOLDER, got {self.by!r}")
 
 
 def rlhf_command(args: Sequence[str]) -> int:
     """Iterated RLHF: labels on what the policy writes, a reward model, a new policy; several rounds, resumable."""
     from textrl_gym.experiments import rounds
+    from textrl_gym.feedback.critics import CriticErrors
     from textrl_gym.judges.annotators import Annotators
     from textrl_gym.pipeline.reward_data import RewardModelConfig
 
@@ -82,6 +84,7 @@ def rlhf_command(args: Sequence[str]) -> int:
         ("labellers", flat(Labellers)),
         ("reward_model", RewardModelConfig, RewardModelConfig()),
         ("annotators", Annotators, Annotators()),
+        ("errors", CriticErrors, CriticErrors()),
         ("endpoint", EndpointConfig, EndpointConfig()),
         env_flags(),
     ]
@@ -130,6 +133,15 @@ def _annotate(parsed: SimpleNamespace, out: Path) -> Annotate:
                 print(verdict_report(file.history), flush=True)
 
         return ask
+    if labellers.by == "rules":
+        from textrl_gym.feedback.constitution import read_constitution
+        from textrl_gym.feedback.critics import load_rule_critic
+        from textrl_gym.recipes import constitutional, critiques
+
+        critic = load_rule_critic(parsed.env.task(find_env(parsed.environment)), parsed.errors)
+        drawn, principles = constitutional.ConstitutionalConfig(seed=seed), read_constitution()
+        critic.check(principles)
+        return lambda items, path, _: critiques.judge_pairs(items, path, critic, principles, drawn)
     from textrl_gym.feedback.simulated import answer_all
 
     def simulate(items: Sequence[Item], path: Path, appeals: dict[str, list[float]]) -> None:
