@@ -76,8 +76,9 @@ def from_gold(agent: str, args: argparse.Namespace) -> list[dict[str, float]]:
         agents=(agent,), seeds=args.seeds, total_timesteps=args.tokens, workers=1, eval_episodes=args.episodes,
         set=tuple(f"{AGENT}.{text}" for text in settings()) if agent == AGENT else (),
     )  # fmt: skip
-    out = args.out / agent
-    compare(ENV, config, out, progress_bar=False, env=EnvSettings(reward=load_env_task(ENV).gold))
+    out, gold = args.out / agent, load_env_task(ENV).gold
+    assert isinstance(gold, str)
+    compare(ENV, config, out, progress_bar=False, env=EnvSettings(reward=gold))
     results: list[dict[str, float]] = [files.read_json(run / RESULT) for run in finished_runs(out)]
     return results
 
