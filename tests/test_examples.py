@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from textrl_gym.envs import known_optimum
@@ -218,3 +219,21 @@ def test_rlhf_and_rlaif(example: Path, capsys: pytest.CaptureFixture[str]) -> No
     # The same questions; of the critic's labels each names the principle that decided.
     assert [row["item"] for row in labels["people"]] == [row["item"] for row in labels["AI-critic"]]
     assert all(row["comment"] for row in labels["AI-critic"]) and not any(row["comment"] for row in labels["people"])
+
+
+def test_labels_that_selection_saves(example: Path) -> None:
+    needed = importlib.import_module("label_selection").needed
+    curve_L = np.array([0.5, 0.6, 0.8, 0.7])
+    assert needed(curve_L, 0.7, 100) == pytest.approx(250.0)  # in the middle between 200 and 300 labels
+    assert needed(curve_L, 0.4, 100) == 100.0 and np.isnan(needed(curve_L, 0.9, 100))
+
+
+@pytest.mark.slow
+def test_label_selection(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--pool", "120", "--step", "30", "--steps", "2", "--heldout", "64", "--epochs", "1", "--seeds", "1"]
+    module = importlib.import_module("label_selection")
+    module.main([*small, "--out", "selection"])
+    out = capsys.readouterr().out
+    assert "uncertainty: labels saved" in out and "disagreement: labels saved" in out
+    begun = {json.dumps(json.loads(file.read_text())[:1]) for file in Path("selection").glob("*/0/accuracy.json")}
+    assert len(begun) == 1  # all begin with the same labels
