@@ -10,9 +10,10 @@ Stopped, the same command goes on.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,9 @@ from textrl_gym.stats.pairwise import agreement
 METHODS: tuple[Selection, ...] = get_args(Selection)
 
 
-def pairs(env: str, split: str, count: int, seed: int) -> tuple[list[Item], dict[str, list[float]]]:
+def pairs(
+    env: str, split: Literal["train", "validation"], count: int, seed: int
+) -> tuple[list[Item], dict[str, list[float]]]:
     """Pairs of the initial policy whose gold scores differ, and what their completions seem worth beyond these."""
     task, settings = load_env_task(env), AnnotateConfig(n=count, seed=seed, device="cpu")
     both = [
@@ -53,8 +56,8 @@ def curve(method: Selection, seed: int, args: argparse.Namespace) -> list[float]
     task, out = load_env_task(args.env), args.out / method / str(seed)
     record = out / "accuracy.json"
     if record.is_file():
-        accuracies: list[float] = files.read_json(record)
-        return accuracies
+        known: list[float] = files.read_json(record)["accuracy"]
+        return known
     pool, appeals = pairs(args.env, "train", args.pool, seed)
     heldout, _ = pairs(args.env, "validation", args.heldout, seed)
     gold_N = np.array([item.gold[0] - item.gold[1] for item in heldout if item.gold is not None])
@@ -75,7 +78,7 @@ def curve(method: Selection, seed: int, args: argparse.Namespace) -> list[float]
         left = sorted(set(range(len(pool))) - set(asked))
         gap_MN = gaps([pool[place] for place in left], folder / "reward_model", task)
         asked += [left[place] for place in most_useful(gap_MN, method, args.step, seed + number)]
-    files.write_text(record, str(accuracies) + "\n")
+    files.write_text(record, json.dumps({"accuracy": accuracies}) + "\n")
     return accuracies
 
 
