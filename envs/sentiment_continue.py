@@ -22,7 +22,7 @@ TARGET = 6.0
 GRPO = {"rollout_episodes": 64, "group_size": 8, "learning_rate": 1e-3}
 TOKENS = 200_000
 """Of a run: after 80,000 a policy without a penalty is warm, and has not collapsed yet."""
-ADAPTIVE = {"kl_coef": 0.1, "kl_target": TARGET, "kl_horizon": 300}
+ADAPTIVE = {"kl_coef": 0.3, "kl_target": TARGET, "kl_horizon": 200}
 
 
 def _review(row: Row) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from textrl_gym import files
 from textrl_gym.data.labels import Item
 from textrl_gym.experiments.compare import CompareConfig, compare
 from textrl_gym.experiments.results import RESULT, finished_runs
-from textrl_gym.experiments.rounds import RoundsConfig, run_rounds
 from textrl_gym.feedback.answers import LabelFile
 from textrl_gym.feedback.constitution import read_constitution
 from textrl_gym.feedback.critics import CriticErrors, load_rule_critic
@@ -33,6 +32,7 @@ from textrl_gym.mdp.task import load_env_task
 from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.recipes.constitutional import COMPARED, ConstitutionalConfig
 from textrl_gym.recipes.critiques import judge_pairs
+from textrl_gym.recipes.rounds import RoundsConfig, run_rounds
 from textrl_gym.stats.estimates import t_interval
 
 ENV = "HelpfulHarmless-v0"

@@ -303,7 +303,7 @@ def test_rounds_are_labelled_by_a_language_model(
         handler.say("I will not") if "refused" in "".join(shown_texts(handler)) else by_length(handler, 0.6)
 
     server.act = act
-    monkeypatch.setattr("textrl_gym.experiments.rounds.run_rounds", one_round)
+    monkeypatch.setattr("textrl_gym.recipes.rounds.run_rounds", one_round)
     args = ["rlhf", ENV, "--by", "endpoint", "--out", str(tmp_path), "--endpoint.model", "m"]
     assert main([*args, "--endpoint.url", server.url, "--endpoint.asks", "1"]) == 2
     likely = (0.9 + 0.98 - 0.6) / 0.98 / 2
@@ -325,7 +325,7 @@ def test_rounds_are_labelled_by_the_rule_based_critic(
         annotate(asked, out / "labels.jsonl", {})
         raise ValueError("enough")
 
-    monkeypatch.setattr("textrl_gym.experiments.rounds.run_rounds", one_round)
+    monkeypatch.setattr("textrl_gym.recipes.rounds.run_rounds", one_round)
     errors = ["--errors.missed", "0", "--errors.feared", "0", "--errors.slips", "0"]
     assert main(["rlhf", "HelpfulHarmless-v0", "--by", "rules", "--out", str(tmp_path), *errors]) == 2
     labels = read_labels(tmp_path / "labels.jsonl")

@@ -125,6 +125,6 @@ def test_a_lesson_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def none(*args: object) -> Any:
         raise AssertionError("nothing was left to run")
 
-    monkeypatch.setattr("textrl_gym.experiments.compare._start", none)
+    monkeypatch.setattr("textrl_gym.experiments.launching.start", none)
     assert lessons.run_lesson("MathWords-v0", config, tmp_path / "out").numbers == first.numbers
     assert "MathWords-v0" in lesson_page.lesson_report(first).read_text()

@@ -12,8 +12,6 @@ import pytest
 from textrl_gym.cli.main import main
 from textrl_gym.core import Row
 from textrl_gym.data.labels import Item, read_labels
-from textrl_gym.experiments import rounds
-from textrl_gym.experiments.rounds import Round, RoundsConfig, RoundsResult, run_rounds
 from textrl_gym.feedback import selection
 from textrl_gym.feedback.answers import LabelFile
 from textrl_gym.feedback.judged import answer_by_judge
@@ -21,6 +19,8 @@ from textrl_gym.feedback.simulated import answer_all
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.judges.judge import Answer
 from textrl_gym.pipeline.reward_data import RewardModelConfig
+from textrl_gym.recipes import rounds
+from textrl_gym.recipes.rounds import Round, RoundsConfig, RoundsResult, run_rounds
 from textrl_gym.reports import rounds_page
 
 ENV = "CalibratedQA-v0"

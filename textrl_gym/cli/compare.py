@@ -34,6 +34,7 @@ class Output:
 def compare_command(args: Sequence[str]) -> int:
     """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
     from textrl_gym.experiments import compare as home
+    from textrl_gym.experiments.launching import LaunchConfig
     from textrl_gym.experiments.results import ERROR, RUNS
     from textrl_gym.experiments.suite import compare_suite, suite
 
@@ -43,9 +44,10 @@ def compare_command(args: Sequence[str]) -> int:
         ("suite", flag(str | None, "all, lessons or verifiable: the environments of a suite in place of ENV"), None),
         ("output", flat(Output)),
         ("settings", flat(home.CompareConfig)),
+        ("launch", flat(LaunchConfig)),
         env_flags(),
     ]
-    tables = {"output": "compare", "settings": "compare", "env": "env"}
+    tables = {"output": "compare", "settings": "compare", "launch": "compare", "env": "env"}
     parsed = parse_command("compare", compare_command.__doc__, parts, tables, args)
     out = parsed.output.out
     if parsed.suite is not None and parsed.environments:
@@ -60,13 +62,13 @@ def compare_command(args: Sequence[str]) -> int:
             find_agent(agent)
     try:
         if len(env_ids) > 1:
-            table = compare_suite(env_ids, parsed.settings, out, env=parsed.env)
+            table = compare_suite(env_ids, parsed.settings, out, env=parsed.env, launch=parsed.launch)
         else:
-            table = home.compare(env_ids[0], parsed.settings, out, env=parsed.env)
+            table = home.compare(env_ids[0], parsed.settings, out, env=parsed.env, launch=parsed.launch)
     except KeyboardInterrupt:
         print(f"go on with the same command, --out {out}", file=sys.stderr)
         raise
-    write_toml(out / CONFIG_FILE, {"env": parsed.env, "compare": [parsed.output, parsed.settings]})
+    write_toml(out / CONFIG_FILE, {"env": parsed.env, "compare": [parsed.output, parsed.settings, parsed.launch]})
     several = len(env_ids) > 1
     folders = {env_id: out / env_id for env_id in env_ids} if several else {env_ids[0]: out}
     for env_id, folder in folders.items():

@@ -22,8 +22,8 @@ from textrl_gym.web.server import LOOPBACK
 
 if TYPE_CHECKING:
     from textrl_gym.data.labels import Item
-    from textrl_gym.experiments.rounds import Annotate
     from textrl_gym.feedback.critics import Critic
+    from textrl_gym.recipes.rounds import Annotate
 
 
 def annotate_command(args: Sequence[str]) -> int:
@@ -71,10 +71,10 @@ class Labellers:
 
 def rlhf_command(args: Sequence[str]) -> int:
     """Iterated RLHF: labels on what the policy writes, a reward model, a new policy; several rounds, resumable."""
-    from textrl_gym.experiments import rounds
     from textrl_gym.feedback.critics import CriticErrors
     from textrl_gym.judges.annotators import Annotators
     from textrl_gym.pipeline.reward_data import RewardModelConfig
+    from textrl_gym.recipes import rounds
 
     about = "its folder; the same one goes on. None: runs/rlhf-ENV"
     parts: list[Part] = [

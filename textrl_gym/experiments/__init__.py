@@ -3,9 +3,9 @@
 - `compare`: every agent, seed and KL coefficient on the same prompts and budget
 - `suite`: a comparison over several tasks
 - `lessons`: a task's lesson: trials, and what the seeds say of them
-- `rounds`: iterated RLHF: labels, reward model and policy, several times
 - `sizes`: pretrained, supervised and RLHF models by size
 - `reproduce`: one run again
+- `launching`: starts the runs: on this machine, or as jobs of a cluster by submitit
 - `worker`: one run of a comparison, in a process of its own
 - `play`: people, and models behind an endpoint, on the prompts of an evaluation
 - `progress`: how far the runs of a comparison are

@@ -9,10 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +18,10 @@ from annotated_types import Ge
 from textrl_gym import files, registry
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.console import plain
+from textrl_gym.experiments import launching
+from textrl_gym.experiments.launching import LaunchConfig
 from textrl_gym.experiments.progress import LiveTable
-from textrl_gym.experiments.results import ERROR, LOG, PLAN, RESULT, RUNS, SPEC, TABLE, spec_env, tidy
+from textrl_gym.experiments.results import PLAN, RUNS, SPEC, TABLE, spec_env, tidy
 from textrl_gym.mdp.env_settings import EnvSettings, by_flag
 from textrl_gym.training.config import make_config
 from textrl_gym.training.run_folder import renamed
@@ -186,68 +185,6 @@ def versions() -> dict[str, str]:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def run_all(
-    folders: Mapping[str, Path],
-    workers: int,
-    gpus: int,
-    show: Callable[[set[str]], None],
-    trust_code: bool = False,
-) -> dict[str, str]:
-    """Run what is not done, so many at a time; returns name -> error of each run that failed.
-
-    Ctrl-C reaches the runs too: each finishes its update, saves and ends, and then it is raised here.
-    """
-    # The results' files are the state: nothing else has to be kept in step with them.
-    waiting = [name for name, folder in folders.items() if not (folder / RESULT).is_file()]
-    for name in waiting:
-        (folders[name] / ERROR).unlink(missing_ok=True)  # what failed before is tried again
-    slots: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
-    try:
-        while waiting or slots:
-            for slot in range(workers):
-                if slot in slots and slots[slot][1].poll() is not None:
-                    name, process = slots.pop(slot)
-                    _note_death(folders[name], process.returncode)
-                if slot not in slots and waiting:
-                    name = waiting.pop(0)
-                    slots[slot] = (name, _start(folders[name], slot, workers, gpus, trust_code))
-            show({name for name, _ in slots.values()})
-            # Polled, since waiting for several processes at once has no portable call; runs take minutes.
-            time.sleep(0.2)
-    except BaseException:
-        for _, process in slots.values():
-            # Ctrl-C went to the whole process group: each run is saving its checkpoint now.
-            process.wait()
-        raise
-    show(set())
-    errors = {name: folder / ERROR for name, folder in folders.items()}
-    return {name: file.read_text(encoding="utf-8").strip() for name, file in errors.items() if file.is_file()}
-
-
-def _start(folder: Path, slot: int, workers: int, gpus: int, trust_code: bool) -> subprocess.Popen[bytes]:
-    # Passive waiting: threads that spin slow down severely beside other busy processes (docs/performance.md).
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
-    # An agent named module:Class may lie in the working directory, which `python -m` would not look into.
-    environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)  # where module:Class was found
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-    with (folder / LOG).open("ab") as log:
-        command = [sys.executable, "-W", "ignore", "-m", "textrl_gym.experiments.worker", str(folder)]
-        command += ["--trust-code"] if trust_code else []
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-
-
-def _note_death(folder: Path, code: int) -> None:
-    """The error of a run that failed: the last line that it said, which is an exception's where there was one."""
-    # 130: stopped by Ctrl-C after saving, so it is unfinished and has not failed.
-    if code in (0, 130):
-        return
-    log_lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = log_lines[-1] if code == 1 and log_lines else f"the process ended with exit code {code}; see {LOG}"
-    files.write_text(folder / ERROR, last + "\n")
-
-
 def compare(
     environment: str,
     config: CompareConfig,
@@ -256,6 +193,7 @@ def compare(
     *,
     env: EnvSettings | None = None,
     trust_code: bool = False,
+    launch: LaunchConfig | None = None,
 ) -> DataFrame:
     """Run the comparison, or what is left of it.
 
@@ -268,17 +206,18 @@ def compare(
             were trained in.
         progress_bar: show a live table.
         trust_code: import what the folders of saved agents name, though it is not part of textrl_gym; see Agent.load.
+        launch: where the runs are started; None: on this machine.
 
     Returns:
         the tidy table, a pandas DataFrame; see `tidy`. Runs that failed are not in it, and named in a warning.
 
     Raises:
         ValueError: an unknown agent, environment, reward or gold score, a wrong setting, a folder with another
-            comparison.
+            comparison, no cluster.
     """
     out, env = Path(out), env or EnvSettings()
     environment = check(environment, config, env)
-    run_folders(prepare(out, environment, config, env), config, progress_bar, trust_code)
+    run_folders(prepare(out, environment, config, env), config, out, progress_bar, trust_code, launch)
     return collect_table(out)
 
 
@@ -304,18 +243,32 @@ def check(environment: str, config: CompareConfig, env: EnvSettings) -> str:
 
 
 def run_folders(
-    folders: Mapping[str, Path], config: CompareConfig, progress_bar: bool = True, trust_code: bool = False
+    folders: Mapping[str, Path],
+    config: CompareConfig,
+    out: Path,
+    progress_bar: bool = True,
+    trust_code: bool = False,
+    launch: LaunchConfig | None = None,
 ) -> None:
-    """Run what is not finished of some folders, with a live table; runs that failed are named in a warning."""
-    gpus = 0
-    if config.device != "cpu":
-        import torch
+    """Run what is not finished of some folders, with a live table; runs that failed are named in a warning.
 
-        gpus = torch.cuda.device_count()
-    # The cores that this process may use, and not all of the machine's: containers and taskset give fewer.
-    workers = config.workers or gpus or len(os.sched_getaffinity(0))
+    Args:
+        out: the comparison's folder, where a cluster's jobs are written down.
+    """
+    launch, trust_code = launch or LaunchConfig(), trust_code or registry.trust_all
     with LiveTable(folders, config.total_timesteps, progress_bar) as table:
-        failed = run_all(folders, workers, gpus, table, trust_code or registry.trust_all)
+        if launch.launcher == "submitit":
+            launching.run_jobs(folders, launch, out / launching.JOBS, config.workers, table, trust_code)
+        else:
+            gpus = 0
+            if config.device != "cpu":
+                import torch
+
+                gpus = torch.cuda.device_count()
+            # The cores that this process may use, and not all of the machine's: containers and taskset give fewer.
+            workers = config.workers or gpus or len(os.sched_getaffinity(0))
+            launching.run_local(folders, workers, gpus, table, trust_code)
+    failed = launching.errors(folders)
     if failed:
         import warnings
 

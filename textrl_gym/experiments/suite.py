@@ -19,6 +19,7 @@ import numpy as np
 from textrl_gym import files, registry
 from textrl_gym.experiments import compare as comparing
 from textrl_gym.experiments.compare import CompareConfig
+from textrl_gym.experiments.launching import LaunchConfig
 from textrl_gym.experiments.results import PLAN, Comparison, read_comparison
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.stats import suites
@@ -60,12 +61,13 @@ def compare_suite(
     *,
     env: EnvSettings | None = None,
     trust_code: bool = False,
+    launch: LaunchConfig | None = None,
 ) -> DataFrame:
     """Run a comparison over tasks, or what is left of it.
 
     Args:
         environments: ids, or module:ID.
-        config, env, out, progress_bar, trust_code: as of `compare`; the same settings for every task.
+        config, env, out, progress_bar, trust_code, launch: as of `compare`; the same settings for every task.
 
     Returns:
         the tidy tables of all tasks, with a column `environment`.
@@ -89,7 +91,7 @@ def compare_suite(
     }
     plan = {"environments": env_ids, "config": dataclasses.asdict(config), "env": dataclasses.asdict(env)}
     files.write_text(out / SUITE, json.dumps(plan, indent=1) + "\n")
-    comparing.run_folders(folders, config, progress_bar, trust_code)
+    comparing.run_folders(folders, config, out, progress_bar, trust_code, launch)
     tables = [comparing.collect_table(out / env_id).assign(environment=env_id) for env_id in env_ids]
     table = pd.concat(tables, ignore_index=True)
     table.to_csv(out / "results.csv", index=False)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -56,13 +58,30 @@ def no_mask(like: Tensor) -> Tensor:
     return torch.zeros(1, 1, 1, 1, device=like.device)
 
 
+def cache_input(body: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
+    """The argument that hands a body its cache: `past_key_values`, which transformers calls `cache` from 5.24 on."""
+    return {_cache_name(type(body).forward): cache}
+
+
+@functools.cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def cache_of(out: ModelOutput) -> Cache | None:
+    """The cache that a body's output holds; None where it keeps none."""
+    # By what is there: to ask for the old name is warned of where it is one.
+    cache: Cache | None = getattr(out, "cache" if hasattr(out, "cache") else "past_key_values", None)
+    return cache
+
+
 def fill(body: nn.Module, prompt_UP: Tensor, mask_UP: Tensor, cache: Cache | None) -> ModelOutput:
     """The body's output on prompts, whose keys and values go to the cache (None: one of the model's own making)."""
     return body(
         input_ids=prompt_UP,
         attention_mask=mask_UP.long(),
         position_ids=position_ids(mask_UP),
-        past_key_values=cache,
+        **cache_input(body, cache),
         use_cache=True,
     )
 
@@ -294,9 +313,9 @@ class Trunk:
             ValueError: the model keeps no cache.
         """
         out = fill(self.body, prompt_BP, mask_BP, None)
-        cache: Cache | None = getattr(out, "past_key_values", None)
+        cache = cache_of(out)
         if cache is None:
-            raise ValueError("it keeps no past_key_values")
+            raise ValueError("it keeps no cache")
         hidden, mask_BL = [out[0][:, -1]], mask_BP
         for token_B in action_BT.unbind(1):
             out, mask_BL = self.go_on(token_B[:, None], mask_BL, cache)
@@ -310,7 +329,7 @@ class Trunk:
             input_ids=token_BK,
             attention_mask=mask_BL.long(),
             position_ids=position_ids(mask_BL)[:, -token_BK.shape[1] :],
-            past_key_values=cache,
+            **cache_input(self.body, cache),
             use_cache=True,
         )
         return out, mask_BL

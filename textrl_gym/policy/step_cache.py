@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from textrl_gym.policy.backbone import Trunk, position_ids
+from textrl_gym.policy.backbone import Trunk, cache_input, cache_of, position_ids
 
 SLACK = 32
 """Columns that are filled before what is kept moves back to the front of its room."""
@@ -166,7 +166,7 @@ class StepCache:
             position_ids=position_ids(moved_mask_BW),
             use_cache=True,
         )
-        return out[0][:, -1], getattr(out, "past_key_values", None)
+        return out[0][:, -1], cache_of(out)
 
     def _start(self, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
         hidden_BD, cache = self._whole(input_BL, mask_BL)
@@ -200,7 +200,7 @@ class StepCache:
             input_ids=input_BL.gather(1, (end_B - 1)[:, None]),
             attention_mask=mask_BW.long(),
             position_ids=(length_B - 1)[:, None],
-            past_key_values=Cache(layers=list(self._rooms)),
+            **cache_input(self.trunk.body, Cache(layers=list(self._rooms))),
             use_cache=True,
         )[0][:, 0]
         self._end += 1

@@ -32,7 +32,6 @@ from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.data.labels import Label, read_labels
 from textrl_gym.experiments.compare import CompareConfig, compare
 from textrl_gym.experiments.results import finished_runs
-from textrl_gym.experiments.rounds import hold_settings
 from textrl_gym.feedback.constitution import Constitution, read_constitution
 from textrl_gym.feedback.critics import Critic
 from textrl_gym.mdp.env_settings import EnvSettings
@@ -42,6 +41,7 @@ from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.pipeline.reward_ensemble import train_rewards
 from textrl_gym.pipeline.sft import SFTConfig, sft
 from textrl_gym.recipes import critiques, stages
+from textrl_gym.recipes.rounds import hold_settings
 from textrl_gym.recipes.stages import Stage
 
 RECORD = "constitutional.json"

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from textrl_gym import files
 from textrl_gym.evaluation.metrics import metric
 from textrl_gym.experiments.results import EPISODES
-from textrl_gym.experiments.rounds import RoundsResult, policy_of
+from textrl_gym.recipes.rounds import RoundsResult, policy_of
 from textrl_gym.reports.frame import PAGE, Rows, completion_html, page_html, prompt_html, table_html
 
 METRICS = ("gold", "score", "win_rate", "kl_sequence", "completion_tokens")

@@ -1,0 +1,238 @@
+"""Runs as jobs of a cluster: the same numbers as on this machine, also where jobs are preempted."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pandas.testing import assert_frame_equal
+
+from textrl_gym.cli.main import main
+from textrl_gym.experiments import launching
+from textrl_gym.experiments.compare import CompareConfig, compare
+from textrl_gym.experiments.launching import LaunchConfig
+from textrl_gym.experiments.results import ERROR
+
+submitit: Any = pytest.importorskip("submitit")
+
+HERE = LaunchConfig(launcher="submitit", cluster="local", timeout_hours=0.5)
+CONFIG = CompareConfig(agents=("reinforce",), seeds=2, total_timesteps=200, eval_episodes=8, workers=1)
+
+
+def last(table: Any) -> Any:
+    """The last evaluations, without what a clock says."""
+    frame = table[table["final"]]
+    return frame.drop(columns=[name for name in frame if "second" in name]).reset_index(drop=True)
+
+
+@pytest.mark.slow
+def test_jobs_give_the_numbers_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two runs with a thread each, one after the other, as the jobs are.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    here = last(compare("CopyText-v0", CONFIG, tmp_path / "here", progress_bar=False))
+    there = last(compare("CopyText-v0", CONFIG, tmp_path / "there", progress_bar=False, launch=HERE))
+    assert list(here["run"]) == ["reinforce-0", "reinforce-1"]
+    assert_frame_equal(here, there, check_exact=True)  # the same machine, threads and path
+
+    def none(*args: object) -> Any:
+        raise AssertionError("nothing was left to run")
+
+    monkeypatch.setattr(launching, "executor", none)
+    again = last(compare("CopyText-v0", CONFIG, tmp_path / "there", progress_bar=False, launch=HERE))
+    assert len(again) == 2
+
+
+@pytest.mark.slow
+def test_a_job_that_is_preempted_goes_on(tmp_path: Path) -> None:
+    config = CompareConfig(agents=("reinforce",), seeds=1, total_timesteps=1500, eval_episodes=8, save_every=1)
+    jobs: list[Any] = []
+
+    def preempt(going: set[str]) -> None:
+        """Slurm's signal, once, when the run has learnt something."""
+        run = tmp_path / "out" / "runs" / "reinforce-0"
+        if going and not jobs and (run / "checkpoint.json").is_file():
+            (job,) = (tmp_path / "out" / launching.JOBS).glob("*_submitted.pkl")
+            jobs.append(int(job.name.split("_")[0]))
+            children = Path(f"/proc/{jobs[0]}/task/{jobs[0]}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGUSR2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("textrl_gym.experiments.compare.LiveTable", lambda *_: contextlib.nullcontext(preempt))
+        stopped = last(compare("CopyText-v0", config, tmp_path / "out", progress_bar=False, launch=HERE))
+    assert jobs
+    log = "".join(file.read_text() for file in (tmp_path / "out" / launching.JOBS).glob("*_log.*"))
+    assert "Requeued job" in log
+    # As many workers as cores: a thread each, as a job has.
+    alone = dataclasses.replace(config, workers=len(os.sched_getaffinity(0)))
+    whole = last(compare("CopyText-v0", alone, tmp_path / "whole", progress_bar=False))
+    assert_frame_equal(stopped, whole, check_exact=True)
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_agents.py").write_text(
+        "from textrl_gym.agents import REINFORCE\n\n\nclass Broken(REINFORCE):\n"
+        "    def update(self, rollout):\n        raise ValueError('no update')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = CompareConfig(agents=("broken_agents:Broken",), seeds=1, total_timesteps=100, eval_episodes=8)
+    with pytest.warns(UserWarning, match="1 of 1 runs failed: broken_agents.Broken-0: ValueError: no update"):
+        compare("CopyText-v0", config, tmp_path / "out", progress_bar=False, launch=HERE)
+
+
+RUN = """
+import signal, sys, time
+def stop(*_):
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+print("ready", flush=True)
+time.sleep({seconds})
+"""
+
+
+def a_run(seconds: float) -> Any:
+    """What starts a run that does nothing for a while, and ends by Ctrl-C as runs do."""
+
+    def start(folder: Path, threads: int, trust_code: bool) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-c", RUN.format(seconds=seconds)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        return process
+
+    return start
+
+
+def test_a_job_saves_before_it_goes_back_into_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit calls `checkpoint` in the handler of a signal, while the job waits for its run."""
+    monkeypatch.setattr(launching, "start", a_run(60))
+    job, again = launching.Job(tmp_path, 2, False), []
+    before = signal.signal(signal.SIGALRM, lambda *_: again.append(job.checkpoint()))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        assert job() == launching.STOPPED
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    (next_job,) = again
+    assert isinstance(next_job.function, launching.Job)
+    assert (next_job.function.folder, next_job.function.threads, next_job.function.process) == (tmp_path, 2, None)
+    assert not (tmp_path / ERROR).exists()
+
+
+def test_ctrl_c_of_a_job_reaches_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "start", a_run(60))
+    before = signal.getsignal(signal.SIGINT)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert launching.Job(tmp_path, 1, False)() == launching.STOPPED
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("state", "words"), [("NODE_FAIL", "job 7 ended as NODE_FAIL; see jobs/7.err\n"), ("CANCELLED by 0", "")]
+)
+def test_a_job_that_dies_without_a_word_is_named(state: str, words: str, tmp_path: Path) -> None:
+    job = SimpleNamespace(job_id="7", state=state, paths=SimpleNamespace(stderr=Path("jobs/7.err")))
+    launching.note_job(tmp_path, job)  # type: ignore[arg-type]
+    assert ((tmp_path / ERROR).read_text() if (tmp_path / ERROR).exists() else "") == words
+
+
+SBATCH = """#!{python}
+import pathlib, sys
+pathlib.Path({folder!r}, "script").write_text(pathlib.Path(sys.argv[-1]).read_text())
+print("Submitted batch job 41")
+"""
+
+
+def test_slurm_is_asked_for_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sbatch is given, by an sbatch that writes it down."""
+    for name, text in (("sbatch", SBATCH), ("srun", "#!{python}\n"), ("scancel", "#!{python}\n")):
+        file = tmp_path / name
+        file.write_text(text.format(python=sys.executable, folder=str(tmp_path)))
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho 'JobID|State'\necho '41_0|FAILED'\necho '41_1|FAILED'\n")
+    (tmp_path / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    # submitit asks sacct after a while only.
+    monkeypatch.setattr(submitit.SlurmJob, "done", lambda self, force_check=False: True)
+    config = LaunchConfig(
+        launcher="submitit", partition="gpu", gpus_per_run=1, cpus_per_run=4, memory_gb=16, timeout_hours=1.5,
+        requeues=2, slurm=("slurm_account=me",),
+    )  # fmt: skip
+    folders = {name: tmp_path / "runs" / name for name in ("a-0", "a-1")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    launching.run_jobs(folders, config, tmp_path / "jobs", 8, lambda _: None)
+    script = (tmp_path / "script").read_text()
+    for line in (
+        "--array=0-1%2", "--partition=gpu", "--gpus-per-node=1", "--cpus-per-task=4", "--mem=16GB", "--time=90",
+        "--account=me", "--signal=USR2@90",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}\n" in script, script
+    ends = {name: error.partition(";")[0] for name, error in launching.errors(folders).items()}
+    assert ends == {"a-0": "job 41_0 ended as FAILED", "a-1": "job 41_1 ended as FAILED"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--partition", "gpu"],
+            "settings of a cluster (partition, gpus_per_run and so on) need the launcher submitit",
+        ),
+        (["--launcher", "submitit"], "cluster='slurm': "),
+        (["--launcher", "submitit", "--cluster", "local", "--slurm", "account"], "slurm: 'account' is not name=value"),
+        (["--launcher", "submitit", "--cluster", "local", "--slurm", "colour=1"], "slurm: "),
+    ],
+)
+def test_wrong_settings_are_said(
+    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no srun, wherever the tests run
+    assert main(["compare", "CopyText-v0", "--agents", "reinforce", "--out", str(tmp_path / "out"), *flags]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_submitit_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ValueError, match="needs the package submitit"):
+        launching.executor(HERE, tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_cancels_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jobs end with the launcher, and the same comparison goes on."""
+    config = CompareConfig(agents=("reinforce",), seeds=1, total_timesteps=100_000, eval_episodes=8)
+
+    def interrupt(going: set[str]) -> None:
+        if going and (tmp_path / "out" / "runs" / "reinforce-0" / "log.txt").is_file():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("textrl_gym.experiments.compare.LiveTable", lambda *_: contextlib.nullcontext(interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compare("CopyText-v0", config, tmp_path / "out", progress_bar=False, launch=HERE)
+    deadline = time.monotonic() + 60
+    lock = tmp_path / "out" / "runs" / "reinforce-0"
+    while _worker_of(lock) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _worker_of(lock) and not (lock / ERROR).exists()
+
+
+def _worker_of(folder: Path) -> bool:
+    """Whether a process works in a run's folder."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in file.read_bytes() and b"experiments.worker" in file.read_bytes():
+                return True
+        except OSError:
+            continue
+    return False

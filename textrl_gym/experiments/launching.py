@@ -1,0 +1,283 @@
+"""How the runs of a comparison are started: as processes of this machine, or as jobs of a cluster by submitit.
+
+Either way a run is `python -m textrl_gym.experiments.worker FOLDER`, its state is its folder, and what is finished is
+never run again. On a cluster every node must see the comparison's folder and the same Python.
+
+submitit (https://github.com/facebookincubator/submitit) makes a Slurm array of the runs. A job that is preempted, or
+whose time is up, saves its run and is put into the queue again by submitit; the run goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt
+
+from textrl_gym import files
+from textrl_gym.bounds import check_settings
+from textrl_gym.experiments.results import ERROR, LOG, RESULT
+
+if TYPE_CHECKING:
+    import submitit
+
+JOBS = "jobs"
+"""What submitit writes, in the comparison's folder: scripts, logs and pickles of its own."""
+STOPPED = 130
+"""Exit code of a run that was stopped and has saved: it is unfinished and has not failed."""
+POLL_SECONDS = 0.2
+"""Several processes cannot be waited for at once by a portable call; runs take minutes."""
+SUBMITIT = "the launcher submitit needs the package submitit: pip install submitit"
+
+Show = Callable[[set[str]], None]
+"""Is told again and again which runs are going on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """Where runs are started."""
+
+    launcher: Literal["local", "submitit"] = "local"
+    """local: processes of this machine, as many as workers says; submitit: jobs of a cluster."""
+    cluster: Literal["slurm", "local"] = "slurm"
+    """Of submitit; local tries it on this machine."""
+    partition: str | None = None
+    """Slurm's partition; None: the cluster's default."""
+    gpus_per_run: Annotated[int, Ge(0)] = 0
+    """GPUs of a job. A run uses one."""
+    cpus_per_run: Annotated[int, Ge(1)] = 1
+    """Cores of a job, which are also a run's threads."""
+    memory_gb: Annotated[float | None, Gt(0)] = None
+    """Memory of a job; None: the cluster's default."""
+    timeout_hours: Annotated[float, Gt(0)] = 4.0
+    """The time limit of a job, after which its run goes on in a new one."""
+    requeues: Annotated[int, Ge(0)] = 10
+    """Times that a run may be put into the queue again because its time was up."""
+    slurm: tuple[str, ...] = ()
+    """Other parameters of submitit's executor as name=value: slurm_account=me."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        changed = any(getattr(self, field.name) != field.default for field in dataclasses.fields(self))
+        if self.launcher == "local" and changed:
+            raise ValueError("settings of a cluster (partition, gpus_per_run and so on) need the launcher submitit")
+        for text in self.slurm:
+            if not all(text.partition("=")):
+                raise ValueError(f"slurm: {text!r} is not name=value")
+
+
+def waiting(folders: Mapping[str, Path]) -> list[str]:
+    """The runs that are not finished; the errors of earlier tries are forgotten."""
+    # The results' files are the state: nothing else has to be kept in step with them.
+    names = [name for name, folder in folders.items() if not (folder / RESULT).is_file()]
+    for name in names:
+        (folders[name] / ERROR).unlink(missing_ok=True)
+    return names
+
+
+def errors(folders: Mapping[str, Path]) -> dict[str, str]:
+    """Name -> error of each run that failed."""
+    noted = {name: folder / ERROR for name, folder in folders.items()}
+    return {name: file.read_text(encoding="utf-8").strip() for name, file in noted.items() if file.is_file()}
+
+
+# -- this machine -----------------------------------------------------------------------------------------------------
+
+
+def run_local(folders: Mapping[str, Path], workers: int, gpus: int, show: Show, trust_code: bool = False) -> None:
+    """Run what is not done, so many at a time.
+
+    Ctrl-C reaches the runs too: each finishes its update, saves and ends, and then it is raised here.
+    """
+    names = waiting(folders)
+    slots: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+    try:
+        while names or slots:
+            for slot in range(workers):
+                if slot in slots and slots[slot][1].poll() is not None:
+                    name, process = slots.pop(slot)
+                    note_death(folders[name], process.returncode)
+                if slot not in slots and names:
+                    name = names.pop(0)
+                    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+                    gpu = str(slot % gpus) if gpus else None
+                    slots[slot] = (name, start(folders[name], threads, trust_code, gpu))
+            show({name for name, _ in slots.values()})
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        for _, process in slots.values():
+            # Ctrl-C went to the whole process group: each run is saving its checkpoint now.
+            process.wait()
+        raise
+    show(set())
+
+
+def start(folder: Path, threads: int, trust_code: bool, gpu: str | None = None) -> subprocess.Popen[bytes]:
+    """The process of a run.
+
+    Args:
+        gpu: the one that it may use, as CUDA_VISIBLE_DEVICES names it; None: those of this process.
+    """
+    # Passive waiting: threads that spin slow down severely beside other busy processes (docs/performance.md).
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    environment["OMP_NUM_THREADS"] = str(threads)
+    # An agent named module:Class may lie in the working directory, which `python -m` would not look into.
+    environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)  # where module:Class was found
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    with (folder / LOG).open("ab") as log:
+        command = [sys.executable, "-W", "ignore", "-m", "textrl_gym.experiments.worker", str(folder)]
+        command += ["--trust-code"] if trust_code else []
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def note_death(folder: Path, code: int) -> None:
+    """The error of a run that failed: the last line that it said, which is an exception's where there was one."""
+    if code in (0, STOPPED):
+        return
+    log_lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = log_lines[-1] if code == 1 and log_lines else f"the process ended with exit code {code}; see {LOG}"
+    files.write_text(folder / ERROR, last + "\n")
+
+
+# -- a cluster --------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """A run as a job; submitit pickles it, and calls `checkpoint` before it puts the job into the queue again."""
+
+    def __init__(self, folder: Path, threads: int, trust_code: bool) -> None:
+        self.folder, self.threads, self.trust_code = folder, threads, trust_code
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int:
+        """Run it; returns the exit code of its process."""
+        # A process of its own: submitit's handlers of signals and those of a training would be in each other's way.
+        self.process = start(self.folder, self.threads, self.trust_code)
+        with self._stopping(signal.SIGINT):
+            code = self.process.wait()
+        note_death(self.folder, code)
+        return code
+
+    @contextlib.contextmanager
+    def _stopping(self, number: signal.Signals) -> Iterator[None]:
+        """Inside, a signal to the job goes on to its run, which saves and ends."""
+        before = signal.signal(number, lambda *_: self.stop())
+        try:
+            yield
+        finally:
+            signal.signal(number, before)
+
+    def stop(self) -> None:
+        """Let the run finish its update, save and end."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGINT)
+
+    def checkpoint(self) -> Any:
+        """What is to be run when the job starts again: the same run, which has saved by then."""
+        import submitit
+
+        self.stop()
+        if self.process is not None:
+            # Not Popen.wait: this runs in a signal's handler, while `__call__` waits there and holds its lock.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(Job(self.folder, self.threads, self.trust_code))
+
+
+def executor(config: LaunchConfig, folder: Path, workers: int) -> submitit.AutoExecutor:
+    """submitit's executor with a comparison's settings.
+
+    Args:
+        folder: where it writes.
+        workers: jobs at a time; 0: as many as the cluster gives.
+
+    Raises:
+        ValueError: submitit is not installed, there is no Slurm here, or it does not know a parameter.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError(SUBMITIT) from None
+    try:
+        made = submitit.AutoExecutor(folder, cluster=config.cluster, slurm_max_num_timeout=config.requeues)
+    except RuntimeError as error:  # no srun
+        raise ValueError(f"cluster={config.cluster!r}: {error}; this machine must be able to submit jobs") from error
+    settings: dict[str, Any] = {
+        "timeout_min": max(1, round(60 * config.timeout_hours)),
+        "cpus_per_task": config.cpus_per_run,
+        "gpus_per_node": config.gpus_per_run,
+        "name": "textrl-gym",
+        "slurm_array_parallelism": workers or 256,
+    }
+    if config.memory_gb is not None:
+        settings["mem_gb"] = config.memory_gb
+    if config.partition is not None:
+        settings["slurm_partition"] = config.partition
+    for text in config.slurm:
+        name, _, value = text.partition("=")
+        settings[name] = int(value) if value.isdigit() else value
+    try:
+        made.update_parameters(**settings)
+    except (NameError, ValueError) as error:  # submitit's for a parameter that it does not have
+        raise ValueError(f"slurm: {error}") from error
+    return made
+
+
+def run_jobs(
+    folders: Mapping[str, Path], config: LaunchConfig, jobs: Path, workers: int, show: Show, trust_code: bool = False
+) -> None:
+    """Run what is not done as jobs of a cluster, and wait for them.
+
+    Ctrl-C cancels the jobs, whose runs save; the same comparison goes on. A launcher that is killed leaves its jobs to
+    themselves: the next one waits for a run that is still going on, since a run's folder has a lock.
+    """
+    names = waiting(folders)
+    if not names:
+        return
+    made = executor(config, jobs, workers)
+    calls = {name: Job(folders[name].resolve(), config.cpus_per_run, trust_code) for name in names}
+    going: dict[str, submitit.Job[int]] = {}
+    try:
+        if config.cluster == "slurm":
+            # One array for all: Slurm keeps to the number of jobs at a time.
+            with made.batch():
+                submitted = [made.submit(call) for call in calls.values()]
+            going, names = dict(zip(calls, submitted, strict=True)), []
+        while names or going:
+            # submitit's local executor starts at once what it is given.
+            while names and len(going) < (workers or 1):
+                name = names.pop(0)
+                going[name] = made.submit(calls[name])
+            for name in _ended(going):
+                note_job(folders[name], going.pop(name))
+            show(set(going))
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        for job in going.values():
+            job.cancel()
+        raise
+    show(set())
+
+
+def _ended(going: Mapping[str, submitit.Job[int]]) -> Sequence[str]:
+    return [name for name, job in going.items() if job.done()]
+
+
+def note_job(folder: Path, job: submitit.Job[int]) -> None:
+    """The error of a job that ended without a finished run, and without an error of the run's own."""
+    if (folder / RESULT).is_file() or (folder / ERROR).is_file():
+        return
+    # A job that was cancelled leaves its run unfinished, and has failed nowhere.
+    if job.state.startswith("CANCELLED"):
+        return
+    files.write_text(folder / ERROR, f"job {job.job_id} ended as {job.state}; see {job.paths.stderr}\n")
