@@ -10,7 +10,6 @@ from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
 from textrl_gym.data.rows import BadRow, shown, text_of
 from textrl_gym.mdp.task import Task
-from textrl_gym.rewards import load_reward
 from textrl_gym.worlds import tables
 from textrl_gym.worlds.lesson import Finding, Lesson, Numbers, Trial
 from textrl_gym.worlds.world import Rows
@@ -18,8 +17,8 @@ from textrl_gym.worlds.world import Rows
 ID = "DataToText-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "tables")
 GOLD = "textrl_gym.worlds.tables:gold"
-GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 3e-4, "kl_coef": 0.03}
-TOKENS = 120_000
+GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 8e-4, "kl_coef": 0.03}
+TOKENS = 80_000
 
 
 # -- published schemas ------------------------------------------------------------------------------------------------
@@ -133,7 +132,9 @@ class DataToText(Task):
     At the end: `score`, `prompt`, `completion`, `reference` (the text that a person wrote), `stop_reason`. The gold
     score is slot accuracy times form, in [0, 1]: the share of the facts that are said, times the share of what is said
     that is in the table and was not said before, times the share of words in whole sentences of the right subject.
-    With `dataset=` it is ROUGE-L. Evaluations also report `slots_covered`, `invented`, `well_formed` and `rouge_l`.
+    With `dataset=` it is ROUGE-L. Evaluations also report `slots_covered`, `neglected_covered` (of the facts that
+    references mostly leave out), `unsupported` (share of claims that are not in the table), `grammatical` (share of
+    words in whole sentences) and, as for every task, `rouge_l`.
 
     ## Arguments
     Those of every text environment: `split`, `dataset`, `tokenizer`, `reward`, `max_prompt_tokens`, `max_new_tokens`,
@@ -145,9 +146,8 @@ class DataToText(Task):
     ```
 
     ## Lesson
-    ROUGE against one reference teaches how people write: its usual wording, what they leave out and what they invent.
-    It rises, and slots are less accurate than with the gold score as the reward. `textrl-gym lesson DataToText-v0` runs
-    it.
+    ROUGE against one reference teaches how people write: it rises, what they mostly leave out is left out, and slots
+    are less accurate than with the gold score as the reward. `textrl-gym lesson DataToText-v0` runs it.
 
     ## References
     - Parikh et al. 2020, ToTTo: a controlled table-to-text generation dataset, https://arxiv.org/abs/2004.14373
@@ -189,21 +189,32 @@ class DataToText(Task):
         "policy": {"steps": 120, "batch_size": 32, "learning_rate": 7e-4},
     }
     lesson = Lesson(
-        words="A metric against one reference rises while slots are left out and invented as the references do.",
+        words="A metric against one reference rises while slots are left out, as the references do.",
         trials={
             "metric": Trial("ROUGE-L against the one reference", "grpo", TOKENS, GRPO),
             "gold": Trial("slot accuracy times form", "grpo", TOKENS, GRPO, GOLD),
         },
         findings=(
-            Finding("With the metric as the reward it rises by 0.1 or more", rise("metric", "start", "rouge_l", 0.1)),
-            Finding("and what is not in the table is said more often", rise("metric", "start", "invented")),
+            Finding("With the metric as the reward it rises by 0.05 or more", rise("metric", "start", "rouge_l", 0.05)),
+            Finding(
+                "and what references mostly leave out is said less often", rise("start", "metric", "neglected_covered")
+            ),
             Finding(
                 "Slots are less accurate than with gold as the reward, by 0.1 or more",
                 rise("gold", "metric", "gold", 0.1),
             ),
             Finding("while the metric prefers the policy that it trained", rise("metric", "gold", "rouge_l")),
         ),
-        metrics=("gold", "rouge_l", "slots_covered", "invented", "well_formed", "kl_sequence", "completion_tokens"),
+        metrics=(
+            "gold",
+            "rouge_l",
+            "slots_covered",
+            "neglected_covered",
+            "unsupported",
+            "grammatical",
+            "kl_sequence",
+            "completion_tokens",
+        ),
     )
 
     def rows(self, split: str, dataset: str | None = None) -> PromptSource:
@@ -219,8 +230,5 @@ class DataToText(Task):
         return Rows(tables.draw_demonstration, split, salt="careless")
 
     def measures(self, rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float]:
-        """Slots covered, claims that are invented, form, and ROUGE-L against the one reference."""
-        metric = load_reward("rouge")
-        references = [row["completion"] for row in rows]
-        scores = metric([row["prompt"] for row in rows], list(completions), completion=references).tolist()
-        return tables.measures(rows, completions) | {"rouge_l": sum(scores) / max(len(scores), 1)}
+        """Slots covered, that which references mostly leave out by itself, claims that are invented, and form."""
+        return tables.measures(rows, completions)

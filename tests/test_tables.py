@@ -71,8 +71,11 @@ def test_marks(text: str, covered: float, supported: float, form: float) -> None
 def test_invented_claims_are_those_that_are_not_in_the_table() -> None:
     texts = ["Juno serves Thai food and offers Thai dishes .", "Juno serves Greek food and is worth a visit .", ""]
     assert [marks_of(JUNO, text).invented for text in texts] == pytest.approx([0, 1, 0])
-    measured = load_env_task(ID).measures([{**JUNO, "prompt": "", "completion": " " + WHOLE}] * 2, [WHOLE, ""])
-    assert measured == pytest.approx({"slots_covered": 0.5, "invented": 0, "well_formed": 0.5, "rouge_l": 0.5})
+    dated: dict[str, Any] = {**JUNO, "slots": {"food": "Thai", "opened": "1999"}}
+    measured = tables.measures([JUNO, dated, dated], [WHOLE, "", "Juno dates from 1999 and serves Greek food ."])
+    assert measured == pytest.approx(
+        {"slots_covered": 0.5, "neglected_covered": 0.5, "unsupported": 1 / 6, "grammatical": 2 / 3}
+    )
 
 
 def test_careful_texts_are_worth_1_and_each_predicate_is_of_one_slot() -> None:
@@ -146,13 +149,14 @@ def test_rouge_prefers_what_people_write_to_what_is_right() -> None:
     """The favourite of the metric of many texts is not that of gold: it invents."""
     rows, rng = some_rows(60), random.Random(0)
     metric = load_reward("rouge")
-    chosen = []
+    chosen, highest = [], []
     for row in rows:
         texts = [tables.human_text(row, rng) for _ in range(12)]
         scores = metric([row["prompt"]] * 12, texts, completion=[row["completion"]] * 12).tolist()
-        chosen.append(texts[scores.index(max(scores))])
+        highest.append(max(scores))
+        chosen.append(texts[scores.index(highest[-1])])
     assert mean_gold(rows, chosen) < 0.9  # of careful texts 1
-    assert load_env_task(ID).measures(rows, chosen)["rouge_l"] > 0.85
+    assert sum(highest) / len(highest) > 0.85
 
 
 # -- rows and models ---------------------------------------------------------------------------------------------------

@@ -52,8 +52,23 @@ def _years(first: int) -> tuple[str, ...]:
 
 TOPICS = {
     "place": Topic(
-        names=tuple(
-            "Aroma Bella Cosmo Dolce Ember Fiesta Grotto Haven Indigo Juno Kettle Lantern Mango Nectar Olive Pepper".split()
+        names=(
+            "Aroma",
+            "Bella",
+            "Cosmo",
+            "Dolce",
+            "Ember",
+            "Fiesta",
+            "Grotto",
+            "Haven",
+            "Indigo",
+            "Juno",
+            "Kettle",
+            "Lantern",
+            "Mango",
+            "Nectar",
+            "Olive",
+            "Pepper",
         ),
         again="The place",
         values={
@@ -76,8 +91,23 @@ TOPICS = {
         invented="is worth a visit",
     ),
     "player": Topic(
-        names=tuple(
-            "Adler Brandt Costa Duval Eriks Ferro Gomez Haas Ibsen Jansen Kovac Lopez Moreau Novak Olsen Petrov".split()
+        names=(
+            "Adler",
+            "Brandt",
+            "Costa",
+            "Duval",
+            "Eriks",
+            "Ferro",
+            "Gomez",
+            "Haas",
+            "Ibsen",
+            "Jansen",
+            "Kovac",
+            "Lopez",
+            "Moreau",
+            "Novak",
+            "Olsen",
+            "Petrov",
         ),
         again="The player",
         values={
@@ -257,14 +287,23 @@ def gold(
 
 
 def measures(rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float]:
-    """Means over texts: slots covered, claims that are not in the table, and form."""
+    """Means over texts: slots covered, those that references neglect, claims that are not in the table, and form.
+
+    `neglected_covered` is the mean over the tables that have such a slot.
+    """
     count = max(len(completions), 1)
-    pairs = zip(rows, completions, strict=True)
+    pairs = list(zip(rows, completions, strict=True))
     some = [marks(row["topic"], row["name"], row["slots"], text) for row, text in pairs]
+    neglected = []
+    for row, text in pairs:
+        slot = TOPICS[row["topic"]].neglected
+        if slot in row["slots"]:
+            neglected.append(marks(row["topic"], row["name"], {slot: row["slots"][slot]}, text).covered)
     return {
         "slots_covered": sum(one.covered for one in some) / count,
-        "invented": sum(one.invented for one in some) / count,
-        "well_formed": sum(one.form for one in some) / count,
+        "neglected_covered": sum(neglected) / max(len(neglected), 1),
+        "unsupported": sum(one.invented for one in some) / count,
+        "grammatical": sum(one.form for one in some) / count,
     }
 
 
