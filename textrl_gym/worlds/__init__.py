@@ -3,10 +3,12 @@
 - `world`: rows that are a function of split, seed and index, and that no two splits share
 - `lesson`: Lesson: what a task shows about RL from feedback
 - `orders`: lists with constraints that a program can check
+- `opinions`: questions about facts, whose user has a view of them
 - `passages`: facts of which some are doubtful, and questions about them
 - `requests`: requests that are safe, unsafe, or only sound so
 - `reviews`: reviews with mixed judgements, to be continued
 - `sums`: word problems with their working
+- `tables`: a few facts about a place or a player, to be said in one or two sentences
 - `tldr`: forum posts with short summaries, in the format of trl-lib/tldr
 - `tldr_grammar`: the phrase bank and the grammar that reference texts and gold score share
 """
