@@ -23,7 +23,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
@@ -102,7 +104,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     base: str | Path | nn.Module | None = None,
 ) -> nn.Module:
-    """A causal language model of transformers, in eval mode.
+    """A language model of transformers, in eval mode: a causal one, or an encoder-decoder where its configuration says so.
 
     Args:
         spec: a folder, a Hub id, "smollm2-135m", or a loaded model, which is moved to device and keeps its dtype. A
@@ -131,7 +133,7 @@ def load_classifier(
     return _load(AutoModelForSequenceClassification, "sequence classifier", spec, device, dtype)
 
 
-AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification] | type[AutoModelForSeq2SeqLM]
 
 
 def _load(
@@ -194,6 +196,8 @@ def _read_whole(
     # An adapter of a classifier brings the head, whose width its base cannot tell.
     heads: dict[str, Any] = {} if auto is AutoModelForCausalLM or not given else {"num_labels": 1}
     try:
+        if auto is AutoModelForCausalLM and AutoConfig.from_pretrained(source, trust_remote_code=False).is_encoder_decoder:
+            auto = AutoModelForSeq2SeqLM  # of BART's weights a causal LM would be the decoder alone
         with no_bars() if is_folder else contextlib.nullcontext():
             loaded: Any = auto.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **heads
