@@ -83,6 +83,7 @@ class LocalModel:
     ) -> None:
         loading.check_vocab(tokenizer, model.model if isinstance(model, Policy) else model)
         self.policy = model if isinstance(model, Policy) else Policy(model, vocab_size=vocab_size(tokenizer))
+        self.policy.require_one_text("be a judge or a critic")
         self.tokenizer, self.form, self.name, self.most_reasons = tokenizer, form, name, most_reasons
         self.codec = codec(tokenizer)
         self.labels = NO_TIE if form.labels == PAIR.labels else form.labels

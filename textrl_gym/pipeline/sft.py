@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a causal LM learns prompt + completion pairs, from scratch or from a given model.
+"""Supervised fine-tuning: a language model learns prompt + completion pairs, from scratch or from a given model.
 
 From scratch a copying curriculum comes first: without it a model of a few million parameters forms no induction heads
 and never learns to take a name or an amount out of a post (measured: coverage stays at chance).
@@ -55,7 +55,7 @@ class SFTConfig(FineTuning):
     """Settings of supervised fine-tuning. Budgets are in steps, never in seconds, so that a run can be repeated."""
 
     model: str | None = None
-    """The causal LM to start from (Hub id, folder); None: a new Llama, and a new tokenizer that is trained on the rows
+    """The causal LM or encoder-decoder to start from (Hub id, folder); None: a new Llama, and a new tokenizer that is trained on the rows
     (or the one of --env.tokenizer)."""
     steps: Annotated[int, Ge(1)] = 1500
     """Updates of supervised training, of rows that are drawn with repetition."""
@@ -380,6 +380,8 @@ def load_initial(
     """The model and tokenizer that training starts from."""
     if config.model is not None:
         model = cast("PreTrainedModel", task.load_model(config.model))
+        if task.replies_to_turns and model.config.is_encoder_decoder:
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder, which cannot learn conversations here yet")
         positions.check(model, positions.limit(model), task.max_prompt_tokens, task.max_new_tokens)
         return model, task.load_tokenizer(tokenizer_name or config.model)
     if tokenizer_name is not None:
