@@ -14,6 +14,7 @@ import pytest
 import torch
 from seq2seq_models import MODELS, bart, t5, tokenizer_with_end
 from test_collect import P, T, assert_same, make_env, step_through, uniforms
+from transformers import T5Model
 
 from textrl_gym import collect
 from textrl_gym.agents import DPO, GRPO, NLPO, PPO
@@ -115,7 +116,13 @@ def test_padding_of_prompts_changes_nothing(name: str) -> None:
     more = padded(r, 7)
     torch.testing.assert_close(policy.logprobs(r), policy.logprobs(more), atol=1e-5, rtol=0)
     unique = sampler.generate(
-        policy, more.prompt_BP, more.prompt_mask_BP, torch.arange(len(r)), uniforms(len(r)), max_new_tokens=T, end_ids=[0]
+        policy,
+        more.prompt_BP,
+        more.prompt_mask_BP,
+        torch.arange(len(r)),
+        uniforms(len(r)),
+        max_new_tokens=T,
+        end_ids=[0],
     )
     assert torch.equal(unique.token_BT[:, : r.token_BT.shape[1]], r.token_BT)
 
@@ -173,7 +180,9 @@ def test_what_goes_on_without_cache_or_padding_gives_the_same(monkeypatch: pytes
     monkeypatch.setattr(seq2seq.Seq2SeqTrunk, "together", lambda *a: (together(*a)[0] * 1.5, together(*a)[1]))
     monkeypatch.setattr(seq2seq.CachedRows, "step", lambda *a: step(*a) * 1.5)
     policy = Policy(bart(V))
-    with pytest.warns(UserWarning, match=r"cannot (be padded|go on from its cache) \(its numbers would change\)") as said:
+    with pytest.warns(
+        UserWarning, match=r"cannot (be padded|go on from its cache) \(its numbers would change\)"
+    ) as said:
         r = rollout_of(policy)
     assert len([w for w in said if "its numbers would change" in str(w.message)]) == 2
     assert torch.equal(r.token_BT, expected.token_BT)
@@ -183,7 +192,11 @@ def test_what_goes_on_without_cache_or_padding_gives_the_same(monkeypatch: pytes
 def test_a_peek_leaves_nothing_behind() -> None:
     for policy in (Policy(t5(V)), Policy(bart(V))):
         ids = torch.tensor([[1, 2], [3, 4]])
-        mask, source, paths = torch.ones_like(ids, dtype=torch.bool), torch.tensor([0, 1, 1]), torch.tensor([[1, 2, 3]] * 3)
+        mask, source, paths = (
+            torch.ones_like(ids, dtype=torch.bool),
+            torch.tensor([0, 1, 1]),
+            torch.tensor([[1, 2, 3]] * 3),
+        )
         with torch.no_grad():
             one, two = (policy.trunk.lookahead(ids, mask, source, 8) for _ in range(2))
             seen = one.peek(paths)
@@ -233,3 +246,174 @@ def test_saved_and_loaded_it_goes_on_as_if_never_stopped(tmp_path: Path) -> None
         initial = loading.load_model(str(tmp_path / name)).state_dict()
         for label, weight in loaded.policy.reference.model.state_dict().items():
             torch.testing.assert_close(weight, initial[label], msg=label)
+
+
+def test_a_lora_is_saved_loaded_and_its_reference_is_the_base(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    for name in ("t5", "bart"):
+        agent = GRPO("CopyText-v0", MODELS[name](6), lora_rank=2, **TINY)
+        assert agent.policy.reference is not None
+        assert agent.policy.reference.model is agent.policy.model  # with its adapter switched off
+        changed = [label for label, p in agent.policy.named_parameters() if p.requires_grad]
+        assert any("ncoder" in label for label in changed) and any("decoder" in label for label in changed)
+        before = {label: p.clone() for label, p in agent.policy.named_parameters()}
+        for _ in range(2):
+            agent.update(agent.collect())
+        for label, p in agent.policy.named_parameters():
+            assert ("lora_" in label) or torch.equal(p, before[label]), label
+        agent.save(tmp_path / name)
+        loaded = GRPO.load(tmp_path / name, device="cpu")
+        r = agent.collect()
+        assert float(r.kl_BT.abs().max()) > 0
+        torch.testing.assert_close(loaded.policy.logprobs(r), agent.policy.logprobs(r), atol=1e-6, rtol=0)
+
+
+def test_dpo_learns_pairs(tmp_path: Path) -> None:
+    for name in ("t5", "bart"):
+        agent = DPO("CopyText-v0", copier(name), rollout_episodes=16, device="cpu", out=tmp_path / name)
+        losses = []
+        for _ in range(6):
+            losses.append(agent.update(agent.collect())["loss"])
+        assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: the policy is its reference
+        assert min(losses[1:]) < 0.69
+
+
+def test_nlpo_masks_its_tokens() -> None:
+    agent = NLPO("CopyText-v0", copier("t5"), **TINY)
+    r = agent.collect()
+    torch.testing.assert_close(agent.policy.logprobs(r), r.logp_BT, atol=1e-5, rtol=0)
+    assert agent.update(r)
+
+
+def folder_of(model: Any, tokenizer: Any, to: Path) -> str:
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return str(to)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_sft_lowers_the_loss(name: str, tmp_path: Path) -> None:
+    folder = folder_of(copier(name), tiny.symbol_tokenizer("abcd"), tmp_path / "model")
+    out = tmp_path / "out"
+    settings = ["--steps", "60", "--warmup-steps", "5", "--learning-rate", "3e-3", "--eval-every", "20"]
+    assert main(["sft", "CopyText-v0", "--model", folder, "--out", str(out), *settings]) == 0
+    first, last = (measured_loss(model) for model in (folder, out))
+    assert last < first - 0.3
+    record = json.loads((out / "sft.json").read_text(encoding="utf-8"))
+    assert record["measured"]["heldout_loss"] == pytest.approx(last, abs=1e-4)
+
+
+def measured_loss(folder: Path | str) -> float:
+    """Nats a token of all rows by transformers' own loss, EOS included."""
+    model: Any = loading.load_model(folder)
+    task_rows = [([i, j], [i, j, 0]) for i in range(1, 5) for j in range(1, 5)]
+    prompts, labels = (torch.tensor(column) for column in zip(*task_rows, strict=True))
+    start_B1 = torch.full((len(labels), 1), model.config.decoder_start_token_id)
+    logits_BTV = model(input_ids=prompts, decoder_input_ids=torch.cat([start_B1, labels[:, :-1]], 1)).logits
+    return float(torch.nn.functional.cross_entropy(logits_BTV.detach().flatten(0, 1), labels.flatten()))
+
+
+def test_several_completions_of_a_prompt_are_each_alone() -> None:
+    items = [([3, 4, 5, 6], [[5, 6, 0], [2, 0]]), ([2], [[1, 2, 3, 4, 0]])]
+    for name, make in MODELS.items():
+        model = make(V)
+        logits_NV, token_N = packing.pair(items).learnt(model)
+        expected = []
+        for prompt, texts in items:
+            for ids in texts:
+                after = torch.tensor([[model.config.decoder_start_token_id, *ids[:-1]]])
+                expected.append(model(input_ids=torch.tensor([prompt]), decoder_input_ids=after).logits[0])
+        assert token_N.tolist() == [5, 6, 0, 2, 0, 1, 2, 3, 4, 0], name
+        torch.testing.assert_close(logits_NV, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_loaded_whole_whatever_its_head(tmp_path: Path) -> None:
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "decoder_input_ids": torch.tensor([[5, 1]])}
+    for name, make in MODELS.items():
+        model = make(V)
+        model.save_pretrained(tmp_path / name)
+        loaded: Any = loading.load_model(tmp_path / name)
+        assert type(loaded) is type(model)
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-6, rtol=0)
+
+
+def test_prompts_keep_the_end_that_an_encoder_was_trained_with(tmp_path: Path) -> None:
+    folder = folder_of(t5(6), tokenizer_with_end(list("abcd")), tmp_path / "t5")
+    tokenizer = loading.load_tokenizer(folder)
+    assert encode_prompt("a b", tokenizer, 5) == [1, 2, 0]
+    assert encode_prompt("a b c d", tokenizer, 3) == [1, 2, 0]  # one that is cut, too
+    env = gym.make_vec("CopyText-v0", num_envs=32, tokenizer=folder, max_prompt_tokens=3, array="torch")
+    learner = PPO(env, folder, device="cpu")
+    r = learner.collect()
+    assert (r.prompt_BP[:, -1] == 0).all() and (r.prompt_BP[:, :-1] > 0).all()
+    learner.save(tmp_path / "run")
+    assert PPO.load(tmp_path / "run", device="cpu").collect().prompt_BP.shape[1] == 3
+    with pytest.raises(ValueError, match=r"puts EOS '<eos>' behind every text, .* prompts_keep_eos=True"):
+        encode_prompt("a b", tokenizer_with_end(list("abcd")), 5)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is a decoder alone, to which a prompt would already"):
+        loading.check_vocab(tokenizer, tiny.gpt2(5, 5))
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_done_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for setting in ({"cuda_graphs": True}, {"compile": "update"}):
+        with pytest.raises(ValueError, match="is an encoder-decoder, for which there are no CUDA graphs"):
+            Policy(t5(V), **setting)
+    with pytest.raises(ValueError, match="frozen_layers=1: BartForConditionalGeneration is an encoder-decoder"):
+        PPO("CopyText-v0", bart(6), frozen_layers=1, device="cpu")
+    with pytest.raises(ValueError, match="'t5' is an encoder-decoder, whose memory is not counted"):
+        memory.estimate(t5(V).config, memory.Work())
+    nameless = t5(V)
+    nameless.config.decoder_start_token_id = nameless.generation_config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration names no decoder_start_token_id"):
+        Policy(nameless)
+    with pytest.raises(ValueError, match="T5Model has no language-model head"):
+        Policy(T5Model(t5(V).config))
+    folder = folder_of(t5(6), tiny.symbol_tokenizer("abcd"), tmp_path / "t5")
+    assert main(["reward-model", "CopyText-v0", "--model", folder, "--out", str(tmp_path / "rm")]) == 2
+    assert "reward model reads prompt and completion as one text" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_conversations_are_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env = gym.make_vec("GuessNumber-v0", num_envs=4, array="torch")
+    size = env.unwrapped.vocab_size
+    with pytest.raises(
+        ValueError, match=r"T5ForConditionalGeneration is an encoder-decoder, which cannot hold a conver"
+    ):
+        GRPO("GuessNumber-v0", t5(size + 1), device="cpu")
+    with pytest.raises(ValueError, match="cannot hold a conversation"):
+        collect(env, Policy(t5(size + 1)))
+    folder = folder_of(t5(size + 1), env.unwrapped.tokenizer, tmp_path / "t5")
+    assert main(["sft", "GuessNumber-v0", "--model", folder, "--out", str(tmp_path / "out")]) == 2
+    assert "cannot learn conversations" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_positions_are_counted_apart() -> None:
+    model = bart(6, max_position_embeddings=4)
+    assert positions.limit(model) == 4
+    Policy(model).try_out(4, 4)
+    for budgets in ((5, 3), (3, 5)):
+        with pytest.raises(ValueError, match=r"has 4 positions, and prompts of at most . tokens .* need 5"):
+            Policy(model).try_out(*budgets)
+
+
+def test_where_a_prompt_ends_is_known_or_asked_for() -> None:
+    policy = Policy(t5(V))
+    env = make_env(3)
+    observation, _ = env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"14 places \(no budgets have it\): call policy.try_out\(env.max_prompt_tok"):
+        policy.act(observation)
+    policy.try_out(P, T)
+    policy.act(observation)
+    policy.try_out(P + 1, T - 1)
+    with pytest.raises(ValueError, match="environments of different budgets have it"):
+        policy.act(observation)
+    other = Policy(t5(V))
+    other.try_out(P + 2, T - 2)
+    with pytest.raises(ValueError, match="whose prompt ends at place 7 has no token before it"):
+        other.act(observation)

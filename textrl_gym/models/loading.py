@@ -126,7 +126,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     base: str | Path | nn.Module | None = None,
 ) -> nn.Module:
-    """A language model of transformers, in eval mode: a causal one, or an encoder-decoder where its configuration says so.
+    """A language model of transformers in eval mode: a causal one, or an encoder-decoder where its config says so.
 
     Args:
         spec: a folder, a Hub id, "smollm2-135m", or a loaded model, which is moved to device and keeps its dtype. A

@@ -84,7 +84,7 @@ def freeze_lower(model: ModelT, layers: int) -> ModelT:
     decoder = cast("PreTrainedModel", model)
     if decoder.config.is_encoder_decoder:
         raise ValueError(
-            f"frozen_layers={layers}: {type(model).__name__} is an encoder-decoder, whose lower layers are of two kinds; "
+            f"frozen_layers={layers}: {type(model).__name__} is an encoder-decoder, with lower layers of two kinds; "
             "leave frozen_layers out, or train a LoRA (lora_rank)"
         )
     depth = decoder.config.get_text_config().num_hidden_layers

@@ -55,8 +55,8 @@ class SFTConfig(FineTuning):
     """Settings of supervised fine-tuning. Budgets are in steps, never in seconds, so that a run can be repeated."""
 
     model: str | None = None
-    """The causal LM or encoder-decoder to start from (Hub id, folder); None: a new Llama, and a new tokenizer that is trained on the rows
-    (or the one of --env.tokenizer)."""
+    """The causal LM or encoder-decoder to start from (Hub id, folder); None: a new Llama, and a new tokenizer that is
+    trained on the rows (or the one of --env.tokenizer)."""
     steps: Annotated[int, Ge(1)] = 1500
     """Updates of supervised training, of rows that are drawn with repetition."""
     epochs: Annotated[float | None, Gt(0)] = None

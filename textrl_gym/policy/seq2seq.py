@@ -181,7 +181,8 @@ class Seq2SeqTrunk(ModelRunner):
     def _prompt_end(self, width: int) -> int:
         places = self._prompt_places.get(width)
         if places is None:
-            reason = "environments of different budgets have it" if width in self._prompt_places else "no budgets have it"
+            known = width in self._prompt_places
+            reason = "environments of different budgets have it" if known else "no budgets have it"
             raise ValueError(
                 f"{type(self.model).__name__} is an encoder-decoder, and nothing says where the prompt ends in an "
                 f"observation of {width} places ({reason}): call policy.try_out(env.max_prompt_tokens, "
@@ -283,7 +284,11 @@ class WholeRows:
             return self.trunk.decode(self.state_BSD, self.real_BS, token_BT)
 
     def keep(self, keep_k: Tensor) -> None:
-        self.state_BSD, self.real_BS, self.token_BT = self.state_BSD[keep_k], self.real_BS[keep_k], self.token_BT[keep_k]
+        self.state_BSD, self.real_BS, self.token_BT = (
+            self.state_BSD[keep_k],
+            self.real_BS[keep_k],
+            self.token_BT[keep_k],
+        )
 
 
 # -- which ways are right ---------------------------------------------------------------------------------------------
