@@ -67,6 +67,34 @@ def bart(vocab_size: int, seed: int = 0, scale: float = 1.0, **changes: Any) -> 
 MODELS: dict[str, Callable[..., Any]] = {"t5": t5, "flan-t5": flan_t5, "bart": bart}
 
 
+def learner(name: str, seed: int = 0) -> Any:
+    """A T5 or BART of one layer with the initial weights of transformers, from which CopyText-v0 is learnt.
+
+    The head is a small one of its own, so that the policy begins near uniform. T5's relative positions are made ten
+    times as large: its cross-attention has none, so that they are all by which it can tell one symbol from the next.
+    """
+
+    def make() -> Any:
+        special = {"vocab_size": 6, "pad_token_id": 5, "bos_token_id": 5, "eos_token_id": 0}
+        if name == "t5":
+            more: dict[str, Any] = {"num_layers": 1, "decoder_start_token_id": 5, "tie_word_embeddings": False}
+            model: Any = T5ForConditionalGeneration(T5Config(**(special | T5 | more)))
+        else:
+            more = {"encoder_layers": 1, "decoder_layers": 1, "decoder_start_token_id": 0, "init_std": 0.2}
+            model = BartForConditionalGeneration(BartConfig(**(BART | special | more)))
+        head = torch.randn_like(model.lm_head.weight) * 0.05
+        model.lm_head.weight = torch.nn.Parameter(head)
+        with torch.no_grad():
+            for label, p in model.named_parameters():
+                if "relative_attention_bias" in label:
+                    p.mul_(10)
+        return model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().eval()
+
+
 def tokenizer_with_end(words: list[str]) -> Any:
     """A tokenizer of words that puts EOS behind every text, as T5's and BART's do."""
     from tokenizers import processors

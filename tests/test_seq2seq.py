@@ -12,11 +12,11 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from seq2seq_models import MODELS, bart, t5, tokenizer_with_end
+from seq2seq_models import MODELS, bart, learner, t5, tokenizer_with_end
 from test_collect import P, T, assert_same, make_env, step_through, uniforms
 from transformers import T5Model
 
-from textrl_gym import collect
+from textrl_gym import collect, evaluate
 from textrl_gym.agents import DPO, GRPO, NLPO, PPO
 from textrl_gym.cli.main import main
 from textrl_gym.core import Rollout
@@ -212,20 +212,30 @@ TINY: dict[str, Any] = {"rollout_episodes": 32, "device": "cpu"}
 
 
 def copier(name: str) -> Any:
-    """A tiny model for the five tokens of CopyText-v0, near uniform at the start."""
+    """A random model with the six tokens that CopyText-v0 and a start token need."""
     return MODELS[name](6, scale=0.3)
+
+
+FAST: dict[str, Any] = {"learning_rate": 3e-3, "device": "cpu"}
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("agent", [PPO, GRPO])
 def test_the_score_rises(agent: Any, name: str, tmp_path: Path) -> None:
-    learner = agent("CopyText-v0", copier(name), device="cpu", out=tmp_path)
-    before = float(learner.collect().score_B.mean())
-    learner.learn(4_000, progress_bar=False, eval_episodes=16)
-    after = float(learner.collect().score_B.mean())
-    assert after > before + 0.15, (before, after)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert abs(rows[0]["rollout/kl_sequence"]) < 1e-4  # the reference is the policy as it was
+    run = agent("CopyText-v0", learner(name), **FAST, out=tmp_path)
+    before = float(run.collect().score_B.mean())
+    run.learn(5_000, progress_bar=False, eval_episodes=16, eval_every=0)
+    after = sum(float(run.collect().score_B.mean()) for _ in range(4)) / 4
+    assert after > before + 0.15
+
+
+@pytest.mark.slow  # a minute
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("agent", [PPO, GRPO])
+def test_copy_text_is_learnt(agent: Any, name: str, tmp_path: Path) -> None:
+    run = agent("CopyText-v0", learner(name), **FAST, rollout_episodes=128, out=tmp_path)
+    run.learn(80_000, progress_bar=False, eval_episodes=16, eval_every=0)
+    assert evaluate(run, episodes=64)["score_greedy"] > 0.95
 
 
 def test_saved_and_loaded_it_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
@@ -346,10 +356,10 @@ def test_prompts_keep_the_end_that_an_encoder_was_trained_with(tmp_path: Path) -
     assert encode_prompt("a b", tokenizer, 5) == [1, 2, 0]
     assert encode_prompt("a b c d", tokenizer, 3) == [1, 2, 0]  # one that is cut, too
     env = gym.make_vec("CopyText-v0", num_envs=32, tokenizer=folder, max_prompt_tokens=3, array="torch")
-    learner = PPO(env, folder, device="cpu")
-    r = learner.collect()
+    agent = PPO(env, folder, device="cpu")
+    r = agent.collect()
     assert (r.prompt_BP[:, -1] == 0).all() and (r.prompt_BP[:, :-1] > 0).all()
-    learner.save(tmp_path / "run")
+    agent.save(tmp_path / "run")
     assert PPO.load(tmp_path / "run", device="cpu").collect().prompt_BP.shape[1] == 3
     with pytest.raises(ValueError, match=r"puts EOS '<eos>' behind every text, .* prompts_keep_eos=True"):
         encode_prompt("a b", tokenizer_with_end(list("abcd")), 5)
