@@ -141,10 +141,10 @@ def test_each_prompt_is_encoded_once() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_micro_batches_are_one_batch(name: str) -> None:
     whole, parts = (Policy(MODELS[name](V).double(), value_head=True) for _ in range(2))
+    r = rollout_of(whole)
     for policy in (whole, parts):
         assert policy.value_head is not None
         torch.nn.init.ones_(policy.value_head.double().weight)
-    r = rollout_of(whole)
     out = whole.response(r, entropy=True)
     (out.logp_BT.sum() + out.value_BT.sum()).backward()
     pieces = micro_batches(r, 20)
@@ -208,7 +208,7 @@ def test_a_peek_leaves_nothing_behind() -> None:
 
 # -- agents -----------------------------------------------------------------------------------------------------------
 
-TINY: dict[str, Any] = {"rollout_episodes": 32, "device": "cpu"}
+TINY: dict[str, Any] = {"rollout_episodes": 16, "device": "cpu"}
 
 
 def copier(name: str) -> Any:
@@ -216,33 +216,40 @@ def copier(name: str) -> Any:
     return MODELS[name](6, scale=0.3)
 
 
-FAST: dict[str, Any] = {"learning_rate": 3e-3, "device": "cpu"}
+SETTINGS: dict[Any, dict[str, Any]] = {
+    PPO: {"learning_rate": 3e-3},
+    # Without the division by the group's std, as in the proof for decoders alone (tests/test_agents.py).
+    GRPO: {"learning_rate": 3e-3, "kl_in": "reward", "scale_by_std": False},
+}
+QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 0, "eval_episodes": 16}
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
-@pytest.mark.parametrize("agent", [PPO, GRPO])
+@pytest.mark.parametrize(("agent", "name"), [(PPO, "t5"), (GRPO, "bart")])
 def test_the_score_rises(agent: Any, name: str, tmp_path: Path) -> None:
-    run = agent("CopyText-v0", learner(name), **FAST, out=tmp_path)
+    run = agent("CopyText-v0", learner(name), device="cpu", out=tmp_path, **SETTINGS[agent])
     before = float(run.collect().score_B.mean())
-    run.learn(5_000, progress_bar=False, eval_episodes=16, eval_every=0)
+    run.learn(4_000, **QUIET)
     after = sum(float(run.collect().score_B.mean()) for _ in range(4)) / 4
-    assert after > before + 0.15
+    assert after > before + 0.1
 
 
-@pytest.mark.slow  # a minute
+@pytest.mark.slow  # two minutes together
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("agent", [PPO, GRPO])
 def test_copy_text_is_learnt(agent: Any, name: str, tmp_path: Path) -> None:
-    run = agent("CopyText-v0", learner(name), **FAST, rollout_episodes=128, out=tmp_path)
-    run.learn(80_000, progress_bar=False, eval_episodes=16, eval_every=0)
-    assert evaluate(run, episodes=64)["score_greedy"] > 0.95
+    settings = SETTINGS[agent] | {"kl_coef": 0.0, "rollout_episodes": 128}
+    run = agent("CopyText-v0", learner(name), device="cpu", out=tmp_path, **settings)
+    run.learn(100_000, **QUIET)
+    scores = evaluate(run, episodes=64)
+    assert scores["score_greedy"] > 0.95
+    assert scores["score"] > 0.9
 
 
 def test_saved_and_loaded_it_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     for name in ("t5", "bart"):
         MODELS[name](6).save_pretrained(tmp_path / name)
         tiny.symbol_tokenizer("abcd").save_pretrained(tmp_path / name)
-        straight, stopped = (PPO("CopyText-v0", str(tmp_path / name), seed=1, **TINY) for _ in range(2))
+        straight, stopped = (PPO("CopyText-v0", str(tmp_path / name), seed=1, epochs=1, **TINY) for _ in range(2))
         for _ in range(3):
             straight.update(straight.collect())
         stopped.update(stopped.collect())
@@ -305,7 +312,7 @@ def folder_of(model: Any, tokenizer: Any, to: Path) -> str:
 def test_sft_lowers_the_loss(name: str, tmp_path: Path) -> None:
     folder = folder_of(copier(name), tiny.symbol_tokenizer("abcd"), tmp_path / "model")
     out = tmp_path / "out"
-    settings = ["--steps", "60", "--warmup-steps", "5", "--learning-rate", "3e-3", "--eval-every", "20"]
+    settings = ["--steps", "30", "--warmup-steps", "5", "--learning-rate", "3e-3", "--batch-size", "6"]
     assert main(["sft", "CopyText-v0", "--model", folder, "--out", str(out), *settings]) == 0
     first, last = (measured_loss(model) for model in (folder, out))
     assert last < first - 0.3
@@ -398,8 +405,9 @@ def test_conversations_are_refused_at_once(tmp_path: Path, capsys: pytest.Captur
         GRPO("GuessNumber-v0", t5(size + 1), device="cpu")
     with pytest.raises(ValueError, match="cannot hold a conversation"):
         collect(env, Policy(t5(size + 1)))
-    folder = folder_of(t5(size + 1), env.unwrapped.tokenizer, tmp_path / "t5")
-    assert main(["sft", "GuessNumber-v0", "--model", folder, "--out", str(tmp_path / "out")]) == 2
+    tool: Any = gym.make("Tool-v0").unwrapped  # its demonstrations are conversations
+    folder = folder_of(t5(tool.vocab_size), tool.tokenizer, tmp_path / "t5")
+    assert main(["sft", "Tool-v0", "--model", folder, "--out", str(tmp_path / "out")]) == 2
     assert "cannot learn conversations" in capsys.readouterr().err.replace("\n", " ")
 
 
