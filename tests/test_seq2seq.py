@@ -131,7 +131,7 @@ def test_each_prompt_is_encoded_once() -> None:
     policy = Policy(t5(V))
     policy.try_out(P, T)
     rows: list[int] = []
-    policy.trunk.encoder.register_forward_hook(lambda _, __, out: rows.append(len(out[0])))  # type: ignore[attr-defined]
+    policy.trunk.encoder.register_forward_hook(lambda _, __, out: rows.append(len(out[0])))
     r = rollout_of(policy, rows=12, group_size=6)
     assert rows == [2]
     policy.logprobs(r)
@@ -237,7 +237,8 @@ def test_the_score_rises(agent: Any, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("agent", [PPO, GRPO])
 def test_copy_text_is_learnt(agent: Any, name: str, tmp_path: Path) -> None:
-    settings = SETTINGS[agent] | {"kl_coef": 0.0, "rollout_episodes": 128}
+    # Without a penalty this PPO ended at 0.80: it unlearns EOS before it is of use.
+    settings = SETTINGS[agent] | {"rollout_episodes": 128} | ({"kl_coef": 0.0} if agent is GRPO else {})
     run = agent("CopyText-v0", learner(name), device="cpu", out=tmp_path, **settings)
     run.learn(100_000, **QUIET)
     scores = evaluate(run, episodes=64)
@@ -398,7 +399,7 @@ def test_what_cannot_be_done_is_refused_at_once(tmp_path: Path, capsys: pytest.C
 
 def test_conversations_are_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     env = gym.make_vec("GuessNumber-v0", num_envs=4, array="torch")
-    size = env.unwrapped.vocab_size
+    size = env.unwrapped.vocab_size  # type: ignore[attr-defined]
     with pytest.raises(
         ValueError, match=r"T5ForConditionalGeneration is an encoder-decoder, which cannot hold a conver"
     ):

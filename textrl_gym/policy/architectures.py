@@ -77,7 +77,7 @@ class Backbone(Protocol):
 class DecoderTrunk(Trunk):
     """A decoder alone as a policy's backbone; see Backbone."""
 
-    one_text = True
+    one_text: ClassVar[bool] = True
 
     def prepare(self, max_prompt_tokens: int, max_new_tokens: int) -> None:
         positions.check(self.model, self.limit, max_prompt_tokens, max_new_tokens)

@@ -84,15 +84,19 @@ class Policy(nn.Module):
         if temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
         static = cuda_graphs or of_decode(compile)
-        self.trunk: Backbone = backbone(model, dtype, static=static, adapter=adapter, compile=compile)
+        # Any: the ways of a decoder alone (shares_prompts, ...) are asked for by their names, as by tests.
+        self.trunk: Any = backbone(model, dtype, static=static, adapter=adapter, compile=compile)
+        """A Backbone."""
         self.model: Any = model.eval()
         self.temperature, self.dtype = temperature, dtype
-        rows = self.model.get_output_embeddings().weight.shape[0]
+        rows = self.trunk.model.get_output_embeddings().weight.shape[0]
         if vocab_size is not None and vocab_size > rows:
             raise ValueError(f"the tokenizer has {vocab_size} tokens, the model only {rows}")
         self.vocab_size = vocab_size or rows
         self.value_model: Any = value_model.eval() if value_model is not None else None
-        self.value_trunk = None if value_model is None else backbone(value_model, dtype, compile=compile)
+        self.value_trunk: Backbone | None = None
+        if value_model is not None:
+            self.value_trunk = backbone(value_model, dtype, compile=compile)
         self.steps: Steps | None = None
         """Where set, `next_logprobs` and `act` go on from the observations of the call before."""
         self.value_head: nn.Linear | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Seq2SeqTrunk(ModelRunner):
         ValueError: the model names no decoder_start_token_id; or fixed shapes or compiled passes are asked for.
     """
 
-    one_text = False
+    one_text: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Seq2SeqTrunk(ModelRunner):
         """The model with the decoder's hidden states given."""
 
         def as_actions(ids_1N: Tensor) -> dict[str, object]:
-            nothing = BaseModelOutput(last_hidden_state=torch.zeros(1, 1, 1, device=ids_1N.device))  # type: ignore[arg-type]
+            nothing = BaseModelOutput(last_hidden_state=torch.zeros(1, 1, 1, device=ids_1N.device))
             return {"encoder_outputs": nothing, "decoder_input_ids": ids_1N}
 
         return Head(self.model, self.decoder_body, as_actions)
