@@ -36,6 +36,10 @@ Row = Mapping[str, Any]
 """One prompt: {"prompt": str, "completion": str (the reference text, where there is one), **columns}."""
 
 
+PROMPTS_KEEP_EOS = "prompts_keep_eos"
+"""A keyword of tokenizers, saved with them: prompts keep the EOS that is put behind every text, for an encoder."""
+
+
 @runtime_checkable
 class PromptSource(Protocol):
     """A sequence of rows with random access. Which row an episode gets is drawn by the environment."""

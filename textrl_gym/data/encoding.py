@@ -18,6 +18,8 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
+from textrl_gym.core import PROMPTS_KEEP_EOS
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +70,15 @@ class Encoded(NamedTuple):
         """Without what was put behind the text, so that another text may follow."""
         text = [n for n, added in enumerate(self.added) if not added]
         return self.part(0, text[-1] + 1) if text else self
+
+
+def keeps_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts keep the EOS that the tokenizer puts behind every text.
+
+    An encoder was trained on texts that end in it; a decoder alone would read that the completion is over. Where a
+    tokenizer is loaded from an encoder-decoder's folder the keyword is set.
+    """
+    return bool(tokenizer.init_kwargs.get(PROMPTS_KEEP_EOS, False))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from textrl_gym.core import Row
+from textrl_gym.core import PROMPTS_KEEP_EOS, Row
 from textrl_gym.data import chat, encoding, sources
 from textrl_gym.data.encoding import Chat
 from textrl_gym.data.rows import (
@@ -48,7 +48,8 @@ def encode_prompt(
 
     A prompt that fits has the tokens of its text, behind a BOS where the tokenizer puts one. A longer one loses tokens
     from the end of its body. What stands before the body (everything up to a line's "POST:", where there is one, and
-    the BOS) and keep_suffix behind it stay whole.
+    the BOS) and keep_suffix behind it stay whole. Where the tokenizer keeps its EOS (`encoding.keeps_end`), a prompt
+    ends in it.
 
     Raises:
         ValueError: the kept parts leave no room for one token of the body, the text does not end in keep_suffix, a word
@@ -61,11 +62,15 @@ def encode_prompt(
     ids = text_codec.known(text, encoded)
     if not ids:
         raise ValueError(f"the prompt {text[:60]!r} encodes to no tokens: a policy needs at least one to start from")
+    end_ids: list[int] = []
     if encoded.added[-1] and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} puts EOS {tokenizer.eos_token!r} behind every text, so that a "
-            "prompt would already be at its end: load it with add_eos_token=False"
-        )
+        if not encoding.keeps_end(tokenizer):
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} puts EOS {tokenizer.eos_token!r} behind every text, so that "
+                "a prompt would already be at its end: load it with add_eos_token=False, or, where it is an "
+                f"encoder-decoder's, with {PROMPTS_KEEP_EOS}=True"
+            )
+        end_ids = [ids[-1]]
     if len(ids) <= max_prompt_tokens:
         return ids
     named = f"the prompt {text[:60]!r}... has {len(ids)} tokens, max_prompt_tokens is {max_prompt_tokens}"
@@ -76,13 +81,13 @@ def encode_prompt(
     body = text[: len(text) - len(keep_suffix)]
     suffix_ids = text_codec.behind(keep_suffix) if keep_suffix else []
     head_ids, body_ids = _split_head(body, tokenizer)
-    room = max_prompt_tokens - len(head_ids) - len(suffix_ids)
+    room = max_prompt_tokens - len(head_ids) - len(suffix_ids) - len(end_ids)
     if room < 1:
         raise ValueError(
             f"{named}, and it cannot be cut: {len(head_ids)} tokens before the body and {len(suffix_ids)} of "
             f"{keep_suffix!r} are kept, which leaves no room for the body; raise max_prompt_tokens"
         )
-    return head_ids + _whole_characters(body_ids[:room], tokenizer) + suffix_ids
+    return head_ids + _whole_characters(body_ids[:room], tokenizer) + suffix_ids + end_ids
 
 
 def uncuttable(
@@ -282,7 +287,7 @@ def _split_head(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
         raise ValueError(f"cutting a prompt needs the character offsets of a fast tokenizer, not {type(tokenizer)}")
     match = _HEAD.search(text)
     head_chars = match.end() if match else 0
-    encoded = encoding.codec(tokenizer).places(text, begin=True)
+    encoded = encoding.codec(tokenizer).places(text, begin=True).open()
     length = 0
     for place, (start, added) in enumerate(zip(encoded.begins, encoded.added, strict=True)):
         if start < head_chars or (added and place == length):  # a BOS stands at offset (0, 0) even without a head

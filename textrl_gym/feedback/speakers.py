@@ -139,6 +139,7 @@ class ModelSpeaker:
         if not self.task.load_tokenizer(model).chat_template:
             raise ValueError(f"critic {model!r} has no chat template: name a chat model, or ask an endpoint")
         self.policy, self.tokenizer = load_policy(model, self.task, loading.resolve_device(device))
+        self.policy.require_one_text("be a judge or a critic")
         # Rotary positions have no end, but what a model was made for is where its replies make sense.
         room = positions.limit(self.policy.model) or positions.stated(self.policy.model.config)
         self.task.max_prompt_tokens = LONGEST_QUESTION if room is None else min(LONGEST_QUESTION, room - NEW_TOKENS)

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from textrl_gym import files, registry
 from textrl_gym.evaluation.metrics import metric, metric_names, number
-from textrl_gym.models import adapters, loading, lora
+from textrl_gym.models import adapters, loading, lora, packing
 from textrl_gym.training import run_folder
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.run_folder import Run
@@ -103,6 +103,9 @@ def generation_config(agent: Agent) -> GenerationConfig:
     """The model's own, with the ends of a turn and the budget that the run had."""
     env, bare = agent.env, lora.bare(agent.policy.model)
     config: GenerationConfig = getattr(bare, "generation_config", None) or GenerationConfig()
+    if bare.config.is_encoder_decoder:
+        # Published ones have beams, least lengths and forced tokens in theirs, none of which the run had.
+        config = GenerationConfig(decoder_start_token_id=packing.decoder_start(bare))
     config.eos_token_id = list(env.end_ids)
     config.pad_token_id = env.tokenizer.pad_token_id if env.tokenizer.pad_token_id is not None else env.end_ids[0]
     config.max_new_tokens, config.max_length = env.max_new_tokens, None
@@ -137,7 +140,7 @@ def model_card(agent: Agent, run: Run | None, base: str | None, adapter: bool) -
     metadata = ModelCardData(
         base_model=base if base and not Path(base).is_dir() else None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text2text-generation" if _is_seq2seq(agent) else "text-generation",
         tags=["textrl-gym", "reinforcement-learning", name.lower()],
     )
     parts = [
@@ -156,24 +159,31 @@ def model_card(agent: Agent, run: Run | None, base: str | None, adapter: bool) -
     return "\n\n".join(parts) + "\n"
 
 
+def _is_seq2seq(agent: Agent) -> bool:
+    return lora.bare(agent.policy.model).config.is_encoder_decoder
+
+
 def _use(agent: Agent, run: Run | None, adapter: bool) -> str:
     prompts = [sample["prompt"] for sample in run.samples] if run else []
     prompt = next((one for one in prompts if len(one) <= MOST_PROMPT), "...")
     stops = f", stop_strings={list(agent.env.stop)!r}, tokenizer=tokenizer" if agent.env.stop else ""
+    auto = "AutoModelForSeq2SeqLM" if _is_seq2seq(agent) else "AutoModelForCausalLM"
+    # An encoder-decoder gives its completion alone.
+    output = "output[0]" if _is_seq2seq(agent) else 'output[0, inputs["input_ids"].shape[1]:]'
     lines = [
         "```python",
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', GenerationConfig' if adapter else ''}",
+        f"from transformers import {auto}, AutoTokenizer{', GenerationConfig' if adapter else ''}",
         "",
         'folder = "..."  # where this file lies, or the name of its repository',
         *(["# Needs peft, by which the base model is loaded and this adapter on it."] if adapter else []),
-        "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)",
+        f"model, tokenizer = {auto}.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)",
         # Of an adapter's folder transformers reads nothing but the adapter.
         *(["model.generation_config = GenerationConfig.from_pretrained(folder)"] if adapter else []),
         # A literal of Python without backticks, which would end the block.
         f"prompt = {json.dumps(prompt).replace('`', chr(92) + 'u0060')}",
         'inputs = tokenizer(prompt, return_tensors="pt")',
         f"output = model.generate(**inputs, do_sample=False{stops})",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        f"print(tokenizer.decode({output}, skip_special_tokens=True))",
         "```",
     ]
     notes = []

@@ -14,7 +14,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from textrl_gym.mdp.text_env import vector_env
-from textrl_gym.policy.step_cache import StepCache
 
 
 class TextVecEnv(VecEnv):
@@ -45,7 +44,7 @@ class TextVecEnv(VecEnv):
         self.mdp = mdp
         # Without it each step would compute the whole text under the reference: T passes over L places.
         if mdp.reference is not None and mdp.reference.steps is None:
-            mdp.reference.steps = StepCache(mdp.reference.trunk)
+            mdp.reference.steps = mdp.reference.trunk.steps()
         super().__init__(mdp.num_envs, mdp.single_observation_space, mdp.single_action_space)
         self._actions: np.ndarray | None = None
         self._return_B, self._length_B = np.zeros(mdp.num_envs), np.zeros(mdp.num_envs, np.int64)

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from textrl_gym.policy.policy import Policy
-from textrl_gym.policy.step_cache import StepCache
 
 if TYPE_CHECKING:
     from textrl_gym.mdp.task import Task
@@ -109,7 +108,7 @@ class CausalLMPolicy(ActorCriticPolicy):
         )
         self.model_spec, self.micro_batch_tokens = model, micro_batch_tokens
         self.lm = _policy(task, int(action_space.n), model, temperature)
-        self.lm.steps = StepCache(self.lm.trunk)
+        self.lm.steps = self.lm.trunk.steps()
         self.prompt_places: int = observation_space.prompt_places  # type: ignore[attr-defined] # as mdp.spaces sets it
         (places,) = observation_space["input_ids"].shape  # type: ignore[index] # prompt and completion
         self.lm.try_out(self.prompt_places, places - self.prompt_places)

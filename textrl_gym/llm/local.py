@@ -30,7 +30,6 @@ from textrl_gym.llm.questions import PAIR, Form, fill_template
 from textrl_gym.models import loading, positions
 from textrl_gym.models.tokenizer import vocab_size
 from textrl_gym.policy.policy import Policy
-from textrl_gym.policy.step_cache import StepCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +83,7 @@ class LocalModel:
     ) -> None:
         loading.check_vocab(tokenizer, model.model if isinstance(model, Policy) else model)
         self.policy = model if isinstance(model, Policy) else Policy(model, vocab_size=vocab_size(tokenizer))
+        self.policy.require_one_text("be a judge or a critic")
         self.tokenizer, self.form, self.name, self.most_reasons = tokenizer, form, name, most_reasons
         self.codec = codec(tokenizer)
         self.labels = NO_TIE if form.labels == PAIR.labels else form.labels
@@ -207,7 +207,7 @@ class LocalModel:
         """The tokens of each context's greedy reasons and of the line that its label follows."""
         ids: list[list[int]] = [[] for _ in contexts]
         open_rows = set(range(len(contexts)))
-        outer, self.policy.steps = self.policy.steps, StepCache(self.policy.trunk)
+        outer, self.policy.steps = self.policy.steps, self.policy.trunk.steps()
         try:
             for _ in range(self.most_reasons):
                 # Rows that have ended grow too: only what grows by a token is not computed again.

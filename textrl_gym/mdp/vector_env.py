@@ -302,7 +302,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         if not isinstance(model, Policy):
             loading.check_vocab(self.tokenizer, model)
             model = Policy(model.to(self.device).requires_grad_(False), vocab_size=self.vocab_size)
-        model.try_out(self.max_prompt_tokens, self.max_new_tokens)
+        model.try_out(self.max_prompt_tokens, self.max_new_tokens, self.turns is not None)
         return model
 
     def use_reference(self, reference: Policy | None) -> None:

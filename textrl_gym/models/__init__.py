@@ -11,7 +11,7 @@
 - `positions`: how long texts may be, and the lengths at which a model changes
 - `flops`: counting floating-point operations
 - `memory`: what a run holds in memory, before anything is loaded
-- `packing`: several completions of a prompt in one sequence
+- `packing`: several completions of a prompt in one pass
 """
 
 from __future__ import annotations

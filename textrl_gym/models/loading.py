@@ -23,7 +23,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
@@ -34,6 +36,7 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
 from textrl_gym import files
+from textrl_gym.core import PROMPTS_KEEP_EOS
 from textrl_gym.models import adapters, fingerprint, weights
 from textrl_gym.models.tokenizer import vocab_size
 
@@ -46,7 +49,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def load_tokenizer(spec: str | Path | PreTrainedTokenizerBase, *, ends: bool = True) -> Any:
     """The tokenizer of a model.
 
-    A missing pad token is fine: masks are made from lengths.
+    A missing pad token is fine: masks are made from lengths. That of an encoder-decoder keeps the EOS behind prompts
+    (`data.encoding.keeps_end`), which its encoder was trained with.
 
     Args:
         spec: a folder, a Hub id, "smollm2-135m", or a loaded tokenizer, which is returned as it is.
@@ -62,6 +66,8 @@ def load_tokenizer(spec: str | Path | PreTrainedTokenizerBase, *, ends: bool = T
             tokenizer = _tokenizer_class(source).from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(_cannot_load("tokenizer", spec, error)) from error
+        if _ends_texts(tokenizer) and is_encoder_decoder(source):
+            tokenizer.init_kwargs.setdefault(PROMPTS_KEEP_EOS, True)
     if ends and getattr(tokenizer, "eos_token_id", None) is None:
         name = spec if isinstance(spec, str | Path) else getattr(spec, "name_or_path", "") or type(spec).__name__
         raise ValueError(
@@ -95,6 +101,24 @@ def _tokenizer_class(source: str) -> type[AutoTokenizer] | type[PreTrainedTokeni
     return AutoTokenizer
 
 
+def no_reward_model(name: str) -> str:
+    """What is wrong with an encoder-decoder as the body of a reward model."""
+    return f"{name} is an encoder-decoder, and a reward model reads prompt and completion as one text: take a causal LM"
+
+
+def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts its EOS behind every text."""
+    return tokenizer.eos_token_id is not None and list(tokenizer("")["input_ids"])[-1:] == [tokenizer.eos_token_id]
+
+
+def is_encoder_decoder(spec: str) -> bool:
+    """Whether the model of a folder or Hub id is an encoder-decoder; False where nothing says what it is."""
+    try:
+        return bool(AutoConfig.from_pretrained(_resolve(spec), trust_remote_code=False).is_encoder_decoder)
+    except (OSError, ValueError, KeyError):  # loading the model says what is wrong with it
+        return False
+
+
 def load_model(
     spec: str | Path | nn.Module,
     *,
@@ -102,7 +126,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     base: str | Path | nn.Module | None = None,
 ) -> nn.Module:
-    """A causal language model of transformers, in eval mode.
+    """A language model of transformers in eval mode: a causal one, or an encoder-decoder where its config says so.
 
     Args:
         spec: a folder, a Hub id, "smollm2-135m", or a loaded model, which is moved to device and keeps its dtype. A
@@ -131,7 +155,7 @@ def load_classifier(
     return _load(AutoModelForSequenceClassification, "sequence classifier", spec, device, dtype)
 
 
-AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification] | type[AutoModelForSeq2SeqLM]
 
 
 def _load(
@@ -194,6 +218,8 @@ def _read_whole(
     # An adapter of a classifier brings the head, whose width its base cannot tell.
     heads: dict[str, Any] = {} if auto is AutoModelForCausalLM or not given else {"num_labels": 1}
     try:
+        if auto is AutoModelForCausalLM and is_encoder_decoder(source):
+            auto = AutoModelForSeq2SeqLM  # of BART's weights a causal LM would be the decoder alone
         with no_bars() if is_folder else contextlib.nullcontext():
             loaded: Any = auto.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **heads
@@ -326,7 +352,8 @@ def check_vocab(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
     """Hold that every token id of the tokenizer has a row in the model's embedding and head (more rows are usual).
 
     Raises:
-        ValueError: the tokenizer has ids for which the model has no row.
+        ValueError: the tokenizer has ids for which the model has no row; or it ends prompts for an encoder, which the
+            model has not.
     """
     anything = cast("Any", model)
     layers = [anything.get_input_embeddings(), anything.get_output_embeddings()]
@@ -336,6 +363,11 @@ def check_vocab(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
         raise ValueError(
             f"the tokenizer has ids up to {size - 1} but the model's vocabulary has {rows} rows: they do not belong "
             f"together; load both from the same place, or call model.resize_token_embeddings({size})"
+        )
+    if tokenizer.init_kwargs.get(PROMPTS_KEEP_EOS) and not anything.config.is_encoder_decoder:
+        raise ValueError(
+            f"the tokenizer ends prompts with EOS, as an encoder reads them ({PROMPTS_KEEP_EOS}), and the model "
+            f"{type(model).__name__} is a decoder alone, to which a prompt would already be at its end"
         )
 
 

@@ -61,20 +61,32 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> PeftModel:
             lora_alpha=alpha,
             target_modules="all-linear",
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # as GPT-2's layers are
-            # peft's class for language models wants what generates; a classifier has no such thing.
-            task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+            task_type=_task_type(model),
         )
         with adapters.quiet():
             return cast("PeftModel", get_peft_model(cast("PreTrainedModel", model), config))
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """Which of peft's classes wraps a model."""
+    # Those for language models want what generates; a classifier has no such thing.
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    return "SEQ_2_SEQ_LM" if cast("PreTrainedModel", model).config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def freeze_lower(model: ModelT, layers: int) -> ModelT:
     """Freeze the embeddings and the first so many layers, in place; an output head tied to the embeddings with them.
 
     Raises:
-        ValueError: the model has no more layers than that.
+        ValueError: the model has no more layers than that, or is an encoder-decoder.
     """
     decoder = cast("PreTrainedModel", model)
+    if decoder.config.is_encoder_decoder:
+        raise ValueError(
+            f"frozen_layers={layers}: {type(model).__name__} is an encoder-decoder, with lower layers of two kinds; "
+            "leave frozen_layers out, or train a LoRA (lora_rank)"
+        )
     depth = decoder.config.get_text_config().num_hidden_layers
     if layers >= depth:
         raise ValueError(f"frozen_layers={layers} leaves nothing to train: the model has {depth} layers")

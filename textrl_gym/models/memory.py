@@ -64,7 +64,12 @@ def estimate(config: PretrainedConfig, work: Work) -> dict[str, int]:
 
     Returns:
         weights, reference, gradients, optimizer, cast weights (bfloat16 copies), cache, activations, logits.
+
+    Raises:
+        ValueError: it is an encoder-decoder's, whose passes are of other lengths.
     """
+    if config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type!r} is an encoder-decoder, whose memory is not counted here yet")
     width = WIDTHS[work.dtype]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _model(config)

@@ -1,7 +1,9 @@
-"""Several completions of one prompt in one sequence: the prompt is computed once, and no completion sees another.
+"""Several completions of one prompt in one pass: the prompt is computed once, and no completion sees another.
 
+A decoder alone reads them as one sequence (Packed), an encoder-decoder as rows behind one encoded prompt (Paired).
 
-Shape legend: B prompts, P prompt positions, K completions a prompt, T positions a completion, L = P + K T.
+Shape legend: B prompts, P prompt positions, K completions a prompt, T positions a completion, L = P + K T, S = K T + 1,
+R completions of all prompts, N their tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from textrl_gym.functional import pad
 
@@ -37,6 +40,24 @@ class Packed:
         """P."""
         return self.input_BL.shape[1] - self.token_BKT[0].numel()
 
+    @property
+    def count(self) -> Tensor:
+        """How many tokens are learnt, int64 []."""
+        return self.mask_BKT.sum()
+
+    def learnt(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        """The model's logits of each token that is learnt, [N, V], and these tokens, [N]."""
+        rows, most, width = self.token_BKT.shape
+        # The prompt's last place predicts every first token; place t of a completion predicts its token t + 1.
+        # The head is applied to completions only: prompts are most of the places and are not learnt.
+        logits_BSV = model(**self.inputs(model), logits_to_keep=most * width + 1).logits[:, -(most * width + 1) :]
+        place_KT = torch.arange(most * width).view(most, width)
+        place_KT[:, 0] = 0
+        mask_BKT = self.mask_BKT
+        row_N = torch.arange(rows)[:, None, None].expand(mask_BKT.shape)[mask_BKT]
+        logits_NV = logits_BSV[row_N, place_KT.expand(mask_BKT.shape)[mask_BKT]]
+        return logits_NV, self.token_BKT[mask_BKT].to(model.device)
+
     def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
         """Keyword arguments of a transformers decoder, on its device."""
         # An additive mask of four dimensions: models pass it on as it is, and a flat one could not part completions.
@@ -51,6 +72,61 @@ class Packed:
             "position_ids": self.position_BL.to(model.device),
             "use_cache": False,
         }
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Prompts and their completions, apart; both padded behind their ends, 0 outside the masks."""
+
+    prompt_BP: Tensor
+    """int64, each prompt once."""
+    prompt_mask_BP: Tensor
+    source_R: Tensor
+    """int64, which prompt a completion answers."""
+    token_RT: Tensor
+    """int64."""
+    mask_RT: Tensor
+    """bool."""
+
+    @property
+    def count(self) -> Tensor:
+        """How many tokens are learnt, int64 []."""
+        return self.mask_RT.sum()
+
+    def learnt(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        """The model's logits of each token that is learnt, [N, V], and these tokens, [N]."""
+        whole: Any = model
+        mask_BP, token_RT = self.prompt_mask_BP.long().to(model.device), self.token_RT.to(model.device)
+        # Each prompt once: its states serve all its completions, and gradients of all of them come back to it.
+        state_BPD = whole.get_encoder()(input_ids=self.prompt_BP.to(model.device), attention_mask=mask_BP)[0]
+        logits_RTV = whole(
+            encoder_outputs=BaseModelOutput(last_hidden_state=state_BPD[self.source_R]),
+            attention_mask=mask_BP[self.source_R],
+            decoder_input_ids=behind_start(model, token_RT[:, :-1]),
+            use_cache=False,
+        ).logits
+        return logits_RTV[self.mask_RT], token_RT[self.mask_RT]
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token that the decoder of an encoder-decoder starts from (T5: its padding; BART: its EOS).
+
+    Raises:
+        ValueError: the model names none.
+    """
+    for config in (model.config, getattr(model, "generation_config", None)):
+        start = getattr(config, "decoder_start_token_id", None)
+        if isinstance(start, int):
+            return start
+    raise ValueError(
+        f"{type(model).__name__} names no decoder_start_token_id: set model.config.decoder_start_token_id to the token "
+        "that its decoder starts from"
+    )
+
+
+def behind_start(model: PreTrainedModel, token_RT: Tensor) -> Tensor:
+    """What the decoder of an encoder-decoder reads where tokens have been written, [R, T + 1]."""
+    return nn.functional.pad(token_RT, (1, 0), value=decoder_start(model))
 
 
 class Dialogue(list[int]):
@@ -111,3 +187,21 @@ def pack(items: Sequence[Item]) -> Packed:
         token_BKT=token_XT.view(rows, most, width),
         mask_BKT=learnt_XT.view(rows, most, width),
     )
+
+
+def pair(items: Sequence[Item]) -> Paired:
+    """One batch of (prompt ids, ids of its completions) for an encoder-decoder.
+
+    Raises:
+        ValueError: a completion is a Dialogue, whose replies an encoder-decoder has no place for yet.
+    """
+    texts = [ids for _, completions in items for ids in completions]
+    if any(isinstance(ids, Dialogue) for ids in texts):
+        raise ValueError("an encoder-decoder cannot learn conversations (turns) here yet: take a decoder alone")
+    source_R = torch.tensor([row for row, (_, completions) in enumerate(items) for _ in completions])
+    return Paired(*pad([prompt for prompt, _ in items], "right"), source_R, *pad(texts, "right"))
+
+
+def batch(items: Sequence[Item], model: PreTrainedModel) -> Packed | Paired:
+    """One batch of (prompt ids, ids of its completions) as the model reads them."""
+    return pair(items) if model.config.is_encoder_decoder else pack(items)

@@ -77,7 +77,9 @@ def check(model: nn.Module, longest: int | None, max_prompt_tokens: int, max_new
         ValueError: its table of positions ends before.
     """
     made_for, kind = stated(model.config), type(model).__name__
-    reach = max_prompt_tokens + max_new_tokens
+    # An encoder and a decoder count their positions apart; the decoder's start token has the place of the last action.
+    apart = getattr(model.config, "is_encoder_decoder", False)
+    reach = max(max_prompt_tokens, max_new_tokens) if apart else max_prompt_tokens + max_new_tokens
     budgets = f"prompts of at most {max_prompt_tokens} tokens and completions of at most {max_new_tokens}"
     if longest is not None and reach > longest:
         name = getattr(model, "name_or_path", "")

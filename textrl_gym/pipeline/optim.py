@@ -74,7 +74,7 @@ class TunedModel:
         self.model.enable_input_require_grads()
         self.model.train()  # transformers checkpoints in this mode only, which must not switch dropout on
         for module in self.model.modules():
-            for name in ("p", "attention_dropout", "dropout", "hidden_dropout"):
+            for name in ("p", "attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
 

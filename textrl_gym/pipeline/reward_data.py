@@ -21,6 +21,7 @@ from textrl_gym.judges.annotators import Annotators
 from textrl_gym.mdp import budgets
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
+from textrl_gym.models import loading
 from textrl_gym.models.loading import declared_ends
 from textrl_gym.pipeline.optim import FineTuning
 from textrl_gym.pipeline.simulated_comparisons import Comparer, ComparisonStream
@@ -141,11 +142,14 @@ def gather(env_id: str, config: RewardModelConfig, env: EnvSettings | None = Non
     """Everything that is read or sampled before training; the same for every `seed` where `data_seed` is given.
 
     Raises:
-        ValueError: an unknown environment, pairs in no known schema, or nothing to compare.
+        ValueError: an unknown environment, pairs in no known schema, nothing to compare, or a model that is an
+            encoder-decoder.
     """
     drawn = dataclasses.replace(config, seed=config.seed if config.data_seed is None else config.data_seed)
     env = env or EnvSettings()
     task = env.task(env_id)
+    if config.model is not None and loading.is_encoder_decoder(config.model):
+        raise ValueError(loading.no_reward_model(repr(config.model)))  # now, and not when all pairs are sampled
     tokenizer = task.load_tokenizer(env.tokenizer or config.model)
     budget: dict[str, Any] = {"most": config.eval_prompts, "seed": drawn.seed, "whole": True, "bad_rows": env.bad_rows}
     budget["chat_settings"] = env.chat_settings()

@@ -119,8 +119,14 @@ def total_weight(batch: Sequence[RankedCompletions]) -> float:
 
 
 def new_reward_model(language_model: nn.Module, seed: int) -> PreTrainedModel:
-    """The body of a causal LM with a fresh head N(0, 1 / sqrt(d + 1)) (Stiennon et al. 2020, appendix B.1)."""
+    """The body of a causal LM with a fresh head N(0, 1 / sqrt(d + 1)) (Stiennon et al. 2020, appendix B.1).
+
+    Raises:
+        ValueError: it is an encoder-decoder.
+    """
     body = cast("PreTrainedModel", language_model)
+    if body.config.is_encoder_decoder:
+        raise ValueError(loading.no_reward_model(type(body).__name__))
     # The language model goes on being used, and shares its config object with nobody.
     config = copy.deepcopy(body.config)
     config.num_labels = 1

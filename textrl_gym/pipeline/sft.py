@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a causal LM learns prompt + completion pairs, from scratch or from a given model.
+"""Supervised fine-tuning: a language model learns prompt + completion pairs, from scratch or from a given model.
 
 From scratch a copying curriculum comes first: without it a model of a few million parameters forms no induction heads
 and never learns to take a name or an amount out of a post (measured: coverage stays at chance).
@@ -32,7 +32,7 @@ from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.models import loading, positions, tiny
 from textrl_gym.models.loading import declared_ends
-from textrl_gym.models.packing import Dialogue, Item, Packed, learnt_tokens, pack, split
+from textrl_gym.models.packing import Dialogue, Item, Packed, Paired, batch, learnt_tokens, split
 from textrl_gym.models.tokenizer import train_tokenizer, vocab_size
 from textrl_gym.persistence import run_lock
 from textrl_gym.persistence.save_schedule import SaveOptions
@@ -55,8 +55,8 @@ class SFTConfig(FineTuning):
     """Settings of supervised fine-tuning. Budgets are in steps, never in seconds, so that a run can be repeated."""
 
     model: str | None = None
-    """The causal LM to start from (Hub id, folder); None: a new Llama, and a new tokenizer that is trained on the rows
-    (or the one of --env.tokenizer)."""
+    """The causal LM or encoder-decoder to start from (Hub id, folder); None: a new Llama, and a new tokenizer that is
+    trained on the rows (or the one of --env.tokenizer)."""
     steps: Annotated[int, Ge(1)] = 1500
     """Updates of supervised training, of rows that are drawn with repetition."""
     epochs: Annotated[float | None, Gt(0)] = None
@@ -110,22 +110,13 @@ class SFTConfig(FineTuning):
 # -- loss -------------------------------------------------------------------------------------------------------------
 
 
-def completion_nll(model: PreTrainedModel, batch: Packed) -> tuple[Tensor, Tensor]:
+def completion_nll(model: PreTrainedModel, batch: Packed | Paired) -> tuple[Tensor, Tensor]:
     """Summed -log p of the completions' tokens (EOS included, prompts not) in float32, and how many they are."""
-    rows, most, width = batch.token_BKT.shape
-    # The prompt's last place predicts every first token; place t of a completion predicts its token t + 1.
-    # The head is applied to completions only: prompts are most of the places and are not learnt.
-    logits_BSV = model(**batch.inputs(model), logits_to_keep=most * width + 1).logits[:, -(most * width + 1) :]
-    place_KT = torch.arange(most * width).view(most, width)
-    place_KT[:, 0] = 0
-    mask_BKT = batch.mask_BKT
-    row_N = torch.arange(rows)[:, None, None].expand(mask_BKT.shape)[mask_BKT]
-    logits_NV = logits_BSV[row_N, place_KT.expand(mask_BKT.shape)[mask_BKT]]
-    nll = F.cross_entropy(logits_NV.float(), batch.token_BKT[mask_BKT].to(model.device), reduction="sum")
-    return nll, mask_BKT.sum()
+    logits_NV, token_N = batch.learnt(model)
+    return F.cross_entropy(logits_NV.float(), token_N, reduction="sum"), batch.count
 
 
-def sft_loss(model: PreTrainedModel, batch: Packed) -> Tensor:
+def sft_loss(model: PreTrainedModel, batch: Packed | Paired) -> Tensor:
     """Mean -log p over all completion tokens of the batch: long and short rows' tokens weigh the same."""
     nll, count = completion_nll(model, batch)
     return nll / count
@@ -339,7 +330,7 @@ class Supervised(Phase):
         tokens = sum(sum(learnt_tokens(ids)) for _, completions in items for ids in completions)
         for part in parts:
             with self.tuned.precision():
-                nll, _ = completion_nll(self.tuned.model, pack([items[number] for number in part]))
+                nll, _ = completion_nll(self.tuned.model, batch([items[number] for number in part], self.tuned.model))
             yield nll / tokens
 
     def learning_rate(self, step: int) -> float:
@@ -375,7 +366,7 @@ def heldout_losses(
         total, count = 0.0, 0
         for part in split(items, tuned.config.micro_batch_tokens):
             with tuned.precision():
-                nll, tokens = completion_nll(tuned.model, pack([items[number] for number in part]))
+                nll, tokens = completion_nll(tuned.model, batch([items[number] for number in part], tuned.model))
             total, count = total + nll.item(), count + int(tokens)
         totals[subset] = total, count
     everything = sum(total for total, _ in totals.values()) / sum(count for _, count in totals.values())
@@ -389,6 +380,8 @@ def load_initial(
     """The model and tokenizer that training starts from."""
     if config.model is not None:
         model = cast("PreTrainedModel", task.load_model(config.model))
+        if task.replies_to_turns and model.config.is_encoder_decoder:
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder, which cannot learn conversations here yet")
         positions.check(model, positions.limit(model), task.max_prompt_tokens, task.max_new_tokens)
         return model, task.load_tokenizer(tokenizer_name or config.model)
     if tokenizer_name is not None:

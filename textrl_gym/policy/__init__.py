@@ -1,7 +1,9 @@
-"""A causal LM as a token policy: logits, values, decoding, and its frozen reference.
+"""A language model as a token policy: logits, values, decoding, and its frozen reference.
 
 - `policy`: Policy: log-probabilities, values and actions of a model
-- `backbone`: the model's body on prompts and completions, each prompt computed once
+- `architectures`: what a policy asks of a backbone, and which one a model gets
+- `backbone`: a decoder's body on prompts and completions, each prompt computed once
+- `seq2seq`: an encoder-decoder on them
 - `trial`: which ways of running a model give its own numbers
 - `prefix_attention`: attention over a prompt that a group of completions shares
 - `attention_kernels`: the same by PyTorch's fused kernels, in training passes
@@ -20,7 +22,9 @@ __getattr__ = lazy(
     {
         "Policy": "policy",
         "Response": "policy",
+        "Backbone": "architectures",
         "Trunk": "backbone",
+        "Seq2SeqTrunk": "seq2seq",
         "Decoder": "decoders",
         "StepCache": "step_cache",
         "MaskedPolicy": "top_p_policy",

@@ -16,7 +16,7 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -108,14 +108,97 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return model.base_model if model.base_model is not model else cast("nn.Module", model.model)
 
 
-class Trunk:
+class ModelRunner:
+    """A model of transformers and the surroundings in which its passes run.
+
+    Args:
+        model: its linear layers may change their class (models.onednn), its own numbers never change.
+        dtype: of the passes: torch.bfloat16 is autocast over the model's weights.
+        static: the passes of decoding are captured as CUDA graphs.
+        adapter: False runs a model of peft with its adapter switched off.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, static: bool, adapter: bool) -> None:
+        self.model, self.dtype, self.static = lora.bare(model), dtype, static
+        self._without: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+        if not adapter:
+            self._without = cast("PeftModel", model).disable_adapter
+        self.configs = configs(self.model)
+        self.borders = positions.borders(self.model.config)
+        """Lengths beyond which the model may compute otherwise than below."""
+        self.limit = positions.limit(self.model)
+        """The longest text that the model has positions for; None: no table of positions ends."""
+        self._ways: Ways | None = None
+        self._tried = 0
+        self._told: set[str] = set()
+        onednn.prepare_(self.model)
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """As `running`, in the precision of the weights."""
+        with onednn.fast(), self._without(), capped(self.configs):
+            yield
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Around every pass: the precision, and the fastest linear layers that this processor has."""
+        with self._precision(), self.exact():
+            yield
+
+    def _precision(self) -> torch.autocast:
+        # What autocast caches while a CUDA graph is captured would be gone when it is replayed.
+        enabled, cache = self.dtype != torch.float32, not self.static
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=cache)
+
+    # -- which ways are right -----------------------------------------------------------------------------------------
+
+    def examine(self, length: int) -> Ways:
+        """How the model may be run on texts of so many tokens, by comparison with its plain forward."""
+        raise NotImplementedError
+
+    def try_out(self, reach: int) -> Ways:
+        """How the model may be run on texts of up to so many tokens; compared with its plain forward when first asked.
+
+        What is slower than it could be is said once, with the reason.
+
+        Raises:
+            ValueError: no way gives the numbers of the model's own forward.
+        """
+        length = trial.length(self.borders, min(reach, self.limit or reach))
+        if self._ways is None or (length > self._tried and self._is_new(length)):
+            self._ways, self._tried = self.examine(length), length
+            for reason in self._ways.reasons:
+                if reason not in self._told:
+                    warnings.warn(f"{type(self.model).__name__} {reason}", stacklevel=2)
+            self._told |= set(self._ways.reasons)
+        return self._ways
+
+    def take_over(self, other: object) -> None:
+        """Believe what another runner has tried, where it is one of a model of the same kind."""
+        if isinstance(other, ModelRunner) and self._is_like(other):
+            self._ways, self._tried, self._told = other._ways, other._tried, set(other._told)
+
+    def _is_new(self, length: int) -> bool:
+        """Whether texts of a length may show what those tried before did not."""
+        # By doubling where no border lies between: texts that are stepped through grow a token at a time.
+        return length >= 2 * self._tried or any(self._tried <= border < length for border in self.borders)
+
+    def _is_like(self, other: ModelRunner) -> bool:
+        """Whether the other model differs from this one in its weights only."""
+        one, two = self.model, other.model
+        return type(one) is type(two) and one.dtype == two.dtype and one.config.to_dict() == two.config.to_dict()
+
+
+class Trunk(ModelRunner):
     """The body of a causal LM or of a decoder with another head; of a causal LM the head too.
 
     Args:
-        model: of transformers. Its linear layers may change their class (models.onednn), its own numbers never change.
-        dtype: of the passes: torch.bfloat16 is autocast over the model's weights.
+        model, dtype, adapter: as of ModelRunner.
         static: decode at fixed shapes, on a GPU as a CUDA graph.
-        adapter: False runs a model of peft with its adapter switched off.
         compile: which passes are compiled by torch.compile: those of `hidden` (update), a decode step, or both.
     """
 
@@ -127,59 +210,23 @@ class Trunk:
         adapter: bool = True,
         compile: Compile = "none",
     ) -> None:
-        self.model, self.dtype, self.static = lora.bare(model), dtype, static
+        super().__init__(model, dtype, static, adapter)
         self.body: Any = body_of(self.model)
         self.step_body: Any = compiled(self.body) if of_decode(compile) else self.body
         """What a decoder at fixed shapes runs."""
         self._compiled: tuple[Any, PromptPass] | None = None
         if of_update(compile):
             self._compiled = compiled(self.body), compiled(self._all_of_prompts)
-        self._without: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
-        if not adapter:
-            self._without = cast("PeftModel", model).disable_adapter
-        self.configs = configs(self.model)
-        self._borders = positions.borders(self.model.config)
-        self.limit = positions.limit(self.model)
-        """The longest text that the model has positions for; None: no table of positions ends."""
-        self._ways: Ways | None = None
-        self._tried = 0
-        self._told: set[str] = set()
-        onednn.prepare_(self.model)
 
     # -- which ways are right -----------------------------------------------------------------------------------------
 
-    def try_out(self, reach: int) -> Ways:
-        """How the model may be run on texts of up to so many tokens; compared with its plain forward when first asked.
-
-        What is slower than it could be is said once, with the reason.
-
-        Raises:
-            ValueError: no way gives the numbers of the model's own forward.
-        """
-        length = trial.length(self._borders, min(reach, self.limit or reach))
-        if self._ways is None or (length > self._tried and self._is_new(length)):
-            self._ways, self._tried = trial.examine(self, max(length, 2), self._borders), length
-            for reason in self._ways.reasons:
-                if reason not in self._told:
-                    warnings.warn(f"{type(self.model).__name__} {reason}", stacklevel=2)
-            self._told |= set(self._ways.reasons)
-        return self._ways
-
-    def take_over(self, other: Trunk) -> None:
-        """Believe what another trunk has tried, where it is one of a model of the same kind."""
-        one, two = self.model, other.model
-        if type(one) is type(two) and one.dtype == two.dtype and one.config.to_dict() == two.config.to_dict():
-            self._ways, self._tried, self._told = other._ways, other._tried, set(other._told)
-
-    def _is_new(self, length: int) -> bool:
-        """Whether texts of a length may show what those tried before did not."""
-        # By doubling where no border lies between: texts that are stepped through grow a token at a time.
-        return length >= 2 * self._tried or any(self._tried <= border < length for border in self._borders)
+    def examine(self, length: int) -> Ways:
+        return trial.examine(self, max(length, 2), self.borders)
 
     def ways_for(self, mask_BP: Tensor, more: int) -> Ways:
         """`try_out` for prompts and at most so many tokens after them."""
         reach = mask_BP.shape[1] + more
-        if self._ways is not None and trial.length(self._borders, reach) <= self._tried:
+        if self._ways is not None and trial.length(self.borders, reach) <= self._tried:
             return self._ways
         return self.try_out(int(mask_BP.sum(1).max()) + more)  # padding may reach further than texts do
 
@@ -207,31 +254,10 @@ class Trunk:
             return f"it has layers of the kind {', '.join(sorted(kinds - LAYERS))}"
         return ""
 
-    @contextlib.contextmanager
-    def exact(self) -> Iterator[None]:
-        """As `running`, in the precision of the weights."""
-        with onednn.fast(), self._without(), capped(self.configs):
-            yield
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Around every pass: the precision, and the fastest linear layers that this processor has."""
-        with self._precision(), onednn.fast(), self._without(), capped(self.configs):
-            yield
-
     def run(self, **inputs: object) -> ModelOutput:
         """The body's output on the inputs that transformers names."""
         with self.running():
             return self.body(**inputs)
-
-    def _precision(self) -> torch.autocast:
-        # What autocast caches while a CUDA graph is captured would be gone when it is replayed.
-        enabled, cache = self.dtype != torch.float32, not self.static
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=cache)
 
     # -- teacher-forced passes ----------------------------------------------------------------------------------------
 
@@ -403,16 +429,20 @@ class Trunk:
                 logits_LV = self.model(input_ids=ids_1L, use_cache=False).logits[0]
                 # The model's own forward first: it knows of capped or scaled logits. The output embeddings alone are
                 # for models that reach past their body (OPT calls model.decoder), for which the stand-in is not asked.
-                for head in (_Head(self.model), output_embeddings):
+                for head in (Head(self.model, self.body, _as_text), output_embeddings):
                     # In reversed order: a head that adds something of the position is no function of the hidden state.
-                    if _gives(head, hidden_LD, logits_LV):
+                    if gives(head, hidden_LD, logits_LV):
                         return head
         except Exception as error:  # whatever a family of models raises
             raise ValueError(f"{name} cannot be run on text alone: {type(error).__name__}: {error}") from error
         raise ValueError(f"the logits of {name} are no function of its last hidden state")
 
 
-def _gives(head: Callable[[Tensor], Tensor], hidden_LD: Tensor, logits_LV: Tensor) -> bool:
+def _as_text(ids_1N: Tensor) -> dict[str, object]:
+    return {"input_ids": ids_1N}
+
+
+def gives(head: Callable[[Tensor], Tensor], hidden_LD: Tensor, logits_LV: Tensor) -> bool:
     """Whether a head gives the model's logits."""
     try:
         found_LV = head(hidden_LD.flip(0)).flip(0)
@@ -421,20 +451,23 @@ def _gives(head: Callable[[Tensor], Tensor], hidden_LD: Tensor, logits_LV: Tenso
     return found_LV.shape == logits_LV.shape and torch.allclose(found_LV, logits_LV, rtol=1e-4, atol=1e-4)
 
 
-class _Head:
+class Head:
     """A model's own forward after its body, [N, D] to [N, V].
 
     It calls a shallow copy of the model, made once, whose body gives the hidden states of the call. Every other module,
     every parameter and every setting is the model's own object, and the model itself is not touched.
+
+    Args:
+        body: the part of the model whose last hidden states the logits are made of.
+        inputs: from token ids [1, N] the arguments of the model's forward; what they are plays no part.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        original = body_of(model)
-        body, self._model = copy.copy(original), copy.copy(model)
-        body.forward = self._give
-        # A shallow copy shares its dict of children with the model: a new dict, so that only the copy's body changes.
-        children = vars(model)["_modules"]
-        vars(self._model)["_modules"] = {name: body if child is original else child for name, child in children.items()}
+    def __init__(
+        self, model: PreTrainedModel, body: nn.Module, inputs: Callable[[Tensor], Mapping[str, object]]
+    ) -> None:
+        stand_in = copy.copy(body)
+        stand_in.forward = self._give
+        self._model, self._inputs = _with_stand_in(model, body, stand_in), inputs
         self._hidden_ND: Tensor | None = None
 
     def _give(self, *_: object, **__: object) -> _Given:
@@ -446,9 +479,25 @@ class _Head:
         ids_1N = torch.zeros((1, len(hidden_ND)), dtype=torch.long, device=hidden_ND.device)
         self._hidden_ND = hidden_ND
         try:
-            return self._model(input_ids=ids_1N, use_cache=False).logits[0]
+            return self._model(**self._inputs(ids_1N), use_cache=False).logits[0]
         finally:
             self._hidden_ND = None  # nothing holds the graph of a pass that is over
+
+
+def _with_stand_in(module: nn.Module, original: nn.Module, stand_in: nn.Module) -> Any:
+    """A shallow copy of a module that has another module in place of one of its parts, at whatever depth."""
+    changed = copy.copy(module)
+    # A shallow copy shares its dict of children with the module: a new dict, so that only the copy's child changes.
+    children = vars(module)["_modules"]
+    vars(changed)["_modules"] = {
+        name: stand_in
+        if child is original
+        else _with_stand_in(child, original, stand_in)
+        if child is not None and any(part is original for part in child.modules())
+        else child
+        for name, child in children.items()
+    }
+    return changed
 
 
 class _Given:

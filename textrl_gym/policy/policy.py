@@ -1,4 +1,4 @@
-"""Policy: a causal LM of transformers as a token policy, its value head and its frozen reference.
+"""Policy: a language model of transformers as a token policy, its value head and its frozen reference.
 
 Shape legend: B rows, U unique prompts, P prompt positions, T response positions, L = P + T, N positions in any order, V
 vocabulary, D hidden width.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
-from textrl_gym.models import lora, positions
-from textrl_gym.policy import decoders
-from textrl_gym.policy.backbone import Trunk
+from textrl_gym.models import lora
+from textrl_gym.policy.architectures import Backbone, Steps, backbone
 from textrl_gym.policy.compiling import Compile, of_decode
-from textrl_gym.policy.step_cache import StepCache, aligned
+from textrl_gym.policy.decoders import Decoder
 
 CHUNK_NUMBERS = 2**23
 """Logits that are held at a time, as numbers: 32 MiB of float32."""
@@ -47,22 +46,12 @@ def _inputs(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rollout.prompt_BP, rollout.prompt_mask_BP, rollout.token_BT[:, :-1], rollout.present_BT[:, :-1]
 
 
-def _check_causal(model: nn.Module) -> None:
-    """Hold that a model is a decoder with a language-model head."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_output_embeddings"):
-        raise ValueError(f"a policy is a causal LM of transformers, not a {type(model).__name__}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder: a policy is a decoder alone (a causal LM)")
-    if getattr(cast("Any", model).get_output_embeddings(), "weight", None) is None:
-        raise ValueError(f"{type(model).__name__} has no language-model head: a policy is a causal LM")
-
-
 class Policy(nn.Module):
-    """A causal LM as pi(token | prompt, prefix).
+    """A language model as pi(token | prompt, prefix).
 
     Args:
-        model: any causal LM of transformers; it is put in eval mode.
+        model: any causal LM of transformers, or an encoder-decoder with a language-model head (textrl_gym.policy
+            .seq2seq); it is put in eval mode.
         reference: None, a causal LM, a Policy, or "copy" for the model as it is now: a frozen copy of what is trained,
             or, where the model has a new LoRA, the model with it switched off.
         value_head: True puts a zero-initialised scalar head on the model's last hidden state (a shared trunk).
@@ -94,18 +83,21 @@ class Policy(nn.Module):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
-        _check_causal(model)
+        static = cuda_graphs or of_decode(compile)
+        # Any: the ways of a decoder alone (shares_prompts, ...) are asked for by their names, as by tests.
+        self.trunk: Any = backbone(model, dtype, static=static, adapter=adapter, compile=compile)
+        """A Backbone."""
         self.model: Any = model.eval()
         self.temperature, self.dtype = temperature, dtype
-        rows = cast("Any", model).get_output_embeddings().weight.shape[0]
+        rows = self.trunk.model.get_output_embeddings().weight.shape[0]
         if vocab_size is not None and vocab_size > rows:
             raise ValueError(f"the tokenizer has {vocab_size} tokens, the model only {rows}")
         self.vocab_size = vocab_size or rows
-        static = cuda_graphs or of_decode(compile)
-        self.trunk = Trunk(self.model, dtype, static=static, adapter=adapter, compile=compile)
         self.value_model: Any = value_model.eval() if value_model is not None else None
-        self.value_trunk = Trunk(value_model, dtype, compile=compile) if value_model is not None else None
-        self.steps: StepCache | None = None
+        self.value_trunk: Backbone | None = None
+        if value_model is not None:
+            self.value_trunk = backbone(value_model, dtype, compile=compile)
+        self.steps: Steps | None = None
         """Where set, `next_logprobs` and `act` go on from the observations of the call before."""
         self.value_head: nn.Linear | None = None
         if value_head or value_model is not None:
@@ -141,23 +133,41 @@ class Policy(nn.Module):
         """Stay in eval mode: dropout must be off wherever log-probabilities are compared."""
         return super().train(False)
 
-    def try_out(self, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    def try_out(self, max_prompt_tokens: int, max_new_tokens: int, turns: bool = False) -> None:
         """Find out how the models may be run on texts of these lengths, rather than at the first sample.
 
+        Args:
+            turns: completions are conversations, in which the environment speaks too.
+
         Raises:
-            ValueError: a model has fewer positions, or no way of running it gives the numbers of its own forward.
+            ValueError: a model has fewer positions, no way of running it gives the numbers of its own forward, or it
+                cannot hold conversations.
         """
+        if turns:
+            self.require_one_text("hold a conversation (turns)")
         own = self.trunk
         for trunk in (own, self.value_trunk):
             if trunk is not None:
-                positions.check(trunk.model, trunk.limit, max_prompt_tokens, max_new_tokens)
                 if trunk is not own:
                     trunk.take_over(own)
-                trunk.try_out(max_prompt_tokens + max_new_tokens)
+                trunk.prepare(max_prompt_tokens, max_new_tokens)
         own.check_head()
         if self.reference is not None:
             self.reference.trunk.take_over(own)
-            self.reference.try_out(max_prompt_tokens, max_new_tokens)
+            self.reference.try_out(max_prompt_tokens, max_new_tokens, turns)
+
+    def require_one_text(self, purpose: str) -> None:
+        """Hold that prompt and completion are one text to the model, as they are to a decoder alone.
+
+        Args:
+            purpose: what needs it, in the words of the error.
+
+        Raises:
+            ValueError: it is an encoder-decoder.
+        """
+        if not self.trunk.one_text:
+            kind = type(self.trunk.model).__name__
+            raise ValueError(f"{kind} is an encoder-decoder, which cannot {purpose} here yet: take a decoder alone")
 
     # -- teacher-forced passes ----------------------------------------------------------------------------------------
 
@@ -243,9 +253,9 @@ class Policy(nn.Module):
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
-    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> decoders.Decoder:
+    def decoder(self, prompt_UP: Tensor, mask_UP: Tensor, source_B: Tensor, length: int) -> Decoder:
         """Make a decoder, which computes each prompt once for its rows; arguments as of `decoders.decoder`."""
-        return decoders.decoder(self.trunk, prompt_UP, mask_UP, source_B, length)
+        return self.trunk.decoder(prompt_UP, mask_UP, source_B, length)
 
     # -- what stepping needs ------------------------------------------------------------------------------------------
 
@@ -259,10 +269,7 @@ class Policy(nn.Module):
         """The hidden states below the next token's logits of such observations, [B, D]."""
         if self.steps is not None:
             return self.steps(input_BL, mask_BL)
-        # Rows must end at the same place for the last hidden states to stand in one column.
-        moved_BW, moved_mask_BW = aligned(input_BL, mask_BL)
-        no_action_B0 = moved_BW[:, :0]
-        return self.trunk.hidden(moved_BW, moved_mask_BW, no_action_B0, no_action_B0.bool())[:, 0]
+        return self.trunk.next_hidden(input_BL, mask_BL)
 
     @torch.no_grad()
     def act(

@@ -58,9 +58,9 @@ class MaskedPolicy(Policy):
         """The mask policy."""
         return self._mask[0]
 
-    def try_out(self, max_prompt_tokens: int, max_new_tokens: int) -> None:
-        super().try_out(max_prompt_tokens, max_new_tokens)
-        self.mask.try_out(max_prompt_tokens, max_new_tokens)
+    def try_out(self, max_prompt_tokens: int, max_new_tokens: int, turns: bool = False) -> None:
+        super().try_out(max_prompt_tokens, max_new_tokens, turns)
+        self.mask.try_out(max_prompt_tokens, max_new_tokens, turns)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -116,12 +116,12 @@ def examine(runner: Runner, longest: int, borders: Sequence[int]) -> Ways:
     prompt_BP, mask_BP = trial.rows
     with runner.exact():
         truth_BXD = _truth(runner, trial)
-        like_truth = partial(_closeness(truth_BXD), truth_BXD)
+        like_truth = partial(closeness(truth_BXD), truth_BXD)
         inputs = (trial.prompt_UP, trial.mask_UP, trial.source_B, trial.action_BT)
-        shares = runner.obstacle() or _tried(like_truth, lambda: runner.shared(*inputs))
+        shares = runner.obstacle() or tried(like_truth, lambda: runner.shared(*inputs))
         action_mask_BT = torch.ones_like(trial.action_BT, dtype=torch.bool)
-        pads = _tried(like_truth, lambda: runner.whole(prompt_BP, mask_BP, trial.action_BT, action_mask_BT))
-        caches = _tried(like_truth, lambda: runner.stepped(prompt_BP, mask_BP, trial.action_BT))
+        pads = tried(like_truth, lambda: runner.whole(prompt_BP, mask_BP, trial.action_BT, action_mask_BT))
+        caches = tried(like_truth, lambda: runner.stepped(prompt_BP, mask_BP, trial.action_BT))
     reasons = []
     if shares:
         reasons.append(
@@ -155,10 +155,10 @@ def _truth(runner: Runner, made: Texts) -> Tensor:
         # What comes after a token must not change what was said of it.
         before = [runner.plain(rows[b][None, : len(rows[b]) - steps])[0, -1] for b in made.crossing]
     except Exception as error:  # whatever a family of models raises
-        raise ValueError(f"{name} cannot be run on text alone: {_words(error)}") from error
+        raise ValueError(f"{name} cannot be run on text alone: {words(error)}") from error
     if not torch.isfinite(truth_BXD).all():
         raise ValueError(f"{name} gives NaN or infinity on plain text")
-    close = _closeness(truth_BXD)
+    close = closeness(truth_BXD)
     for b, hidden_D in zip(made.crossing, before, strict=True):
         if not close(truth_BXD[b, 0], hidden_D):
             raise ValueError(
@@ -171,7 +171,7 @@ def _truth(runner: Runner, made: Texts) -> Tensor:
     return truth_BXD
 
 
-def _closeness(truth: Tensor) -> Callable[[Tensor, Tensor], bool]:
+def closeness(truth: Tensor) -> Callable[[Tensor, Tensor], bool]:
     """Whether two tensors are the same but for the order of their sums, by the scale of the truth."""
     # float32 keeps 7 digits and bfloat16 2 to 3; a fault of ours, or of theirs, changes the first ones.
     digits = 2e-4 if truth.dtype in (torch.float32, torch.float64) else 5e-2
@@ -180,15 +180,16 @@ def _closeness(truth: Tensor) -> Callable[[Tensor, Tensor], bool]:
     return lambda a, b: a.shape == b.shape and float((a - b).abs().max()) <= digits * scale
 
 
-def _tried(like_truth: Callable[[Tensor], bool], run: Callable[[], Tensor]) -> str:
+def tried(like_truth: Callable[[Tensor], bool], run: Callable[[], Tensor]) -> str:
     """Why a way of running a model is not taken; "" where it gives the truth."""
     try:
         found_BXD = run()
     except Exception as error:  # noqa: BLE001 - told as the reason for not going that way
-        return _words(error)
+        return words(error)
     return "" if like_truth(found_BXD) else "its numbers would change"
 
 
-def _words(error: Exception) -> str:
+def words(error: Exception) -> str:
+    """An error in a line; of what is not implemented its own words alone."""
     lines = str(error).strip().splitlines() or [""]
     return lines[0] if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")

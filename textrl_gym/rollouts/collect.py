@@ -57,7 +57,7 @@ def collect(
     if kl_coef > 0 and policy.reference is None and mdp.reference is None:
         raise ValueError(f"kl_coef={kl_coef} needs a reference: Policy(model, reference=...) or the environment's")
 
-    policy.try_out(mdp.max_prompt_tokens, mdp.max_new_tokens)
+    policy.try_out(mdp.max_prompt_tokens, mdp.max_new_tokens, mdp.turns is not None)
 
     # 1. Prompts, and a completion of each.
     rows, prompt_ids = mdp.draw(indices=prompt_indices)

@@ -140,7 +140,7 @@ class Agent:
         self.kl = self._make_kl(self.env)
         self.policy = self._make_policy(self.env, model, reference)
         self.env.end_as(self.policy.model)
-        self.policy.try_out(self.env.max_prompt_tokens, self.env.max_new_tokens)
+        self.policy.try_out(self.env.max_prompt_tokens, self.env.max_new_tokens, self.env.turns is not None)
         # By its settings a loaded agent's environment would take the model of its tokenizer: the trained policy.
         self.env.use_reference(self.policy.reference)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -338,7 +338,7 @@ class Agent:
                 f"kl_coef={self.kl.coef} of {type(self).__name__} and kl_coef={mdp.kl_coef} of the environment differ"
             )
         if hasattr(self, "policy"):
-            self.policy.try_out(mdp.max_prompt_tokens, mdp.max_new_tokens)
+            self.policy.try_out(mdp.max_prompt_tokens, mdp.max_new_tokens, mdp.turns is not None)
             mdp.use_reference(self.policy.reference)
             mdp.end_as(self.policy.model)
         # What is saved is what was used.

@@ -77,9 +77,9 @@ class States:
         prompts = unique_ids(prompt_ids, policy.device)
         self.policy, self.reference = policy, policy.reference if reference else None
         others = (None if self.reference is None else self.reference.trunk, policy.value_trunk)
-        self.trunk = decoders.lookahead(policy.trunk, *prompts, places)
+        self.trunk = policy.trunk.lookahead(*prompts, places)
         self.reference_trunk, self.value_trunk = (
-            None if trunk is None else decoders.lookahead(trunk, *prompts, places) for trunk in others
+            None if trunk is None else trunk.lookahead(*prompts, places) for trunk in others
         )
         self.now = self._opinion([None if trunk is None else trunk.first_BD for trunk in self._trunks])
 
