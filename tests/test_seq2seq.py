@@ -237,8 +237,8 @@ def test_the_score_rises(agent: Any, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("agent", [PPO, GRPO])
 def test_copy_text_is_learnt(agent: Any, name: str, tmp_path: Path) -> None:
-    # PPO keeps its penalty: without it the T5's ended at a greedy score of 0.80. With it it is at 0.93, and the others are
-    # above 0.95: a T5's cross-attention has no positions, and which symbol is next is found late.
+    # PPO keeps its penalty: without it the T5 ended at a greedy score of 0.80. With it it is at 0.93, the others above
+    # 0.95: a T5's cross-attention has no positions, and which symbol is next is found late.
     settings = SETTINGS[agent] | {"rollout_episodes": 128} | ({"kl_coef": 0.0} if agent is GRPO else {})
     run = agent("CopyText-v0", learner(name), device="cpu", out=tmp_path, **settings)
     run.learn(100_000, **QUIET)
