@@ -4,6 +4,7 @@
 - `lesson`: Lesson: what a task shows about RL from feedback
 - `orders`: lists with constraints that a program can check
 - `passages`: facts of which some are doubtful, and questions about them
+- `provocations`: rude remarks with invented words, to be continued politely
 - `requests`: requests that are safe, unsafe, or only sound so
 - `reviews`: reviews with mixed judgements, to be continued
 - `sums`: word problems with their working
