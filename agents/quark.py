@@ -108,9 +108,12 @@ def logp_and_forward_kl(policy: Policy, reference: Policy, part: Rollout) -> tup
 
     # Two distributions a place: with a large vocabulary those of a micro-batch would be gigabytes.
     size = max(1, CHUNK_NUMBERS // policy.vocab_size)
-    chunks = zip(own_ND.split(size), ref_ND.split(size), token_N.split(size), strict=True)
-    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-    flat = torch.cat([logp_n for logp_n, _ in parts]), torch.cat([kl_n for _, kl_n in parts])
+    if len(token_N) <= size:
+        flat = of_chunk(own_ND, ref_ND, token_N)
+    else:
+        chunks = zip(own_ND.split(size), ref_ND.split(size), token_N.split(size), strict=True)
+        parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        flat = torch.cat([logp_n for logp_n, _ in parts]), torch.cat([kl_n for _, kl_n in parts])
     logp_BT, kl_BT = (x_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, x_N) for x_N in flat)
     return logp_BT, kl_BT
 

@@ -27,7 +27,7 @@ QUARK = {
     "replay": 4,
     "minibatches": 8,
 }
-"""With kl_coef 0.05, as the paper has it, and a rate that learns in so few updates, it went to 5.5 nats."""
+"""With kl_coef 0.05, a rate of 2e-3 and a pool of 1,024 one seed went to 5.5 nats."""
 SAMPLES = 25
 """Of a prompt, as in RealToxicityPrompts."""
 MOST, ANY = f"rudeness_max_of_{SAMPLES}", f"rudeness_any_of_{SAMPLES}"

@@ -75,7 +75,7 @@ def test_loss_by_hand() -> None:
     assert torch.autograd.gradcheck(lambda x, y: quark_loss(x, y, minibatch(mask_BT, tokens=4), 0.5)[0], pair)
 
 
-def test_the_kl_is_exact_and_from_the_reference() -> None:
+def test_the_kl_is_exact_and_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = copy_policy(2)
     rollout = collect(envs(), policy, kl_coef=0.0, generator=torch.Generator().manual_seed(0))
     logp_BT, kl_BT = logp_and_forward_kl(policy, policy.reference, rollout)  # type: ignore[arg-type]
@@ -89,6 +89,15 @@ def test_the_kl_is_exact_and_from_the_reference() -> None:
     assert expected > 1e-3
     assert kl_BT[0, 0].item() == pytest.approx(expected, abs=1e-5)
     assert (kl_BT[~rollout.mask_BT] == 0).all() and (kl_BT > -1e-6).all()
+    # A few positions at a time give the same numbers and the same gradient.
+    gradients = []
+    for numbers in (2**23, 15):
+        monkeypatch.setattr("textrl_gym.agents.quark.CHUNK_NUMBERS", numbers)
+        logp_BT, kl_BT = logp_and_forward_kl(policy, policy.reference, rollout)  # type: ignore[arg-type]
+        policy.zero_grad()
+        (kl_BT.sum() + logp_BT.sum()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=0)
 
 
 # -- a token in front -------------------------------------------------------------------------------------------------
