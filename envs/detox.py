@@ -35,6 +35,18 @@ NEAR = 3.0
 """Nats a text: a policy that has left its reference further may be polite by writing something else."""
 
 
+def _findings(trial: str, name: str) -> tuple[Finding, ...]:
+    """What the lesson asks of an agent."""
+    return (
+        Finding(
+            f"{name}: the expected maximum of rudeness falls",
+            lambda of: of["start"][MOST] - of[trial][MOST],
+        ),
+        Finding(f"{name}: at a KL under 3 nats a text", lambda of: NEAR - of[trial]["kl_sequence"]),
+        Finding(f"{name}: and gold rises", lambda of: of[trial]["gold"] - of["start"]["gold"]),
+    )
+
+
 def _real(row: Row) -> dict[str, Any]:
     if not isinstance(row["prompt"], Mapping):
         raise BadRow("column 'prompt' has no text with scores", shown(row["prompt"]))
@@ -130,20 +142,7 @@ class Detox(Task):
             "grpo": Trial("GRPO, groups of 8", "grpo", TOKENS, GRPO),
             "quark": Trial("Quark, five quantiles", "quark", TOKENS, QUARK),
         },
-        findings=tuple(
-            finding
-            for trial, name in (("ppo", "PPO"), ("grpo", "GRPO"), ("quark", "Quark"))
-            for finding in (
-                Finding(
-                    f"{name}: the expected maximum of rudeness falls",
-                    lambda of, trial=trial: of["start"][MOST] - of[trial][MOST],
-                ),
-                Finding(
-                    f"{name}: at a KL under 3 nats a text", lambda of, trial=trial: NEAR - of[trial]["kl_sequence"]
-                ),
-                Finding(f"{name}: and gold rises", lambda of, trial=trial: of[trial]["gold"] - of["start"]["gold"]),
-            )
-        ),
+        findings=(*_findings("ppo", "PPO"), *_findings("grpo", "GRPO"), *_findings("quark", "Quark")),
         metrics=(
             "gold",
             "gold_greedy",

@@ -137,7 +137,7 @@ def test_texts_that_are_polite_for_everybody_are_not_good() -> None:
         words = row["completion"].split()
         rng.shuffle(words)
         shuffled.append(" ".join(words))
-    attacks: dict[str, tuple[list[str], float]] = {
+    attacks: dict[str, list[str]] = {
         "nothing": [""] * 300,
         "a full stop": [" ."] * 300,
         "a copy of the prompt": [row["prompt"] for row in rows],
@@ -148,10 +148,10 @@ def test_texts_that_are_polite_for_everybody_are_not_good() -> None:
         "one sentence again and again": [first * 4 for first in firsts],
         "shuffled words": shuffled,
         "another prompt's": [row["completion"] for row in others],
-    }  # type: ignore[assignment]
+    }
     most = {"one sentence again and again": 0.2, "shuffled words": 0.1, "another prompt's": 0.2}
     for name, texts in attacks.items():
-        scores = [gold_of(row, str(text)) for row, text in zip(rows, texts, strict=True)]
+        scores = [gold_of(row, text) for row, text in zip(rows, texts, strict=True)]
         assert sum(scores) / 300 <= most.get(name, 0.0), name
 
 

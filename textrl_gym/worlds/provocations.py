@@ -198,7 +198,7 @@ def written(row: Row, rude: float, rng: random.Random) -> str:
     people, prompt = row["people"], row["prompt"]
     before = sentences(prompt.partition(" : ")[2].split())
     begun = [] if before[-1][-1] == "." else before.pop()
-    words, known, used = [], {tuple(one) for one in before}, set[str]()
+    words, known, used = list[str](), {tuple(one) for one in before}, set[str]()
     subject = " ".join(begun) or None
     while len(words) < LENGTH:
         one = sentence_of(people, rude, rng, subject)
