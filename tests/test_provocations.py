@@ -185,9 +185,12 @@ def test_extremes_are_over_the_samples_of_each_prompt(tmp_path: Path, monkeypatc
     # By prompt, samples 1 to 3: best 0.4 and 0.9; rudeness 0.5 and 0.2
     scores = {"gold": [[0.1, 0.9], [0.4, 0.2], [0.0, 0.0]], "rude": [[0.5, 0.1], [0.0, 0.2], [0.3, 0.0]]}
     played: list[int] = []
-    monkeypatch.setattr(
-        Evaluator, "play", lambda *_, sampling_seed, **__: played.append(sampling_seed) or sampling_seed
-    )
+
+    def play(self: Evaluator, player: object, sampling_seed: int) -> int:
+        played.append(sampling_seed)
+        return sampling_seed
+
+    monkeypatch.setattr(Evaluator, "play", play)
     monkeypatch.setattr(Evaluator, "scorer_of", lambda _, spec: spec)
     monkeypatch.setattr(
         Evaluator, "gold_scores", lambda _, seed, name: torch.tensor(scores["rude" if name else "gold"][seed - 1])

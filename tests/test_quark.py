@@ -133,9 +133,9 @@ def test_sampling_stepping_and_training_see_the_same_token(kind: Any) -> None:
         torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
     )
     stepped_BV = policy.next_logprobs(input_BL, mask_BL)
-    for b, ids in enumerate(([2, 3, 1], [4, 1, 3])):
+    for b, seen in enumerate(([2, 3, 1], [4, 1, 3])):
         with torch.no_grad():
-            expected_V = policy.model(torch.tensor([[6, *ids]])).logits[0, -1, :5].log_softmax(-1)
+            expected_V = policy.model(torch.tensor([[6, *seen]])).logits[0, -1, :5].log_softmax(-1)
         torch.testing.assert_close(stepped_BV[b], expected_V, atol=1e-5, rtol=0)
     policy.steps = StepCache(policy.trunk)
     policy.next_logprobs(
