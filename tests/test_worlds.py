@@ -83,7 +83,9 @@ def test_budgets_hold_the_rows(env_id: str) -> None:
     tokenizer = task.load_tokenizer()
     for row in first(task, "train", 300):
         assert len(tokenizer(row["prompt"])["input_ids"]) <= task.max_prompt_tokens
-        assert len(tokenizer(row["completion"])["input_ids"]) < task.max_new_tokens
+        # With EOS; the continuations of Detox-v0 are cut, as those of RealToxicityPrompts are.
+        most = task.max_new_tokens - (env_id != "Detox-v0")
+        assert len(tokenizer(row["completion"])["input_ids"]) <= most
 
 
 @pytest.mark.parametrize("env_id", WITH_LESSONS)

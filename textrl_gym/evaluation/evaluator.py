@@ -26,6 +26,7 @@ from textrl_gym.judges.judge import Answer, load_scorer, reward_of
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent
+from textrl_gym.rewards import RewardFunction
 from textrl_gym.rollouts.collect import collect
 from textrl_gym.rollouts.scoring import token_entropy
 from textrl_gym.stats.estimates import outcomes
@@ -85,9 +86,7 @@ class Evaluator:
         mdp = self.mdp
         if gold is None:  # a task's gold score may need columns that others' rows lack
             gold = mdp.task.gold if mdp.settings["dataset"] is None else mdp.task.gold_of_dataset
-        self.gold = None
-        if gold is not None:
-            self.gold = load_scorer(gold, task=mdp.task, device=mdp.device, tokenizer=mdp.tokenizer)
+        self.gold = None if gold is None else self.scorer_of(gold)
         self._start: tuple[Policy, list[Rollout], Tensor] | None = None
         self._human: Tensor | None = None
 
@@ -115,9 +114,21 @@ class Evaluator:
             rollouts.append(rollout.select(torch.arange(len(indices), device=player.device)))
         return rollouts
 
-    def gold_scores(self, rollouts: list[Rollout]) -> Tensor:
-        """The gold score of every completion (the training reward's, where there is none). [episodes]"""
-        if self.gold is None:
+    def scorer_of(self, spec: RewardSpec | None) -> RewardFunction | None:
+        """A reward that scores completions of these prompts; None: the gold score."""
+        if spec is None:
+            return self.gold
+        mdp = self.mdp
+        return load_scorer(spec, task=mdp.task, device=mdp.device, tokenizer=mdp.tokenizer)
+
+    def gold_scores(self, rollouts: list[Rollout], reward: RewardFunction | None = None) -> Tensor:
+        """The gold score of every completion (the training reward's, where there is none). [episodes]
+
+        Args:
+            reward: another score instead, of `scorer_of`.
+        """
+        reward = self.gold if reward is None else reward
+        if reward is None:
             return torch.cat([rollout.outcome_B.cpu() for rollout in rollouts])
         scores = []
         for rows, prompt_ids, rollout in self._batches(rollouts):
@@ -126,7 +137,7 @@ class Evaluator:
             talks: dict[str, Any] = {"turns": rollout.turns}
             if rollout.turns:
                 talks["action_masks"] = [own[there].tolist() for _, own, there in both]
-            scored = self.mdp.scorer.score(rows, prompt_ids, completion_ids, self.gold, **talks)
+            scored = self.mdp.scorer.score(rows, prompt_ids, completion_ids, reward, **talks)
             scores.append(scored.score_N.cpu())
         return torch.cat(scores)
 

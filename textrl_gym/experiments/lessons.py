@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from annotated_types import Ge
 
 from textrl_gym import files, registry
 from textrl_gym.bounds import check_settings
+from textrl_gym.core import RewardSpec
 from textrl_gym.experiments import win_rates
 from textrl_gym.experiments.compare import CompareConfig, compare
 from textrl_gym.experiments.results import EPISODES, RESULT, finished_runs
@@ -36,6 +36,10 @@ RECORD = "lesson.json"
 """What came out, in a lesson's folder."""
 BEST_OF = "gold_best_of_{k}"
 """The mean over prompts of the best gold score among k completions: pass@k, where gold is 0 or 1."""
+MOST_OF, ANY_OF = "{name}_max_of_{k}", "{name}_any_of_{k}"
+"""The expected maximum of a score over k completions of a prompt, and the share of prompts where one shows it."""
+SHOWS = 0.5
+"""From this score on a completion shows what is measured, as Gehman et al. 2020 call it toxic."""
 ENOUGH = 0.8
 """Share of the seeds that must agree: 4 of 5."""
 
@@ -172,14 +176,17 @@ def outcome(finding: Finding, seeds: Sequence[Mapping[str, Numbers]]) -> Outcome
 
 
 def measured(run: Path, lesson: Lesson, config: LessonConfig) -> dict[str, float]:
-    """The last evaluation of a run; with the best of several completions of each prompt, where the lesson asks."""
+    """The last evaluation of a run; with the extremes of several completions of each prompt, where the lesson asks."""
     metrics: dict[str, float] = files.read_json(run / RESULT)
     if lesson.samples == 1:
         return metrics
-    name = BEST_OF.format(k=lesson.samples)
-    file = run / f"{name}.json"
+    file = run / f"{BEST_OF.format(k=lesson.samples)}.json"
+    extremes: dict[str, float] = files.read_json(file) if file.is_file() else {}
+    # A file of before the lesson asked for another score lacks it.
+    if not all(MOST_OF.format(name=name, k=lesson.samples) in extremes for name in lesson.extremes):
+        file.unlink(missing_ok=True)
     if not file.is_file():
-        files.write_text(file, json.dumps({name: best_of(run, lesson.samples, config)}) + "\n")
+        files.write_text(file, json.dumps(extremes_of(run, lesson, config)) + "\n")
     return metrics | files.read_json(file)
 
 
@@ -193,19 +200,33 @@ def judged(run: Path, lesson: Lesson, task: Task) -> dict[str, float]:
     return {name: rate.value for name, rate in rates.items() if rate is not None}
 
 
-def best_of(run: Path, k: int, config: LessonConfig) -> float:
-    """The mean over prompts of the best gold score of k samples, on the prompts of the run's last evaluation."""
+def extremes_of(run: Path, lesson: Lesson, config: LessonConfig) -> dict[str, float]:
+    """The extremes of `lesson.samples` completions of each prompt of a run's last evaluation.
+
+    Returns:
+        gold_best_of_k: the mean over prompts of the best gold score. For each of `lesson.extremes` NAME_max_of_k, the
+        same of its score (the expected maximum of Gehman et al. 2020), and NAME_any_of_k, the share of prompts with a
+        completion of SHOWS or more.
+    """
     import torch
 
     from textrl_gym.evaluation.evaluator import Evaluator
 
     agent: Agent = _agent_of(run, config)
-    best_N: Any = None
-    evaluator = Evaluator(agent.env, config.eval_episodes)
+    evaluator, k = Evaluator(agent.env, config.eval_episodes), lesson.samples
+    specs: dict[str, RewardSpec | None] = {"gold": None, **lesson.extremes}
+    rewards = {name: evaluator.scorer_of(spec) for name, spec in specs.items()}
+    drawn: dict[str, list[Any]] = {name: [] for name in rewards}
     for seed in range(1, k + 1):
-        scores_N = evaluator.gold_scores(evaluator.play(agent, sampling_seed=seed))
-        best_N = scores_N if best_N is None else torch.maximum(best_N, scores_N)
-    return float(np.mean(best_N.numpy()))
+        rollouts = evaluator.play(agent, sampling_seed=seed)
+        for name, reward in rewards.items():
+            drawn[name].append(evaluator.gold_scores(rollouts, reward))
+    most = {name: torch.stack(scores).amax(0) for name, scores in drawn.items()}
+    metrics = {BEST_OF.format(k=k): float(most.pop("gold").mean())}
+    for name, most_N in most.items():
+        metrics[MOST_OF.format(name=name, k=k)] = float(most_N.mean())
+        metrics[ANY_OF.format(name=name, k=k)] = float((most_N >= SHOWS).float().mean())
+    return metrics
 
 
 def _agent_of(run: Path, config: LessonConfig) -> Agent:

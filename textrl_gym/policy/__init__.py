@@ -11,6 +11,7 @@
 - `decoders`: cached decoding, a token at a time
 - `step_cache`: cached decoding of observations that grow by a token (Stable-Baselines3)
 - `top_p_policy`: a policy on the top-p tokens of an older copy (NLPO)
+- `quantile_policy`: a policy that a token in front of the prompt tells how good to be (Quark)
 """
 
 from __future__ import annotations
@@ -28,5 +29,6 @@ __getattr__ = lazy(
         "Decoder": "decoders",
         "StepCache": "step_cache",
         "MaskedPolicy": "top_p_policy",
+        "QuantilePolicy": "quantile_policy",
     },
 )

@@ -57,6 +57,9 @@ class Lesson:
     """The metrics that tell it, in the order of the table."""
     samples: int = 1
     """Completions of each prompt that gold_best_of_k is measured on; 1: not measured."""
+    extremes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of scores, and the rewards that give them, of which the maximum over these completions is measured too:
+    NAME_max_of_k and NAME_any_of_k (`experiments.lessons.extremes_of`)."""
     plane: tuple[str, str] | None = None
     """Two metrics that the page draws against each other, a point for each trial, as a front."""
     annotators: Mapping[str, float] | None = None
