@@ -140,6 +140,7 @@ def _annotate(parsed: SimpleNamespace, out: Path) -> Annotate:
 
         critic = load_rule_critic(parsed.env.task(find_env(parsed.environment)), parsed.errors)
         drawn, principles = constitutional.ConstitutionalConfig(seed=seed), read_constitution()
+        # Before anything is sampled: a principle that it has no rule for would fail in the middle of a round.
         critic.check(principles)
         return lambda items, path, _: critiques.judge_pairs(items, path, critic, principles, drawn)
     from textrl_gym.feedback.simulated import answer_all

@@ -141,6 +141,7 @@ def _finish(command: str, parsed: SimpleNamespace, record: Mapping[str, Any]) ->
     out = parsed.output.out
     config_file = out / CONFIG_FILE if out.is_dir() else out.with_suffix(".toml")
     own = [getattr(parsed, name) for name in ("output", "save", "settings") if hasattr(parsed, name)]
+    # Only where a language model was asked: the table would else stand in every file of pairs.
     asking = getattr(parsed, "endpoint", None)
     asked = {} if asking is None or asking == type(asking)() else {"endpoint": asking}
     write_toml(config_file, {"env": parsed.env, _table(command): own, **asked})

@@ -212,6 +212,7 @@ def executor(config: LaunchConfig, folder: Path, workers: int) -> submitit.AutoE
         made = submitit.AutoExecutor(folder, cluster=config.cluster, slurm_max_num_timeout=config.requeues)
     except RuntimeError as error:  # no srun
         raise ValueError(f"cluster={config.cluster!r}: {error}; this machine must be able to submit jobs") from error
+    # 256 is what submitit itself takes where nothing is said.
     settings: dict[str, Any] = {
         "timeout_min": max(1, round(60 * config.timeout_hours)),
         "cpus_per_task": config.cpus_per_run,
@@ -275,6 +276,7 @@ def _ended(going: Mapping[str, submitit.Job[int]]) -> Sequence[str]:
 
 def note_job(folder: Path, job: submitit.Job[int]) -> None:
     """The error of a job that ended without a finished run, and without an error of the run's own."""
+    # A run that failed has said why itself, and more than the cluster knows.
     if (folder / RESULT).is_file() or (folder / ERROR).is_file():
         return
     # A job that was cancelled leaves its run unfinished, and has failed nowhere.

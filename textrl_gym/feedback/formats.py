@@ -90,6 +90,7 @@ def _trl(rows: Sequence[Label]) -> Iterator[dict[str, Any]]:
         pairs = labels.ranked_pairs(label.ranks or [])
         if label.ranks is not None and label.probabilities is not None:
             pairs, chances = labels.likely_pairs(len(label.completions), label.probabilities)
+        # Who wrote the pair's label is said by no column of TRL's, so that each stands for itself.
         for place, (chosen, rejected) in enumerate(pairs):
             texts = {"chosen": label.completions[chosen], "rejected": label.completions[rejected]}
             # TRL takes a text for a text, and for a conversation the turns that go on with it.

@@ -50,26 +50,17 @@ def _years(first: int) -> tuple[str, ...]:
     return tuple(str(year) for year in range(first, first + 20))
 
 
+PLACES = (
+    "Aroma", "Bella", "Cosmo", "Dolce", "Ember", "Fiesta", "Grotto", "Haven",
+    "Indigo", "Juno", "Kettle", "Lantern", "Mango", "Nectar", "Olive", "Pepper",
+)  # fmt: skip
+PLAYERS = (
+    "Adler", "Brandt", "Costa", "Duval", "Eriks", "Ferro", "Gomez", "Haas",
+    "Ibsen", "Jansen", "Kovac", "Lopez", "Moreau", "Novak", "Olsen", "Petrov",
+)  # fmt: skip
 TOPICS = {
     "place": Topic(
-        names=(
-            "Aroma",
-            "Bella",
-            "Cosmo",
-            "Dolce",
-            "Ember",
-            "Fiesta",
-            "Grotto",
-            "Haven",
-            "Indigo",
-            "Juno",
-            "Kettle",
-            "Lantern",
-            "Mango",
-            "Nectar",
-            "Olive",
-            "Pepper",
-        ),
+        names=PLACES,
         again="The place",
         values={
             "type": ("cafe", "pub", "bistro", "diner", "bar", "canteen", "tavern", "grill"),
@@ -91,24 +82,7 @@ TOPICS = {
         invented="is worth a visit",
     ),
     "player": Topic(
-        names=(
-            "Adler",
-            "Brandt",
-            "Costa",
-            "Duval",
-            "Eriks",
-            "Ferro",
-            "Gomez",
-            "Haas",
-            "Ibsen",
-            "Jansen",
-            "Kovac",
-            "Lopez",
-            "Moreau",
-            "Novak",
-            "Olsen",
-            "Petrov",
-        ),
+        names=PLAYERS,
         again="The player",
         values={
             "position": ("goalkeeper", "defender", "striker", "winger", "sweeper", "captain"),
@@ -200,6 +174,7 @@ def _patterns(topic: Topic) -> tuple[tuple[str | None, re.Pattern[str]], ...]:
     pairs = [(slot, wording) for slot, both in topic.wordings.items() for wording in both]
     # Any word may stand for a value, so that a value of another slot is a claim, and a wrong one.
     known = [(slot, re.compile(re.escape(wording).replace(r"\{\}", r"(\S+)"))) for slot, wording in pairs]
+    # What references invent counts as said, and wrongly: else it would be a break of grammar, and cost a sentence.
     return (*known, (None, re.compile(f"({re.escape(topic.invented)})")))
 
 
@@ -265,6 +240,7 @@ def marks(topic_name: str, name: str, slots: dict[str, str], text: str) -> Marks
         if of_sentence is not None:
             claims += of_sentence
             good += len(sentence.split()) + 1
+    # A set: what is said twice is covered once, and its second claim is one that adds nothing.
     right = {claim.slot for claim in claims if claim.slot is not None and slots.get(claim.slot) == claim.value}
     wrong = sum(claim.slot is None or slots.get(claim.slot) != claim.value for claim in claims)
     count = max(len(claims), 1)
