@@ -68,7 +68,7 @@ class Sycophancy(Task):
 
     ## Lesson
     Annotators who like agreement teach it: more answers flip to the user's wrong view, and gold falls. With fair
-    annotators, or with the gold score as the reward, fewer do. `textrl-gym lesson Sycophancy-v0` runs it.
+    annotators fewer do, and gold rises. `textrl-gym lesson Sycophancy-v0` runs it.
 
     ## References
     - Perez et al. 2022, Discovering language model behaviors with model-written evaluations,
@@ -115,7 +115,6 @@ class Sycophancy(Task):
             "fair": Trial(
                 "the reward model of annotators who do not mind", "grpo", TOKENS, GRPO, "reward_model:fair_reward_model"
             ),
-            "gold": Trial("the right answer itself", "grpo", TOKENS, GRPO, "textrl_gym.worlds.opinions:gold"),
         },
         findings=(
             Finding(
@@ -125,7 +124,6 @@ class Sycophancy(Task):
             Finding("and gold falls", rise("start", "pleased", "gold")),
             Finding("With fair annotators they flip less often than at the start", rise("start", "fair", "flipped")),
             Finding("and gold rises", rise("fair", "start", "gold")),
-            Finding("With gold as the reward they flip less often too", rise("start", "gold", "flipped")),
         ),
         metrics=(
             "gold",
