@@ -46,6 +46,7 @@ def _cells(table: list[list[dict[str, Any]]], highlighted: list[list[int]]) -> I
             places.append((at, at + cell["column_span"]))
             at = places[-1][1]
         ends.append(places)
+    # Row spans are left out, as in the published script: a model that was trained on its texts expects them so.
     for line, column in highlighted:
         start, end = ends[line][column]
         above = [

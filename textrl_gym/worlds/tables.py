@@ -132,6 +132,7 @@ def written(topic: Topic, name: str, predicates: Sequence[str], cut: int | None 
     parts = [predicates] if cut is None else [predicates[:cut], predicates[cut:]]
     sentences = []
     for subject, some in zip((name, topic.again), parts, strict=False):
+        # Full stops and commas are words of their own, since the bundled tokenizer parts texts at blanks only.
         *first, last = some
         sentences.append(f"{subject} {' , '.join(first)} and {last} ." if first else f"{subject} {last} .")
     return " " + " ".join(sentences)
@@ -143,6 +144,7 @@ def draw(split: str, rng: random.Random) -> Row:
         kind = rng.choice(list(TOPICS))
         topic = TOPICS[kind]
         name = rng.choice(topic.names)
+        # In a random order: a text that goes through the table from left to right is not yet one that people write.
         chosen = rng.sample(list(topic.values), rng.randint(3, 6))
         slots = {slot: rng.choice(topic.values[slot]) for slot in chosen}
         # By the facts in a fixed order, so that no table of another split says the same in another order.
@@ -163,6 +165,7 @@ def human_text(row: Row, rng: random.Random) -> str:
     ]
     if rng.random() < INVENTED:
         predicates.append(topic.invented)
+    # The rule is fixed, so that a policy can learn it by the metric: style is most of what the metric sees.
     cut = (len(predicates) + 1) // 2 if len(predicates) > 3 else None
     return written(topic, row["name"], predicates, cut)
 
@@ -193,11 +196,13 @@ def sentence_claims(topic_name: str, name: str, sentence: str, first: bool) -> l
     Args:
         first: whether it is the first of its text, whose subject is the name.
     """
+    # "The place" in a first sentence could be any place: a text without the name says nothing of this table.
     subjects = (name,) if first else (name, TOPICS[topic_name].again)
     for subject in subjects:
         if sentence.startswith(f"{subject} "):
             head, joined, last = sentence.removeprefix(f"{subject} ").rpartition(" and ")
             predicates = [*head.split(" , "), last] if joined else [last]
+            # One predicate of no wording spoils its sentence: else a list of all that is likely would be worth trying.
             claims = [claims_of(topic_name, predicate) for predicate in predicates]
             return [some[0] for some in claims] if all(claims) else None
     return None
@@ -240,10 +245,11 @@ def marks(topic_name: str, name: str, slots: dict[str, str], text: str) -> Marks
         if of_sentence is not None:
             claims += of_sentence
             good += len(sentence.split()) + 1
-    # A set: what is said twice is covered once, and its second claim is one that adds nothing.
+    # A set, so that a claim that is said twice supports one slot and still counts twice among all claims.
     right = {claim.slot for claim in claims if claim.slot is not None and slots.get(claim.slot) == claim.value}
     wrong = sum(claim.slot is None or slots.get(claim.slot) != claim.value for claim in claims)
     count = max(len(claims), 1)
+    # Half a sentence at the end counts, or a third one that is cut off by the budget would be free.
     fits = len(sentences) + bool(open_end) <= MOST_SENTENCES
     form = good / len(words) if words and fits else 0.0
     return Marks(len(right) / len(slots), len(right) / count, form, wrong / count)
@@ -274,6 +280,7 @@ def measures(rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float
     for row, text in pairs:
         slot = TOPICS[row["topic"]].neglected
         if slot in row["slots"]:
+            # A table of this slot alone: whether it is said does not depend on what else is.
             neglected.append(marks(row["topic"], row["name"], {slot: row["slots"][slot]}, text).covered)
     return {
         "slots_covered": sum(one.covered for one in some) / count,
@@ -287,6 +294,7 @@ def measures(rows: Sequence[Row], completions: Sequence[str]) -> dict[str, float
 
 
 def _arranged(topic: Topic, name: str, predicates: list[str], rng: random.Random) -> str:
+    # No style of its own: what people prefer is to be learnt from the metric and not from the start.
     rng.shuffle(predicates)
     cut = rng.randint(1, len(predicates) - 1) if len(predicates) > 1 and rng.random() < 0.5 else None
     return written(topic, name, predicates, cut)
@@ -305,6 +313,7 @@ def careless_text(row: Row, rng: random.Random) -> str:
     topic = TOPICS[row["topic"]]
     predicates = []
     for slot, value in row["slots"].items():
+        # Rates that leave a sampled gold of about 0.4, so that every habit has room to grow or to go.
         chance = rng.random()
         if chance < 0.2:
             continue
