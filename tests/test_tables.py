@@ -253,6 +253,7 @@ def test_real_rows_are_rewarded_against_their_reference(tmp_path: Path) -> None:
     # The words of the reference and the end
     for action in [*env.unwrapped.tokenizer(" the park has a cafe")["input_ids"], env.unwrapped.tokenizer.eos_token_id]:  # type: ignore[attr-defined]
         assert not ended
-        _, reward, ended, _, _ = env.step(action)
+        _, step_reward, ended, _, _ = env.step(action)
+        reward += float(step_reward)
     assert ended and reward == pytest.approx(1.0)
     env.close()
