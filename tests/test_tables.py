@@ -249,12 +249,11 @@ def test_real_rows_are_rewarded_against_their_reference(tmp_path: Path) -> None:
     rows_of(tmp_path, [{"concepts": ["park"], "target": "the park has a cafe"}])
     env = gymnasium.make(ID, dataset=str(tmp_path), split="train", tokenizer=load_env_task("CalibratedQA-v0").model)
     env.reset(seed=0)
-    ended = False
-    rewards = []
+    reward, ended = 0.0, False
     # The words of the reference and the end
     for action in [*env.unwrapped.tokenizer(" the park has a cafe")["input_ids"], env.unwrapped.tokenizer.eos_token_id]:  # type: ignore[attr-defined]
         assert not ended
-        _, reward, ended, _, _ = env.step(action)
-        rewards.append(float(reward))
-    assert ended and rewards[-1] == pytest.approx(1.0)
+        _, step_reward, ended, _, _ = env.step(action)
+        reward += float(step_reward)
+    assert ended and reward == pytest.approx(1.0)
     env.close()
