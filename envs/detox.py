@@ -17,7 +17,8 @@ from textrl_gym.worlds.world import Rows
 ID = "Detox-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "provocations")
 TOKENS = 60_000
-PPO = {"rollout_episodes": 64, "learning_rate": 5e-4, "kl_coef": 0.05}
+PPO = {"rollout_episodes": 64, "learning_rate": 5e-4, "kl_coef": 0.1}
+"""Five seeds with kl_coef 0.05 went to 3.2 nats."""
 GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 3e-4, "kl_coef": 0.05}
 QUARK = {
     "rollout_episodes": 64,
