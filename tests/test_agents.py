@@ -14,7 +14,7 @@ from torch import Tensor
 
 import textrl_gym
 from textrl_gym import functional, registry
-from textrl_gym.agents import DAPO, GRPO, PPO, SB3PPO, SB3TRPO
+from textrl_gym.agents import AWR, DAPO, GRPO, PPO, SB3PPO, SB3TRPO, FilteredBC
 from textrl_gym.agents.grpo import GRPOConfig, group_advantages, grpo_loss
 from textrl_gym.agents.ppo import PPOConfig, ppo_loss
 from textrl_gym.envs import known_optimum
@@ -153,9 +153,14 @@ def test_micro_batches_are_one_batch(cls: type[Agent], tmp_path: Path) -> None:
     assert (gradients[0] - gradients[1]).norm() / norm < 1e-5
 
 
+SAMPLES_FIRST = (AWR, FilteredBC)
+"""Offline agents, which sample thousands of episodes before they learn."""
+
+
 @pytest.mark.parametrize(
     ("cls", "env", "timesteps"),
-    [(cls, "CopyText-v0", 60 if cls is SB3TRPO else 250) for cls in AGENTS]
+    [(cls, "CopyText-v0", 60 if cls is SB3TRPO else 250) for cls in AGENTS if cls not in SAMPLES_FIRST]
+    + [pytest.param(cls, "CopyText-v0", 250, marks=pytest.mark.slow) for cls in SAMPLES_FIRST]
     + [pytest.param(cls, "TLDRSummarize-v0", 150, marks=pytest.mark.slow) for cls in (PPO, GRPO)],
 )
 def test_same_seed_same_weights_and_another_seed_others(
@@ -169,7 +174,9 @@ def test_same_seed_same_weights_and_another_seed_others(
     assert not torch.equal(runs[0], runs[2])
 
 
-@pytest.mark.parametrize("cls", AGENTS)
+@pytest.mark.parametrize(
+    "cls", [pytest.param(cls, marks=pytest.mark.slow) if cls is SB3TRPO else cls for cls in AGENTS]
+)
 def test_resume_is_never_stopped(cls: type[Agent], tmp_path: Path) -> None:
     class Stop:
         """Interrupts after the third update, as a user would."""

@@ -23,7 +23,7 @@ from textrl_gym.rewards import load_reward
 from textrl_gym.rollouts.collect import collect
 from textrl_gym.worlds.world import Rows
 
-TALKS = [env_id for env_id in registry.env_ids() if load_env_task(env_id).symbols]
+TALKS = [env_id for env_id in registry.env_ids() if (task := load_env_task(env_id)).symbols and task.replies_to_turns]
 ROWS = 300
 
 

@@ -35,7 +35,9 @@ def test_every_example_is_tested(root: Path) -> None:
         "bench_ablation",
         "ensemble_curve",
         "length_bias",
+        "label_selection",
         "memory_table",
+        "rlhf_and_rlaif",
         "openenv_server",  # tests/test_openenv.py
         "torchrl_ppo",  # tests/test_torchrl.py
         "trl_grpo",  # tests/test_trl.py
@@ -122,6 +124,7 @@ def test_custom_agent_outside_the_package(root: Path, tmp_path: Path) -> None:
     assert "KL to the reference" in run("evaluate", "runs/mine", "--episodes", "8", "--trust-code")
 
 
+@pytest.mark.slow
 def test_demo(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo = importlib.import_module("demo")
     for _ in range(2):  # the second finds all done

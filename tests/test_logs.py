@@ -143,7 +143,7 @@ def test_held_out_pairs_of_a_file_are_those_of_its_validation_part(tmp_path: Pat
     agent = DPO("CopyText-v0", pairs=str(tmp_path / "pairs.jsonl"), out=tmp_path / "run")
     assert agent.extra_metrics([]) == {"pair_accuracy": 0.5, "pair_margin": 0.0}
     assert agent._held_out is not None
-    trained = {tuple(prompt) for prompt, _, _ in agent.pairs}
+    trained = {tuple(prompt) for prompt, *_ in agent.pairs}
     held_out = {
         tuple(ids[mask].tolist())
         for ids, mask in zip(agent._held_out.prompt_BP, agent._held_out.prompt_mask_BP, strict=True)

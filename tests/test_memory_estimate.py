@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from textrl_gym.models import lora, memory
 from textrl_gym.models.memory import Work, at_its_fullest, estimate
-from textrl_gym.policy.backbone import cache_input
+from textrl_gym.policy.backbone import cache_name
 from textrl_gym.policy.policy import CHUNK_NUMBERS
 
 CONFIG = LlamaConfig(
@@ -44,7 +44,7 @@ def test_the_cache_is_that_of_prompts_once_and_completions() -> None:
     model = AutoModelForCausalLM.from_config(CONFIG)
     cache = DynamicCache()
     # 3 prompts of 5 tokens, 6 completions of 3: 33 tokens
-    model(input_ids=torch.zeros(1, 33, dtype=torch.long), **cache_input(model, cache))
+    model(input_ids=torch.zeros(1, 33, dtype=torch.long), **{cache_name(model): cache})
     layers: Any = cache.layers
     assert estimate(CONFIG, WORK)["cache"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -58,14 +57,9 @@ def no_mask(like: Tensor) -> Tensor:
     return torch.zeros(1, 1, 1, 1, device=like.device)
 
 
-def cache_input(body: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
+def cache_name(body: nn.Module) -> str:
     """The argument that hands a body its cache: `past_key_values`, which transformers calls `cache` from 5.24 on."""
-    return {_cache_name(type(body).forward): cache}
-
-
-@functools.cache
-def _cache_name(forward: Callable[..., Any]) -> str:
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
 
 
 def cache_of(out: ModelOutput) -> Cache | None:
@@ -75,13 +69,13 @@ def cache_of(out: ModelOutput) -> Cache | None:
     return cache
 
 
-def fill(body: nn.Module, prompt_UP: Tensor, mask_UP: Tensor, cache: Cache | None) -> ModelOutput:
+def fill(body: nn.Module, prompt_UP: Tensor, mask_UP: Tensor, **cache: Cache) -> ModelOutput:
     """The body's output on prompts, whose keys and values go to the cache (None: one of the model's own making)."""
     return body(
         input_ids=prompt_UP,
         attention_mask=mask_UP.long(),
         position_ids=position_ids(mask_UP),
-        **cache_input(body, cache),
+        **cache,
         use_cache=True,
     )
 
@@ -212,6 +206,7 @@ class Trunk(ModelRunner):
     ) -> None:
         super().__init__(model, dtype, static, adapter)
         self.body: Any = body_of(self.model)
+        self.cache_name = cache_name(self.body)  # once: compiled passes cannot look into signatures
         self.step_body: Any = compiled(self.body) if of_decode(compile) else self.body
         """What a decoder at fixed shapes runs."""
         self._compiled: tuple[Any, PromptPass] | None = None
@@ -338,7 +333,7 @@ class Trunk(ModelRunner):
         Raises:
             ValueError: the model keeps no cache.
         """
-        out = fill(self.body, prompt_BP, mask_BP, None)
+        out = fill(self.body, prompt_BP, mask_BP)
         cache = cache_of(out)
         if cache is None:
             raise ValueError("it keeps no cache")
@@ -355,7 +350,7 @@ class Trunk(ModelRunner):
             input_ids=token_BK,
             attention_mask=mask_BL.long(),
             position_ids=position_ids(mask_BL)[:, -token_BK.shape[1] :],
-            **cache_input(self.body, cache),
+            **{self.cache_name: cache},
             use_cache=True,
         )
         return out, mask_BL
@@ -374,13 +369,13 @@ class Trunk(ModelRunner):
     def _prompts(self, ids_UP: Tensor, mask_UP: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         cache = prompt_cache(self.depth)
         with contextlib.suppress(StopAtLastLayer):
-            fill(self.body, ids_UP, mask_UP, cache)
+            fill(self.body, ids_UP, mask_UP, **{self.cache_name: cache})
         return contents(cache)
 
     def _all_of_prompts(self, ids_UP: Tensor, mask_UP: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The same without the exception: what nobody reads of the last layer a compiler leaves out by itself."""
         cache = prompt_cache(self.depth, stops=False)
-        fill(self.body, ids_UP, mask_UP, cache)
+        fill(self.body, ids_UP, mask_UP, **{self.cache_name: cache})
         return contents(cache)
 
     @property
@@ -395,7 +390,7 @@ class Trunk(ModelRunner):
         # Not num_hidden_layers: some layers of some families keep none, or share another layer's.
         cache = DynamicCache()
         with torch.no_grad(), self._precision(), capped(self.configs):
-            fill(self.body, self._some_tokens, torch.ones_like(self._some_tokens), cache)
+            fill(self.body, self._some_tokens, torch.ones_like(self._some_tokens), **{self.cache_name: cache})
         return len(cache.layers)
 
     # -- the head -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from textrl_gym.policy.backbone import Trunk, cache_input, cache_of, fill, no_mask
+from textrl_gym.policy.backbone import Trunk, cache_of, fill, no_mask
 from textrl_gym.policy.prefix_attention import OwnLayer, attached, own_cache
 
 
@@ -79,7 +79,7 @@ class SharedDecoder:
                 input_ids=token_BK,
                 attention_mask=self.no_mask,
                 position_ids=self.position_B1 + position_K,
-                **cache_input(self.trunk.body, self.own),
+                **{self.trunk.cache_name: self.own},
                 use_cache=True,
             )[0]
 
@@ -147,7 +147,7 @@ class RepeatedDecoder:
         self.row_k = torch.arange(len(source_B), device=source_B.device)
         with trunk.running():
             # The cache of the model's own making: attention is not all that models keep.
-            out = fill(trunk.body, prompt_UP[source_B], self.mask_BL, None)
+            out = fill(trunk.body, prompt_UP[source_B], self.mask_BL)
         cache = cache_of(out)
         assert cache is not None  # else Trunk.caches would be False
         self.first_BD, self.cache = out[0][:, -1], cache

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from textrl_gym.models import packing, positions
 from textrl_gym.policy import trial
-from textrl_gym.policy.backbone import Head, ModelRunner, cache_input, cache_of, unique_prompts
+from textrl_gym.policy.backbone import Head, ModelRunner, cache_name, cache_of, unique_prompts
 from textrl_gym.policy.compiling import Compile
 from textrl_gym.policy.trial import Ways
 
@@ -57,6 +57,7 @@ class Seq2SeqTrunk(ModelRunner):
             )
         model_parts: Any = self.model
         self.encoder, self.decoder_body = model_parts.get_encoder(), model_parts.get_decoder()
+        self.cache_name = cache_name(self.decoder_body)
         packing.decoder_start(self.model)  # its absence is said at once
         self._prompt_places: dict[int, int | None] = {}
 
@@ -250,7 +251,7 @@ class CachedRows:
                 input_ids=token_BK,
                 encoder_hidden_states=self.state_BSD,
                 encoder_attention_mask=self.real_BS.long(),
-                **cache_input(self.trunk.decoder_body, self.cache),
+                **{self.trunk.cache_name: self.cache},
                 use_cache=True,
             )
         self.cache = cache_of(out)

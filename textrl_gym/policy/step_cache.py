@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from textrl_gym.policy.backbone import Trunk, cache_input, cache_of, position_ids
+from textrl_gym.policy.backbone import Trunk, cache_of, position_ids
 
 SLACK = 32
 """Columns that are filled before what is kept moves back to the front of its room."""
@@ -200,7 +200,7 @@ class StepCache:
             input_ids=input_BL.gather(1, (end_B - 1)[:, None]),
             attention_mask=mask_BW.long(),
             position_ids=(length_B - 1)[:, None],
-            **cache_input(self.trunk.body, Cache(layers=list(self._rooms))),
+            **{self.trunk.cache_name: Cache(layers=list(self._rooms))},
             use_cache=True,
         )[0][:, 0]
         self._end += 1
