@@ -157,6 +157,7 @@ class Job:
     def __init__(self, folder: Path, threads: int, trust_code: bool) -> None:
         self.folder, self.threads, self.trust_code = folder, threads, trust_code
         self.process: subprocess.Popen[bytes] | None = None
+        self.stopped = False
 
     def __call__(self) -> int:
         """Run it; returns the exit code of its process."""
@@ -164,7 +165,9 @@ class Job:
         self.process = start(self.folder, self.threads, self.trust_code)
         with self._stopping(signal.SIGINT):
             code = self.process.wait()
-        note_death(self.folder, code)
+        # Stopped while it was still importing, a run has no handler yet and dies of the signal: no failure of its own.
+        if not self.stopped:
+            note_death(self.folder, code)
         return code
 
     @contextlib.contextmanager
@@ -178,6 +181,7 @@ class Job:
 
     def stop(self) -> None:
         """Let the run finish its update, save and end."""
+        self.stopped = True
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGINT)
@@ -266,6 +270,9 @@ def run_jobs(
     except BaseException:
         for job in going.values():
             job.cancel()
+        if config.cluster == "local":  # its jobs are children of this process, and Slurm's are not
+            for job in going.values():
+                job.wait()
         raise
     show(set())
 
