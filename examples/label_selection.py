@@ -31,7 +31,7 @@ from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import load_env_task
 from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.pipeline.reward_ensemble import train_rewards
-from textrl_gym.stats.estimates import t_interval
+from textrl_gym.stats.estimates import difference_of_means
 from textrl_gym.stats.pairwise import agreement
 
 METHODS: tuple[Selection, ...] = get_args(Selection)
@@ -96,10 +96,9 @@ def needed(accuracy_L: NDArray[np.float64], aim: float, step: int) -> float:
 
 def shown(values: Sequence[float]) -> str:
     """Mean and 95% interval over seeds."""
-    mean = float(np.mean(values))
-    if len(values) < 2 or np.isnan(mean):
-        return f"{mean:+.3f}"
-    one = t_interval(mean, [(float(np.var(values, ddof=1)) / len(values), len(values) - 1)], 0.95)
+    if len(values) < 2:
+        return f"{values[0]:+.3f}"
+    one = difference_of_means(values, 0.0)
     return f"{one.value:+.3f} ({one.low:+.3f} to {one.high:+.3f})"
 
 

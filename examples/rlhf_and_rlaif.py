@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +32,7 @@ from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.recipes.constitutional import COMPARED, ConstitutionalConfig
 from textrl_gym.recipes.critiques import judge_pairs
 from textrl_gym.recipes.rounds import RoundsConfig, run_rounds
-from textrl_gym.stats.estimates import t_interval
+from textrl_gym.stats.estimates import difference_of_means
 
 ENV = "HelpfulHarmless-v0"
 AGENT = "grpo"
@@ -91,8 +90,7 @@ def shown(values: Sequence[float]) -> str:
     """Mean and 95% interval over seeds."""
     if len(values) < 2:
         return f"{values[0]:.3f}" if values else "-"
-    noise = float(np.var(values, ddof=1)) / len(values)
-    one = t_interval(float(np.mean(values)), [(noise, len(values) - 1)], 0.95)
+    one = difference_of_means(values, 0.0)
     return f"{one.value:.3f} ({one.low:.3f} to {one.high:.3f})"
 
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -46,7 +46,8 @@ class LaunchConfig:
     """Where runs are started."""
 
     launcher: Literal["local", "submitit"] = "local"
-    """local: processes of this machine, as many as workers says; submitit: jobs of a cluster."""
+    """local: processes of this machine, as many at a time as workers says; submitit: jobs of a cluster, which decides
+    where workers is 0."""
     cluster: Literal["slurm", "local"] = "slurm"
     """Of submitit; local tries it on this machine."""
     partition: str | None = None
@@ -213,7 +214,7 @@ def executor(config: LaunchConfig, folder: Path, workers: int) -> submitit.AutoE
     except ImportError:
         raise ValueError(SUBMITIT) from None
     try:
-        made = submitit.AutoExecutor(folder, cluster=config.cluster, slurm_max_num_timeout=config.requeues)
+        cluster = submitit.AutoExecutor(folder, cluster=config.cluster, slurm_max_num_timeout=config.requeues)
     except RuntimeError as error:  # no srun
         raise ValueError(f"cluster={config.cluster!r}: {error}; this machine must be able to submit jobs") from error
     # 256 is what submitit itself takes where nothing is said.
@@ -232,10 +233,10 @@ def executor(config: LaunchConfig, folder: Path, workers: int) -> submitit.AutoE
         name, _, value = text.partition("=")
         settings[name] = int(value) if value.isdigit() else value
     try:
-        made.update_parameters(**settings)
+        cluster.update_parameters(**settings)
     except (NameError, ValueError) as error:  # submitit's for a parameter that it does not have
         raise ValueError(f"slurm: {error}") from error
-    return made
+    return cluster
 
 
 def run_jobs(
@@ -249,21 +250,21 @@ def run_jobs(
     names = waiting(folders)
     if not names:
         return
-    made = executor(config, jobs, workers)
+    cluster = executor(config, jobs, workers)
     calls = {name: Job(folders[name].resolve(), config.cpus_per_run, trust_code) for name in names}
     going: dict[str, submitit.Job[int]] = {}
     try:
         if config.cluster == "slurm":
             # One array for all: Slurm keeps to the number of jobs at a time.
-            with made.batch():
-                submitted = [made.submit(call) for call in calls.values()]
+            with cluster.batch():
+                submitted = [cluster.submit(call) for call in calls.values()]
             going, names = dict(zip(calls, submitted, strict=True)), []
         while names or going:
             # submitit's local executor starts at once what it is given.
             while names and len(going) < (workers or 1):
                 name = names.pop(0)
-                going[name] = made.submit(calls[name])
-            for name in _ended(going):
+                going[name] = cluster.submit(calls[name])
+            for name in [name for name, job in going.items() if job.done()]:
                 note_job(folders[name], going.pop(name))
             show(set(going))
             time.sleep(POLL_SECONDS)
@@ -275,10 +276,6 @@ def run_jobs(
                 job.wait()
         raise
     show(set())
-
-
-def _ended(going: Mapping[str, submitit.Job[int]]) -> Sequence[str]:
-    return [name for name, job in going.items() if job.done()]
 
 
 def note_job(folder: Path, job: submitit.Job[int]) -> None:

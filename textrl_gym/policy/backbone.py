@@ -11,6 +11,7 @@ width, V vocabulary.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import copy
 import inspect
@@ -70,7 +71,7 @@ def cache_of(out: ModelOutput) -> Cache | None:
 
 
 def fill(body: nn.Module, prompt_UP: Tensor, mask_UP: Tensor, **cache: Cache) -> ModelOutput:
-    """The body's output on prompts, whose keys and values go to the cache (None: one of the model's own making)."""
+    """The body's output on prompts, whose keys and values go to the cache, by `cache_name` (none: one of its own)."""
     return body(
         input_ids=prompt_UP,
         attention_mask=mask_UP.long(),
@@ -102,7 +103,7 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return model.base_model if model.base_model is not model else cast("nn.Module", model.model)
 
 
-class ModelRunner:
+class ModelRunner(abc.ABC):
     """A model of transformers and the surroundings in which its passes run.
 
     Args:
@@ -150,9 +151,9 @@ class ModelRunner:
 
     # -- which ways are right -----------------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def examine(self, length: int) -> Ways:
         """How the model may be run on texts of so many tokens, by comparison with its plain forward."""
-        raise NotImplementedError
 
     def try_out(self, reach: int) -> Ways:
         """How the model may be run on texts of up to so many tokens; compared with its plain forward when first asked.
