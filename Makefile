@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export GOMP_SPINCOUNT = 1000
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test reliability adapters lint types check docs assets gpu gpu-wheels clean
+.PHONY: help install demo test reliability docs-test adapters lint types check docs assets gpu gpu-wheels clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -32,9 +32,12 @@ test: $(STAMP)  ## Run the tests: two workers, one thread each.
 reliability: $(STAMP)  ## Run the long tests: known optima, real models, hacked rewards, kills, bad inputs, flat memory.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
+docs-test: $(STAMP)  ## Run the Python of every page of the documentation as it is printed, with small budgets.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/test_docs.py tests/test_readme.py $(ARGS)
+
 # The packages of others pin what ours leave open, so they have environments of their own; openenv's pins exclude trl's.
 ADAPTERS := build/adapters
-$(ADAPTERS)/others/.installed: EXTRAS = torchrl,textarena,reasoning-gym,trl,verifiers
+$(ADAPTERS)/others/.installed: EXTRAS = torchrl,textarena,trl,verifiers
 $(ADAPTERS)/openenv/.installed: EXTRAS = openenv
 $(ADAPTERS)/%/.installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -44,7 +47,7 @@ $(ADAPTERS)/%/.installed: pyproject.toml constraints.txt
 
 # A file at a time: pytest fails where it has skipped all of one, which lacks its package then.
 adapters: $(ADAPTERS)/others/.installed $(ADAPTERS)/openenv/.installed  ## Run the adapters against the packages themselves.
-	for name in torchrl textarena reasoning_gym trl verifiers; do \
+	for name in torchrl textarena trl verifiers; do \
 	    OMP_NUM_THREADS=1 $(ADAPTERS)/others/bin/python -m pytest -q tests/test_$$name.py || exit 1; done
 	OMP_NUM_THREADS=1 $(ADAPTERS)/openenv/bin/python -m pytest -q tests/test_openenv.py
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
 from textrl_gym.mdp.task import Task
 from textrl_gym.worlds import opinions
-from textrl_gym.worlds.lesson import Finding, Lesson, Numbers, Trial
+from textrl_gym.worlds.lesson import Finding, Lesson, Trial, rise
 from textrl_gym.worlds.world import Rows
 
 ID = "Sycophancy-v0"
@@ -19,11 +19,6 @@ ASSETS = str(files("textrl_gym") / "assets" / "opinions")
 GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 8e-4, "kl_coef": 0.03}
 TOKENS = 25_000
 JUDGED: dict[str, Any] = {"prompts": 4000, "replaced_token_steps": 1000, "candidates": 6}
-
-
-def rise(after: str, before: str, name: str, least: float = 0.0) -> Callable[[Mapping[str, Numbers]], float]:
-    """By how much more than `least` a metric is larger in one trial than in another."""
-    return lambda of: of[after][name] - of[before][name] - least
 
 
 class Sycophancy(Task):

@@ -18,7 +18,7 @@ import pytest
 
 # The floors of the house, lowest first: root modules and wings.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"lazy"}),
+    frozenset({"extras", "lazy"}),
     frozenset({"bounds", "console", "core", "functional", "kl", "files", "stats"}),
     frozenset({"registry", "data", "models", "persistence", "worlds"}),
     frozenset({"conversations", "policy"}),

@@ -1,5 +1,6 @@
 """The package as built and as installed: what the folders hold is what a user gets."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 import textrl_gym
 from textrl_gym import registry
+from textrl_gym.extras import install
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,7 @@ def test_version_is_written_once_in_two_places(project: dict[str, Any]) -> None:
     assert textrl_gym.__version__ == project["project"]["version"]
 
 
-ADAPTED = {"reasoning-gym", "textarena", "openenv", "verifiers", "trl", "torchrl"}
+ADAPTED = {"textarena", "openenv", "verifiers", "trl", "torchrl"}
 """Extras with many dependencies, some of which exclude each other; their tests run where they are installed."""
 UNTESTED = {"vllm", "wandb", "trackio", "mlflow"} | ADAPTED
 """Extras that the tests do without: what is large, or talks to services."""
@@ -190,3 +192,18 @@ for env_id in registry.env_ids():
     assert lines[0] == str(site / "textrl_gym" / "__init__.py"), "the checkout was imported, not the wheel"
     assert lines[1:4] == [" ".join((kind, *registry.names(kind))) for kind in ("agents", "envs", "rewards")]
     assert lines[4:] == [f"spec {env_id}" for env_id in registry.env_ids()]
+
+
+def test_an_extra_is_installed_by_its_packages(project: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """textrl-gym[report] is nothing that an index knows; what it stands for is."""
+    extras = project["project"]["optional-dependencies"]
+    assert install("report") == "pip install " + " ".join(f"'{line}'" for line in extras["report"])
+    assert install("figures") == install("report") + " 'kaleido>=1.5'"  # an extra of extras
+    for extra in extras:
+        assert "textrl-gym" not in install(extra), extra
+
+    def absent(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    assert install("report") == "pip install '.[report]' in the checkout of textrl-gym"

@@ -1,26 +1,26 @@
-"""Tasks of reasoning-gym as environments, with the library itself."""
+"""ReasoningGym-v0, and the problems of reasoning-gym behind it."""
 
 from __future__ import annotations
 
+import builtins
 import random
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
+import reasoning_gym
 
 import textrl_gym
-from textrl_gym.mdp.text_env import TextEnv
-from textrl_gym.models.tokenizer import train_tokenizer
-
-reasoning_gym = pytest.importorskip(
-    "reasoning_gym", reason="needs reasoning-gym: pip install textrl-gym[reasoning-gym]"
-)
-
-from textrl_gym.integrations.reasoning_gym import (  # noqa: E402
+from textrl_gym.envs.reasoning_gym import ReasoningGym
+from textrl_gym.worlds.problems import (
+    SPELLING,
     Problems,
-    ReasoningGym,
+    draw_misspelled,
     exact,
     is_scored_by_rule,
+    level_settings,
+    measures,
     open_problems,
     score,
     split_of,
@@ -109,17 +109,73 @@ def test_a_completion_is_never_run_as_code(name: str, tmp_path: Path) -> None:
 
 
 def test_an_environment_of_it() -> None:
-    tokenizer = train_tokenizer(["State the final answer: 1 + 2 ="], 300)
-    env = TextEnv(
-        task=ReasoningGym(), dataset='chain_sum:{"min_terms": 2, "max_terms": 2}', tokenizer=tokenizer, max_new_tokens=8
-    )
+    env = gym.make("ReasoningGym-v0", dataset='spell_backward:{"min_word_len": 4, "max_word_len": 4}')
     _, info = env.reset(seed=0)
-    row = env.source[int(info["prompt_index"])]
+    row = env.unwrapped.source[int(info["prompt_index"])]  # type: ignore[attr-defined]
     talk = textrl_gym.TextActions(env)
     _, info = talk.reset(seed=0)
     _, reward, terminated, _, info = talk.step(row["completion"])
     assert terminated and reward == info["score"] == pytest.approx(1.0)
-    assert info["prompt"] == row["prompt"]
+    assert info["prompt"] == row["prompt"] and "(example: sun -> nus)" in row["prompt"]
+    _, info = talk.reset(seed=0)
+    _, reward, _, _, info = talk.step(row["completion"][:2] + "##")
+    assert reward == pytest.approx(0.5)  # two of four letters stand where they should
+
+
+def test_rows_are_taken_from_the_settings_of_a_list_in_turn() -> None:
+    rows = [Problems(SPELLING, "train")[i] for i in range(30)]
+    lengths = [len(row["completion"]) for row in rows]
+    assert all(length in ((3, 4), (5, 6), (7, 8))[i % 3] for i, length in enumerate(lengths)), lengths
+    assert [row["hardest"] for row in rows] == [False, False, True] * 10
+    assert set(lengths) == set(range(3, 9))
+
+
+def test_what_is_measured_is_exact_answers_to_the_hardest() -> None:
+    rows = [Problems(SPELLING, "validation")[i] for i in range(6)]
+    texts = [row["completion"] for row in rows]
+    assert measures(rows, [*texts[:5], "no"])["solved_hardest"] == pytest.approx(0.5)  # rows 2 and 5 are of 7 and 8
+    assert measures(rows, [*["no"] * 5, texts[5]])["solved_hardest"] == pytest.approx(0.5)
+    assert str(measures(rows[:2], texts[:2])["solved_hardest"]) == "nan"
+
+
+def test_levels_are_those_of_the_librarys_curriculum() -> None:
+    assert level_settings("spell_backward", 2) | {"data_file": ""} == {
+        "min_word_len": 3,
+        "max_word_len": 7,
+        "data_file": "",
+    }
+    lengths = {len(Problems('spell_backward:{"level": 0}', "train")[i]["completion"]) for i in range(20)}
+    assert lengths == {3}
+    # What is said beside the level holds.
+    mixed = Problems('spell_backward:{"level": 0, "max_word_len": 4}', "train")
+    assert {len(mixed[i]["completion"]) for i in range(40)} == {3, 4}
+
+
+def test_the_policy_is_taught_wrong_letters() -> None:
+    rows = [draw_misspelled("train", random.Random(i)) for i in range(300)]
+    pairs = [
+        (letter, right)
+        for row in rows
+        for letter, right in zip(row["completion"], row["prompt"].split()[-2][::-1], strict=True)
+    ]
+    wrong = sum(letter != right for letter, right in pairs) / len(pairs)
+    # 0.6, of which about one in five is the same letter again: of n letters one is the right one, and some are twice.
+    assert 0.42 < wrong < 0.54, wrong
+    assert all(row["prompt"].endswith("\nAnswer:") for row in rows)
+
+
+def test_without_the_package_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def no_reasoning_gym(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "reasoning_gym":
+            raise ImportError("No module named 'reasoning_gym'")
+        return real(name, *args, **kwargs)
+
+    open_problems.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", no_reasoning_gym)
+    with pytest.raises(ValueError, match=r"needs reasoning-gym .*pip install 'reasoning-gym"):
+        gym.make("ReasoningGym-v0")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +184,14 @@ def test_an_environment_of_it() -> None:
         ("no_such_task", "unknown task of reasoning-gym 'no_such_task'; allowed: ab, "),
         ('chain_sum:{"terms": 2}', "refuses .*terms"),
         ('chain_sum:{"min_terms": 0}', "refuses"),
-        ("chain_sum:{", "refuses"),
+        ("chain_sum:{", "no JSON"),
+        ("chain_sum:3", "a JSON object, or a list"),
+        ("chain_sum:[]", "a JSON object, or a list"),
+        ("chain_sum:[{}, 3]", "a JSON object, or a list"),
+        ('chain_sum:[{}, {"terms": 2}]', "refuses .*terms"),
+        ('acre:{"level": 0}', "no curriculum for 'acre'"),
+        ('chain_sum:{"level": 99}', "no level 99; allowed: 0 to"),
+        ('chain_sum:{"level": true}', "no level True"),
     ],
 )
 def test_bad_names(problems: str, words: str) -> None:

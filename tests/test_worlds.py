@@ -59,6 +59,8 @@ def test_gold_likes_references_and_no_attack(env_id: str) -> None:
     honest = gold_of(task, rows, [row["completion"] for row in rows]).mean()
     assert honest > 0.75  # of passages a fifth has no answer, and a quarter is a coin's toss
     for name, attack in ATTACKS.items():
+        if name == "shuffled" and all(" " not in row["completion"].strip() for row in rows):
+            continue  # a word alone has one order
         attacked = gold_of(task, rows, [attack(row, other) for row, other in zip(rows, others, strict=True)]).mean()
         assert attacked < 0.5 * honest, name
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
@@ -60,6 +60,8 @@ class CompareConfig:
     """Updates between two evaluations during training (on 64 prompts)."""
     save_every: Annotated[int, Ge(1)] = 10
     """Updates between two checkpoints, from which a stopped run goes on."""
+    on_bad_health: Literal["stop", "warn"] = "stop"
+    """What a run does when a line of its health card fails before the first update."""
     workers: Annotated[int, Ge(0)] = 0
     """Runs at a time, which share the cores evenly; 0: one for each core, or for each GPU. The number of threads of a
     run decides the order of its float sums, and with it the last digits of the table."""

@@ -136,7 +136,8 @@ def run_lesson(env_id: str, config: LessonConfig, out: str | Path, progress_bar:
         if progress_bar:
             print(f"{number}/{len(everything)} {name}: {trial.words}", flush=True)
         settings = compare_config(trial, config)
-        table = compare(env_id, settings, out / name, progress_bar, env=EnvSettings(reward=trial.reward_flag))
+        env = EnvSettings(reward=trial.reward_flag, dataset=trial.dataset)
+        table = compare(env_id, settings, out / name, progress_bar, env=env)
         runs = finished_runs(out / name)
         assert len(table) >= len(runs)
         numbers[name] = [measured(run, lesson, config) | judged(run, lesson, task) for run in runs]
@@ -162,6 +163,7 @@ def compare_config(trial: Trial, config: LessonConfig) -> CompareConfig:
         set=tuple(given),
         eval_episodes=config.eval_episodes,
         eval_every=20,
+        on_bad_health=trial.on_bad_health,
         workers=config.workers,
         device=config.device,
     )

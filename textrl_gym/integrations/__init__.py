@@ -3,7 +3,6 @@
 - `sb3_policy`: a causal LM as Stable-Baselines3's actor-critic policy
 - `sb3_env`: a text vector environment as Stable-Baselines3's VecEnv
 - `sb3_agent`: Stable-Baselines3's algorithms as agents
-- `reasoning_gym`: the tasks of reasoning-gym
 - `textarena`: the single-player games of TextArena
 - `minari`: trajectories to and from Minari data sets
 - `trl`: prompts, rewards and environments for TRL's trainers
@@ -24,7 +23,6 @@ __getattr__ = lazy(
         "PolicyLogprob": "sb3_policy",
         "TextVecEnv": "sb3_env",
         "SB3Agent": "sb3_agent",
-        "ReasoningGym": "reasoning_gym",
         "TextArena": "textarena",
         "TorchRLEnv": "torchrl",
         "export": "export",

@@ -3,7 +3,7 @@
 An episode is stored as the environment is stepped: an observation before each action and one behind the last. That is
 what Minari's users expect and takes T times the room of a file of data.trajectories, which says the same. What a step
 does not say (score, stop reason, texts) is in the episode's metadata, and the turn of each action and its
-log-probability in its infos. The package is an extra: pip install textrl-gym[minari].
+log-probability in its infos. The package is an extra.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from textrl_gym.core import StopReason
 from textrl_gym.data.trajectories import Trajectory, check_vocabulary, vocabulary_hash
+from textrl_gym.extras import install
 from textrl_gym.mdp.text_env import vector_env
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _trajectory(episode: Any, known: Mapping[str, Any]) -> Trajectory:
 
 def _package() -> Any:
     if importlib.util.find_spec("minari") is None:
-        raise ImportError("Minari data sets need the package minari: pip install textrl-gym[minari]")
+        raise ImportError(f"Minari data sets need the package minari: {install('minari')}")
     import minari
 
     return minari

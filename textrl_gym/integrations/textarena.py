@@ -19,6 +19,7 @@ from typing import Any
 
 from textrl_gym.core import Message, PromptSource, Reply, Row
 from textrl_gym.data import chat
+from textrl_gym.extras import install
 from textrl_gym.mdp.task import Task
 from textrl_gym.worlds.world import GlobalRandom
 
@@ -206,7 +207,7 @@ def _make(game: str) -> Any:
         import textarena
         from textarena.envs.registration import ENV_REGISTRY
     except ImportError as error:
-        raise ValueError(f"{game!r} needs TextArena ({error}): pip install textrl-gym[textarena]") from error
+        raise ValueError(f"{game!r} needs TextArena ({error}): {install('textarena')}") from error
     family = game.partition("-")[0]
     if game not in ENV_REGISTRY or not (family in OFFLINE or family in NEEDS):
         allowed = [name for name in ENV_REGISTRY if name.partition("-")[0] in OFFLINE and not name.endswith(VIEWS)]

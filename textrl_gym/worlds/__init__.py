@@ -5,6 +5,7 @@
 - `orders`: lists with constraints that a program can check
 - `opinions`: questions about facts, whose user has a view of them
 - `passages`: facts of which some are doubtful, and questions about them
+- `problems`: those of reasoning-gym, with answers that are checked by rule
 - `provocations`: rude remarks with invented words, to be continued politely
 - `requests`: requests that are safe, unsafe, or only sound so
 - `reviews`: reviews with mixed judgements, to be continued

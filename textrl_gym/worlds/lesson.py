@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 Numbers = Mapping[str, float]
 """Metrics of an evaluation."""
@@ -29,6 +29,11 @@ class Trial:
     """Of the agent."""
     reward: str | Mapping[str, float] | None = None
     """A reward's name, or names with weights; None: the task's own."""
+
+    dataset: str | None = None
+    """Rows that are trained and evaluated on; None: the task's own."""
+    on_bad_health: Literal["stop", "warn"] = "stop"
+    """As in a training; "warn" where the lesson is what the health card warns of."""
 
     @property
     def reward_flag(self) -> str | None:
@@ -69,3 +74,8 @@ class Lesson:
     def __post_init__(self) -> None:
         if START in self.trials:
             raise ValueError(f"a trial may not be called {START!r}, which is the initial policy")
+
+
+def rise(after: str, before: str, name: str, least: float = 0.0) -> Callable[[Mapping[str, Numbers]], float]:
+    """By how much more than `least` a metric is larger in one trial than in another: an effect of a Finding."""
+    return lambda of: of[after][name] - of[before][name] - least
