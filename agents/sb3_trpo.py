@@ -25,13 +25,14 @@ from torch import Tensor
 
 from textrl_gym import functional
 from textrl_gym.core import Rollout
+from textrl_gym.extras import install
 from textrl_gym.integrations.sb3_agent import SB3Agent, SB3Config
 from textrl_gym.models import onednn
 
 try:
     from sb3_contrib import TRPO
 except ImportError as error:
-    raise ImportError("the agent sb3_trpo needs sb3-contrib: pip install textrl-gym[sb3]") from error
+    raise ImportError(f"the agent sb3_trpo needs sb3-contrib: {install('sb3')}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A text environment as an OpenEnv server, and OpenEnv's client on it.
 
-pip install textrl-gym[openenv]
+pip install '.[openenv]'
 python examples/openenv_server.py
 """
 

@@ -1,6 +1,6 @@
 """TorchRL's PPO on a text environment, with the KL penalty to the initial policy in the reward.
 
-pip install textrl-gym[torchrl]
+pip install '.[torchrl]'
 python examples/torchrl_ppo.py
 """
 

@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on a text environment of one turn.
 
-pip install textrl-gym[trl]
+pip install '.[trl]'
 python examples/trl_grpo.py
 """
 

@@ -1,6 +1,6 @@
 """verifiers (v1) plays a text environment, with a model behind an OpenAI-compatible endpoint.
 
-    pip install textrl-gym[verifiers]
+    pip install '.[verifiers]'
     python examples/verifiers_rollout.py
 
 The endpoint here repeats what it is told, which is what CopyText-v0 asks for. This file is a taskset of verifiers too.

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from textrl_gym import files, registry
 from textrl_gym.agents import GRPO, PPO
+from textrl_gym.cli.main import main
+from textrl_gym.training.run_folder import read_run
 
 NAMES = ("model", "agent.json", "training")
 
@@ -337,3 +339,21 @@ def test_a_checkpoint_of_another_kind_of_device_is_loaded(tmp_path: Path) -> Non
         agent.load_rng_state(numbers, torch.zeros(16, dtype=torch.uint8))
         drawn.append(agent.collect().token_BT)
     assert torch.equal(*drawn)  # the same numbers at each loading, if not those of the run that was saved
+
+
+# -- logs beside a checkpoint -----------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_can_be_reported(tmp_path: Path) -> None:
+    """agent.save(folder) makes what `report` and `evaluate` understand, and a run has no second run within it."""
+    agent = GRPO("CopyText-v0", seed=0, out=tmp_path / "run", rollout_episodes=16, group_size=4)
+    agent.learn(100, **QUIET)
+    agent.save(tmp_path / "saved")
+    agent.save(tmp_path / "run" / "inside")
+    assert read_run(tmp_path / "saved").evaluations == read_run(tmp_path / "run").evaluations != []
+    assert not (tmp_path / "run" / "inside" / "evaluations.jsonl").exists()
+    assert main(["report", str(tmp_path / "saved")]) == 0
+    assert (tmp_path / "saved" / "report.html").is_file()
+    again = GRPO.load(tmp_path / "saved", out=tmp_path / "saved")
+    again.learn(200, reset_num_timesteps=False, **QUIET)  # and may be gone on in
+    assert read_run(tmp_path / "saved").evaluations[-1]["timesteps"] >= 300

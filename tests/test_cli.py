@@ -1,5 +1,6 @@
 """The command line: in this process where that shows the same, in one of its own where the process matters."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,12 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from textrl_gym import files
+import textrl_gym
+from textrl_gym import files, registry
+from textrl_gym.agents import GRPO, PPO
 from textrl_gym.cli import main
 from textrl_gym.cli.options import read_toml
 from textrl_gym.mdp.env_settings import EnvSettings, parse_reward
 from textrl_gym.registry import load_agent, text_envs
+from textrl_gym.training.config import AROUND, ELSEWHERE
 
 TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
 
@@ -51,6 +56,8 @@ LIGHT = {
         ["--help"],
         [],
         ["envs"],
+        ["agents"],
+        ["--version"],
         *([command, "--help"] for command in ("train", "compare", "evaluate", "judge", "lesson", "check", "report")),
     ),
     2: (
@@ -113,7 +120,7 @@ def test_help_of_train_lists_the_agents_settings(capsys: pytest.CaptureFixture[s
 
 
 def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown command 'trian' (did you mean 'train'?); allowed: annotate, bench, check, " in one_error(
+    assert "unknown command 'trian' (did you mean 'train'?); allowed: agents, annotate, bench, check, " in one_error(
         capsys, "trian"
     )
     line = one_error(capsys, "train", "grop", "CopyText-v0", *TINY)
@@ -378,3 +385,121 @@ def test_ctrl_c_leaves_a_checkpoint(root: Path, tmp_path: Path) -> None:
     agent = load_agent(out, device="cpu")
     assert agent.num_updates >= 1
     assert files.read_state(out)["total_timesteps"] == 100_000_000
+
+
+# -- the shape of help, and what is beside the commands ----------------------------------------------------------------
+
+
+def test_help_has_panels_and_an_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    _, out, _ = run(capsys, "train", "grpo", "CopyText-v0", "--help")
+    panels = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
+    assert panels == ["options", "Agent: GRPO", "Run", "Training", "Every agent", "Environment"]
+    own, _, rest = out.partition("─ Run ─")
+    assert "--scale-by-std" in own and "--group-size" in own  # GRPO has a default of its own
+    assert "--adam-eps" in rest and "--adam-eps" not in own
+    assert "Example: textrl-gym train grpo TLDRSummarize-v0 --total-timesteps" in out
+    assert "usage: textrl-gym train grpo CopyText-v0 " in out
+    _, out, _ = run(capsys, "train", "--help")
+    assert "usage: textrl-gym train AGENT ENV " in out
+
+
+@pytest.mark.parametrize("command", sorted(main.COMMANDS))
+def test_help_is_narrow_and_says_no_type_twice(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    _, out, _ = run(capsys, *(["labels", "report"] if command == "labels" else [command]), "--help")
+    boxes = [line for line in out.splitlines() if line.startswith(("╭", "│", "╰"))]
+    assert boxes and max(map(len, boxes)) <= 100
+    assert {len(line) for line in boxes} == {max(map(len, boxes))}, "a title or a default has moved a border"
+    assert "{None}" not in out and "(default: )" not in out
+    assert os.environ["COLUMNS"] == "150"
+
+
+def test_whole_numbers_may_be_written_with_an_exponent(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    out = tmp_path / "run"
+    code, _, err = run(
+        capsys, "train", "grpo", "CopyText-v0", *TINY[2:], "--total-timesteps", "2e2", "--kl-coef", "None", "--out", out
+    )
+    assert code == 0, err
+    assert files.read_json(out / "run.json")["settings"]["total_timesteps"] == 200
+    for bad in ("1.5", "1e-3", "inf", "nan", "many"):
+        code, _, err = run(capsys, "train", "grpo", "CopyText-v0", "--total-timesteps", bad, "--out", tmp_path / "no")
+        text = " ".join(err.replace("│", " ").split())
+        assert code == 2 and f"expected a whole number, such as 100000, 100_000 or 1e5, got '{bad}'" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "here"),
+    [
+        (["--beta", "0.1"], "unknown setting --beta: here it is --kl-coef"),
+        (["--num-generations=4"], "unknown setting --num-generations: here it is --group-size"),
+        (["--max-completion-length", "9"], "here it is --env.max-new-tokens"),
+        (["--epsilon", "0.1"], "here it is --clip-low"),
+    ],
+)
+def test_names_of_other_libraries_are_told(
+    flags: list[str], here: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert here in one_error(capsys, "train", "grpo", "CopyText-v0", *TINY, *flags, "--out", tmp_path / "no")
+
+
+def test_names_of_other_libraries_are_told_in_python_too() -> None:
+    with pytest.raises(ValueError, match=r"GRPO has no setting 'beta' \(here kl_coef\), 'nothing'; allowed"):
+        GRPO("CopyText-v0", beta=0.1, nothing=1)
+    with pytest.raises(ValueError, match=r"'cliprange' \(here clip_range\)"):
+        PPO("CopyText-v0", cliprange=0.1)
+
+
+def test_every_name_of_elsewhere_leads_to_a_setting() -> None:
+    settings = {field.name for field in dataclasses.fields(EnvSettings)}
+    ours = {f"env.{name}" for name in settings} | set(AROUND)
+    for agent in registry.names("agents"):
+        ours |= {field.name for field in dataclasses.fields(registry.load_agent_class(agent).Config)}
+    for name, here in ELSEWHERE.items():
+        assert set(here) <= ours, name
+
+
+def test_version_agents_and_env_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(capsys, "--version")[1].startswith(f"textrl-gym {textrl_gym.__version__} (Python 3.")
+    code, out, _ = run(capsys, "agents")
+    assert code == 0 and all(f" {name} " in out for name in registry.names("agents"))
+    assert "group relative policy optimization" in out
+    code, out, _ = run(capsys, "env-info", "--json")
+    facts = json.loads(out)
+    assert facts["torch"].startswith(torch.__version__.partition("+")[0])
+    assert facts["threads"].startswith(str(torch.get_num_threads()))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("textrl-gym tra", ["train"]),
+        ("textrl-gym train dr", ["dr_grpo"]),
+        ("textrl-gym train grpo KnownO", ["KnownOptimum-v0"]),
+        ("textrl-gym lesson Math", ["MathWords-v0"]),
+        ("textrl-gym compare CopyText-v0 --agents ppo rl", ["rloo"]),
+        ("textrl-gym bench --prompt", ["--prompt-tokens", "--prompts"]),
+        ("textrl-gym bench 'open", []),
+    ],
+)
+def test_completion(
+    line: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line + " never read")
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    assert run(capsys, "completion", "words")[1].split() == words
+
+
+def test_bash_completes(tmp_path: Path) -> None:
+    """A shell evaluates what the command prints."""
+    code = 'eval "$(textrl-gym completion bash)"; complete -p textrl-gym'
+    bin_folder = Path(sys.executable).parent
+    env = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "textrl-gym completion words" in done.stdout, done.stderr

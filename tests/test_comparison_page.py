@@ -665,7 +665,7 @@ def test_report_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_without_plotly(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    with pytest.raises(ImportError, match=r"needs plotly.graph_objects: pip install textrl-gym\[report\]"):
+    with pytest.raises(ImportError, match=r"needs plotly.graph_objects: pip install 'plotly"):
         comparison_report(folder)
     show_page(folder)  # at the end of compare: said, and no more
     assert "no page: " in capsys.readouterr().err
@@ -714,7 +714,7 @@ def test_figures_need_kaleido_and_a_browser(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "kaleido", None)
         assert main.main(["report", str(folder), "--figures"]) == 2
-        assert "figures need kaleido: pip install textrl-gym[figures]" in capsys.readouterr().err
+        assert "figures need kaleido: pip install 'plotly" in capsys.readouterr().err
     write_run(tmp_path / "run", "alpha", 0, [0.5, 0.5, 0.5, 0.5])
     assert main.main(["report", str(tmp_path / "run"), "--figures"]) == 2
     assert "holds no comparison: --figures are those of one" in capsys.readouterr().err
@@ -911,3 +911,48 @@ def test_a_comparison_of_version_0_1_is_read_by_todays_names(tmp_path: Path, roo
     own = read_run(folder / "runs" / "grpo-0")
     assert [sample["gold"] for sample in own.samples] and "judge" not in own.samples[0]
     assert "Gold score, sampled" in run_page.run_html([own])
+
+
+# -- the first sentence -----------------------------------------------------------------------------------------------
+
+
+def many(value: float, n: int = 64) -> list[float]:
+    """Gold of many prompts, around a mean."""
+    return [value + 0.05 * math.sin(i) for i in range(n)]
+
+
+def two_agents(folder: Path, alpha: dict[int, list[float]], gamma: dict[int, list[float]]) -> str:
+    """The headline of a comparison of two agents, on prompts where the initial policy has a gold of 0.3."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "PROMPTS", [f"question {i}" for i in range(64)])
+        patch.setitem(globals(), "START", many(0.3))
+        write_plan(folder, "alpha", "gamma")
+        for name, seeds in (("alpha", alpha), ("gamma", gamma)):
+            for seed, gold in seeds.items():
+                write_run(folder / "runs" / f"{name}-{seed}", name, seed, gold)
+    return numbers.headline(read_comparison(folder))
+
+
+def test_the_first_sentence_says_who_beats_the_start_and_who_is_ahead(tmp_path: Path) -> None:
+    ahead = two_agents(tmp_path / "a", {0: many(0.9), 1: many(0.89)}, {0: many(0.5), 1: many(0.51)})
+    start, _, end = ahead.partition("; ")
+    # 64 of 64 prompts won: Wilson's interval for a share of 1 is 64/(64 + 1.96^2) = 0.943 to 1.
+    assert re.fullmatch(
+        r"both trained agents \(alpha and gamma\) beat the initial policy on 100% of \d+ held-out prompts "
+        r"\(95%: 94 to 100%\)",
+        start,
+    )
+    assert end.startswith("alpha is ahead of the other, by 0.39 (95%: 0."), end
+    close = two_agents(tmp_path / "b", {0: many(0.5), 1: many(0.6)}, {0: many(0.61), 1: many(0.52)})
+    assert close.endswith("; which of the two is better, 2 seeds cannot tell.")
+    worse = two_agents(tmp_path / "c", {0: many(0.1), 1: many(0.1)}, {0: many(0.3), 1: many(0.3)})
+    assert "alpha loses to the initial policy on 0% of " in worse
+    assert "gamma cannot be told from the initial policy on 50% of " in worse
+
+
+def test_without_intervals_there_is_no_first_sentence(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "comparison")
+    assert numbers.headline(read_comparison(folder)) != ""
+    for file in (folder / "runs").glob("*/episodes.jsonl"):
+        file.unlink()  # without completions nobody knows how win rates vary over prompts
+    assert numbers.headline(read_comparison(folder)) == ""

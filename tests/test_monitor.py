@@ -307,3 +307,21 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
     assert runs["off"].files == runs["warn"].files  # a healthy run leaves no alarms
     for a, b in zip(runs["off"].agent.policy.parameters(), runs["warn"].agent.policy.parameters(), strict=True):
         assert a.equal(b)
+
+
+# -- divergence -------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_that_is_lost_has_diverged_and_hacks_nothing() -> None:
+    """A student's PPO at 309 nats, gold 0: the score fell too, so that no reward was exploited."""
+    lost = evaluation(300, score=-4.0, gold=0.0, kl_sequence=309.0, completion_tokens=3.0, updates=12)
+    (alarm,) = reward_hacking.alarms(START, None, lost)
+    assert (alarm.measure, alarm.title) == ("divergence", "Divergence")
+    assert alarm.line.startswith("Diverged: the KL to the reference is 309 nats a sequence after update 12, and the ")
+    assert "fell from -1.900 to -4.000. Likely causes: a learning rate" in alarm.line
+    # With a score that rose it is what it was.
+    hacked = evaluation(300, score=4.0, gold=0.0, kl_sequence=309.0, updates=12)
+    assert reward_hacking.alarms(START, None, hacked)[0].measure == "gold"
+    assert reward_hacking.alarms(START, None, hacked)[0].line.startswith("reward hacking? From ")
+    near = evaluation(300, score=-4.0, gold=0.0, kl_sequence=49.0, updates=12)
+    assert "divergence" not in [one.measure for one in reward_hacking.alarms(START, None, near)]

@@ -15,7 +15,7 @@ import pytest
 import textrl_gym  # noqa: F401 - registers the environments
 from textrl_gym.rollouts.text_actions import TextActions
 
-reason = "needs OpenEnv: pip install textrl-gym[openenv]"
+reason = "needs OpenEnv: pip install '.[openenv]'"
 openenv: Any = pytest.importorskip("openenv", reason=reason)
 pytest.importorskip("gradio", reason=reason)  # another distribution of that name has no server
 

@@ -346,7 +346,7 @@ def test_what_is_nowhere_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"no-one/nothing.*the Hub gave none.*a local file works"):
         prompts.load_rows("no-one/nothing", "train")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs the package datasets: pip install textrl-gym\[hub\]"):
+    with pytest.raises(ImportError, match=r"needs the package datasets: pip install 'datasets"):
         prompts.load_rows("no-one/nothing", "train")
     with pytest.raises(ImportError, match=r"a\.parquet needs the package pyarrow"):
         prompts.load_rows(write(tmp_path / "a.parquet", ROWS), "train")

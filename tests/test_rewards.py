@@ -29,6 +29,7 @@ from textrl_gym import registry
 from textrl_gym.data.encoding import Chat, codec
 from textrl_gym.data.prompts import encode_prompt
 from textrl_gym.rewards import RewardFunction, load_reward
+from textrl_gym.rewards.conversational import with_messages
 from textrl_gym.rewards.reward_model import Bundled, RewardModel, make, sequence_batches
 
 PROMPTS, TEXTS = ["p", "p", "q"], ["x", "x y", "x y z"]
@@ -48,7 +49,8 @@ def test_every_file_is_a_named_reward() -> None:
     assert {"exact_match", "length", "regex", "reward_model", "rouge", "tldr_gold"} <= set(registry.names("rewards"))
     needs_more = {"regex": "regex:x", "format": "format:x"}  # no pattern, no reward
     for name in registry.names("rewards"):
-        if name not in ("reward_model", "ensemble", "judge"):  # these need a model: their own tests
+        # These need a model or a function: they have tests of their own.
+        if name not in ("reward_model", "ensemble", "judge", "conversational"):
             assert load_reward(needs_more.get(name, name)).name.startswith(name)
 
 
@@ -532,3 +534,39 @@ def test_a_classifier_of_others_needs_no_eos(tmp_path: Path) -> None:
     (tmp_path / "reward_model.json").write_text('{"bias": 0.0, "scale": 1.0}')
     with pytest.raises(ValueError, match="has no EOS token, which the reward model was trained to read"):
         load_reward(str(tmp_path), tokenizer=byte_tokenizer())
+
+
+# -- functions that read messages -------------------------------------------------------------------------------------
+
+
+def polite(
+    completions: list[list[dict[str, str]]], prompts: list[list[dict[str, str]]], tone: list[str]
+) -> list[float]:
+    """As TRL's documentation writes a reward for conversational data."""
+    contents = [completion[0]["content"] for completion in completions]
+    assert [turn["role"] for prompt in prompts for turn in prompt][-1] == "user"
+    return [float(want in text) + len(prompt) for want, text, prompt in zip(tone, contents, prompts, strict=True)]
+
+
+def test_a_reward_for_conversational_data_reads_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "my_messages", sys.modules[__name__])
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello?"}]
+    columns: dict[str, list[Any]] = {"tone": ["please", "please"], "chat": [chat, None]}
+    for spec in ("conversational:my_messages:polite", with_messages(polite)):
+        # 1 for the word, and the number of messages: two in the first prompt; the second is a text, one user's turn.
+        assert load_reward(spec)(["x", "y"], ["Yes, please.", "No."], **columns).tolist() == pytest.approx([3.0, 1.0])
+    assert load_reward(with_messages(polite)).name == "polite"
+
+
+def test_a_reward_for_conversational_data_reads_all_turns() -> None:
+    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    function = with_messages(lambda prompts, completions: [len(messages) for messages in completions])
+    assert load_reward(function)(["x"], ["a"], turns=[turns]).tolist() == pytest.approx([2.0])
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"), [("conversational", "needs a function"), ("conversational:math:pi", "not a callable")]
+)
+def test_what_is_no_reward_for_conversational_data(spec: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_reward(spec)

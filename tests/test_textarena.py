@@ -15,7 +15,7 @@ from textrl_gym.mdp.text_env import TextEnv
 from textrl_gym.models.tokenizer import train_tokenizer
 from textrl_gym.rollouts.text_actions import TextActions
 
-reason = "needs TextArena: pip install textrl-gym[textarena]"
+reason = "needs TextArena: pip install '.[textarena]'"
 library: Any = pytest.importorskip("textarena", reason=reason)
 
 from textrl_gym.integrations import textarena  # noqa: E402

@@ -17,7 +17,7 @@ from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import tiny
 
-reason = "needs TorchRL: pip install textrl-gym[torchrl]"
+reason = "needs TorchRL: pip install '.[torchrl]'"
 utils: Any = pytest.importorskip("torchrl.envs.utils", reason=reason)
 
 from textrl_gym.integrations.torchrl import TorchRLEnv  # noqa: E402

@@ -17,7 +17,7 @@ from textrl_gym.core import StopReason
 from textrl_gym.mdp.text_env import TextEnv, vector_env
 from textrl_gym.models.tokenizer import train_tokenizer
 
-trl: Any = pytest.importorskip("trl", reason="needs TRL: pip install textrl-gym[trl]")
+trl: Any = pytest.importorskip("trl", reason="needs TRL: pip install '.[trl]'")
 
 from textrl_gym.integrations.trl import OVER, environment_factory, prompts, reward_function  # noqa: E402
 

@@ -15,7 +15,7 @@ import textrl_gym
 from textrl_gym import registry
 from textrl_gym.rollouts.text_actions import TextActions
 
-reason = "needs verifiers: pip install textrl-gym[verifiers]"
+reason = "needs verifiers: pip install '.[verifiers]'"
 pytest.importorskip("verifiers.v1", reason=reason)
 
 pytestmark = [

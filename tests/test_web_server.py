@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 from contextlib import AbstractContextManager
 from typing import Any
@@ -86,3 +87,19 @@ def test_beyond_this_machine_a_token_is_asked_for() -> None:
         foreign = {"Origin": "http://evil.example"}
         assert ask(server, "/double", '{"number": 4}', JSON | bearer | foreign)[0] == 403
         assert ask(server, "/", None, {})[0] == 403 and ask(server, "/", None, bearer)[0] == 200
+
+
+def test_large_pages_are_packed_for_those_who_take_it() -> None:
+    page = b"a line of a page\n" * 10_000
+    pages = {"/": lambda: Reply(page, "text/html"), "/small": lambda: Reply(b"small", "text/html")}
+    with running(PageServer("127.0.0.1", 0, pages, {})) as server:
+        for path, accepted, packed in (("/", "gzip, br", True), ("/", "identity", False), ("/small", "gzip", False)):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            connection.request("GET", path, headers={"Accept-Encoding": accepted})
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            assert answer.getheader("Content-Encoding") == ("gzip" if packed else None)
+            assert int(answer.getheader("Content-Length") or 0) == len(content)
+            assert (gzip.decompress(content) if packed else content) == (page if path == "/" else b"small")
+            assert not packed or len(content) < len(page) / 10

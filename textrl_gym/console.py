@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
     from rich.text import Text
 
 # Line ends and tabs stay. An escape character would let a completion colour, move or rename the terminal.
@@ -19,3 +20,16 @@ def plain(text: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(text.translate(CONTROLS), style=style)
+
+
+def time_columns(elapsed: bool = True) -> tuple[ProgressColumn, ...]:
+    """The times of a progress bar, each behind its name: two bare times beside each other are a riddle."""
+    from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    def word(text: str) -> TextColumn:
+        return TextColumn(text, style="dim", table_column=Column(min_width=len(text)))
+
+    # In a narrow terminal the note behind the times is cut, and not the times.
+    left = (word("left"), TimeRemainingColumn(table_column=Column(min_width=7)))
+    return (word("took"), TimeElapsedColumn(table_column=Column(min_width=7)), *left) if elapsed else left

@@ -107,6 +107,63 @@ def trained(group: Group, *keys: str) -> list[list[dict[str, float]]]:
 # -- sentences --------------------------------------------------------------------------------------------------------
 
 
+def headline(comparison: Comparison) -> str:
+    """The result in a sentence: who beats the initial policy, on how many prompts, and who of these is ahead."""
+    rates = [(group, against_start(group, comparison.gold)[0]) for group in comparison.groups if not group.untrained]
+    known = [(group, rate) for group, rate in rates if isinstance(rate, Estimate)]
+    if not known:
+        return ""
+    # Plural and singular of what is said of agents whose interval is above one half, below it, or holds it.
+    verbs = {1: ("beat", "beats"), -1: ("lose to", "loses to"), 0: ("cannot be told from", "cannot be told from")}
+    sentences = []
+    for side, (plural, singular) in verbs.items():
+        some = [pair for pair in known if (pair[1].low > 0.5) - (pair[1].high < 0.5) == side]
+        if some:
+            verb = plural if len(some) > 1 else singular
+            wins = _wins([rate for _, rate in some], comparison.config["eval_episodes"])
+            sentences.append(f"{_who([group.label for group, _ in some], len(known))} {verb} the initial policy {wins}")
+    return "; ".join([*sentences, *_who_is_ahead(comparison, [group for group, _ in known])]) + "."
+
+
+def _who(names: Sequence[str], of: int) -> str:
+    """The names of some of the trained agents; of all of them also how many they are."""
+    if len(names) < of or of == 1:
+        return listed(names)
+    return f"{'both' if of == 2 else f'all {of}'} trained agents ({listed(names)})"
+
+
+def _wins(rates: Sequence[Estimate], episodes: int) -> str:
+    """On 89 to 91% of 256 held-out prompts (95%: 85 to 93%)."""
+    shares = [f"{100 * value:.0f}" for value in sorted(rate.value for rate in rates)]
+    share = shares[0] if shares[0] == shares[-1] else f"{shares[0]} to {shares[-1]}"
+    low, high = min(rate.low for rate in rates), max(rate.high for rate in rates)
+    return f"on {share}% of {episodes:,} held-out prompts (95%: {100 * low:.0f} to {100 * high:.0f}%)"
+
+
+def _who_is_ahead(comparison: Comparison, groups: Sequence[Group]) -> list[str]:
+    """Whether one trained agent is ahead of all others, as `verdicts` has it."""
+    if len(groups) < 2:
+        return []
+    ordered = sorted(groups, key=lambda group: -float(np.mean(group.finals(comparison.gold))))
+    best, confidence = ordered[0], pair_confidence(len(comparison.groups))
+    paired, _ = comparison.same_prompts()
+    spread = seed_spread(comparison)
+    seeds = {len(group.runs) for group in groups}
+    number = f"{min(seeds)} seed{'s' * (min(seeds) != 1)}"
+    if spread is None or any(group not in paired for group in groups):
+        return [f"which of them is better, {number} cannot tell"]
+    gaps = [paired_gap(comparison, best, other, spread, confidence) for other in ordered[1:]]
+    if all(gap is not None and gap.low > 0 for gap in gaps):
+        least = min((gap for gap in gaps if gap is not None), key=lambda gap: gap.low)
+        level = f"{100 * confidence:g}%"
+        others = "the other" if len(groups) == 2 else "every other one"
+        return [
+            f"{best.label} is ahead of {others}, by {least.value:.2f} ({level}: {least.low:.2f} to {least.high:.2f})"
+        ]
+    which = "which of the two" if len(groups) == 2 else "which of them"
+    return [f"{which} is better, {number} cannot tell"]
+
+
 def verdicts(comparison: Comparison) -> tuple[list[str], list[str]]:
     """Sentences on the group that is ahead against each other one, and on all other pairs.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from textrl_gym.charts.comparison import charts
 from textrl_gym.charts.plotting import LIGHT, Chart, go
 from textrl_gym.experiments.results import read_comparison
+from textrl_gym.extras import install
 
 if TYPE_CHECKING:
     from plotly.basedatatypes import BaseTraceType
@@ -42,7 +43,7 @@ def comparison_figures(folder: str | Path) -> list[Path]:
         import kaleido
         from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
     except ImportError as error:
-        raise ImportError(f"figures need {error.name}: pip install textrl-gym[figures]") from error
+        raise ImportError(f"figures need {error.name}: {install('figures')}") from error
 
     (folder / FOLDER).mkdir(exist_ok=True)
     figures = list(_wanted(charts(comparison), folder / FOLDER))

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from textrl_gym.experiments.results import Group
+from textrl_gym.extras import install
 from textrl_gym.stats.estimates import Estimate
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def go() -> ModuleType:
         import plotly.graph_objects
         import scipy  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"the page of a comparison needs {error.name}: pip install textrl-gym[report]") from error
+        raise ImportError(f"the page of a comparison needs {error.name}: {install('report')}") from error
     return plotly.graph_objects
 
 

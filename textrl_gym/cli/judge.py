@@ -15,6 +15,7 @@ from textrl_gym import files
 from textrl_gym.bounds import Seed, check_settings
 from textrl_gym.cli.options import Part, env_flags, flat, parse_command, parse_flags, positional
 from textrl_gym.cli.terminal import interval, make_table, print_rows, print_tables
+from textrl_gym.extras import install
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.registry import find_env, named_by, register_again, text_envs
 
@@ -64,7 +65,7 @@ class JudgeFlags:
 
         # Said before a judge is asked for an hour: the intervals come last.
         if importlib.util.find_spec("scipy") is None:
-            raise ImportError("win rates with intervals need the package scipy: pip install textrl-gym[judge]")
+            raise ImportError(f"win rates with intervals need the package scipy: {install('judge')}")
         if not is_language_model(self.judge) and endpoint != EndpointConfig():
             raise ValueError(f"--endpoint. settings are of --judge {ENDPOINT}, and the judge is {self.judge or GOLD}")
         if self.judge is not None and is_language_model(self.judge):

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from textrl_gym import registry
+from textrl_gym.cli.about import agents_command, completion_command, env_info_command, print_version
 from textrl_gym.cli.collect import collect_command
 from textrl_gym.cli.compare import (
     compare_command,
@@ -62,6 +63,9 @@ def _run(args: list[str], debug: bool) -> int:
         if not args or args[0] in ("-h", "--help"):
             print(help_text())
             return 0
+        if args[0] in ("-V", "--version"):
+            print_version()
+            return 0
         if args[0] not in COMMANDS:
             raise unknown("command", args[0], COMMANDS)
         return COMMANDS[args[0]](args[1:])
@@ -86,7 +90,7 @@ def help_text() -> str:
     rows = [f"  {name:<16}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return (
         "textrl-gym: text generation as Gymnasium environments, and the agents that learn in them.\n\n"
-        "usage: textrl-gym COMMAND ...\n\n"
+        "usage: textrl-gym COMMAND ... | --version\n\n"
         + "\n".join(rows)
         + "\n\n`textrl-gym COMMAND --help` lists a command's settings; --debug shows the traceback of an error;\n"
         "--trust-code imports agents, tasks and rewards that a saved folder names and that are not part of textrl-gym."
@@ -154,8 +158,14 @@ def bench_command(args: Sequence[str]) -> int:
     return 0
 
 
+def complete_command(args: Sequence[str]) -> int:
+    """Print what a shell evaluates to complete words: eval "$(textrl-gym completion bash)"."""
+    return completion_command(COMMANDS, args)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "envs": envs_command,
+    "agents": agents_command,
     "check": check_command,
     "train": train_command,
     "evaluate": evaluate_command,
@@ -177,4 +187,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "constitutional": constitutional_command,
     "export": export_command,
     "bench": bench_command,
+    "env-info": env_info_command,
+    "completion": complete_command,
 }

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import dataclasses
+import functools
+import inspect
+import io
 import itertools
 import json
+import os
+import re
+import shutil
+import sys
+import textwrap
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from annotated_types import Ge
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from textrl_gym import files
 from textrl_gym.bounds import Bounds, Seed, bounds_of, check_settings
@@ -203,7 +214,12 @@ Part = tuple[str, object] | tuple[str, object, object]
 
 
 def parse_command(
-    command: str, about: str | None, parts: Sequence[Part], tables: Mapping[str, str], args: Sequence[str]
+    command: str,
+    about: str | None,
+    parts: Sequence[Part],
+    tables: Mapping[str, str],
+    args: Sequence[str],
+    titles: Mapping[str, str] | None = None,
 ) -> types.SimpleNamespace:
     """Read a command's flags, with the TOML file that `--config` names as their defaults.
 
@@ -238,7 +254,7 @@ def parse_command(
     about_file = f"a TOML file, of which this command reads {listed}; flags win over it"
     parts = [*parts, ("config", flag(Path | None, about_file), None)]
     positionals = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
-    return parse_flags(command, about, parts, [*positionals, *before, *args[len(positionals) :]])
+    return parse_flags(command, about, parts, [*positionals, *before, *args[len(positionals) :]], titles)
 
 
 def _class_of(kind: object) -> type[Any]:
@@ -257,11 +273,198 @@ def _with_file(part: Part, values: dict[str, Any]) -> Part:
     return name, kind, dataclasses.replace(settings, **(values | paths))
 
 
-def parse_flags(command: str, about: str | None, parts: Sequence[Part], args: Sequence[str]) -> types.SimpleNamespace:
-    """Read a command's flags with tyro; returns an object with the parts' names as attributes."""
+def parse_flags(
+    command: str,
+    about: str | None,
+    parts: Sequence[Part],
+    args: Sequence[str],
+    titles: Mapping[str, str] | None = None,
+) -> types.SimpleNamespace:
+    """Read a command's flags with tyro; returns an object with the parts' names as attributes.
+
+    Args:
+        titles: name of a part -> what the help calls its panel, beside PANELS.
+    """
     cls: type[Any] = dataclasses.make_dataclass("Arguments", map(_bounded_default, parts), kw_only=True)
-    parsed = tyro.cli(cls, prog=f"textrl-gym {command}", args=list(args), description=about)
+    example = EXAMPLES.get(" ".join(command.split()[:2]), EXAMPLES.get(command.split()[0]))
+    if example is not None:
+        about = f"{about}\n\nExample: textrl-gym {example}"
+    with _titled_help({**PANELS, **(titles or {})}):
+        parsed = tyro.cli(cls, prog=f"textrl-gym {command}", args=list(args), description=about, registry=_registry())
     return types.SimpleNamespace(**{name: _without_bounds(value) for name, value in vars(parsed).items()})
+
+
+EXAMPLES = {
+    "envs": "envs",
+    "agents": "agents",
+    "env-info": "env-info",
+    "check": "check TLDRSummarize-v0",
+    "train": "train grpo TLDRSummarize-v0 --total-timesteps 200_000 --out runs/grpo",
+    "evaluate": "evaluate runs/grpo --episodes 512",
+    "compare": "compare CopyText-v0 --agents ppo grpo --seeds 3 --total-timesteps 1e5 --out runs/two",
+    "lesson": "lesson MathWords-v0",
+    "sizes": "sizes CalibratedQA-v0 --out runs/sizes",
+    "reproduce": "reproduce runs/two/runs/grpo-seed0",
+    "report": "report runs/grpo",
+    "judge": "judge runs/two --judge gold --against start",
+    "watch": "watch runs/two",
+    "sft": "sft TLDRSummarize-v0 --env.dataset posts.jsonl --model smollm2-135m --out runs/sft",
+    "reward-model": "reward-model TLDRSummarize-v0 --dataset pairs.jsonl --out runs/reward-model",
+    "preferences": "preferences TLDRSummarize-v0 --n 500 --out pairs.jsonl",
+    "annotate": "annotate TLDRSummarize-v0 --n 100 --out labels.jsonl",
+    "labels report": "labels report labels.jsonl",
+    "labels export": "labels export labels.jsonl --format trl --out pairs.jsonl",
+    "labels import": "labels import comparisons.jsonl --format openai --out labels.jsonl",
+    "play": "play GuessNumber-v0",
+    "collect": "collect GuessNumber-v0 --episodes 200 --out games.jsonl",
+    "rlhf": "rlhf CalibratedQA-v0 --rounds 3 --labels 200 --out runs/rounds",
+    "constitutional": "constitutional HelpfulHarmless-v0 --set kl_coef=0.1",
+    "export": "export runs/grpo --to exported",
+    "bench": "bench --agent ppo",
+}
+"""One for each command, which its help shows."""
+PANELS = {
+    "run": "Run",
+    "options": "Training",
+    "env": "Environment",
+    "settings": "Settings",
+    "output": "Output",
+    "launch": "Launching",
+    "judging": "Judge",
+    "endpoint": "Endpoint",
+    "labellers": "Labellers",
+    "annotators": "Simulated annotators",
+    "reward-model": "Reward model",
+    "critic": "Critic",
+    "errors": "Errors of the rule-based critic",
+}
+"""Name of a part -> what the help calls its panel."""
+WIDEST = 100
+"""Columns of the help."""
+
+
+def hold_names(args: Sequence[str], allowed: Collection[str]) -> None:
+    """Hold that no flag has the name that a setting has in another library.
+
+    Raises:
+        ValueError: with its name here.
+    """
+    from textrl_gym.training.config import name_here
+
+    for arg in args:
+        flag_name = arg.partition("=")[0]
+        name = flag_name.removeprefix("--").replace("-", "_")
+        if flag_name.startswith("--") and name not in allowed and (here := name_here(name, allowed)) is not None:
+            raise ValueError(f"unknown setting {flag_name}: here it is --{here.replace('_', '-')}")
+
+
+class _Help(io.StringIO):
+    """Takes what is printed, and says of itself what the terminal behind it says."""
+
+    encoding = "utf-8"
+
+    def __init__(self, behind: TextIO) -> None:
+        super().__init__()
+        self.isatty = behind.isatty  # type: ignore[method-assign]  # colours are for terminals
+
+
+@contextlib.contextmanager
+def _titled_help(titles: Mapping[str, str]) -> Iterator[None]:
+    """Inside, what tyro prints has the panels' titles, and is at most WIDEST columns wide.
+
+    tyro names a panel after its field, with the word "options" behind it, and has no setting for either.
+    """
+    columns, printed = os.environ.get("COLUMNS"), _Help(sys.stdout)
+    os.environ["COLUMNS"] = str(min(WIDEST, shutil.get_terminal_size().columns))
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        if columns is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = columns
+        text = re.sub(r"─ ([\w-]+) options ─+", functools.partial(_retitled, titles), printed.getvalue())
+        # What is an empty list by default has nothing printed there.
+        print(re.sub(r"\(default: (\)|, [^()]*\)) {4}", r"(default: none\1", text), end="")
+
+
+def _retitled(titles: Mapping[str, str], line: re.Match[str]) -> str:
+    title = titles.get(line[1], line[1].capitalize())
+    return f"─ {title} ".ljust(len(line[0]), "─")
+
+
+def _registry() -> ConstructorRegistry:
+    """How values are read: whole numbers also as 1e5, and what may be None without saying so in the help."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kind, optional = _without_none(info.type)
+        if optional and get_origin(kind) is tuple and get_args(kind)[0] in READERS:
+            return _several(*READERS[get_args(kind)[0]])
+        if kind not in READERS or (kind is not int and not optional):
+            return None  # tyro's own rule
+        read, metavar = READERS[kind]
+
+        def from_words(words: list[str]) -> object:
+            return None if optional and words[0] == "None" else read(words[0])
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=from_words,
+            is_instance=lambda value: isinstance(value, kind) or (optional and value is None),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _several(read: Callable[[str], object], metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """Any number of values, or None."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{metavar} [{metavar} ...]]",
+        instance_from_str=lambda words: None if words == ["None"] else tuple(map(read, words)),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: ["None"] if value is None else list(map(str, value)),
+    )
+
+
+def _without_none(kind: Any) -> tuple[Any, bool]:
+    """A type that may be None without that, and whether it may."""
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    others = [option for option in options if option is not type(None)]
+    return (others[0], True) if len(others) == 1 and len(options) == 2 else (kind, False)
+
+
+def whole(text: str) -> int:
+    """A whole number: 100000, 100_000 or 1e5."""
+    try:
+        return int(text)
+    except ValueError as error:
+        with contextlib.suppress(ValueError, OverflowError):  # 1e5, but neither 1.5 nor inf
+            if float(text) == int(float(text)):
+                return int(float(text))
+        raise ValueError(f"expected a whole number, such as 100000, 100_000 or 1e5, got {text!r}") from error
+
+
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"expected a number, got {text!r}") from error
+
+
+READERS: dict[object, tuple[Callable[[str], object], str]] = {
+    int: (whole, "INT"),
+    float: (number, "FLOAT"),
+    str: (str, "STR"),
+    Path: (Path, "PATH"),
+}
+"""Type -> what reads a word of the command line, and what the help calls it."""
 
 
 def flat(cls: type[Any]) -> object:
@@ -307,7 +510,11 @@ def _without_bounds(value: object) -> object:
 
 
 def _hinted(kind: object, bounds: Bounds) -> object:
-    return Annotated[kind, tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}, {bounds})")]
+    return Annotated[kind, tyro.conf.arg(help_behavior_hint=_hint_of(bounds))]
+
+
+def _hint_of(bounds: Bounds) -> Callable[[str], str]:
+    return lambda default: f"(default: {default})" if bounds.choices else f"(default: {default}, {bounds})"
 
 
 def flag(kind: object, about: str) -> object:
@@ -332,6 +539,41 @@ def env_flags(default: EnvSettings | None = None) -> Part:
 
 
 # -- agents ------------------------------------------------------------------------------------------------------------
+
+
+def own_flags(config: type[Any], base: type[Any]) -> tuple[type[Any], type[Any]]:
+    """A config's own settings and those of its base, as two dataclasses of flags: the own ones are read first.
+
+    What the config declares again, with a default or bounds of its own, is its own.
+    """
+    hints, bounds, docs = get_type_hints(config, include_extras=True), bounds_of(config), field_docs(config)
+    own = {name for cls in config.__mro__ if cls not in base.__mro__ for name in vars(cls).get("__annotations__", ())}
+
+    def some(fields: Sequence[dataclasses.Field[Any]], about: str | None) -> type[Any]:
+        flags = []
+        for field in fields:
+            behaviour = _hint_of(bounds[field.name]) if field.name in bounds else None
+            about_field = tyro.conf.arg(help=docs.get(field.name, ""), help_behavior_hint=behaviour)
+            flags.append(
+                (field.name, Annotated[hints[field.name], about_field], dataclasses.field(default=field.default))
+            )
+        return dataclasses.make_dataclass(config.__name__, flags, namespace={"__doc__": about}, frozen=True)
+
+    fields = dataclasses.fields(config)
+    first = some([field for field in fields if field.name in own], config.__doc__)
+    return first, some([field for field in fields if field.name not in own], "Settings of every agent.")
+
+
+def field_docs(config: type[Any]) -> dict[str, str]:
+    """The sentence under each field of a dataclass and of its bases, as it stands in their source."""
+    docs: dict[str, str] = {}
+    for cls in reversed([cls for cls in config.__mro__ if dataclasses.is_dataclass(cls)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for line, below in itertools.pairwise(body.body):
+            if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(line.target, ast.Name):
+                docs[line.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return docs
 
 
 def find_agent(name: str) -> type[Agent]:

@@ -8,7 +8,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from textrl_gym import files, registry
 from textrl_gym.cli.options import (
@@ -19,6 +22,8 @@ from textrl_gym.cli.options import (
     find_agent,
     flag,
     flat,
+    hold_names,
+    own_flags,
     parse_command,
     parse_flags,
     write_toml,
@@ -39,8 +44,8 @@ TRAIN = """Train an agent: textrl-gym train AGENT ENV --total-timesteps N --out 
 
 An agent that does not train is evaluated and saved, and needs no --total-timesteps.
 
-AGENT is the name of a file in agents/, or module:Class; ENV is an environment id, or module:ID. They come first. The
-settings of AGENT are among those below."""
+AGENT is the name of a file in agents/, or module:Class; ENV is an environment id, or module:ID. They come first.
+`textrl-gym train AGENT ENV --help` lists the settings of that agent."""
 
 
 def train_command(args: Sequence[str]) -> int:
@@ -58,24 +63,15 @@ def train_command(args: Sequence[str]) -> int:
     env_id = find_env(names[1]) if len(names) == 2 else ""
     agent_class = find_agent(names[0]) if names else None
     from textrl_gym.mdp.task import load_env_task
-    from textrl_gym.training.config import AgentConfig, TrainOptions
 
-    parts: list[Part] = [
-        ("run", flat(RunSettings)),
-        ("options", flat(TrainOptions)),
-        ("agent", flat(AgentConfig if agent_class is None else agent_class.Config)),
-        env_flags(),
-    ]
-    tables = {"run": "train", "options": "train", "agent": "agent", "env": "env"}
-    parsed = parse_command(" ".join(["train", *names]), TRAIN, parts, tables, args[len(names) :])
-
+    parsed = parse_train(agent_class, names, args)
     assert agent_class is not None  # without names there was --help, which ends above
     run = parsed.run
     if agent_class.trains and run.total_timesteps is None:
         raise ValueError(f"{names[0]} trains: give --total-timesteps N, the generated tokens to train for")
     out = run.out or Path("runs") / f"{names[0].rpartition(':')[2]}-{env_id}-seed{run.seed}"
     # Every setting is handed over, defaults too, so that the checkpoint and run.json say what was used.
-    config = dataclasses.asdict(parsed.agent)
+    config = dataclasses.asdict(agent_class.Config(**vars(parsed.agent), **vars(parsed.shared)))
     settings = {"agent": names[0], "environment": env_id, "model": run.model, "seed": run.seed}
     settings |= {"total_timesteps": run.total_timesteps, "config": config, "env": dataclasses.asdict(parsed.env)}
     if holds_run(out):
@@ -96,8 +92,35 @@ def train_command(args: Sequence[str]) -> int:
     record = {"command": list(args), "environment": env_id, "options": dataclasses.asdict(parsed.options)}
     with alone(out):  # another process that trains there goes on with its own
         files.write_text(out / RUN_FILE, json.dumps(record | {"settings": settings}, indent=1) + "\n")
-        write_toml(out / CONFIG_FILE, {"env": parsed.env, "agent": parsed.agent, "train": [run, parsed.options]})
+        tables_of_run = {"env": parsed.env, "agent": [parsed.agent, parsed.shared], "train": [run, parsed.options]}
+        write_toml(out / CONFIG_FILE, tables_of_run)
     return learn(agent, run.total_timesteps or 0, parsed.options, goes_on=False)
+
+
+def parse_train(agent_class: type[Agent] | None, names: Sequence[str], args: Sequence[str]) -> SimpleNamespace:
+    """The flags of a new run: the agent's own settings, the run's, training's, every agent's, the environment's.
+
+    Args:
+        agent_class: None where only help is asked for.
+        names: AGENT and ENV, as far as they are given.
+    """
+    from textrl_gym.training.config import AgentConfig, TrainOptions
+
+    own, shared = own_flags(AgentConfig if agent_class is None else agent_class.Config, AgentConfig)
+    parts: list[Part] = [
+        ("agent", Annotated[own, tyro.conf.OmitArgPrefixes]),
+        ("run", flat(RunSettings)),
+        ("options", flat(TrainOptions)),
+        ("shared", Annotated[shared, tyro.conf.OmitArgPrefixes]),
+        env_flags(),
+    ]
+    if agent_class is not None:
+        classes = (RunSettings, TrainOptions, agent_class.Config)
+        hold_names(args, {"config", *(field.name for cls in classes for field in dataclasses.fields(cls))})
+    tables = {"run": "train", "options": "train", "agent": "agent", "shared": "agent", "env": "env"}
+    titles = {"agent": f"Agent: {'' if agent_class is None else agent_class.__name__}", "shared": "Every agent"}
+    command = " ".join(["train", *(names or ["AGENT", "ENV"])])
+    return parse_command(command, TRAIN, parts, tables, args[len(names) :], titles)
 
 
 def check_same(out: Path, args: Sequence[str], settings: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from textrl_gym.console import time_columns
 from textrl_gym.core import Row
 
 T = TypeVar("T")
@@ -369,9 +370,9 @@ def with_progress(raw: RawRows, words: str) -> Iterator[object]:
         return
     # Here, not above: 0.1 s that small data need not wait for.
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *time_columns(elapsed=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(words, total=1.0)
         for number, row in enumerate(itertools.chain([first], rows), start=QUIET_ROWS + 1):

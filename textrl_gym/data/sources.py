@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from textrl_gym.data.rows import Joined, RawRows, remembered
 from textrl_gym.data.text_files import IN_MEMORY_BYTES, CsvRows, JsonLines, ListRows, read_json
+from textrl_gym.extras import install
 
 if TYPE_CHECKING:
     import datasets
@@ -343,7 +344,7 @@ def hub_errors(name: str, split: str) -> Iterator[None]:
 
 def _require(package: str, what: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{what} needs the package {package}: pip install textrl-gym[hub]")
+        raise ImportError(f"{what} needs the package {package}: {install('hub')}")
 
 
 class Schema(Protocol):

@@ -10,6 +10,7 @@ prompt by prompt.
     bigrams    far fewer bigrams are distinct (Li et al. 2016, arXiv:1510.03055)
     sameness   many prompts get the same completion
     kl         the policy is far from its reference
+    divergence the same, and the training score fell: nothing is exploited, training has failed
 
 Gold is the definition (Gao et al. 2022, arXiv:2210.10760: the proxy rises, gold falls). The others are symptoms, which
 need no gold score; those of form and length say nothing where the initial policy writes only a few tokens.
@@ -29,6 +30,7 @@ from textrl_gym.bounds import check_settings
 from textrl_gym.stats.overoptimization import distinct_n
 
 GOLD_ALARM = "gold"
+DIVERGENCE = "divergence"
 SHORT = 8  # CopyText-v0 has three tokens: EOS falls to 0.2 and comes back while it is learnt, bigrams fall to 0.6
 """Mean tokens of the initial policy's completions below which their form and length say nothing."""
 
@@ -87,7 +89,12 @@ class Alarm:
     @property
     def title(self) -> str:
         """What an alarm of its kind is called."""
-        return "Reward hacking" if self.measure == GOLD_ALARM else "Drift"
+        return {GOLD_ALARM: "Reward hacking", DIVERGENCE: "Divergence"}.get(self.measure, "Drift")
+
+    @property
+    def line(self) -> str:
+        """The alarm as a line of a run's output."""
+        return self.words if self.measure == DIVERGENCE else f"reward hacking? {self.words}"
 
 
 def evaluations(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> list[Evaluation]:
@@ -130,8 +137,24 @@ def alarms(
         bounds: None for the usual ones.
     """
     bounds = bounds or AlarmBounds()
+    if (lost := divergence(start, now, bounds)) is not None:
+        return [lost]  # texts without form follow from it, and would hide it
     falls = [gold(before, now, bounds) for before in (start, top) if before is not None]
     return [*[alarm for alarm in falls if alarm][:1], *_symptoms(start, now, bounds)]
+
+
+def divergence(start: Evaluation, now: Evaluation, bounds: AlarmBounds) -> Alarm | None:
+    """The policy is far from its reference while the score that it is trained on has fallen."""
+    kl, before = now.row.get("kl_sequence", 0.0), start.row.get("kl_sequence", 0.0)
+    if kl <= bounds.kl or not ("score" in start.row and now.row.get("score", math.inf) < start.row["score"]):
+        return None
+    words = (
+        f"Diverged: the KL to the reference is {kl:.0f} nats a sequence after update {now.row['updates']:,}, and the "
+        f"score that was trained on fell from {start.row['score']:.3f} to {now.row['score']:.3f}. Likely causes: a "
+        "learning rate that is too high, a loss or an advantage of the wrong sign or scale, log-probabilities that are "
+        "not those of the tokens that were sampled, a KL coefficient of 0."
+    )
+    return Alarm(DIVERGENCE, before, kl, words)
 
 
 def gold(before: Evaluation, now: Evaluation, bounds: AlarmBounds) -> Alarm | None:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from annotated_types import Ge
 
+from textrl_gym.console import time_columns
 from textrl_gym.core import Message
 from textrl_gym.llm.endpoint import LONGEST_REPLY_BYTES, Client, ClientConfig, EndpointError, ask_together
 from textrl_gym.llm.questions import (
@@ -194,13 +195,13 @@ class EndpointModel:
         if not open_ones:
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            *time_columns(elapsed=False),
         )
         with Progress(*columns, console=Console(stderr=True), disable=not self.progress_bar) as bar:
             task = bar.add_task(f"asking {self.config.model}", total=len(questions), completed=len(known))

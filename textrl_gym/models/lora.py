@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from textrl_gym.extras import install
 from textrl_gym.models import adapters, loading
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> PeftModel:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError(f"lora_rank={rank} needs peft: pip install textrl-gym[peft]") from error
+        raise ImportError(f"lora_rank={rank} needs peft: {install('peft')}") from error
     # A fork: the same adapter for the same seed, and nothing drawn from the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -25,6 +25,8 @@ from textrl_gym.reports.credit_section import credit, credit_data
 from textrl_gym.stats.estimates import Estimate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "report"
+PLOTLY = "plotly-cartesian.min.js"
+"""plotly.js with the charts that pages have, a third of the whole (npm: plotly.js-cartesian-dist-min; MIT)."""
 SAMPLES_SHOWN = 40
 # The file is opened from a disk and may be sent on: texts of a model in it must be able to load and to send nothing.
 PAGE_SECURITY_POLICY = (
@@ -63,8 +65,6 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
     Args:
         version: of a page that is served; the empty string: a file of its own, which fetches nothing.
     """
-    from plotly.offline import get_plotlyjs
-
     drawn, credit_json = charts(comparison), credit_data(comparison)
     text = text_quality(comparison, drawn)
     sections = {
@@ -101,7 +101,7 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
         f"compared</h1>{live}{lead(comparison, bool(version))}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
         f"\n<main>{body}</main>\n{embedded('chart-data', data)}{embedded('palettes', palettes())}"
-        f"{embedded('credit-data', credit_json)}<script>{get_plotlyjs()}</script>\n"
+        f"{embedded('credit-data', credit_json)}<script>{asset(PLOTLY)}</script>\n"
         f"{''.join(f'<script>{chr(10)}{asset(name)}</script>' for name in scripts)}</body></html>\n"
     )
 
@@ -198,7 +198,9 @@ def lead(comparison: Comparison, live: bool = False) -> str:
     if given:
         settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
         words += f" Settings of the environment that are not the task's own: {settings}."
-    html = f'<p class="soft">{escape(words)}</p>'
+    first = numbers.headline(comparison)
+    result = f'<p class="result">{escape(first[:1].upper() + first[1:])}</p>' if first else ""
+    html = f'{result}<p class="soft">{escape(words)}</p>'
     unfinished = {} if live else comparison.unfinished
     for what, names in (("failed", comparison.failed), ("are not finished", unfinished)):
         if names:

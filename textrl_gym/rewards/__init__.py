@@ -290,7 +290,7 @@ def _filled(function: Callable[..., Any]) -> set[str]:
     return set(itertools.islice(inspect.signature(method.__func__).parameters, 1))
 
 
-def _call(function: Callable[..., Any], batch: dict[str, list[Any]], given: dict[str, Any]) -> Any:
+def call_function(function: Callable[..., Any], batch: dict[str, list[Any]], given: dict[str, Any]) -> Any:
     """Call with keywords, as TRL does: its functions may leave `prompts` out or have other parameters before it.
 
     A function without a parameter called `completions` is called with the two texts by position.
@@ -312,7 +312,9 @@ def _call_all(
     values: dict[str, Any] = {}
     for name, function in functions.items():
         try:
-            values[name] = _call(function, batch, given)  # may be anything: it is checked afterwards, not believed
+            values[name] = call_function(
+                function, batch, given
+            )  # may be anything: it is checked afterwards, not believed
         except (Exception, SystemExit) as error:  # a script that was made a reward may call sys.exit("...")
             for value in filter(inspect.iscoroutine, values.values()):
                 value.close()  # begun by nobody
@@ -408,7 +410,7 @@ def _name_row(
     for row in range(len(completions)):
         alone: Any = None
         try:
-            alone = _call(function, {column: values[row : row + 1] for column, values in batch.items()}, silent)
+            alone = call_function(function, {column: values[row : row + 1] for column, values in batch.items()}, silent)
             if inspect.isawaitable(alone):
                 alone = _wait_for([alone])[0]
         except (Exception, SystemExit) as raised:  # noqa: BLE001 - the caller raises what is said here

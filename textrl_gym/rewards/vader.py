@@ -9,6 +9,8 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from textrl_gym.extras import install
+
 
 def make(argument: str | None) -> Callable[..., list[float]]:
     """The reward; it takes no argument.
@@ -20,7 +22,7 @@ def make(argument: str | None) -> Callable[..., list[float]]:
     if argument:
         raise ValueError(f"reward 'vader' takes no argument, given {argument!r}")
     if importlib.util.find_spec("vaderSentiment") is None:
-        raise ImportError("reward 'vader' needs the package vaderSentiment: pip install 'textrl-gym[vader]'")
+        raise ImportError(f"reward 'vader' needs the package vaderSentiment: {install('vader')}")
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from textrl_gym.extras import install
 from textrl_gym.stats.estimates import Array, Estimate
 
 Counts = NDArray[np.int64]
@@ -88,7 +89,7 @@ def krippendorff_alpha(count_NC: ArrayLike) -> float | None:
     try:
         import krippendorff
     except ImportError as error:
-        raise ImportError("agreement needs the package krippendorff: pip install textrl-gym[annotate]") from error
+        raise ImportError(f"agreement needs the package krippendorff: {install('annotate')}") from error
     return float(krippendorff.alpha(value_counts=paired, level_of_measurement="nominal"))
 
 

@@ -28,7 +28,7 @@ from textrl_gym.models import loading, lora
 from textrl_gym.policy.compiling import Compile, require_compiler
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import collect
-from textrl_gym.training import checkpoint, dependencies, loop
+from textrl_gym.training import checkpoint, dependencies, loop, run_folder
 from textrl_gym.training.config import AgentConfig, Clock, TrainOptions, make_config
 from textrl_gym.training.dependencies import Fingerprints
 from textrl_gym.training.minibatch import Minibatch
@@ -491,8 +491,13 @@ class Agent:
     # -- save and load ------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint folder (safetensors and JSON) that `load` goes on from as if never stopped."""
+        """Write a checkpoint folder (safetensors and JSON) that `load` goes on from as if never stopped.
+
+        The logs of the run go with it, so that `textrl-gym report` shows the folder as it shows the run's own.
+        """
         checkpoint.save(self, path)
+        if self.out is not None:
+            run_folder.copy_logs(self.out, Path(path))
 
     @classmethod
     def load(

@@ -97,7 +97,7 @@ class RewardHackingMonitor(EvaluationCallback):
         return Path(self.model.out)  # type: ignore[attr-defined] # an agent of this project
 
     def _log(self, row: dict[str, Any], alarm: Alarm) -> None:
-        self.tell(f"reward hacking? {alarm.words}")
+        self.tell(alarm.line)
         append_alarm(self._out, row, alarm)
 
     def _where_best(self) -> str:

@@ -13,15 +13,15 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column, Table
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym import functional
-from textrl_gym.console import plain
+from textrl_gym.console import plain, time_columns
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
 from textrl_gym.evaluation.evaluator import Evaluator, Player
@@ -166,10 +166,9 @@ class _Run:
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(agent.total_timesteps)) + 1)),
+            TextColumn("tokens", markup=False, table_column=Column(min_width=6)),
+            *time_columns(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             disable=not progress_bar,
@@ -194,7 +193,9 @@ class _Run:
         for watcher in self._watchers():
             watcher.remember_evaluations(earlier)
         with self.bar:
-            task = self.bar.add_task(type(agent).__name__, total=total, completed=agent.num_timesteps, note="")
+            task = self.task = self.bar.add_task(
+                type(agent).__name__, total=total, completed=agent.num_timesteps, note=""
+            )
             goes_on = self._begin(earlier, total)
             while goes_on and agent.num_timesteps < total:
                 stop.check()
@@ -371,7 +372,10 @@ class _Run:
         """Evaluate, write it down and tell those who watch; whether all of them want to go on."""
         agent = self.agent
         self._tell_reward()
+        note = self.bar.tasks[self.task].fields["note"]
+        self.bar.update(self.task, note="evaluating")  # or the bar would seem to hang
         metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent, greedy=greedy))
+        self.bar.update(self.task, note=note)
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
         row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
         append_evaluation(self.out, row, samples)

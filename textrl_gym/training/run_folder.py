@@ -79,6 +79,16 @@ def cut_logs(folder: Path, updates: int, timesteps: int) -> None:
     update_log.cut(folder, updates, timesteps, _evaluation_logs(folder))
 
 
+def copy_logs(run: Path, folder: Path) -> None:
+    """Copy the logs of a run beside a checkpoint that was saved elsewhere; not into a folder of the run's own."""
+    # Within a run, OUT/best for one, they would be those of a second run.
+    if run.resolve() in (folder.resolve(), *folder.resolve().parents):
+        return
+    for file in [*_evaluation_logs(run), *run.glob("progress*.json")]:
+        if file.is_file():
+            files.write_text(folder / file.name, file.read_text(encoding="utf-8"))
+
+
 def _evaluation_logs(folder: Path) -> list[Path]:
     return [folder / EVALUATIONS, folder / SAMPLES, folder / ALARMS]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gzip
 import ipaddress
 import json
 import secrets
@@ -34,6 +35,8 @@ HEADERS = {
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 1 << 20
 """Of a request's body."""
+WORTH_PACKING = 1 << 16
+"""Bytes of a page from which on it is sent by gzip to who takes that."""
 
 
 def content_security_policy(scripts: str, styles: str) -> str:
@@ -225,12 +228,17 @@ class _Handler(BaseHTTPRequestHandler):
         return origin is not None and urlsplit(origin).netloc.lower() != self.headers.get("Host", "").lower()
 
     def _send(self, reply: Reply, body: bool = True) -> None:
+        content = reply.content
         self.send_response(reply.code)
         self.send_header("Content-Type", f"{reply.kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(reply.content)))
+        # Over a phone's connection a page with its charts is a third of the bytes; what is small is sent as it is.
+        if len(content) > WORTH_PACKING and "gzip" in self.headers.get("Accept-Encoding", ""):
+            content = gzip.compress(content, compresslevel=5, mtime=0)
+            self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if body:
-            self.wfile.write(reply.content)
+            self.wfile.write(content)
 
     def end_headers(self) -> None:
         self.send_header("Content-Security-Policy", self.server.policy)
