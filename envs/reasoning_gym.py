@@ -19,7 +19,7 @@ ID = "ReasoningGym-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "spelling")
 EXACT = "textrl_gym.worlds.problems:exact"
 GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 4e-4, "kl_coef": 0.01}
-TOKENS = 25_000
+TOKENS = 16_000
 LONG = f"spell_backward:{json.dumps(problems.WORDS[-1])}"
 
 
@@ -66,9 +66,9 @@ class ReasoningGym(Task):
     ```
 
     ## Lesson
-    A reward for the exact answer says nothing where all answers of a group are wrong. On long words alone GRPO hardly
-    learns; on words of all lengths, a curriculum by mixture, it learns the long ones too, and so it does with partial
-    credit. `textrl-gym lesson ReasoningGym-v0` runs it.
+    A reward for the exact answer says nothing where all answers of a group are wrong. On long words alone GRPO learns by
+    luck, and late; on words of all lengths, a curriculum by mixture, it learns the long ones too. Credit for each right
+    letter is a signal from the start, and makes letters right before words. `textrl-gym lesson ReasoningGym-v0` runs it.
 
     ## References
     - Stojanovski et al. 2025, Reasoning Gym: reasoning environments for reinforcement learning with verifiable rewards,
@@ -126,12 +126,16 @@ class ReasoningGym(Task):
         },
         findings=(
             Finding(
-                "With words of all lengths long ones are right more often than with long ones alone, by 0.2 or more",
-                lambda of: of["mixed"]["solved_hardest"] - of["hard"]["gold"] - 0.2,
+                "With words of all lengths long ones are right more often than with long ones alone, by 0.1 or more",
+                lambda of: of["mixed"]["solved_hardest"] - of["hard"]["gold"] - 0.1,
             ),
             Finding(
-                "and so they are with credit for each right letter, by 0.2 or more",
-                rise("partial", "hard", "gold", 0.2),
+                "With credit for each right letter more letters are right, by 0.2 or more",
+                rise("partial", "start", "score", 0.2),
+            ),
+            Finding(
+                "but fewer long words than with words of all lengths",
+                lambda of: of["mixed"]["solved_hardest"] - of["partial"]["gold"],
             ),
         ),
         metrics=("gold", "gold_greedy", "solved_hardest", "score", "kl_sequence", "completion_tokens"),
