@@ -66,9 +66,10 @@ class ReasoningGym(Task):
     ```
 
     ## Lesson
-    A reward for the exact answer says nothing where all answers of a group are wrong. On long words alone GRPO learns by
-    luck, and late; on words of all lengths, a curriculum by mixture, it learns the long ones too. Credit for each right
-    letter is a signal from the start, and makes letters right before words. `textrl-gym lesson ReasoningGym-v0` runs it.
+    A reward for the exact answer says nothing where all answers of a group are wrong. On long words alone GRPO learns
+    by luck, and late; on words of all lengths, a curriculum by mixture, it learns the long ones too. Credit for each
+    right letter is a signal from the start, and makes letters right before words. `textrl-gym lesson ReasoningGym-v0`
+    runs it.
 
     ## References
     - Stojanovski et al. 2025, Reasoning Gym: reasoning environments for reinforcement learning with verifiable rewards,
