@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from textrl_gym.core import Rollout
 
+T = TypeVar("T")
 MICRO_BATCH_TOKENS = 16_384
 """Prompt and response places of one teacher-forced pass without gradients."""
 
 
-def micro_batches(rollout: Rollout, max_tokens: int, whole_groups: bool = False) -> list[Tensor]:
+def micro_batches(
+    rollout: Rollout, max_tokens: int, whole_groups: bool = False, multiple_of: int = 1
+) -> list[Tensor]:
     """Rows of the rollout by length, groups together, filled up to a budget of places, so that little is padding.
 
     A group's prompt is computed once (Policy.response), so a micro-batch of U prompts and B rows has
@@ -22,6 +26,7 @@ def micro_batches(rollout: Rollout, max_tokens: int, whole_groups: bool = False)
 
     Args:
         whole_groups: never part a group, for losses that compare its rows.
+        multiple_of: so many, or twice so many, ..., as far as there are rows (or groups): as many for each process.
 
     Returns:
         index tensors that together hold every row once.
@@ -37,14 +42,28 @@ def micro_batches(rollout: Rollout, max_tokens: int, whole_groups: bool = False)
     units = [[b] for b in order]
     if whole_groups:
         units = [list(rows) for _, rows in itertools.groupby(order, key=lambda b: groups[b])]
-    batches: list[list[int]] = []
+    batches: list[list[list[int]]] = []
     for unit in units:
-        rows = [*batches[-1], *unit] if batches else unit
+        rows = [b for one in (*batches[-1], unit) for b in one] if batches else unit
         prompts = len({groups[b] for b in rows})
         # Padding counts: in a rectangle every prompt is as wide as the widest, and so is every completion.
         places = prompts * max(prompt_B[b] for b in rows) + len(rows) * max(response_B[b] for b in rows)
         if batches and places <= max_tokens:
-            batches[-1] = rows
+            batches[-1].append(unit)
         else:
-            batches.append(unit)
-    return [torch.tensor(rows, device=rollout.group_B.device) for rows in batches]
+            batches.append([unit])
+    batches = halved(batches, multiple_of)
+    return [torch.tensor([b for unit in batch for b in unit], device=rollout.group_B.device) for batch in batches]
+
+
+def halved(batches: list[list[T]], multiple_of: int) -> list[list[T]]:
+    """The batches, the largest of them halved until their number is a multiple of another, or each has one item."""
+    batches = list(batches)
+    while len(batches) % multiple_of:
+        largest = max(range(len(batches)), key=lambda number: len(batches[number]))
+        batch = batches[largest]
+        if len(batch) == 1:
+            break
+        middle = len(batch) // 2
+        batches[largest : largest + 1] = [batch[:middle], batch[middle:]]
+    return batches

@@ -19,7 +19,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
-from textrl_gym import functional
+from textrl_gym import functional, processes
 from textrl_gym.bounds import Seed, check, shown
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
@@ -95,6 +95,8 @@ class Agent:
     kl_where: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is in the rollout's rewards or in the loss."""
 
+    one_process: ClassVar[bool] = False
+    """Whether it is refused in a run of several processes."""
     single_turn: ClassVar[bool] = False
     """Whether environments whose tasks are conversations are refused."""
     is_offline: ClassVar[bool] = False
@@ -152,6 +154,7 @@ class Agent:
             fused=self.device.type == "cuda",
         )
         # Hooks and not lines of step(): Stable-Baselines3 and agents of users call the optimizer themselves.
+        self.optimizer.register_step_pre_hook(_add_gradients)
         self.optimizer.register_step_pre_hook(_require_finite_gradients)
         self.optimizer.register_step_post_hook(_require_finite_weights)
         # torch.rand takes a generator of the device that it fills.
@@ -456,6 +459,7 @@ class Agent:
     def minibatches(self, rollout: Rollout) -> Iterator[Minibatch]:
         """The minibatches of each epoch, shuffled; groups stay together, since they share a prompt's cost."""
         self.optimizer.zero_grad(set_to_none=True)  # an update that was interrupted leaves some
+        processes.forget_parts()
         groups = rollout.group_B.unique()
         for _ in range(self.config.epochs):
             order = groups[torch.as_tensor(self.shuffler.permutation(len(groups)), device=self.device)]
@@ -472,6 +476,7 @@ class Agent:
         """
         # The learning rate is set here and not by a scheduler of PyTorch, whose count of steps would have to be saved,
         # and would stand still where an agent skips a step.
+        processes.add_gradients(self.policy.parameters())  # before they are clipped: the norm is that of the sum
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         # Before the hook's check: clipping by an infinite norm has made all gradients 0.
         functional.require_finite("the gradient norm", norm)
@@ -573,6 +578,10 @@ def _check_models(**models: object) -> None:
     for name, model in models.items():
         if not isinstance(model, str | Path | torch.nn.Module | None):
             raise ValueError(f"{name} must be a Hub id, a folder, a loaded model or None, got {shown(model)}")
+
+
+def _add_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    processes.add_gradients(p for group in optimizer.param_groups for p in group["params"])
 
 
 def _require_finite_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
-from textrl_gym import functional
+from textrl_gym import functional, processes
 from textrl_gym.console import plain
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
@@ -52,6 +52,8 @@ class Learner(Player, Protocol):
 
     @property
     def seed(self) -> int: ...
+    @property
+    def one_process(self) -> bool: ...
     @property
     def trains(self) -> bool: ...
     @property
@@ -107,17 +109,11 @@ def train(
         signals.Terminated: SIGTERM or SIGHUP came.
     """
     options = options or TrainOptions()
-    out = agent.out = agent.out or _new_folder(agent)
+    if agent.one_process and processes.size() > 1:
+        raise ValueError(f"{type(agent).__name__} trains in one process: start it without torchrun")
+    out = agent.out = agent.out or processes.from_first(lambda: _new_folder(agent))
     with run_lock.alone(out):
-        if agent.home != out.resolve():
-            if run_folder.holds_run(out):
-                raise ValueError(f"{str(out)!r} holds a run already: load it to go on, or name another folder (out)")
-            run_folder.clear_logs(out)
-        elif agent.num_updates:
-            run_folder.cut_logs(out, agent.num_updates, agent.num_timesteps)
-        else:
-            run_folder.clear_logs(out)
-        agent.home = out.resolve()
+        _prepare_folder(agent, out)
         run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
         try:
             run.open_tracker()
@@ -128,6 +124,20 @@ def train(
             raise
         finally:
             run.close()
+
+
+def _prepare_folder(agent: Learner, out: Path) -> None:
+    """Make room for the logs of a run that begins, or take out what one that goes on will log again."""
+    if agent.home != out.resolve():
+        # By the first process alone: to a later one what the first has begun to write would be another's run.
+        if processes.from_first(lambda: run_folder.holds_run(out)):
+            raise ValueError(f"{str(out)!r} holds a run already: load it to go on, or name another folder (out)")
+        run_folder.clear_logs(out)
+    elif agent.num_updates:
+        run_folder.cut_logs(out, agent.num_updates, agent.num_timesteps)
+    else:
+        run_folder.clear_logs(out)
+    agent.home = out.resolve()
 
 
 class _Run:
@@ -143,7 +153,7 @@ class _Run:
         progress_bar: bool,
     ) -> None:
         self.agent, self.options, self.log_interval = agent, options, log_interval
-        self.console = Console(stderr=True, quiet=not progress_bar)
+        self.console = Console(stderr=True, quiet=not progress_bar or not processes.is_first())
         assert agent.out is not None
         self.out = agent.out
         self.phases = logs.PhaseSeconds()
@@ -172,13 +182,13 @@ class _Run:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
-            disable=not progress_bar,
+            disable=self.console.quiet,
         )
 
     def open_tracker(self) -> None:
         """Log to the tracker too, where one is wanted."""
         name, agent = self.options.log_to, self.agent
-        if name != "none":
+        if name != "none" and processes.is_first():
             settings = dataclasses.asdict(agent.config) | {"agent": type(agent).__name__, "seed": agent.seed}
             settings["env"] = agent.env.task.id
             agent.logger.output_formats.append(
@@ -190,7 +200,7 @@ class _Run:
         agent.finished = False
         self.callback.init_callback(agent)  # type: ignore[arg-type] # an agent has what callbacks use of SB3's algorithms
         self.callback.on_training_start(locals(), globals())
-        earlier = run_folder.read_evaluations(self.out) if agent.num_updates else []
+        earlier = processes.from_first(self._earlier_evaluations)
         for watcher in self._watchers():
             watcher.remember_evaluations(earlier)
         with self.bar:
@@ -212,7 +222,8 @@ class _Run:
                 agent.num_timesteps += rollout.num_tokens + agent.dropped_tokens
                 # As SB3's collect_rollouts does: callbacks read the rollout from self.locals.
                 self.callback.update_locals(locals())
-                goes_on = self.callback.on_step()
+                # A callback may ask the clock, by which processes would part.
+                goes_on = processes.of_first(self.callback.on_step())
                 self.callback.on_rollout_end()
                 if not goes_on:
                     break
@@ -234,12 +245,15 @@ class _Run:
                 # 5. Evaluate and save.
                 if self._evaluation_due(total):
                     goes_on = self._evaluate()
-                if self.schedule.due(agent.num_updates):
+                if processes.of_first(self.schedule.due(agent.num_updates)):
                     self._save()
             self._evaluate_at_end(earlier)
         self.callback.on_training_end()
         agent.finished = True
         self._save()
+
+    def _earlier_evaluations(self) -> list[Evaluation]:
+        return run_folder.read_evaluations(self.out) if self.agent.num_updates else []
 
     def _begin(self, earlier: list[Evaluation], total: int) -> bool:
         """What comes before the first update of this call; whether all who watch want to go on."""
@@ -370,6 +384,8 @@ class _Run:
     def _evaluate(self, greedy: bool = False) -> bool:
         """Evaluate, write it down and tell those who watch; whether all of them want to go on."""
         agent = self.agent
+        # Two kinds of GPU, or a custom update that only one process does, would part the weights without a word.
+        processes.require_equal("the sum of all weights", _sum_of_weights(agent.optimizer))
         self._tell_reward()
         metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent, greedy=greedy))
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
@@ -380,7 +396,12 @@ class _Run:
         if self.options.show_samples:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
         answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]
-        return all(answers)
+        return processes.of_first(all(answers))
+
+
+def _sum_of_weights(optimizer: torch.optim.Optimizer) -> float:
+    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    return float(sum(p.sum(dtype=torch.float64) for p in weights)) if processes.size() > 1 else 0.0
 
 
 def _evaluated(evaluations: list[Evaluation], updates: int) -> bool:

@@ -2,7 +2,8 @@
 
 The loss of a part is its share of the minibatch's loss: its sums are divided by counts of the whole minibatch, as
 Minibatch.mean does. So the gradients of the parts add up to that of the minibatch, whether the mean is over tokens,
-over sequences or over pairs, and `micro_batch_tokens` changes memory and nothing else. A mean over each part's own
+over sequences or over pairs, and `micro_batch_tokens` changes memory and nothing else. For the same reason the parts
+may be dealt to several processes, whose gradients and metrics are summed. A mean over each part's own
 tokens, averaged over the parts, would weigh the tokens of small parts more; and one weight for each part could not
 serve a loss that has means over tokens and over sequences.
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from textrl_gym import functional
+from textrl_gym import functional, processes
 from textrl_gym.core import Rollout
 from textrl_gym.rollouts.batching import micro_batches
 
@@ -47,11 +48,14 @@ class Minibatch(Rollout):
     def micro_batches(self, whole_groups: bool = False) -> Iterator[Minibatch]:
         """Parts of at most micro_batch_tokens prompt and response places, each with the counts of the whole.
 
+        Of several processes each gets its share of them, which may be none.
+
         Args:
             whole_groups: never part a group, for losses that compare its rows.
         """
         counts = {"rows": self.rows, "tokens": self.tokens, "micro_batch_tokens": self.micro_batch_tokens}
-        for rows in micro_batches(self, self.micro_batch_tokens, whole_groups):
+        parts = micro_batches(self, self.micro_batch_tokens, whole_groups, multiple_of=processes.size())
+        for rows in processes.deal(parts):
             yield Minibatch(**(vars(self.select(rows)) | counts))
 
     def mean(self, x: Tensor, over: functional.Aggregation = "token") -> Tensor:
@@ -68,12 +72,15 @@ class Minibatch(Rollout):
 
 
 def sum_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The metrics of a minibatch from those of its parts, each of which is the part's share.
+    """The metrics of a minibatch from those of its parts, each of which is the part's share; over all processes.
 
     Raises:
         NonFiniteError: one of them, the loss for one, is NaN or infinite: the step that follows would ruin the weights.
     """
-    metrics = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+    # A process may have no part of a minibatch.
+    metrics = {name: sum(float(part[name]) for part in parts) for name in parts[0]} if parts else {}
+    if processes.is_dealt():
+        metrics = processes.total_of(metrics)
     functional.require_finite("the loss", metrics.get("loss", 0.0))  # the first to be named
     for name, value in metrics.items():
         functional.require_finite(f"the metric {name!r}", value)
