@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,7 @@ def fork(number: int, size: int, folder: Path, job: Any) -> int:
         with processes.join(f"file://{folder.resolve()}/store"):
             job()
         code = 0
-    except BaseException:
-        import traceback
-
+    except BaseException:  # noqa: BLE001 - shown, and said by the exit code
         traceback.print_exc()
     finally:
         sys.stderr.flush()

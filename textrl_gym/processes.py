@@ -76,7 +76,7 @@ def join(init_method: str = "env://") -> Iterator[None]:
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
     if gpus:
         if local_rank >= gpus:
-            raise ValueError(f"process {local_rank} of this machine has no GPU: torch sees {gpus}; start {gpus} or fewer")
+            raise ValueError(f"{gpus} GPU(s), and none for process {local_rank}: start as many processes")
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, init_method=init_method, world_size=size, rank=rank, timeout=TIMEOUT)
@@ -123,7 +123,7 @@ def share(units: int) -> slice:
 
 
 def deal(parts: Sequence[T]) -> Sequence[T]:
-    """This process's parts of an optimizer step's work: every so-manieth. Their gradients are summed before the step."""
+    """This process's parts of an optimizer step's work, whose gradients are summed before the step."""
     if _group.size == 1:
         return parts
     _group.dealt = True

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from textrl_gym import functional
 from textrl_gym.core import Rollout
 
-T = TypeVar("T")
 MICRO_BATCH_TOKENS = 16_384
 """Prompt and response places of one teacher-forced pass without gradients."""
 
 
-def micro_batches(
-    rollout: Rollout, max_tokens: int, whole_groups: bool = False, multiple_of: int = 1
-) -> list[Tensor]:
+def micro_batches(rollout: Rollout, max_tokens: int, whole_groups: bool = False, multiple_of: int = 1) -> list[Tensor]:
     """Rows of the rollout by length, groups together, filled up to a budget of places, so that little is padding.
 
     A group's prompt is computed once (Policy.response), so a micro-batch of U prompts and B rows has
@@ -52,18 +49,5 @@ def micro_batches(
             batches[-1].append(unit)
         else:
             batches.append([unit])
-    batches = halved(batches, multiple_of)
+    batches = functional.halved(batches, multiple_of)
     return [torch.tensor([b for unit in batch for b in unit], device=rollout.group_B.device) for batch in batches]
-
-
-def halved(batches: list[list[T]], multiple_of: int) -> list[list[T]]:
-    """The batches, the largest of them halved until their number is a multiple of another, or each has one item."""
-    batches = list(batches)
-    while len(batches) % multiple_of:
-        largest = max(range(len(batches)), key=lambda number: len(batches[number]))
-        batch = batches[largest]
-        if len(batch) == 1:
-            break
-        middle = len(batch) // 2
-        batches[largest : largest + 1] = [batch[:middle], batch[middle:]]
-    return batches
