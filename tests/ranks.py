@@ -9,8 +9,10 @@ ends with to FOLDER/WORK-RANK.safetensors, and the metrics of its updates beside
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -24,7 +26,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from textrl_gym import processes
+from textrl_gym import files, processes
+from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.pipeline import reward_model, sft
+from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.registry import load_agent_class
 from textrl_gym.training.agent import Agent
 
@@ -54,19 +59,20 @@ class Record:
         self.agent, self.updates = agent, updates
         self.gradient = torch.zeros(0)
         self.metrics: list[dict[str, float]] = []
-        agent.optimizer.register_step_pre_hook(self._see_gradient)
         update = agent.update
 
         def seen(rollout: Any) -> dict[str, float]:
+            hook = agent.optimizer.register_step_pre_hook(self._see_gradient)  # sharding makes another optimizer
             metrics = update(rollout)
+            hook.remove()
             self.metrics.append({**metrics, "tokens": rollout.num_tokens, "score": float(rollout.score_B.sum())})
             return metrics
 
         agent.update = seen  # type: ignore[method-assign]
 
     def _see_gradient(self, *_: object) -> None:
-        gradients = [p.grad.flatten() for p in self.agent.policy.parameters() if p.grad is not None]
-        self.gradient = torch.cat([getattr(g, "full_tensor", lambda g=g: g)() for g in gradients])
+        gradients = [p.grad for p in self.agent.policy.parameters() if p.grad is not None]
+        self.gradient = torch.cat([processes.whole(gradient).flatten() for gradient in gradients])
 
     def go_on(self, *_: object) -> bool:
         """As a callback: False after so many updates."""
@@ -74,23 +80,83 @@ class Record:
 
 
 def full_weights(agent: Agent) -> Tensor:
-    parameters = [p.detach() for p in agent.policy.parameters()]
-    return torch.cat([getattr(p, "full_tensor", lambda p=p: p)().flatten() for p in parameters])
+    return torch.cat([processes.whole(p.detach()).flatten() for p in agent.policy.parameters()])
+
+
+def supervised(name: str, folder: Path, updates: int) -> None:
+    """Supervised training by so many updates, in FOLDER/run-NAME."""
+    out, env = folder / f"run-{name}", EnvSettings(max_prompt_tokens=8, max_new_tokens=8)
+    if name == "sft":
+        shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "layers": 2, "vocab_size": 300}
+        more: dict[str, Any] = {"batch_size": 6, "copy_steps": 3, "copy_run": 8, "eval_rows": 4, "device": "cpu"}
+        sft.sft(ENV, sft.SFTConfig(steps=updates, micro_batch_tokens=40, **shape, **more), out, env)
+        return
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcd", k=rng.randint(1, 3))) for _ in range(4 * updates)]
+    rows = [{"prompt": text, "chosen": text, "rejected": f"{text[-1]} {text[-1]} a"} for text in texts]
+    pairs = folder / f"pairs-{processes.rank()}.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = RewardModelConfig(dataset=(str(pairs),), batch_size=3, device="cpu", micro_batch_tokens=40)
+    reward_model.train_reward_model(ENV, config, out)
+
+
+def primitives(folder: Path) -> None:
+    """What textrl_gym.processes gives to each process, into primitives-RANK.json."""
+    rank = processes.rank()
+    one, two, unused = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    parts = processes.deal([1.0, 2.0, 4.0])
+    one.grad = torch.full((2,), sum(parts))
+    if rank == 0:  # a process whose parts do not use a parameter
+        two.grad = torch.ones(2)
+    processes.add_gradients([one, two, unused])
+    processes.add_gradients([one, two, unused])  # nothing was dealt since
+    difference = ""
+    try:
+        processes.require_equal("the weight", rank)
+    except RuntimeError as error:
+        difference = str(error)
+    blocks = [processes.share(units) for units in (1, 5)]
+    answers = {
+        "blocks": [[block.start, block.stop] for block in blocks],
+        "parts": list(parts),
+        "gradients": [one.grad.tolist(), two.grad.tolist() if two.grad is not None else None, unused.grad],
+        "total": processes.total(torch.tensor([1.0, float(rank)])).tolist(),
+        "total_of": processes.total_of({"both": 1.0, f"of {rank}": 2.0}),
+        "gather": processes.gather(f"I am {rank}"),
+        "from_first": processes.from_first(lambda: rank + 10),
+        "most": processes.most(rank),
+        "difference": difference,
+    }
+    (folder / f"primitives-{rank}.json").write_text(json.dumps(answers))
 
 
 def work(name: str, folder: Path, updates: int, **options: Any) -> None:
-    """Train an agent for so many updates, and write down what it comes to."""
-    agent = make(name, folder / f"run-{name}")
+    """Train for so many updates, and write down what it comes to."""
+    if name == "primitives":
+        return primitives(folder)
+    if name in ("sft", "reward-model"):
+        return supervised(name, folder, updates)
+    cls, _, shard = name.partition("+")
+    agent = make(cls, folder / f"run-{name}")
     record = Record(agent, updates)
-    agent.learn(10**9, callback=record.go_on, **(QUIET | options))
+    agent.learn(10**9, callback=record.go_on, **(QUIET | {"shard": bool(shard)} | options))
     state = {"weights": full_weights(agent), "gradient": record.gradient, "kl_coef": torch.tensor(agent.kl.coef)}
     file = folder / f"{name}-{processes.rank()}"
     save_file(state, file.with_suffix(".safetensors"))
     file.with_suffix(".json").write_text(json.dumps(record.metrics))
 
 
+def works(names: list[str], folder: Path, updates: int) -> None:
+    for name in names:
+        work(name, folder, updates)
+
+
 def outcome(folder: Path, name: str, rank: int = 0) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """What `work` has written: tensors, and the metrics of each update."""
+    if name in ("sft", "reward-model"):  # only the first process has written
+        return load_file(folder / f"run-{name}" / "model.safetensors"), files.read_json_lines(
+            folder / f"run-{name}" / "progress.json"
+        )
     file = folder / f"{name}-{rank}"
     return load_file(file.with_suffix(".safetensors")), json.loads(file.with_suffix(".json").read_text())
 
@@ -143,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    # +shard behind the name of an agent: its updates are sharded
     parser.add_argument("--work", nargs="+", required=True)
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=120)
@@ -150,7 +217,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for size in args.processes:
         folder = args.folder / str(size)
-        run(size, folder, lambda folder=folder: [work(name, folder, args.updates) for name in args.work], args.seconds)
+        run(size, folder, functools.partial(works, args.work, folder, args.updates), args.seconds)
 
 
 if __name__ == "__main__":

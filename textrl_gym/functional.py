@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textrl_gym import processes
+
 T = TypeVar("T")
 Aggregation = Literal["token", "sequence"]
 Credit = Literal["trajectory", "turn"]
@@ -24,7 +26,7 @@ class NonFiniteError(RuntimeError):
 
 def require_finite(name: str, values: Tensor | float) -> None:
     """Raise NonFiniteError, with the name and the first bad value, unless all values are finite numbers."""
-    flat_N = torch.as_tensor(values).flatten()
+    flat_N = processes.whole(torch.as_tensor(values)).flatten()
     # One wait for the device; which values are bad is asked only where some are.
     if not flat_N.isfinite().all():
         bad_N = flat_N[~flat_N.isfinite()]

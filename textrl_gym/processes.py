@@ -4,6 +4,7 @@
     size, rank, is_first
     share               a block of the units of work of a rollout, for this process
     deal, add_gradients parts of a minibatch, for this process, and the sum of their gradients over all processes
+    whole, local        tensors of which each process has a part
     total, gather, from_first, most
 
 Without a group there is one process, and each of these functions gives back what it is given: a loss or a loop does not
@@ -44,6 +45,8 @@ class _Group:
     local_rank: int = 0
     dealt: bool = False
     """Whether gradients are of this process's parts alone, and have to be summed before a step."""
+    in_step: bool = False
+    """Whether all processes must go through as many parts: those of a sharded model gather each layer together."""
 
 
 _group = _Group()
@@ -126,8 +129,23 @@ def deal(parts: Sequence[T]) -> Sequence[T]:
     """This process's parts of an optimizer step's work, whose gradients are summed before the step."""
     if _group.size == 1:
         return parts
+    if _group.in_step and len(parts) % _group.size:
+        raise ValueError(
+            f"a minibatch of {len(parts)} rows or groups cannot be shared out evenly to {_group.size} processes, as "
+            "sharding needs it: take larger or fewer minibatches, or do not shard"
+        )
     _group.dealt = True
     return parts[_group.rank :: _group.size]
+
+
+@contextlib.contextmanager
+def in_step() -> Iterator[None]:
+    """Inside, `deal` gives each process as many parts, or raises ValueError."""
+    before, _group.in_step = _group.in_step, True
+    try:
+        yield
+    finally:
+        _group.in_step = before
 
 
 def is_dealt() -> bool:
@@ -152,6 +170,10 @@ def add_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     import torch.distributed as dist
 
     trained = [p for p in parameters if p.requires_grad]
+    for p in trained:
+        if is_sharded(p) and p.grad is not None:
+            local(p.grad).mul_(_group.size)  # fully_shard has averaged the parts' gradients over the processes
+    trained = [p for p in trained if not is_sharded(p)]
     # A process without parts has no gradients; a parameter that no process has used keeps none, as AdamW would move
     # one with a gradient of 0 by its momentum.
     used = [False] * len(trained)
@@ -177,6 +199,26 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn
         bucket.append(p)
     if bucket:
         yield bucket
+
+
+# -- tensors of which each process has a part -------------------------------------------------------------------------
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process has a part of the tensor (a DTensor)."""
+    return hasattr(tensor, "full_tensor")  # by name: importing its class takes a tenth of a second
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, whose parts all processes give."""
+    untyped: Any = tensor
+    return untyped.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory."""
+    untyped: Any = tensor
+    return untyped.to_local() if is_sharded(tensor) else tensor
 
 
 # -- sums, and what one process tells the others ----------------------------------------------------------------------

@@ -31,6 +31,7 @@ from textrl_gym.rollouts.collect import collect
 from textrl_gym.training import checkpoint, dependencies, loop
 from textrl_gym.training.config import AgentConfig, Clock, TrainOptions, make_config
 from textrl_gym.training.dependencies import Fingerprints
+from textrl_gym.training.distributed import Shards
 from textrl_gym.training.minibatch import Minibatch
 
 T = TypeVar("T", str, float)
@@ -97,6 +98,8 @@ class Agent:
 
     one_process: ClassVar[bool] = False
     """Whether it is refused in a run of several processes."""
+    shardable: ClassVar[bool] = True
+    """Whether its update reads the policy by `logprobs`, `response` and `values` alone, as learn(shard=True) needs."""
     single_turn: ClassVar[bool] = False
     """Whether environments whose tasks are conversations are refused."""
     is_offline: ClassVar[bool] = False
@@ -145,18 +148,9 @@ class Agent:
         self.policy.try_out(self.env.max_prompt_tokens, self.env.max_new_tokens, self.env.turns is not None)
         # By its settings a loaded agent's environment would take the model of its tokenizer: the trained policy.
         self.env.use_reference(self.policy.reference)
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            [p for p in self.policy.parameters() if p.requires_grad],
-            lr=self.config.learning_rate,
-            eps=self.config.adam_eps,
-            weight_decay=self.config.weight_decay,
-            # One kernel for all parameters; on a CPU the plain loop, whose last digits earlier runs have.
-            fused=self.device.type == "cuda",
-        )
-        # Hooks and not lines of step(): Stable-Baselines3 and agents of users call the optimizer themselves.
-        self.optimizer.register_step_pre_hook(_add_gradients)
-        self.optimizer.register_step_pre_hook(_require_finite_gradients)
-        self.optimizer.register_step_post_hook(_require_finite_weights)
+        self.optimizer: torch.optim.Optimizer = self.new_optimizer(self.policy)
+        self.shards: Shards | None = None
+        """What is trained in the policy's place while learn(shard=True) updates it."""
         # torch.rand takes a generator of the device that it fills.
         self.generator = torch.Generator(self.device).manual_seed(seed)
         # A stream apart from the sampler's, so that another number of epochs does not change what is sampled.
@@ -286,6 +280,22 @@ class Agent:
     def _make_value_model(self, mdp: TextVectorEnv, model: torch.nn.Module) -> torch.nn.Module | None:
         """A separate model for the critic; none unless a subclass says so."""
         return None
+
+    def new_optimizer(self, policy: Policy) -> torch.optim.Optimizer:
+        """AdamW over what is trained of a policy, which refuses steps from or to numbers that are not finite."""
+        optimizer = torch.optim.AdamW(
+            [p for p in policy.parameters() if p.requires_grad],
+            lr=self.config.learning_rate,
+            eps=self.config.adam_eps,
+            weight_decay=self.config.weight_decay,
+            # One kernel for all parameters; on a CPU the plain loop, whose last digits earlier runs have.
+            fused=self.device.type == "cuda",
+        )
+        # Hooks and not lines of step(): Stable-Baselines3 and agents of users call the optimizer themselves.
+        optimizer.register_step_pre_hook(_add_gradients)
+        optimizer.register_step_pre_hook(_require_finite_gradients)
+        optimizer.register_step_post_hook(_require_finite_weights)
+        return optimizer
 
     @property
     def fingerprints(self) -> Fingerprints:
@@ -477,7 +487,7 @@ class Agent:
         # The learning rate is set here and not by a scheduler of PyTorch, whose count of steps would have to be saved,
         # and would stand still where an agent skips a step.
         processes.add_gradients(self.policy.parameters())  # before they are clipped: the norm is that of the sum
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        norm = processes.whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
         # Before the hook's check: clipping by an infinite norm has made all gradients 0.
         functional.require_finite("the gradient norm", norm)
         for group in self.optimizer.param_groups:

@@ -28,12 +28,13 @@ from textrl_gym.evaluation.evaluator import Evaluator, Player
 from textrl_gym.evaluation.reward_hacking import Evaluation
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp import budgets
-from textrl_gym.persistence import run_lock, signals, update_log
+from textrl_gym.persistence import recovery, run_lock, signals, update_log
 from textrl_gym.persistence.save_schedule import SaveSchedule, rescue
 from textrl_gym.rollouts.phases import listening, phase
-from textrl_gym.training import logs, recovery, run_folder
+from textrl_gym.training import distributed, logs, run_folder
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
 from textrl_gym.training.config import Clock, TrainOptions
+from textrl_gym.training.distributed import Shards
 from textrl_gym.training.run_folder import append_evaluation
 
 T = TypeVar("T")
@@ -52,6 +53,9 @@ class Learner(Player, Protocol):
 
     @property
     def seed(self) -> int: ...
+
+    shards: Shards | None
+
     @property
     def one_process(self) -> bool: ...
     @property
@@ -117,8 +121,8 @@ def train(
         run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
         try:
             run.open_tracker()
-            with signals.hearing_signals() as stop, listening(run.phases):
-                run.loop(stop)
+            with signals.hearing_signals() as run.stop, listening(run.phases):
+                run.loop(run.stop)
         except BaseException as error:
             run.rescue(error)
             raise
@@ -153,6 +157,7 @@ class _Run:
         progress_bar: bool,
     ) -> None:
         self.agent, self.options, self.log_interval = agent, options, log_interval
+        self.stop = signals.Stop()
         self.console = Console(stderr=True, quiet=not progress_bar or not processes.is_first())
         assert agent.out is not None
         self.out = agent.out
@@ -168,6 +173,7 @@ class _Run:
             agent.set_logger(update_log.new_logger(self.out / tb_log_name if tb_log_name else self.out))
         self.evaluated: dict[str, float] = {}
         """Numbers of the last evaluation, as they are logged."""
+        distributed.shard(agent, options.shard)
         self.last = recovery.LastUpdate(agent)
         self.saved_at: int | None = agent.num_updates if agent.num_updates else None
         """Updates of the checkpoint in the folder; None: there is none of this run."""
@@ -300,7 +306,8 @@ class _Run:
         agent = self.agent
         if not agent.trains:
             return
-        whole = self.last.restore()
+        # Moments that are sharded are gathered by all processes, or by none: one that failed alone is not there.
+        whole = self.last.restore() and (agent.shards is None or self.stop.together)
         if agent.num_updates == 0 and self.saved_at is None:
             return  # nothing was trained, and the folder stays free
         words = rescue(error, self.out, agent.num_updates, self.saved_at, whole, self._save)
@@ -339,7 +346,7 @@ class _Run:
 
     def _update(self, rollout: Rollout) -> dict[str, float]:
         self.last.before_update()
-        with self._naming_update():
+        with self._naming_update(), distributed.updating(self.agent):
             return self.agent.update(rollout)
 
     @contextlib.contextmanager
@@ -385,7 +392,7 @@ class _Run:
         """Evaluate, write it down and tell those who watch; whether all of them want to go on."""
         agent = self.agent
         # Two kinds of GPU, or a custom update that only one process does, would part the weights without a word.
-        processes.require_equal("the sum of all weights", _sum_of_weights(agent.optimizer))
+        processes.require_equal("the sum of all weights", _sum_of_weights(agent.policy))
         self._tell_reward()
         metrics, samples = self._timed("evaluate", lambda: self.evaluator.run(agent, greedy=greedy))
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
@@ -399,8 +406,8 @@ class _Run:
         return processes.of_first(all(answers))
 
 
-def _sum_of_weights(optimizer: torch.optim.Optimizer) -> float:
-    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+def _sum_of_weights(policy: torch.nn.Module) -> float:
+    weights = [p.detach() for p in policy.parameters()]
     return float(sum(p.sum(dtype=torch.float64) for p in weights)) if processes.size() > 1 else 0.0
 
 
