@@ -9,6 +9,7 @@ ends with to FOLDER/WORK-RANK.safetensors, and the metrics of its updates beside
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -31,6 +32,7 @@ from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.pipeline import reward_model, sft
 from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.registry import load_agent_class
+from textrl_gym.training import run_folder
 from textrl_gym.training.agent import Agent
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -45,7 +47,9 @@ QUIET: dict[str, Any] = {"progress_bar": False, "eval_every": 2, "eval_episodes"
 
 
 def make(name: str, out: Path, **settings: Any) -> Agent:
-    """An agent of few rows, whose minibatches have several parts of ragged lengths."""
+    """An agent of few rows, whose minibatches have several parts of ragged lengths; the one that is saved in out."""
+    if processes.from_first(lambda: run_folder.holds_run(out)):
+        return load_agent_class(name).load(out, out=out, device="cpu")
     batch: dict[str, Any] = {"rollout_episodes": 16, "micro_batch_tokens": 120, "device": "cpu"}
     cls = load_agent_class(name)
     batch |= {"group_size": 4} if cls.Config().group_size > 1 or cls.needs_groups else {}
@@ -77,6 +81,12 @@ class Record:
     def go_on(self, *_: object) -> bool:
         """As a callback: False after so many updates."""
         return len(self.metrics) < self.updates
+
+    def interrupt(self, *_: object) -> bool:
+        """As a callback: Ctrl-C after so many updates, which the last process alone hears."""
+        if len(self.metrics) == self.updates and processes.rank() == processes.size() - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return True
 
 
 def full_weights(agent: Agent) -> Tensor:
@@ -130,25 +140,36 @@ def primitives(folder: Path) -> None:
     (folder / f"primitives-{rank}.json").write_text(json.dumps(answers))
 
 
-def work(name: str, folder: Path, updates: int, **options: Any) -> None:
-    """Train for so many updates, and write down what it comes to."""
+def work(name: str, folder: Path, updates: int, chain: Path | None = None, **options: Any) -> None:
+    """Train for so many updates, and write down what it comes to.
+
+    Args:
+        chain: a folder with runs to go on with, or to begin, each of which ends by Ctrl-C; None: they begin in `folder`.
+    """
     if name == "primitives":
-        return primitives(folder)
+        primitives(folder)
+        return
     if name in ("sft", "reward-model"):
-        return supervised(name, folder, updates)
+        supervised(name, folder, updates)
+        return
     cls, _, shard = name.partition("+")
-    agent = make(cls, folder / f"run-{name}")
-    record = Record(agent, updates)
-    agent.learn(10**9, callback=record.go_on, **(QUIET | {"shard": bool(shard)} | options))
+    agent = make(cls, (chain or folder) / f"run-{name}")
+    goes_on, record = agent.num_updates > 0, Record(agent, updates)
+    settings = QUIET | {"shard": bool(shard), "reset_num_timesteps": not goes_on} | options
+    with contextlib.suppress(KeyboardInterrupt):
+        agent.learn(10**9, callback=record.interrupt if chain else record.go_on, **settings)
     state = {"weights": full_weights(agent), "gradient": record.gradient, "kl_coef": torch.tensor(agent.kl.coef)}
+    trained = [p for group in agent.optimizer.param_groups for p in group["params"]]
+    state["held"] = torch.tensor(sum(processes.local(p).numel() for p in trained))
+    state["trained"] = torch.tensor(sum(p.numel() for p in trained))
     file = folder / f"{name}-{processes.rank()}"
     save_file(state, file.with_suffix(".safetensors"))
     file.with_suffix(".json").write_text(json.dumps(record.metrics))
 
 
-def works(names: list[str], folder: Path, updates: int) -> None:
+def works(names: list[str], folder: Path, updates: int, chain: Path | None) -> None:
     for name in names:
-        work(name, folder, updates)
+        work(name, folder, updates, chain)
 
 
 def outcome(folder: Path, name: str, rank: int = 0) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
@@ -211,13 +232,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     # +shard behind the name of an agent: its updates are sharded
     parser.add_argument("--work", nargs="+", required=True)
+    parser.add_argument("--chain", action="store_true", help="each number of processes goes on where the last ended")
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=120)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    chain = args.folder / "chain" if args.chain else None
     for size in args.processes:
         folder = args.folder / str(size)
-        run(size, folder, functools.partial(works, args.work, folder, args.updates), args.seconds)
+        run(size, folder, functools.partial(works, args.work, folder, args.updates, chain), args.seconds)
 
 
 if __name__ == "__main__":

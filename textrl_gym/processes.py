@@ -127,6 +127,16 @@ def share(units: int) -> slice:
 
 def deal(parts: Sequence[T]) -> Sequence[T]:
     """This process's parts of an optimizer step's work, whose gradients are summed before the step."""
+    _group.dealt = _group.size > 1
+    return own(parts)
+
+
+def own(parts: Sequence[T]) -> Sequence[T]:
+    """This process's parts of work whose results are added up otherwise.
+
+    Raises:
+        ValueError: inside `in_step`, they cannot be shared out evenly.
+    """
     if _group.size == 1:
         return parts
     if _group.in_step and len(parts) % _group.size:
@@ -134,7 +144,6 @@ def deal(parts: Sequence[T]) -> Sequence[T]:
             f"a minibatch of {len(parts)} rows or groups cannot be shared out evenly to {_group.size} processes, as "
             "sharding needs it: take larger or fewer minibatches, or do not shard"
         )
-    _group.dealt = True
     return parts[_group.rank :: _group.size]
 
 

@@ -38,8 +38,7 @@ def rollout_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
 
 def _own_parts(rollout: Rollout) -> Sequence[Tensor]:
     """The micro-batches of a pass without gradients that this process computes of a rollout that all have."""
-    parts = micro_batches(rollout, MICRO_BATCH_TOKENS, multiple_of=processes.size())
-    return parts[processes.rank() :: processes.size()]
+    return processes.own(micro_batches(rollout, MICRO_BATCH_TOKENS, multiple_of=processes.size()))
 
 
 @torch.no_grad()
