@@ -144,7 +144,7 @@ def work(name: str, folder: Path, updates: int, chain: Path | None = None, **opt
     """Train for so many updates, and write down what it comes to.
 
     Args:
-        chain: a folder with runs to go on with, or to begin, each of which ends by Ctrl-C; None: they begin in `folder`.
+        chain: a folder with runs to go on with, or to begin, which end by Ctrl-C; None: they begin in `folder`.
     """
     if name == "primitives":
         primitives(folder)
