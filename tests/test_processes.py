@@ -14,7 +14,8 @@ from textrl_gym import functional, processes
 from textrl_gym.cli import main
 from textrl_gym.training import run_folder
 
-WORKS = ("grpo", "ppo", "dpo", "sft", "reward-model")
+SHARDED = "ppo+shard"  # PPO has a value head besides
+WORKS = ("grpo", "ppo", "dpo", SHARDED, "sft", "reward-model")
 UPDATES = 3
 
 
@@ -86,7 +87,7 @@ def assert_same_weights(name: str, one: dict[str, torch.Tensor], two: dict[str, 
     for key, tensor in one.items():
         # The gradient of attention's key bias is 0 but for rounding, since it adds the same to all of a query's scores;
         # Adam with its usual epsilon makes whole steps of what is rounded otherwise.
-        if key.endswith(("k_proj.bias", "c_attn.bias")):
+        if key.endswith(("k_proj.bias", "c_attn.bias")) or key == "held":
             continue
         torch.testing.assert_close(two[key], tensor, atol=1e-6, rtol=0, msg=lambda m, key=key: f"{name} {key}: {m}")
 
@@ -105,7 +106,17 @@ def test_two_processes_train_as_one(name: str, runs: Path) -> None:
                 assert now[key] == pytest.approx(before[key], abs=1e-5), (name, key)
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "dpo"])
+def test_each_process_holds_its_part(runs: Path) -> None:
+    # Also that fully_shard averages over processes, and does not sum, as its older versions did over gloo
+    # (pytorch issue 162338): above, the weights of a sharded run are those of one process.
+    parts = [outcome(runs / "2", SHARDED, rank)[0] for rank in (0, 1)]
+    trained = int(parts[0]["trained"])
+    assert sum(int(part["held"]) for part in parts) == trained == int(outcome(runs / "1", SHARDED)[0]["held"])
+    # Tensors are cut by rows: of an odd number one process has one more, and of the value head one has all.
+    assert all(0.45 * trained < int(part["held"]) < 0.55 * trained for part in parts)
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "dpo", SHARDED])
 def test_first_process_alone_writes_and_evaluations_are_of_all_rows(name: str, runs: Path) -> None:
     one, two = (runs / size / f"run-{name}" for size in ("1", "2"))
     # Two writers of one log would leave twice the rows.

@@ -1,6 +1,6 @@
 """Long proofs of training by several processes: 20 updates, four processes, killed ranks, other numbers of processes.
 
-python -m pytest -m slow tests/reliability/test_processes.py
+python -m pytest -m slow tests/reliability/test_process_proofs.py
 """
 
 from __future__ import annotations
