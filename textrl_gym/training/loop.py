@@ -34,13 +34,13 @@ from textrl_gym.rollouts.phases import listening, phase
 from textrl_gym.training import distributed, logs, run_folder
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
 from textrl_gym.training.config import Clock, TrainOptions
-from textrl_gym.training.distributed import Shards
+from textrl_gym.training.distributed import Shardable
 from textrl_gym.training.run_folder import append_evaluation
 
 T = TypeVar("T")
 
 
-class Learner(Player, Protocol):
+class Learner(Shardable, Player, Protocol):
     """An agent, as the training loop sees it. The loop stands below the agents and imports none."""
 
     out: Path | None
@@ -53,8 +53,6 @@ class Learner(Player, Protocol):
 
     @property
     def seed(self) -> int: ...
-
-    shards: Shards | None
 
     @property
     def one_process(self) -> bool: ...
@@ -70,10 +68,6 @@ class Learner(Player, Protocol):
     def kl(self) -> KLPenalty: ...
     @property
     def learning_rate(self) -> float: ...
-    @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
-    @property
-    def config(self) -> Any: ...
     @property
     def is_offline(self) -> bool: ...
     @property
