@@ -32,7 +32,7 @@ from textrl_gym.training import checkpoint, dependencies, loop
 from textrl_gym.training.config import AgentConfig, Clock, TrainOptions, make_config
 from textrl_gym.training.dependencies import Fingerprints
 from textrl_gym.training.distributed import Shards
-from textrl_gym.training.minibatch import Minibatch
+from textrl_gym.training.minibatch import Minibatch, checked_adamw
 
 T = TypeVar("T", str, float)
 EnvLike = str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
@@ -283,19 +283,7 @@ class Agent:
 
     def new_optimizer(self, policy: Policy) -> torch.optim.Optimizer:
         """AdamW over what is trained of a policy, which refuses steps from or to numbers that are not finite."""
-        optimizer = torch.optim.AdamW(
-            [p for p in policy.parameters() if p.requires_grad],
-            lr=self.config.learning_rate,
-            eps=self.config.adam_eps,
-            weight_decay=self.config.weight_decay,
-            # One kernel for all parameters; on a CPU the plain loop, whose last digits earlier runs have.
-            fused=self.device.type == "cuda",
-        )
-        # Hooks and not lines of step(): Stable-Baselines3 and agents of users call the optimizer themselves.
-        optimizer.register_step_pre_hook(_add_gradients)
-        optimizer.register_step_pre_hook(_require_finite_gradients)
-        optimizer.register_step_post_hook(_require_finite_weights)
-        return optimizer
+        return checked_adamw(policy, self.config, self.device)
 
     @property
     def fingerprints(self) -> Fingerprints:
@@ -588,20 +576,3 @@ def _check_models(**models: object) -> None:
     for name, model in models.items():
         if not isinstance(model, str | Path | torch.nn.Module | None):
             raise ValueError(f"{name} must be a Hub id, a folder, a loaded model or None, got {shown(model)}")
-
-
-def _add_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    processes.add_gradients(p for group in optimizer.param_groups for p in group["params"])
-
-
-def _require_finite_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    functional.require_finite("the gradient norm", torch.nn.utils.get_total_norm(gradients))
-
-
-def _require_finite_weights(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    # A finite gradient is no guarantee: a learning rate of 1e30 takes the weights to infinity all the same.
-    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    functional.require_finite(
-        "the norm of the weights after the optimizer step", torch.nn.utils.get_total_norm(weights)
-    )
