@@ -58,6 +58,7 @@ class NLPO(PPO):
     config: NLPOConfig
     policy: MaskedPolicy
     starts_at_reference = False
+    shardable = False  # the mask's own model is asked within a pass of the policy
 
     def _new_policy(self, model: torch.nn.Module, **settings: Unpack[PolicySettings]) -> Policy:
         return MaskedPolicy(model, top_p=self.config.top_p, **settings)

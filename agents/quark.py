@@ -125,6 +125,7 @@ class Quark(Agent):
     config: QuarkConfig
     policy: QuantilePolicy
     kl_where = "loss"
+    shardable = False  # its loss reads the policy's hidden states
     pool: list[Trajectory]
 
     def __init__(self, *args: Any, **settings: Any) -> None:

@@ -137,8 +137,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(
     agent = GRPO("CopyText-v0", seed=0, rollout_episodes=16, out=tmp_path)
     fill = checkpoint._fill
 
-    def full(agent: Any, folder: Path) -> None:
-        fill(agent, folder)
+    def full(agent: Any, *arguments: Any) -> None:
+        fill(agent, *arguments)
         if agent.num_updates >= 3:
             raise OSError(28, "No space left on device")
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # what only lists, or says what is wrong, does without torch
+    import torch
     from torch import Tensor
 
 
@@ -238,6 +239,20 @@ class Rollout:
             is_tensor = isinstance(parts[0], torch.Tensor)
             joined[field.name] = torch.cat(parts) if is_tensor else [text for part in parts for text in part]
         return Rollout(**(joined | {"group_B": torch.cat(numbers_B)}))
+
+    def to(self, device: torch.device) -> Rollout:
+        """The rollout with its tensors on a device."""
+        import torch
+
+        moved: dict[str, Any] = {}
+        for field in dataclasses.fields(Rollout):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                value = value.to(device)
+            elif isinstance(value, dict):  # not of `logged`, whose values are the reward's own
+                value = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in value.items()}
+            moved[field.name] = value
+        return Rollout(**moved)
 
     def trim(self) -> Rollout:
         """Without the columns that are padding in every row."""

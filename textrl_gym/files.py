@@ -2,6 +2,9 @@
 
 A log has one JSON object in each line. A process that is killed leaves its last line unfinished: readers do not see
 that line, and the next process that appends to the log removes it.
+
+Of the processes of one run (textrl_gym.processes) the first alone writes: to the others each function here that writes
+does nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from safetensors import SafetensorError
+
+from textrl_gym import processes
 
 STATE_FILE = "agent.json"
 """The JSON part of an agent's checkpoint folder."""
@@ -50,6 +55,10 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
 
     After an exception the older file is there as before, or none.
     """
+    if not processes.is_first():
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            yield nothing
+        return
     # In the same folder, since a rename is atomic within one file system only; by process, since two may write at once.
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -90,6 +99,8 @@ def append_json_lines(file: Path, rows: Iterable[dict[str, Any]], sync: bool = F
     Args:
         sync: return only when the disk has them, for what cannot be computed again.
     """
+    if not processes.is_first():
+        return
     with file.open("ab+") as log:
         size = log.tell()
         log.seek(max(size - 1, 0))
@@ -119,6 +130,8 @@ def write_folder(folder: str | Path, fill: Callable[[Path], object], keep_previo
     Args:
         keep_previous: keep the parts before in `.previous`, for the case that the new ones are damaged later.
     """
+    if not processes.is_first():
+        return
     final = Path(folder)
     final.mkdir(parents=True, exist_ok=True)
     finish_folder(final)
@@ -160,6 +173,8 @@ def give_usual_modes(folder: Path) -> None:
 
 def finish_folder(folder: str | Path) -> None:
     """Move a complete checkpoint into place, where a crash has left one."""
+    if not processes.is_first():
+        return
     final = Path(folder)
     _finish_of_0_1(final)
     whole = final / WHOLE
@@ -217,6 +232,7 @@ def whole_checkpoint(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     finish_folder(folder)
+    processes.wait()  # until the first has moved what a crash has left
     if not checkpoint_parts(folder) and not (folder / PREVIOUS).is_dir():
         return folder  # the reader says that nothing is there
     wrong = damage(folder) if checkpoint_parts(folder) else f"{str(folder / STATE_FILE)!r} is missing"

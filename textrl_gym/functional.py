@@ -6,12 +6,15 @@ Shape legend: B rows, T response places, V vocabulary (see core.py). Places outs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textrl_gym import processes
+
+T = TypeVar("T")
 Aggregation = Literal["token", "sequence"]
 Credit = Literal["trajectory", "turn"]
 """What completions of a prompt are compared by: the return of the whole, or that from each turn on."""
@@ -23,7 +26,7 @@ class NonFiniteError(RuntimeError):
 
 def require_finite(name: str, values: Tensor | float) -> None:
     """Raise NonFiniteError, with the name and the first bad value, unless all values are finite numbers."""
-    flat_N = torch.as_tensor(values).flatten()
+    flat_N = processes.whole(torch.as_tensor(values)).flatten()
     # One wait for the device; which values are bad is asked only where some are.
     if not flat_N.isfinite().all():
         bad_N = flat_N[~flat_N.isfinite()]
@@ -254,3 +257,16 @@ def rows_of_groups(group_B: Tensor) -> tuple[Tensor, Tensor]:
     mask_GN = torch.arange(int(size_G.max()), device=group_B.device) < size_G[:, None]
     order_B = number_B.argsort(stable=True)  # stable: a group's rows keep their order
     return torch.zeros_like(mask_GN, dtype=torch.long).masked_scatter(mask_GN, order_B), mask_GN
+
+
+def halved(batches: list[list[T]], multiple_of: int) -> list[list[T]]:
+    """The batches, the largest of them halved until their number is a multiple of another, or each has one item."""
+    batches = list(batches)
+    while len(batches) % multiple_of:
+        largest = max(range(len(batches)), key=lambda number: len(batches[number]))
+        batch = batches[largest]
+        if len(batch) == 1:
+            break
+        middle = len(batch) // 2
+        batches[largest : largest + 1] = [batch[:middle], batch[middle:]]
+    return batches

@@ -14,11 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(8, len(os.sched_getaffinity(0))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads above are all there are to share
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about uses that are not ours
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from textrl_gym import registry
+from textrl_gym import processes, registry
 from textrl_gym.cli.about import agents_command, completion_command, env_info_command, print_version
 from textrl_gym.cli.collect import collect_command
 from textrl_gym.cli.compare import (
@@ -49,13 +50,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     registry.trust_all = "--trust-code" in given
     try:
         try:
-            return _run(args, debug="--debug" in given)
+            return _run_in_processes(args, debug="--debug" in given)
         finally:
             sys.stdout.flush()  # here, where an error of it is caught
     except BrokenPipeError:  # the reader has left, as `head` does
         # Python flushes once more at its end, into what takes anything.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _run_in_processes(args: list[str], debug: bool) -> int:
+    """`_run`, as one of the processes that torchrun starts, or as the only one."""
+    # Before the group is joined: a process that is refused must not leave the others waiting for it.
+    if processes.launched() and args and args[0] in COMMANDS and args[0] not in IN_PROCESSES:
+        allowed = ", ".join(IN_PROCESSES)
+        return show_error(ValueError(f"{args[0]} runs in one process; torchrun is for {allowed}"))
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(processes.join())
+        except (ValueError, RuntimeError) as error:
+            return show_error(error)
+        if not processes.is_first():  # the first says it for all; what goes wrong is said by whom it happens to
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _run(args, debug)
 
 
 def _run(args: list[str], debug: bool) -> int:
@@ -70,7 +87,8 @@ def _run(args: list[str], debug: bool) -> int:
             raise unknown("command", args[0], COMMANDS)
         return COMMANDS[args[0]](args[1:])
     except KeyboardInterrupt as stopped:
-        print("interrupted", file=sys.stderr)
+        if processes.is_first():
+            print("interrupted", file=sys.stderr)
         return 128 + getattr(stopped, "number", signal.SIGINT)  # as shells count: 130 for Ctrl-C, 143 for SIGTERM
     except SystemExit as stopped:
         # With a number tyro has printed the help, or what is wrong with a flag; with words nobody has.
@@ -163,6 +181,8 @@ def complete_command(args: Sequence[str]) -> int:
     return completion_command(COMMANDS, args)
 
 
+IN_PROCESSES = ("train", "sft", "reward-model")
+"""Commands that several processes may run together, started by torchrun."""
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "envs": envs_command,
     "agents": agents_command,

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from textrl_gym import processes
 from textrl_gym.cli.options import (
     CONFIG_FILE,
     Part,
@@ -111,7 +112,8 @@ def _train(
     try:
         record = work(find_env(parsed.environment), parsed.settings, out, parsed.env, parsed.save)
     except KeyboardInterrupt:
-        print(f"go on with: textrl-gym {command} --resume {out}", file=sys.stderr)
+        if processes.is_first():
+            print(f"go on with: textrl-gym {command} --resume {out}", file=sys.stderr)
         raise
     _finish(command, parsed, record)
     return record

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from textrl_gym import processes
 from textrl_gym.console import plain
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ def show_error(error: Exception) -> int:
     from rich.console import Console
 
     text = str(error) or type(error).__name__
-    Console(stderr=True, soft_wrap=True).print(plain(f"error: {text}", style="bold red"), highlight=False)
+    whose = f"process {processes.rank()} of {processes.size()}: " if processes.size() > 1 else ""
+    Console(stderr=True, soft_wrap=True).print(plain(f"{whose}error: {text}", style="bold red"), highlight=False)
     # Looked up, not imported: health imports torch, and a mistyped word must not wait seconds for that.
     health = sys.modules.get("textrl_gym.evaluation.health")
     return 1 if health is not None and isinstance(error, health.HealthError) else 2

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from textrl_gym import files, registry
+from textrl_gym import files, processes, registry
 from textrl_gym.cli.options import (
     CONFIG_FILE,
     Part,
@@ -74,7 +74,8 @@ def train_command(args: Sequence[str]) -> int:
     config = dataclasses.asdict(agent_class.Config(**vars(parsed.agent), **vars(parsed.shared)))
     settings = {"agent": names[0], "environment": env_id, "model": run.model, "seed": run.seed}
     settings |= {"total_timesteps": run.total_timesteps, "config": config, "env": dataclasses.asdict(parsed.env)}
-    if holds_run(out):
+    # By the first process alone: a later one would find what the first has begun to write.
+    if processes.from_first(lambda: holds_run(out)):
         defaults = {"config": dataclasses.asdict(agent_class.Config()), "env": dataclasses.asdict(EnvSettings())}
         check_same(out, args, settings, defaults)
         # The checkpoint may name the code that this command names, and no other.
@@ -190,7 +191,8 @@ def learn(agent: Agent, timesteps: int, options: TrainOptions, goes_on: bool) ->
         agent.learn(max(0, timesteps), reset_num_timesteps=not goes_on, **dataclasses.asdict(options))
     except KeyboardInterrupt:
         trust = " --trust-code" if registry.foreign_modules else ""
-        print(f"go on with: textrl-gym train --resume {agent.out}{trust}", file=sys.stderr)
+        if processes.is_first():
+            print(f"go on with: textrl-gym train --resume {agent.out}{trust}", file=sys.stderr)
         raise
     print(f"saved in {agent.out}; plots: textrl-gym report {agent.out}")
     return 0
@@ -249,7 +251,7 @@ def resume(args: Sequence[str]) -> int:
     ]
     parsed = parse_flags("train", resume.__doc__, parts, args)
     folder = parsed.resume
-    if not holds_run(folder) and record.get("command"):
+    if not processes.from_first(lambda: holds_run(folder)) and record.get("command"):
         # Stopped before the first update: there is nothing to go on from but the command.
         with registry.named_by(folder / RUN_FILE, trust=False):
             return train_command([*map(str, record["command"]), "--out", str(folder)])

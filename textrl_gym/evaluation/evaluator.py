@@ -16,7 +16,7 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from textrl_gym import files
+from textrl_gym import files, processes
 from textrl_gym.bounds import Seed, check
 from textrl_gym.core import RewardSpec, Rollout, Row, StopReason
 from textrl_gym.data.encoding import encode_completions, prompt_of
@@ -132,14 +132,24 @@ class Evaluator:
             return torch.cat([rollout.outcome_B.cpu() for rollout in rollouts])
         scores = []
         for rows, prompt_ids, rollout in self._batches(rollouts):
-            both = list(zip(rollout.token_BT, rollout.mask_BT, rollout.present_BT, strict=True))
-            completion_ids = [ids[there].tolist() for ids, _, there in both]
-            talks: dict[str, Any] = {"turns": rollout.turns}
-            if rollout.turns:
-                talks["action_masks"] = [own[there].tolist() for _, own, there in both]
-            scored = self.mdp.scorer.score(rows, prompt_ids, completion_ids, reward, **talks)
-            scores.append(scored.score_N.cpu())
+            scores += processes.gather(self._scores_of(rows, prompt_ids, rollout, reward))
         return torch.cat(scores)
+
+    def _scores_of(
+        self, rows: list[Row], prompt_ids: list[list[int]], whole: Rollout, reward: RewardFunction
+    ) -> Tensor:
+        """A reward's scores of this process's share of a rollout's completions, [b] on the CPU."""
+        # A judge behind an endpoint would else be asked by every process.
+        block = processes.share(len(rows))
+        if block.start == block.stop:
+            return torch.zeros(0)
+        rollout = whole.select(torch.arange(block.start, block.stop, device=whole.group_B.device))
+        both = list(zip(rollout.token_BT, rollout.mask_BT, rollout.present_BT, strict=True))
+        completion_ids = [ids[there].tolist() for ids, _, there in both]
+        talks: dict[str, Any] = {"turns": rollout.turns}
+        if rollout.turns:
+            talks["action_masks"] = [own[there].tolist() for _, own, there in both]
+        return self.mdp.scorer.score(rows[block], prompt_ids[block], completion_ids, reward, **talks).score_N.cpu()
 
     def human(self, rollouts: list[Rollout]) -> Tensor:
         """The same scores of the rows' reference texts, computed once; nan where there is none to score. [episodes]
@@ -147,17 +157,20 @@ class Evaluator:
         A text that does not fit behind its prompt into the environment's places is none: no reward need take it.
         """
         if self._human is None:
-            reward, scores = self.gold or self.mdp.reward_model, []
-            for rows, prompt_ids, _ in self._batches(rollouts):
-                score_B = torch.full((len(rows),), math.nan)
-                texts = [self._reference(row, ids) for row, ids in zip(rows, prompt_ids, strict=True)]
-                there = [b for b, text in enumerate(texts) if text is not None]
-                if there:
-                    columns = [{**rows[b], "prompt_ids": prompt_ids[b]} for b in there]
-                    score_B[there] = reward_of(reward, columns, [text for text in texts if text is not None])
-                scores.append(score_B)
-            self._human = torch.cat(scores)
+            self._human = processes.from_first(lambda: self._human_scores(rollouts))
         return self._human
+
+    def _human_scores(self, rollouts: list[Rollout]) -> Tensor:
+        reward, scores = self.gold or self.mdp.reward_model, []
+        for rows, prompt_ids, _ in self._batches(rollouts):
+            score_B = torch.full((len(rows),), math.nan)
+            texts = [self._reference(row, ids) for row, ids in zip(rows, prompt_ids, strict=True)]
+            there = [b for b, text in enumerate(texts) if text is not None]
+            if there:
+                columns = [{**rows[b], "prompt_ids": prompt_ids[b]} for b in there]
+                score_B[there] = reward_of(reward, columns, [text for text in texts if text is not None])
+            scores.append(score_B)
+        return torch.cat(scores)
 
     def _reference(self, row: Row, prompt_ids: list[int]) -> Answer | None:
         text, places = row.get("completion"), self.mdp.max_prompt_tokens + self.mdp.max_new_tokens

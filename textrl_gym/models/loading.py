@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from textrl_gym import files
+from textrl_gym import files, processes
 from textrl_gym.core import PROMPTS_KEEP_EOS
 from textrl_gym.extras import install
 from textrl_gym.models import adapters, fingerprint, weights
@@ -325,6 +325,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     name = str(device)
     gpus = torch.cuda.device_count()
+    if name in ("auto", "cuda") and gpus and processes.size() > 1:
+        return torch.device("cuda", processes.local_rank())  # each process of a machine has a GPU of its own
     if name == "auto":
         return torch.device("cuda" if gpus else "cpu")
     # By this rule and not by torch.device, which takes names of machines (meta, mps) that nothing here is tested on.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from textrl_gym.functional import pad
+from textrl_gym.functional import halved, pad
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,12 @@ Item = tuple[list[int], list[list[int]]]
 """Prompt ids, and the ids of its completions, which may be Dialogues."""
 
 
-def split(items: Sequence[Item], places: int) -> list[list[int]]:
-    """Numbers of items in parts of which each has at most so many positions when it is packed, or one item."""
+def split(items: Sequence[Item], places: int, multiple_of: int = 1) -> list[list[int]]:
+    """Numbers of items in parts of which each has at most so many positions when it is packed, or one item.
+
+    Args:
+        multiple_of: so many parts, or twice so many, ..., as far as there are items: as many for each process.
+    """
     parts: list[list[int]] = []
     prompt = most = width = 0
     for number, (prompt_ids, completions) in enumerate(items):
@@ -158,7 +162,7 @@ def split(items: Sequence[Item], places: int) -> list[list[int]]:
             parts.append([])
             prompt, most, width = len(prompt_ids), len(completions), max(map(len, completions), default=0)
         parts[-1].append(number)
-    return parts
+    return halved(parts, multiple_of)
 
 
 def pack(items: Sequence[Item]) -> Packed:

@@ -8,19 +8,36 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from textrl_gym import processes
 
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor]) -> None:
-    """Write the optimizer's state tensors by parameter number, with other tensors beside them."""
-    tensors = {f"extra.{name}": tensor.contiguous() for name, tensor in extra.items()}
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by parameter number; of one that is sharded, gathered on the first process alone.
+
+    All processes of a run call it: each has a part of the moments.
+    """
+    tensors: dict[str, Tensor] = {}
     for number, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             # Adam's step count is a number in older versions of PyTorch, and safetensors holds tensors only.
-            tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value).contiguous()
-    save_file(tensors, path)
+            whole = processes.whole(torch.as_tensor(value)).contiguous()
+            if processes.is_first():
+                tensors[f"optimizer.{number}.{name}"] = whole
+    return tensors
+
+
+def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor]) -> None:
+    """Write the optimizer's state tensors, with other tensors beside them."""
+    save_tensors(path, optimizer_tensors(optimizer), extra)
+
+
+def save_tensors(path: Path, optimizer: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+    """Write what `optimizer_tensors` gave, with other tensors beside it."""
+    save_file(optimizer | {f"extra.{name}": tensor.contiguous() for name, tensor in extra.items()}, path)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Restore what save_optimizer wrote; returns the other tensors."""
+    """Restore what save_optimizer or save_tensors wrote; returns the other tensors."""
     state: dict[int, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
     for key, tensor in load_file(path).items():

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from textrl_gym import files
+from textrl_gym import files, processes
 
 LOCK = ".training.lock"
 """Locked while something trains in the folder."""
@@ -14,11 +14,14 @@ LOCK = ".training.lock"
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Make the folder, and train in it alone.
+    """Make the folder, and train in it alone; the processes of one run together, by the lock of the first.
 
     Raises:
         ValueError: it cannot be written, or another process or agent trains in it.
     """
+    if not processes.is_first():
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Opened for writing, as network file systems want it of what is locked; so is found out whether one may write.

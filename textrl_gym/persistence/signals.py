@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from textrl_gym import processes
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP, after the checkpoint was saved; as Ctrl-C for all who catch that."""
@@ -22,9 +24,18 @@ class Stop:
 
     def __init__(self) -> None:
         self.number = 0
+        self.together = processes.size() == 1
+        """Whether all processes of the run stop, or one would, at the same place."""
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt, or Terminated for another signal than Ctrl-C's, if one was heard."""
+        """Raise KeyboardInterrupt, or Terminated for another signal than Ctrl-C's, if one was heard by any process."""
+        # One that stops an update before the others would leave them waiting for it.
+        self.number = processes.most(self.number)
+        self.together = self.together or bool(self.number)
+        self.stop()
+
+    def stop(self) -> None:
+        """As `check`, of the signal that this process has heard, and at once."""
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.number:
@@ -45,7 +56,7 @@ def hearing_signals() -> Iterator[Stop]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.number:  # for those who do not want to wait
-            stop.check()
+            stop.stop()
         stop.number = number
 
     # One that is ignored stays so: nohup ignores SIGHUP, a shell SIGINT for what it starts in the background.

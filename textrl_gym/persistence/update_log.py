@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textrl_gym import files
+from textrl_gym import files, processes
 from textrl_gym.persistence.run_lock import LOCK
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def new_logger(folder: Path) -> Logger:
     # Here, not above: reading a log needs no torch.
     from stable_baselines3.common.logger import Logger, make_output_format
 
+    if not processes.is_first():
+        return Logger(str(folder), [])
     folder.mkdir(parents=True, exist_ok=True)
     # SB3's writer opens its file for writing: the rows of the first call would be gone.
     before = len(list(folder.glob("progress*.json")))
@@ -44,6 +46,8 @@ def clear(folder: Path, more: Iterable[Path] = ()) -> None:
     Args:
         more: further logs of the folder.
     """
+    if not processes.is_first():
+        return
     for file in [*more, *update_logs(folder), *folder.glob(EVENTS)]:
         file.unlink(missing_ok=True)
 
@@ -56,6 +60,8 @@ def cut(folder: Path, updates: int, timesteps: int = 0, more: Iterable[Path] = (
         timesteps: of the checkpoint, for logs of versions that did not write the updates.
         more: further logs of the folder.
     """
+    if not processes.is_first():
+        return
     # Between the last checkpoint and a kill, updates were logged that are now done again.
     for file in [*more, *update_logs(folder)]:
         if not file.is_file():

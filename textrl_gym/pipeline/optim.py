@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from textrl_gym import processes
 from textrl_gym.console import time_columns
 from textrl_gym.functional import require_finite
 from textrl_gym.models import loading, lora
@@ -141,7 +142,7 @@ def descend(
 
     Args:
         losses: parts of the loss, which add up to it; each is gone through before the next is computed. Without any no
-            step is taken.
+            step is taken. Of several processes each has its share of them, where they were dealt (processes.deal).
         update: its number, for errors.
         before_step: called when the gradients are ready.
 
@@ -154,13 +155,17 @@ def descend(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
+    processes.forget_parts()
     total: Tensor | None = None
     for loss in losses:
         require_finite(f"update {update}: the loss", loss.detach())
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
+    if processes.is_dealt():
+        total = _total_of_all(total)
     if total is None:
         return None, 0.0
+    processes.add_gradients(model.parameters())
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     require_finite(f"update {update}: the gradient norm", norm)
     before_step()
@@ -168,6 +173,12 @@ def descend(
     weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     require_finite(f"update {update}: the norm of the weights after it", nn.utils.get_total_norm(weights))
     return total.item(), norm.item()
+
+
+def _total_of_all(loss: Tensor | None) -> Tensor | None:
+    """The sum of all processes' parts of a loss; None where none has any."""
+    numbers = [number for number in processes.gather(None if loss is None else loss.item()) if number is not None]
+    return torch.tensor(sum(numbers)) if numbers else None
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
@@ -204,4 +215,5 @@ def progress_bar() -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         *time_columns(),
+        disable=not processes.is_first(),
     )

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from textrl_gym import files
+from textrl_gym import files, processes
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading
@@ -77,6 +77,10 @@ def train_ensemble(
         ValueError: as of `train_reward_model`; or the folder holds another training's members.
     """
     out, env, save = Path(out), env or EnvSettings(), save or SaveOptions()
+    if processes.size() > 1:
+        raise ValueError(
+            f"ensemble={config.ensemble} is trained in one process: leave it out, or start without torchrun"
+        )
     data_seed = config.seed if config.data_seed is None else config.data_seed
     single = dataclasses.replace(config, ensemble=0, combine="mean", coefficient=ensemble.COEFFICIENT)
     members = {

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from textrl_gym import files
+from textrl_gym import files, processes
 from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading, positions
@@ -193,7 +193,8 @@ class PreferenceUpdates(Phase):
             self.go_to(step, {})
         batch = next(self._batches)
         model, pairs = self.tuned.model, total_weight(batch)
-        for part in split([(c.prompt_ids, c.completion_ids) for c in batch], self.config.micro_batch_tokens):
+        items = [(c.prompt_ids, c.completion_ids) for c in batch]
+        for part in processes.deal(split(items, self.config.micro_batch_tokens, multiple_of=processes.size())):
             some = [batch[number] for number in part]
             winner_N3 = winners(some).to(model.device)
             # The mean of no pairs is nan, and one step with it would be the end of the model.
@@ -310,6 +311,8 @@ def train_reward_model(
             training of other settings, or another process trains in it.
     """
     out, env, save = Path(out), env or EnvSettings(), save or SaveOptions()
+    if processes.size() > 1 and config.curve:
+        raise ValueError(f"curve={config.curve} is trained in one process: leave it out, or start without torchrun")
     with run_lock.alone(out):
         record = finished_record(out, TRAINING_RECORD, env_id, env, config, read_record)
         if record is not None:
@@ -323,7 +326,7 @@ def train_on(data: RewardData, config: RewardModelConfig, out: Path, save: SaveO
     data = dataclasses.replace(data, train=in_order(data.train, config))
     with Trainer(out, settings_of(data.env_id, data.env, config), save) as trainer:
         if trainer.source is None:
-            shutil.rmtree(out / CURVE, ignore_errors=True)
+            _remove_curve(out)
         model, initial, trained = _train(data, config, trainer)
     norm, measured = measure(model, data, config)
     record: dict[str, Any] = {
@@ -346,8 +349,13 @@ def train_on(data: RewardData, config: RewardModelConfig, out: Path, save: SaveO
 
     files.write_folder(out, fill)  # whole or not at all
     trainer.finish()
-    shutil.rmtree(out / CURVE, ignore_errors=True)
+    _remove_curve(out)
     return json.loads(text)
+
+
+def _remove_curve(out: Path) -> None:
+    if processes.is_first():
+        shutil.rmtree(out / CURVE, ignore_errors=True)
 
 
 def _train(

@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from textrl_gym import files
+from textrl_gym import files, processes
 from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data.encoding import Chat, codec, encode_completions, end_ids, prompt_of
@@ -326,9 +326,9 @@ class Supervised(Phase):
 
     def losses(self, step: int) -> Iterator[Tensor]:
         items = next(self.batches)
-        parts = split(items, self.config.micro_batch_tokens)
+        parts = split(items, self.config.micro_batch_tokens, multiple_of=processes.size())
         tokens = sum(sum(learnt_tokens(ids)) for _, completions in items for ids in completions)
-        for part in parts:
+        for part in processes.deal(parts):
             with self.tuned.precision():
                 nll, _ = completion_nll(self.tuned.model, batch([items[number] for number in part], self.tuned.model))
             yield nll / tokens

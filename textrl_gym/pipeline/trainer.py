@@ -24,7 +24,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from textrl_gym import files
+from textrl_gym import files, processes
 from textrl_gym.mdp.env_settings import EnvSettings, by_flag
 from textrl_gym.persistence import signals, update_log
 from textrl_gym.persistence.optimizer_state import load_optimizer, save_optimizer
@@ -140,11 +140,12 @@ class Trainer:
         self._saved_at = 0
         self._is_whole = True
         self._read()
+        processes.wait()  # the first will soon write there
 
     def __enter__(self) -> Self:
         if self.source is None:
             update_log.clear(self.folder)
-            shutil.rmtree(self.folder / CHECKPOINT, ignore_errors=True)
+            remove_checkpoint(self.folder)
         else:
             update_log.cut(self.folder, self.place.updates)
         self.logger = update_log.new_logger(self.folder)
@@ -192,7 +193,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Remove the checkpoint: what it was for has been written."""
-        shutil.rmtree(self.folder / CHECKPOINT, ignore_errors=True)
+        remove_checkpoint(self.folder)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ class Trainer:
                 heldout = phase.heldout(place.step)
                 self._log(phase, {"loss": loss, "gradient_norm": norm, "learning_rate": rate, **heldout})
             bar.update(row, completed=place.step, note=f"loss {place.mean_loss:.3f}")
-            if not ended and self.schedule.due(place.updates):
+            if processes.of_first(not ended and self.schedule.due(place.updates)):
                 self.save()
         place.measured |= phase.measured(place.step, place.mean_loss)
         place.phase, place.step, place.mean_loss, place.data = place.phase + 1, 0, math.nan, {}
@@ -272,7 +273,15 @@ class Trainer:
         updates = self.place.updates
         if updates == 0:
             return  # nothing was trained, and the folder stays free
-        print("\n" + rescue(error, self.folder, updates, self._saved_at, self._is_whole, self.save), file=sys.stderr)
+        words = rescue(error, self.folder, updates, self._saved_at, self._is_whole, self.save)
+        if processes.is_first():
+            print("\n" + words, file=sys.stderr)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint of a run that has ended, or begins anew."""
+    if processes.is_first():
+        shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
 
 
 def restore_random(rng: random.Random, state: Sequence[Any]) -> None:
@@ -332,7 +341,7 @@ def finished_record(
     before = settings_of("", EnvSettings(), type(config)()) | by_flag(record.get("env", {})) | record["config"]
     before = json.loads(json.dumps(before | {"environment": record["environment"]}))
     check_same_settings(folder, before, settings_of(env_id, env, config))
-    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # of a run that was stopped between its last two steps
+    remove_checkpoint(folder)  # of a run that was stopped between its last two steps
     return record
 
 

@@ -210,6 +210,8 @@ class Trunk(ModelRunner):
         self.cache_name = cache_name(self.body)  # once: compiled passes cannot look into signatures
         self.step_body: Any = compiled(self.body) if of_decode(compile) else self.body
         """What a decoder at fixed shapes runs."""
+        self.in_one_pass = False
+        """Never share prompts: processes whose layers gather their weights together must make as many passes."""
         self._compiled: tuple[Any, PromptPass] | None = None
         if of_update(compile):
             self._compiled = compiled(self.body), compiled(self._all_of_prompts)
@@ -270,7 +272,7 @@ class Trunk(ModelRunner):
         self.ways_for(mask_BP, action_BT.shape[1])
         with self.running():
             # Where no prompt stands twice there is nothing to share, and one pass is faster than two.
-            if len(first_U) < len(prompt_BP) and self.shares_prompts:
+            if len(first_U) < len(prompt_BP) and self.shares_prompts and not self.in_one_pass:
                 return self.shared(prompt_BP[first_U], mask_BP[first_U], source_B, action_BT, self._compiled)
             if not self.pads:
                 return self.apart(prompt_BP, mask_BP, action_BT, action_mask_BT)

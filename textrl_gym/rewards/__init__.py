@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from textrl_gym import registry
+from textrl_gym import processes, registry
 from textrl_gym.bounds import shown
 from textrl_gym.core import RewardSpec, Row
 
@@ -153,9 +153,14 @@ class RewardFunction:
 
     def take_metrics(self) -> dict[str, float]:
         """The means of what was given to log_metric since the last call: logged/NAME -> mean."""
-        means = {f"logged/{name}": total / count for name, (total, count) in self._metrics.items()}
+        sums: dict[str, tuple[float, int]] = {}
+        # Of several processes each has scored rows of its own.
+        for metrics in processes.gather(self._metrics):
+            for name, (total, count) in metrics.items():
+                before = sums.get(name, (0.0, 0))
+                sums[name] = before[0] + total, before[1] + count
         self._metrics = {}
-        return means
+        return {f"logged/{name}": total / count for name, (total, count) in sums.items()}
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from textrl_gym import functional
+from textrl_gym import functional, processes
 from textrl_gym.core import Rollout, Row
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.policy.policy import Policy
@@ -45,6 +45,9 @@ def collect(
         generator: on the policy's device, to draw them from.
         prompt_indices: fixes the prompts, as reset(options={"prompt_indices": ...}) does.
 
+    Of several processes each plays a block of whole groups, with the prompts and random numbers that these rows have in
+    one process, and all get the whole rollout.
+
     Returns:
         a Rollout on the policy's device, cut to its longest prompt and completion.
 
@@ -59,16 +62,39 @@ def collect(
 
     policy.try_out(mdp.max_prompt_tokens, mdp.max_new_tokens, mdp.turns is not None)
 
-    # 1. Prompts, and a completion of each.
+    # 1. Prompts and random numbers of all rows, whichever of them this process plays.
     rows, prompt_ids = mdp.draw(indices=prompt_indices)
     if uniform_BT is None and not greedy:
         # All numbers at once, before any token: how many a row uses then changes nothing for the others.
         shape = (len(rows), mdp.max_new_tokens)
         uniform_BT = torch.rand(shape, generator=generator, device=policy.device)
-    out = complete(mdp, policy, rows, prompt_ids, None if greedy else uniform_BT)
+    block = _own_rows(len(rows), mdp.group_size)
+    rows, prompt_ids = rows[block], prompt_ids[block]
+    if not rows:  # fewer groups than processes
+        return _joined(None, policy.device)
 
-    # 2. Scores, reference and rewards.
-    return rollout_of(mdp, policy, rows, prompt_ids, out, kl_coef=kl_coef)
+    # 2. A completion of each prompt.
+    uniform_bT = None if greedy or uniform_BT is None else uniform_BT[block]
+    out = complete(mdp, policy, rows, prompt_ids, uniform_bT)
+
+    # 3. Scores, reference and rewards.
+    return _joined(rollout_of(mdp, policy, rows, prompt_ids, out, kl_coef=kl_coef), policy.device)
+
+
+def _own_rows(rows: int, group_size: int) -> slice:
+    """The rows of the groups that this process plays; all of them where there is one process."""
+    groups = processes.share(rows // group_size)
+    return slice(groups.start * group_size, groups.stop * group_size)
+
+
+def _joined(part: Rollout | None, device: torch.device) -> Rollout:
+    """The rollouts of all processes below each other; None: this process has played no row."""
+    if processes.size() == 1:
+        assert part is not None
+        return part
+    # By way of the CPU: a tensor keeps the number of its GPU, which is another process's.
+    parts = processes.gather(None if part is None else part.to(torch.device("cpu")))
+    return Rollout.cat([part for part in parts if part is not None]).to(device)
 
 
 def complete(

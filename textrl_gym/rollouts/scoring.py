@@ -6,11 +6,12 @@ Shape legend: B rows, T response positions, D hidden width, n positions of a chu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from textrl_gym import functional, kl
+from textrl_gym import functional, kl, processes
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.mdp.transition import shape_reward
@@ -29,24 +30,29 @@ def rescore(policy: Policy, rollout: Rollout, mdp: TextVectorEnv, *, kl_coef: fl
 def rollout_logprobs(rollout: Rollout, policy: Policy) -> Tensor:
     """log pi of a rollout's actions by teacher-forced passes without gradients. float32 [B, T], 0 outside the mask."""
     logp_BT = torch.zeros_like(rollout.logp_BT)
-    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
+    for rows in _own_parts(rollout):
         part = rollout.select(rows)
         logp_BT[rows, : part.token_BT.shape[1]] = policy.logprobs(part).float()
-    return logp_BT
+    return processes.total(logp_BT)  # 0 in the rows of other processes
+
+
+def _own_parts(rollout: Rollout) -> Sequence[Tensor]:
+    """The micro-batches of a pass without gradients that this process computes of a rollout that all have."""
+    return processes.own(micro_batches(rollout, MICRO_BATCH_TOKENS, multiple_of=processes.size()))
 
 
 @torch.no_grad()
 def token_entropy(rollout: Rollout, policy: Policy) -> Tensor:
     """Entropy of the distribution that each action was taken from, nats. float32 [B, T], 0 outside the mask."""
     entropy_BT, size = torch.zeros_like(rollout.logp_BT), max(1, CHUNK_NUMBERS // policy.vocab_size)
-    for rows in micro_batches(rollout, MICRO_BATCH_TOKENS):
+    for rows in _own_parts(rollout):
         part = rollout.select(rows)
         # Not Policy.response: that asks a critic too, which may have a trunk of its own.
         flat = policy.hidden(part)[part.mask_BT].split(size), part.token_BT[part.mask_BT].split(size)
         found_N = torch.cat([functional.entropy(policy.logits(*chunk)).float() for chunk in zip(*flat, strict=True)])
         placed_BT = torch.zeros_like(part.logp_BT).masked_scatter(part.mask_BT, found_N)
         entropy_BT[rows, : part.token_BT.shape[1]] = placed_BT
-    return entropy_BT
+    return processes.total(entropy_BT)
 
 
 @torch.no_grad()

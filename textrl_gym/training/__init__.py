@@ -8,8 +8,8 @@
 - `checkpoint`: saving an agent to a folder, and loading it
 - `dependencies`: what a run stands on beside its checkpoint, known by hash
 - `run_folder`: a run's files: one writer and one reader; who may train in it
-- `recovery`: going back to the last whole update
-- `minibatch`: the rows of one optimizer step, and the parts of them that fit in memory
+- `distributed`: weights, gradients and moments sharded over processes (FSDP2)
+- `minibatch`: the rows of one optimizer step, the parts of them that fit in memory, and the optimizer
 - `preference_pairs`: pairs of completions and the losses on them (DPO and relatives)
 - `guided_decoding`: decoding with a trained critic
 """

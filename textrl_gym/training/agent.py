@@ -19,7 +19,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
-from textrl_gym import functional
+from textrl_gym import functional, processes
 from textrl_gym.bounds import Seed, check, shown
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
@@ -31,7 +31,8 @@ from textrl_gym.rollouts.collect import collect
 from textrl_gym.training import checkpoint, dependencies, loop, run_folder
 from textrl_gym.training.config import AgentConfig, Clock, TrainOptions, make_config
 from textrl_gym.training.dependencies import Fingerprints
-from textrl_gym.training.minibatch import Minibatch
+from textrl_gym.training.distributed import Shards
+from textrl_gym.training.minibatch import Minibatch, checked_adamw
 
 T = TypeVar("T", str, float)
 EnvLike = str | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
@@ -95,6 +96,10 @@ class Agent:
     kl_where: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is in the rollout's rewards or in the loss."""
 
+    one_process: ClassVar[bool] = False
+    """Whether it is refused in a run of several processes."""
+    shardable: ClassVar[bool] = True
+    """Whether its update reads the policy by `logprobs`, `response` and `values` alone, as learn(shard=True) needs."""
     single_turn: ClassVar[bool] = False
     """Whether environments whose tasks are conversations are refused."""
     is_offline: ClassVar[bool] = False
@@ -143,17 +148,9 @@ class Agent:
         self.policy.try_out(self.env.max_prompt_tokens, self.env.max_new_tokens, self.env.turns is not None)
         # By its settings a loaded agent's environment would take the model of its tokenizer: the trained policy.
         self.env.use_reference(self.policy.reference)
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            [p for p in self.policy.parameters() if p.requires_grad],
-            lr=self.config.learning_rate,
-            eps=self.config.adam_eps,
-            weight_decay=self.config.weight_decay,
-            # One kernel for all parameters; on a CPU the plain loop, whose last digits earlier runs have.
-            fused=self.device.type == "cuda",
-        )
-        # Hooks and not lines of step(): Stable-Baselines3 and agents of users call the optimizer themselves.
-        self.optimizer.register_step_pre_hook(_require_finite_gradients)
-        self.optimizer.register_step_post_hook(_require_finite_weights)
+        self.optimizer: torch.optim.Optimizer = self.new_optimizer(self.policy)
+        self.shards: Shards | None = None
+        """What is trained in the policy's place while learn(shard=True) updates it."""
         # torch.rand takes a generator of the device that it fills.
         self.generator = torch.Generator(self.device).manual_seed(seed)
         # A stream apart from the sampler's, so that another number of epochs does not change what is sampled.
@@ -283,6 +280,10 @@ class Agent:
     def _make_value_model(self, mdp: TextVectorEnv, model: torch.nn.Module) -> torch.nn.Module | None:
         """A separate model for the critic; none unless a subclass says so."""
         return None
+
+    def new_optimizer(self, policy: Policy) -> torch.optim.Optimizer:
+        """AdamW over what is trained of a policy, which refuses steps from or to numbers that are not finite."""
+        return checked_adamw(policy, self.config, self.device)
 
     @property
     def fingerprints(self) -> Fingerprints:
@@ -456,6 +457,7 @@ class Agent:
     def minibatches(self, rollout: Rollout) -> Iterator[Minibatch]:
         """The minibatches of each epoch, shuffled; groups stay together, since they share a prompt's cost."""
         self.optimizer.zero_grad(set_to_none=True)  # an update that was interrupted leaves some
+        processes.forget_parts()
         groups = rollout.group_B.unique()
         for _ in range(self.config.epochs):
             order = groups[torch.as_tensor(self.shuffler.permutation(len(groups)), device=self.device)]
@@ -472,7 +474,8 @@ class Agent:
         """
         # The learning rate is set here and not by a scheduler of PyTorch, whose count of steps would have to be saved,
         # and would stand still where an agent skips a step.
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        processes.add_gradients(self.policy.parameters())  # before they are clipped: the norm is that of the sum
+        norm = processes.whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
         # Before the hook's check: clipping by an infinite norm has made all gradients 0.
         functional.require_finite("the gradient norm", norm)
         for group in self.optimizer.param_groups:
@@ -578,16 +581,3 @@ def _check_models(**models: object) -> None:
     for name, model in models.items():
         if not isinstance(model, str | Path | torch.nn.Module | None):
             raise ValueError(f"{name} must be a Hub id, a folder, a loaded model or None, got {shown(model)}")
-
-
-def _require_finite_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    functional.require_finite("the gradient norm", torch.nn.utils.get_total_norm(gradients))
-
-
-def _require_finite_weights(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    # A finite gradient is no guarantee: a learning rate of 1e30 takes the weights to infinity all the same.
-    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    functional.require_finite(
-        "the norm of the weights after the optimizer step", torch.nn.utils.get_total_norm(weights)
-    )

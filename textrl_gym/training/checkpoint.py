@@ -31,7 +31,7 @@ from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import adapters, fingerprint, loading, lora
-from textrl_gym.persistence.optimizer_state import load_optimizer, save_optimizer
+from textrl_gym.persistence.optimizer_state import load_optimizer, optimizer_tensors, save_tensors
 from textrl_gym.policy.policy import Policy
 from textrl_gym.training import dependencies
 from textrl_gym.training.config import AgentConfig, Clock
@@ -84,10 +84,12 @@ def save(agent: Saved, folder: str | Path) -> None:
     """Write a checkpoint folder that `load` goes on from as if training had never stopped."""
     # In the run's own folder the newest may be damaged by what stops the run, and the one before is kept.
     own = agent.out is not None and Path(folder).resolve() == agent.out.resolve()
-    files.write_folder(folder, functools.partial(_fill, agent), keep_previous=own)
+    # Before the first process alone goes on to write: of moments that are sharded each process has a part.
+    moments = optimizer_tensors(agent.optimizer)
+    files.write_folder(folder, functools.partial(_fill, agent, moments), keep_previous=own)
 
 
-def _fill(agent: Saved, folder: Path) -> None:
+def _fill(agent: Saved, moments: dict[str, Tensor], folder: Path) -> None:
     policy = agent.policy
     with loading.no_bars():
         lora.save(policy.model, folder / "model", base=not agent.rebuilds_model)
@@ -101,7 +103,7 @@ def _fill(agent: Saved, folder: Path) -> None:
         save_file(policy.value_head.state_dict(), folder / "value_head.safetensors")
     numbers, generator = agent.rng_state()
     # Safetensors and not torch.save: a pickle could run code when a checkpoint of someone else is loaded.
-    save_optimizer(folder / "training.safetensors", agent.optimizer, {"generator": generator})
+    save_tensors(folder / "training.safetensors", moments, {"generator": generator})
     agent.save_extra(folder)
     files.write_state(folder, _state(agent) | {"rng_state": numbers})
 

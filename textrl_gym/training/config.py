@@ -108,6 +108,10 @@ class TrainOptions(SaveOptions):
     """Sample completions printed at each evaluation; all of them are in samples.jsonl."""
     log_to: Tracker = "none"
     """An experiment tracker that gets all that TensorBoard gets: wandb, trackio or mlflow (an extra each)."""
+    shard: bool = False
+    """Of several processes (torchrun): each holds a part of what is trained, its gradients and moments, by fully_shard;
+    weights are gathered to sample. False: each holds all, which is faster where there is room. See docs/distributed.md.
+    """
     on_bad_health: Literal["stop", "warn"] = "stop"
     """What to do when a line of the health card fails before the first update."""
     on_hacking: Literal["off", "warn", "stop"] = "warn"

@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
-from textrl_gym import functional
+from textrl_gym import functional, processes
 from textrl_gym.console import plain, time_columns
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
@@ -28,18 +28,19 @@ from textrl_gym.evaluation.evaluator import Evaluator, Player
 from textrl_gym.evaluation.reward_hacking import Evaluation
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp import budgets
-from textrl_gym.persistence import run_lock, signals, update_log
+from textrl_gym.persistence import recovery, run_lock, signals, update_log
 from textrl_gym.persistence.save_schedule import SaveSchedule, rescue
 from textrl_gym.rollouts.phases import listening, phase
-from textrl_gym.training import logs, recovery, run_folder
+from textrl_gym.training import distributed, logs, run_folder
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
 from textrl_gym.training.config import Clock, TrainOptions
+from textrl_gym.training.distributed import Shardable
 from textrl_gym.training.run_folder import append_evaluation
 
 T = TypeVar("T")
 
 
-class Learner(Player, Protocol):
+class Learner(Shardable, Player, Protocol):
     """An agent, as the training loop sees it. The loop stands below the agents and imports none."""
 
     out: Path | None
@@ -52,6 +53,9 @@ class Learner(Player, Protocol):
 
     @property
     def seed(self) -> int: ...
+
+    @property
+    def one_process(self) -> bool: ...
     @property
     def trains(self) -> bool: ...
     @property
@@ -64,10 +68,6 @@ class Learner(Player, Protocol):
     def kl(self) -> KLPenalty: ...
     @property
     def learning_rate(self) -> float: ...
-    @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
-    @property
-    def config(self) -> Any: ...
     @property
     def is_offline(self) -> bool: ...
     @property
@@ -107,27 +107,35 @@ def train(
         signals.Terminated: SIGTERM or SIGHUP came.
     """
     options = options or TrainOptions()
-    out = agent.out = agent.out or _new_folder(agent)
+    if agent.one_process and processes.size() > 1:
+        raise ValueError(f"{type(agent).__name__} trains in one process: start it without torchrun")
+    out = agent.out = agent.out or processes.from_first(lambda: _new_folder(agent))
     with run_lock.alone(out):
-        if agent.home != out.resolve():
-            if run_folder.holds_run(out):
-                raise ValueError(f"{str(out)!r} holds a run already: load it to go on, or name another folder (out)")
-            run_folder.clear_logs(out)
-        elif agent.num_updates:
-            run_folder.cut_logs(out, agent.num_updates, agent.num_timesteps)
-        else:
-            run_folder.clear_logs(out)
-        agent.home = out.resolve()
+        _prepare_folder(agent, out)
         run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
         try:
             run.open_tracker()
-            with signals.hearing_signals() as stop, listening(run.phases):
-                run.loop(stop)
+            with signals.hearing_signals() as run.stop, listening(run.phases):
+                run.loop(run.stop)
         except BaseException as error:
             run.rescue(error)
             raise
         finally:
             run.close()
+
+
+def _prepare_folder(agent: Learner, out: Path) -> None:
+    """Make room for the logs of a run that begins, or take out what one that goes on will log again."""
+    if agent.home != out.resolve():
+        # By the first process alone: to a later one what the first has begun to write would be another's run.
+        if processes.from_first(lambda: run_folder.holds_run(out)):
+            raise ValueError(f"{str(out)!r} holds a run already: load it to go on, or name another folder (out)")
+        run_folder.clear_logs(out)
+    elif agent.num_updates:
+        run_folder.cut_logs(out, agent.num_updates, agent.num_timesteps)
+    else:
+        run_folder.clear_logs(out)
+    agent.home = out.resolve()
 
 
 class _Run:
@@ -143,7 +151,8 @@ class _Run:
         progress_bar: bool,
     ) -> None:
         self.agent, self.options, self.log_interval = agent, options, log_interval
-        self.console = Console(stderr=True, quiet=not progress_bar)
+        self.stop = signals.Stop()
+        self.console = Console(stderr=True, quiet=not progress_bar or not processes.is_first())
         assert agent.out is not None
         self.out = agent.out
         self.phases = logs.PhaseSeconds()
@@ -158,6 +167,7 @@ class _Run:
             agent.set_logger(update_log.new_logger(self.out / tb_log_name if tb_log_name else self.out))
         self.evaluated: dict[str, float] = {}
         """Numbers of the last evaluation, as they are logged."""
+        distributed.shard(agent, options.shard)
         self.last = recovery.LastUpdate(agent)
         self.saved_at: int | None = agent.num_updates if agent.num_updates else None
         """Updates of the checkpoint in the folder; None: there is none of this run."""
@@ -171,13 +181,13 @@ class _Run:
             *time_columns(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
-            disable=not progress_bar,
+            disable=self.console.quiet,
         )
 
     def open_tracker(self) -> None:
         """Log to the tracker too, where one is wanted."""
         name, agent = self.options.log_to, self.agent
-        if name != "none":
+        if name != "none" and processes.is_first():
             settings = dataclasses.asdict(agent.config) | {"agent": type(agent).__name__, "seed": agent.seed}
             settings["env"] = agent.env.task.id
             agent.logger.output_formats.append(
@@ -189,7 +199,7 @@ class _Run:
         agent.finished = False
         self.callback.init_callback(agent)  # type: ignore[arg-type] # an agent has what callbacks use of SB3's algorithms
         self.callback.on_training_start(locals(), globals())
-        earlier = run_folder.read_evaluations(self.out) if agent.num_updates else []
+        earlier = processes.from_first(self._earlier_evaluations)
         for watcher in self._watchers():
             watcher.remember_evaluations(earlier)
         with self.bar:
@@ -213,7 +223,8 @@ class _Run:
                 agent.num_timesteps += rollout.num_tokens + agent.dropped_tokens
                 # As SB3's collect_rollouts does: callbacks read the rollout from self.locals.
                 self.callback.update_locals(locals())
-                goes_on = self.callback.on_step()
+                # A callback may ask the clock, by which processes would part.
+                goes_on = processes.of_first(self.callback.on_step())
                 self.callback.on_rollout_end()
                 if not goes_on:
                     break
@@ -235,12 +246,15 @@ class _Run:
                 # 5. Evaluate and save.
                 if self._evaluation_due(total):
                     goes_on = self._evaluate()
-                if self.schedule.due(agent.num_updates):
+                if processes.of_first(self.schedule.due(agent.num_updates)):
                     self._save()
             self._evaluate_at_end(earlier)
         self.callback.on_training_end()
         agent.finished = True
         self._save()
+
+    def _earlier_evaluations(self) -> list[Evaluation]:
+        return run_folder.read_evaluations(self.out) if self.agent.num_updates else []
 
     def _begin(self, earlier: list[Evaluation], total: int) -> bool:
         """What comes before the first update of this call; whether all who watch want to go on."""
@@ -287,7 +301,8 @@ class _Run:
         agent = self.agent
         if not agent.trains:
             return
-        whole = self.last.restore()
+        # Moments that are sharded are gathered by all processes, or by none: one that failed alone is not there.
+        whole = self.last.restore() and (agent.shards is None or self.stop.together)
         if agent.num_updates == 0 and self.saved_at is None:
             return  # nothing was trained, and the folder stays free
         words = rescue(error, self.out, agent.num_updates, self.saved_at, whole, self._save)
@@ -326,7 +341,7 @@ class _Run:
 
     def _update(self, rollout: Rollout) -> dict[str, float]:
         self.last.before_update()
-        with self._naming_update():
+        with self._naming_update(), distributed.updating(self.agent):
             return self.agent.update(rollout)
 
     @contextlib.contextmanager
@@ -371,6 +386,8 @@ class _Run:
     def _evaluate(self, greedy: bool = False) -> bool:
         """Evaluate, write it down and tell those who watch; whether all of them want to go on."""
         agent = self.agent
+        # Two kinds of GPU, or a custom update that only one process does, would part the weights without a word.
+        processes.require_equal("the sum of all weights", _sum_of_weights(agent.policy))
         self._tell_reward()
         note = self.bar.tasks[self.task].fields["note"]
         self.bar.update(self.task, note="evaluating")  # or the bar would seem to hang
@@ -384,7 +401,12 @@ class _Run:
         if self.options.show_samples:
             self.console.print(samples_table(samples[: self.options.show_samples], metrics, agent.num_timesteps))
         answers = [watcher.on_evaluation(row, samples) for watcher in self._watchers()]
-        return all(answers)
+        return processes.of_first(all(answers))
+
+
+def _sum_of_weights(policy: torch.nn.Module) -> float:
+    weights = [p.detach() for p in policy.parameters()]
+    return float(sum(p.sum(dtype=torch.float64) for p in weights)) if processes.size() > 1 else 0.0
 
 
 def _evaluated(evaluations: list[Evaluation], updates: int) -> bool:

@@ -1,8 +1,9 @@
-"""Minibatches: the rows of one optimizer step, and the parts of them that fit in memory.
+"""One optimizer step: its minibatch of rows, the parts of them that fit in memory, and the optimizer with its checks.
 
 The loss of a part is its share of the minibatch's loss: its sums are divided by counts of the whole minibatch, as
 Minibatch.mean does. So the gradients of the parts add up to that of the minibatch, whether the mean is over tokens,
-over sequences or over pairs, and `micro_batch_tokens` changes memory and nothing else. A mean over each part's own
+over sequences or over pairs, and `micro_batch_tokens` changes memory and nothing else. For the same reason the parts
+may be dealt to several processes, whose gradients and metrics are summed. A mean over each part's own
 tokens, averaged over the parts, would weigh the tokens of small parts more; and one weight for each part could not
 serve a loss that has means over tokens and over sequences.
 """
@@ -13,11 +14,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from textrl_gym import functional
+from textrl_gym import functional, processes
 from textrl_gym.core import Rollout
 from textrl_gym.rollouts.batching import micro_batches
+from textrl_gym.training.config import AgentConfig
 
 
 @dataclasses.dataclass
@@ -47,11 +50,14 @@ class Minibatch(Rollout):
     def micro_batches(self, whole_groups: bool = False) -> Iterator[Minibatch]:
         """Parts of at most micro_batch_tokens prompt and response places, each with the counts of the whole.
 
+        Of several processes each gets its share of them, which may be none.
+
         Args:
             whole_groups: never part a group, for losses that compare its rows.
         """
         counts = {"rows": self.rows, "tokens": self.tokens, "micro_batch_tokens": self.micro_batch_tokens}
-        for rows in micro_batches(self, self.micro_batch_tokens, whole_groups):
+        parts = micro_batches(self, self.micro_batch_tokens, whole_groups, multiple_of=processes.size())
+        for rows in processes.deal(parts):
             yield Minibatch(**(vars(self.select(rows)) | counts))
 
     def mean(self, x: Tensor, over: functional.Aggregation = "token") -> Tensor:
@@ -68,12 +74,15 @@ class Minibatch(Rollout):
 
 
 def sum_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The metrics of a minibatch from those of its parts, each of which is the part's share.
+    """The metrics of a minibatch from those of its parts, each of which is the part's share; over all processes.
 
     Raises:
         NonFiniteError: one of them, the loss for one, is NaN or infinite: the step that follows would ruin the weights.
     """
-    metrics = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+    # A process may have no part of a minibatch.
+    metrics = {name: sum(float(part[name]) for part in parts) for name in parts[0]} if parts else {}
+    if processes.is_dealt():
+        metrics = processes.total_of(metrics)
     functional.require_finite("the loss", metrics.get("loss", 0.0))  # the first to be named
     for name, value in metrics.items():
         functional.require_finite(f"the metric {name!r}", value)
@@ -96,3 +105,44 @@ def places_of_update(update: int, rows: int, size: int, seed: int, *, first_in_o
         in_order = number == 0 and first_in_order
         orders[number] = np.arange(size) if in_order else np.random.default_rng([seed, number]).permutation(size)
     return [int(orders[place // size][place % size]) for place in range(update * rows, (update + 1) * rows)]
+
+
+# -- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def checked_adamw(policy: torch.nn.Module, config: AgentConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over what is trained of a policy, with checks around each step.
+
+    Before it gradients are summed over processes, and it is not taken where one of them is NaN or infinite; after it
+    the weights must be finite. A check that fails raises NonFiniteError.
+    """
+    optimizer = torch.optim.AdamW(
+        [p for p in policy.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        # One kernel for all parameters; on a CPU the plain loop, whose last digits earlier runs have.
+        fused=device.type == "cuda",
+    )
+    # Hooks and not lines of step(): Stable-Baselines3 and agents of users call the optimizer themselves.
+    optimizer.register_step_pre_hook(_add_gradients)
+    optimizer.register_step_pre_hook(_require_finite_gradients)
+    optimizer.register_step_post_hook(_require_finite_weights)
+    return optimizer
+
+
+def _add_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    processes.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+
+
+def _require_finite_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    functional.require_finite("the gradient norm", torch.nn.utils.get_total_norm(gradients))
+
+
+def _require_finite_weights(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    # A finite gradient is no guarantee: a learning rate of 1e30 takes the weights to infinity all the same.
+    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    functional.require_finite(
+        "the norm of the weights after the optimizer step", torch.nn.utils.get_total_norm(weights)
+    )

@@ -1,7 +1,4 @@
-"""Recovery: an update that is broken off in its middle is undone, so that the last whole one can be saved.
-
-Signals and the lock of a folder, which supervised training needs too, are in `textrl_gym.persistence`.
-"""
+"""Recovery: an update that is broken off in its middle is undone, so that the last whole one can be saved."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from textrl_gym import processes
 
 
 class Recoverable(Protocol):
@@ -65,15 +64,16 @@ class LastUpdate:
             return
         weights, state = self._parameters(), self.agent.optimizer.state
         if not self._weights:
-            self._weights = [_host_copy(p) for p in weights]
+            self._weights = [_host_copy(processes.local(p)) for p in weights]
         for saved, p in zip(self._weights, weights, strict=True):
-            saved.copy_(p.detach())
+            saved.copy_(processes.local(p.detach()))
         # No moments before the first step.
         for number, p in enumerate(weights):
             for name, value in state.get(p, {}).items():
+                moment = processes.local(torch.as_tensor(value))
                 if (number, name) not in self._moments:
-                    self._moments[number, name] = _host_copy(torch.as_tensor(value))
-                self._moments[number, name].copy_(torch.as_tensor(value))
+                    self._moments[number, name] = _host_copy(moment)
+                self._moments[number, name].copy_(moment)
         self._copied = True
 
     def done(self) -> None:
@@ -98,12 +98,12 @@ class LastUpdate:
     def _restore_weights(self) -> None:
         optimizer = self.agent.optimizer
         for number, (saved, p) in enumerate(zip(self._weights, self._parameters(), strict=True)):
-            p.copy_(saved)
+            processes.local(p).copy_(saved)
             names = [name for at, name in self._moments if at == number]
             if not names:
                 optimizer.state.pop(p, None)
             for name in names:
-                optimizer.state[p][name].copy_(self._moments[number, name])
+                processes.local(optimizer.state[p][name]).copy_(self._moments[number, name])
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.agent.optimizer.param_groups for p in group["params"]]
