@@ -8,6 +8,7 @@
 - `provocations`: rude remarks with invented words, to be continued politely
 - `requests`: requests that are safe, unsafe, or only sound so
 - `reviews`: reviews with mixed judgements, to be continued
+- `snippets`: numbered snippets and a question, to be answered with citations
 - `sums`: word problems with their working
 - `tables`: a few facts about a place or a player, to be said in one or two sentences
 - `tldr`: forum posts with short summaries, in the format of trl-lib/tldr
