@@ -6,6 +6,7 @@
 - `opinions`: questions about facts, whose user has a view of them
 - `passages`: facts of which some are doubtful, and questions about them
 - `provocations`: rude remarks with invented words, to be continued politely
+- `quiz`: which of three things has a property, and sentences that help to tell
 - `requests`: requests that are safe, unsafe, or only sound so
 - `reviews`: reviews with mixed judgements, to be continued
 - `snippets`: numbered snippets and a question, to be answered with citations
