@@ -22,7 +22,7 @@ ID = "KnowledgeQA-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "quiz")
 GOLD = "textrl_gym.worlds.quiz:gold"
 GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 8e-4, "kl_coef": 0.03}
-TOKENS = 25_000
+TOKENS = 20_000
 
 
 # -- published schemas ------------------------------------------------------------------------------------------------

@@ -161,6 +161,9 @@ def test_the_reader_looks_at_what_is_named_and_not_at_what_is_said() -> None:
     kinds = ["use" if row["kind"] != "use" else "place" for row in rows]
     beside = [quiz.fact_of(thing, kind).text for thing, kind in zip(answers, kinds, strict=True)]
     misled = [Fact(row["options"][row["answer"] - 1], row["kind"], row["value"]).text for row in rows]
+    # As completions are decoded, and as references are written
+    bare = scores_of([text.strip() for text in beside], rows)
+    assert bare.tolist() == pytest.approx(scores_of(beside, rows).tolist(), abs=1e-6)
     # Without knowledge it guesses among three, so that about (1 - -0.3) / 2 can be gained.
     assert scores_of([row["completion"] for row in rows], rows).mean() > 0.5
     assert scores_of(beside, rows).mean() > 0.5

@@ -111,7 +111,8 @@ class KnowledgeMargin:
                 )
         texts = [prompt.removesuffix(self.keep_suffix) for prompt in prompts]
         if completions is not None:
-            texts = [prompt + knowledge for prompt, knowledge in zip(prompts, completions, strict=True)]
+            # Decoded completions may have lost their blank, and "Knowledge :the" would be other words.
+            texts = [f"{prompt.rstrip()} {text.strip()}" for prompt, text in zip(prompts, completions, strict=True)]
         scores = iter(self._scores([text + ANSWER for text in texts], options))
         margins = []
         for choices, right in zip(options, answer, strict=True):
