@@ -487,7 +487,7 @@ def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None, set
 
 def _matched(source: sources.Source) -> tuple[RawRows, PreferenceSchema]:
     """A source's rows, put together as their schema says, and the schema."""
-    raw: RawRows = Mapped(source.open(), _as_mapping)
+    raw: RawRows = Mapped(source.open(), prompts.webgpt_row)
     schema = sources.match_schema(PREFERENCE_SCHEMAS, first_columns(raw, source.words), source.words)
     if schema.joined:
         raw = Grouped(raw, "prompt", schema.joined)
@@ -521,14 +521,6 @@ def check_score(row: Row, name: str) -> None:
     """Raise BadRow for a score that is no finite number; one that is missing is none."""
     with contextlib.suppress(Dropped):
         _label(row, name)
-
-
-def _as_mapping(row: object) -> object:
-    """The row itself, or of OpenAI's own file of WebGPT, where a row is a list of two answers, its published form."""
-    if isinstance(row, list) and len(row) == 2 and all(isinstance(half, Mapping) for half in row):
-        halves = {f"{name}_{n}": half.get(name) for n, half in enumerate(row) for name in ("answer", "score")}
-        return {"question": row[0].get("question"), **halves}
-    return row
 
 
 def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None, settings: ChatSettings) -> dict[str, Any]:

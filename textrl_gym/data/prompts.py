@@ -20,6 +20,7 @@ from textrl_gym.data import chat, encoding, sources
 from textrl_gym.data.encoding import Chat
 from textrl_gym.data.rows import (
     BadRow,
+    Mapped,
     RawRows,
     RowRules,
     Rows,
@@ -390,6 +391,15 @@ def _question(row: Row) -> dict[str, Any]:
     return _spoken(chat.user(text), text_of(row, "answer"), text)
 
 
+def webgpt_row(row: object) -> object:
+    """The row itself, or of OpenAI's own file of WebGPT, where a row is a list of two answers, its published form."""
+    if isinstance(row, list) and len(row) == 2 and all(isinstance(half, Mapping) for half in row):
+        names = ("quotes", "answer", "score")
+        halves = {f"{name}_{number}": half.get(name) for number, half in enumerate(row) for name in names}
+        return {"question": row[0].get("question")} | halves
+    return row
+
+
 TLDR_COLUMNS = ("subreddit", "title", "post", "summary")
 PROMPT_SCHEMAS = (
     PromptSchema("trl-lib/tldr", ("prompt", "completion"), _prompt_completion),
@@ -448,7 +458,8 @@ class _Opened:
 
 
 def _open(source: sources.Source, schemas: Sequence[PromptSchema], rules: RowRules) -> _Opened:
-    raw = source.open()
+    # A list in the place of a row would have no columns to tell the schema by.
+    raw: RawRows = Mapped(source.open(), webgpt_row)
     columns = first_columns(raw, source.words)
     schema = sources.match_schema(schemas, columns, source.words)
     scan = look_through(raw, source.words, columns, schema.convert, rules.check)

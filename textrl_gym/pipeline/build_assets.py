@@ -7,6 +7,8 @@ the task's `recipe`:
    better. A model that is poor from the beginning could not.
 3. "reward_model", and any other name: the fluent model's body, pretrained on replaced tokens where the task can corrupt
    its texts, and then trained on comparisons of the policy's samples and the task's candidates.
+4. A name whose settings have "learns" is a language model of its own, which learns the rows that the task's method of
+   that name gives, from scratch: a model that answers questions, say, which a reward asks.
 Weights are stored as float16, which halves the package. The same seed gives the same files on the same machine with the
 same number of threads; elsewhere sums are rounded differently and the measurements differ a little.
 """
@@ -18,6 +20,7 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +30,7 @@ import tyro
 
 from textrl_gym import files, registry
 from textrl_gym.bounds import Seed
+from textrl_gym.core import PromptSource
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.mdp.text_env import vector_env
@@ -67,11 +71,13 @@ class BuildConfig:
             raise ValueError(f"out is the folder of one environment: name it with --env, got {self.env}")
 
 
-def write_references(task: Task, folder: Path, rows: int) -> Path:
-    """A task's references as a user's folder of data: train.jsonl, validation.jsonl."""
+def write_references(
+    task: Task, folder: Path, rows: int, of_split: Callable[[str], PromptSource] | None = None
+) -> Path:
+    """A task's references, or other rows of it, as a user's folder of data: train.jsonl, validation.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", rows), ("validation", 256)):
-        source = task.references(split)
+        source = (of_split or task.references)(split)
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for index in range(count):
                 columns = ("prompt", *LEARNT)
@@ -168,10 +174,26 @@ def build(env_id: str, config: BuildConfig, work: Path) -> dict[str, Any]:
     )
     records = {"policy": store(policy, out / "policy", "sft.json", **quality)}
     for name, values in settings.items():
+        if "learns" in values:
+            records[name] = _build_reader(task, name, values, config.seed, work, out)
+            continue
         judging = RewardModelConfig(model=str(fluent), policy=str(policy), seed=config.seed, **values)
         train_reward_model(env_id, judging, work / name)
         records[name] = store(work / name, out / name, "reward_training.json")
     return records
+
+
+def _build_reader(task: Task, name: str, values: dict[str, Any], seed: int, work: Path, out: Path) -> dict[str, Any]:
+    """A language model that learns rows of its own, whose prompts hold a completion of the policy's."""
+    rows, learns = values.pop("references", REFERENCES), values.pop("learns")
+    data = work / f"{name}_rows"
+    if not data.is_dir():
+        write_references(task, data, rows, getattr(task, learns))
+    # The recipe may name a seed of its own, so that such a model does not begin as the policy did.
+    config = SFTConfig(**{"seed": seed, **values})
+    longest = EnvSettings(dataset=str(data), max_prompt_tokens=task.max_prompt_tokens + task.max_new_tokens)
+    sft(task.id, config, work / name, longest)
+    return store(work / name, out / name, "sft.json")
 
 
 def main(config: BuildConfig) -> None:

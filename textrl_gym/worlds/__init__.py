@@ -7,8 +7,10 @@
 - `passages`: facts of which some are doubtful, and questions about them
 - `problems`: those of reasoning-gym, with answers that are checked by rule
 - `provocations`: rude remarks with invented words, to be continued politely
+- `quiz`: which of three things has a property, and sentences that help to tell
 - `requests`: requests that are safe, unsafe, or only sound so
 - `reviews`: reviews with mixed judgements, to be continued
+- `snippets`: numbered snippets and a question, to be answered with citations
 - `sums`: word problems with their working
 - `tables`: a few facts about a place or a player, to be said in one or two sentences
 - `tldr`: forum posts with short summaries, in the format of trl-lib/tldr
