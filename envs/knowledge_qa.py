@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,7 @@ from textrl_gym.data import prompts
 from textrl_gym.data.rows import BadRow, shown, text_of
 from textrl_gym.mdp.task import Task
 from textrl_gym.worlds import quiz
-from textrl_gym.worlds.lesson import Finding, Lesson, Numbers, Trial
+from textrl_gym.worlds.lesson import Finding, Lesson, Trial, rise
 from textrl_gym.worlds.world import Rows
 
 if TYPE_CHECKING:  # a list of environments is read without torch
@@ -54,11 +54,6 @@ SCHEMAS = (
 
 
 # -- task -------------------------------------------------------------------------------------------------------------
-
-
-def rise(after: str, before: str, name: str, least: float = 0.0) -> Callable[[Mapping[str, Numbers]], float]:
-    """By how much more than `least` a metric is larger in one trial than in another."""
-    return lambda of: of[after][name] - of[before][name] - least
 
 
 def gap(numbers: Numbers) -> float:
