@@ -12,7 +12,7 @@ from textrl_gym.data import prompts
 from textrl_gym.data.rows import BadRow, shown, text_of
 from textrl_gym.mdp.task import Task
 from textrl_gym.worlds import quiz
-from textrl_gym.worlds.lesson import Finding, Lesson, Trial, rise
+from textrl_gym.worlds.lesson import Finding, Lesson, Numbers, Trial, rise
 from textrl_gym.worlds.world import Rows
 
 if TYPE_CHECKING:  # a list of environments is read without torch
