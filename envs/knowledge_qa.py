@@ -115,8 +115,9 @@ class KnowledgeQA(Task):
     ```
 
     ## Lesson
-    A reward by one reader teaches texts that help this reader: it is right more often, and more so than what the texts
-    say gives reason to. The gold score as the reward teaches to say it. `textrl-gym lesson KnowledgeQA-v0` runs it.
+    A reward by one reader teaches texts that help this reader: it is right more often. The gap
+    to what the texts give reason to opened in four of five seeds, which is not enough; gold as the reward was run once.
+    `textrl-gym lesson KnowledgeQA-v0` runs it.
 
     ## References
     - Liu et al. 2022, Rainier: reinforced knowledge introspector for commonsense question answering,
