@@ -33,7 +33,7 @@ reliability: $(STAMP)  ## Run the long tests: known optima, real models, hacked 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 docs-test: $(STAMP)  ## Run the Python of every page of the documentation as it is printed, with small budgets.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/test_docs.py tests/test_readme.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/test_docs.py tests/test_readme.py tests/test_lecture.py $(ARGS)
 
 # The packages of others pin what ours leave open, so they have environments of their own; openenv's pins exclude trl's.
 ADAPTERS := build/adapters

@@ -73,7 +73,11 @@ def test_python_blocks_compile(page: str) -> None:
         compile(block.code, block.name, "exec")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if of_language(page, "python", "py")])
+# The lecture's pages have tests of their own, which look at the figures too.
+WITH_PYTHON = [page for page in PAGES if of_language(page, "python", "py") and not page.startswith("docs/lecture/")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
 @pytest.mark.slow
 def test_python_blocks_run_in_order(page: str, tmp_path: Path) -> None:
     """A page's blocks in one process, in an empty folder, with small budgets."""
