@@ -63,8 +63,10 @@ def print_again(page: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         printed, seconds = run(page, Path(folder))
         for figure in Path(folder).glob("*.svg"):
-            # matplotlib leaves blanks at ends of lines, which the repository's hooks take away.
-            lines = figure.read_text(encoding="utf-8").splitlines()
+            # matplotlib leaves blanks at ends of lines, which the repository's hooks take away, and writes six digits of
+            # a point, of which nobody sees more than two.
+            rounded = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", figure.read_text(encoding="utf-8"))
+            lines = rounded.splitlines()
             (IMAGES / figure.name).write_text("".join(line.rstrip() + "\n" for line in lines), encoding="utf-8")
     outputs = iter(printed)
 
