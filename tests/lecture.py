@@ -58,14 +58,24 @@ def run(page: Path, folder: Path, timeout: float | None = None) -> tuple[list[st
     return [part.strip("\n") for part in done.stdout.split(END)[:-1]], seconds
 
 
+def compact(svg: str) -> str:
+    """A figure without what nobody sees: six digits of a point, the style of each of many dots, long names, blanks."""
+    svg = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", svg)
+    for number, name in enumerate(dict.fromkeys(re.findall(r'id="(m[0-9a-f]{8,})"', svg))):
+        svg = svg.replace(name, f"m{number}")
+    # A group of dots has one style, which they inherit; dots in several colours keep theirs.
+    dots = re.compile(r'(<g clip-path="[^"]*")>((?:\s*<use [^>]*style="([^"]*)"/>)(?:\s*<use [^>]*style="\3"/>)+)')
+    svg = dots.sub(lambda match: f'{match[1]} style="{match[3]}">' + match[2].replace(f' style="{match[3]}"', ""), svg)
+    svg = re.sub(r'(<use [^>]*?x="\d+\.\d)\d" y="(\d+\.\d)\d"', r'\1" y="\2"', svg)
+    return "".join(line.strip() + "\n" for line in svg.splitlines())
+
+
 def print_again(page: Path) -> float:
     """Run a page, and put what it printed and drew into the documentation; returns seconds of CPU."""
     with tempfile.TemporaryDirectory() as folder:
         printed, seconds = run(page, Path(folder))
         for figure in Path(folder).glob("*.svg"):
-            # matplotlib leaves blanks at ends of lines, which the repository's hooks take away.
-            lines = figure.read_text(encoding="utf-8").splitlines()
-            (IMAGES / figure.name).write_text("".join(line.rstrip() + "\n" for line in lines), encoding="utf-8")
+            (IMAGES / figure.name).write_text(compact(figure.read_text(encoding="utf-8")), encoding="utf-8")
     outputs = iter(printed)
 
     def with_output(match: re.Match[str]) -> str:
