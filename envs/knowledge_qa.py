@@ -115,8 +115,8 @@ class KnowledgeQA(Task):
     ```
 
     ## Lesson
-    A reward by one reader teaches texts that help this reader: it becomes right, while gold ends lower than with gold as
-    the reward. The gap to what the texts give reason to opened in four of five seeds, which is not enough to say so.
+    A reward by one reader teaches texts that help this reader: it becomes right, while gold ends lower than with gold
+    as the reward. The gap to what the texts give reason to opened in four of five seeds, which is not enough to say so.
     `textrl-gym lesson KnowledgeQA-v0` runs it.
 
     ## References
