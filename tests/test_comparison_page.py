@@ -938,7 +938,7 @@ def test_the_first_sentence_says_who_beats_the_start_and_who_is_ahead(tmp_path: 
     start, _, end = ahead.partition("; ")
     # 64 of 64 prompts won: Wilson's interval for a share of 1 is 64/(64 + 1.96^2) = 0.943 to 1.
     assert re.fullmatch(
-        r"both trained agents \(alpha and gamma\) beat the initial policy on 100% of \d+ held-out prompts "
+        r"Both trained agents \(alpha and gamma\) beat the initial policy on 100% of \d+ held-out prompts "
         r"\(95%: 94 to 100%\)",
         start,
     )

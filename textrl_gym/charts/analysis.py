@@ -129,7 +129,7 @@ def _who(names: Sequence[str], of: int) -> str:
     """The names of some of the trained agents; of all of them also how many they are."""
     if len(names) < of or of == 1:
         return listed(names)
-    return f"{'both' if of == 2 else f'all {of}'} trained agents ({listed(names)})"
+    return f"{'Both' if of == 2 else f'All {of}'} trained agents ({listed(names)})"
 
 
 def _wins(rates: Sequence[Estimate], episodes: int) -> str:

@@ -199,7 +199,7 @@ def lead(comparison: Comparison, live: bool = False) -> str:
         settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
         words += f" Settings of the environment that are not the task's own: {settings}."
     first = numbers.headline(comparison)
-    result = f'<p class="result">{escape(first[:1].upper() + first[1:])}</p>' if first else ""
+    result = f'<p class="result">{escape(first)}</p>' if first else ""
     html = f'{result}<p class="soft">{escape(words)}</p>'
     unfinished = {} if live else comparison.unfinished
     for what, names in (("failed", comparison.failed), ("are not finished", unfinished)):
