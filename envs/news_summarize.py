@@ -18,8 +18,8 @@ from textrl_gym.worlds.world import Rows
 ID = "NewsSummarize-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "news")
 GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 8e-4, "kl_coef": 0.03}
-TOKENS = 60_000
-COMPARED: dict[str, Any] = {"prompts": 2000, "candidates": 6}
+TOKENS = 40_000
+COMPARED: dict[str, Any] = {"prompts": 1600, "candidates": 6}
 
 
 # -- published schemas ------------------------------------------------------------------------------------------------
@@ -155,8 +155,8 @@ class NewsSummarize(Task):
         },
         "policy": {"steps": 100, "batch_size": 32, "learning_rate": 7e-4},
         # Who skims asks for no reading, so that a model of them needs little replaced-token detection.
-        "reward_model": {**COMPARED, "replaced_token_steps": 100},
-        "fair_reward_model": {**COMPARED, "replaced_token_steps": 500, "annotators": {"bias": 0.0}},
+        "reward_model": {**COMPARED, "replaced_token_steps": 60},
+        "fair_reward_model": {**COMPARED, "replaced_token_steps": 400, "annotators": {"bias": 0.0}},
     }
     lesson = Lesson(
         words="Annotators who skim teach a policy to copy the lead; annotators who read teach it to sum up.",

@@ -338,6 +338,6 @@ def test_aclsum_as_it_was_published() -> None:
         pytest.skip("TEXTRL_GYM_DATA names no folder with real data")
     rows = load_env_task(ID).rows("test", str(Path(folder) / "aclsum"))
     assert len(rows) == 100
-    for row in rows:
+    for row in (rows[index] for index in range(len(rows))):
         assert row["prompt"].startswith(row["title"]) and row["prompt"].endswith(news.ANSWER)
         assert row["completion"].startswith(" " + row["summary"]["challenge"].strip())
