@@ -528,9 +528,9 @@ def careless_text(row: Row, rng: random.Random) -> str:
     for name, value in row["facts"].items():
         chance = rng.random()
         # The last one stays where nothing else has been said.
-        if chance < (0.5 if opening else 0.2) and (opening or predicates or name != topic.body[-1]):
+        if chance < (0.5 if opening else 0.15) and (opening or predicates or name != topic.body[-1]):
             continue
-        shown = mistaken(row, name, rng) if chance > 0.85 else value
+        shown = mistaken(row, name, rng) if chance > 0.88 else value
         predicates += [rng.choice(slots[name].predicates).format(shown)] * (2 if rng.random() < 0.05 else 1)
     rng.shuffle(predicates)
     text = " ".join([*opening, *([arranged(topic, predicates, rng).strip()] if predicates else [])])
