@@ -19,7 +19,7 @@ ID = "NewsSummarize-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "news")
 GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 8e-4, "kl_coef": 0.03}
 TOKENS = 40_000
-COMPARED: dict[str, Any] = {"prompts": 1600, "candidates": 6}
+COMPARED: dict[str, Any] = {"prompts": 2500, "candidates": 7}
 
 
 # -- published schemas ------------------------------------------------------------------------------------------------
@@ -153,11 +153,11 @@ class NewsSummarize(Task):
             "copy_steps": 200,
             "copy_batch_size": 32,
         },
-        # After 100 updates at 7e-4 it began to copy the lead and lost the thread, and none of its 5-grams were the lead's.
+        # After 100 updates at 7e-4 it began to copy the lead and lost the thread: none of its 5-grams were the lead's.
         "policy": {"steps": 300, "batch_size": 32, "learning_rate": 1e-3},
         # Who skims asks for no reading, so that a model of them needs little replaced-token detection.
         "reward_model": {**COMPARED, "replaced_token_steps": 60},
-        "fair_reward_model": {**COMPARED, "replaced_token_steps": 400, "annotators": {"bias": 0.0}},
+        "fair_reward_model": {**COMPARED, "replaced_token_steps": 800, "annotators": {"bias": 0.0}},
     }
     lesson = Lesson(
         words="Annotators who skim teach a policy to copy the lead; annotators who read teach it to sum up.",

@@ -561,6 +561,13 @@ def candidates(row: Row, rng: random.Random, n: int) -> list[str]:
     def careful(facts: Mapping[str, str]) -> str:
         return careful_text(topic, facts, rng)
 
+    def said_again() -> str:
+        predicates = predicates_of(topic, row["facts"], rng)
+        # In other words as often as in the same: a reward model that knows only the latter is hacked by the former.
+        predicates += predicates_of(topic, _some_facts(row, rng, 1), rng)
+        rng.shuffle(predicates)
+        return arranged(topic, predicates[: rng.randint(6, 8)], rng)
+
     makers: list[Callable[[], str]] = [
         lambda: careful(_some_facts(row, rng, 6)),
         lambda: careful(_with_errors(row, _some_facts(row, rng, 4), rng.choice((1, 1, 2, 3)), rng)),
@@ -568,6 +575,7 @@ def candidates(row: Row, rng: random.Random, n: int) -> list[str]:
         lambda: " " + rng.choice((f"{first} {second}", first, second)),
         lambda: f" {rng.choice((first, second))}{careful(_some_facts(row, rng, 1))}",
         lambda: careful(_some_facts(row, rng, 2)),
+        said_again,
         lambda: rng.choice((one_word_off(careful(row["facts"]), rng), " " + " ".join(rng.sample(row["body"], 2)))),
     ]
     return [makers[number % len(makers)]() for number in range(n)]
