@@ -3,6 +3,7 @@
 - `world`: rows that are a function of split, seed and index, and that no two splits share
 - `lesson`: Lesson: what a task shows about RL from feedback
 - `orders`: lists with constraints that a program can check
+- `news`: articles with a catchy lead, and summaries of the facts that matter
 - `opinions`: questions about facts, whose user has a view of them
 - `passages`: facts of which some are doubtful, and questions about them
 - `problems`: those of reasoning-gym, with answers that are checked by rule
