@@ -18,7 +18,6 @@ ROOT = Path(__file__).parent.parent
 LECTURE = ROOT / "docs" / "lecture"
 IMAGES = LECTURE / "images"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n.*?^```\n)?", re.M | re.S)
-TO_COME = re.compile(r"<!-- (!\[[^\]]+\]\(images/[\w-]+\.svg\)) -->")
 END = "\x1eend of block"
 """Printed behind each block, to tell what each one printed."""
 
@@ -82,9 +81,7 @@ def print_again(page: Path) -> float:
         text = next(outputs)
         return f"```python\n{match[1]}```\n" + (f"\n```text\n{text}\n```\n" if text else "")
 
-    # A page that has not been run yet has its figure in a comment, since there is no file to show.
-    text = TO_COME.sub(r"\1", page.read_text(encoding="utf-8"))
-    page.write_text(BLOCK.sub(with_output, text), encoding="utf-8")
+    page.write_text(BLOCK.sub(with_output, page.read_text(encoding="utf-8")), encoding="utf-8")
     return seconds
 
 

@@ -89,7 +89,11 @@ def test_names_of_judges() -> None:
     for spec, task, words in (
         ("gold", Task(), "judge 'gold': Task has no gold score of its own; name a reward"),
         ("gold", None, "judge 'gold': no task is known"),
-        ("lenght", None, r"judge \(gold, or a reward\): unknown reward 'lenght'; allowed: ensemble, exact_match, "),
+        (
+            "lenght",
+            None,
+            r"judge \(gold, or a reward\): unknown reward 'lenght'; allowed: conversational, ensemble, exact_match, ",
+        ),
         ("endpoint", None, "textrl-gym judge DIR --judge endpoint"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -36,16 +36,6 @@ TOPICS = (
     "constitutional",
 )
 """A word or two of the title of each topic's page, in the lecture's order."""
-TO_RUN: tuple[str, ...] = (
-    "14-ppo",
-    "16-ppo-or-grpo",
-    "18-rlhf-or-sft",
-    "19-online-offline",
-    "21-false-certainty",
-    "22-rlaif",
-)
-"""Pages that have not been run in full yet, and have neither numbers nor a figure. `python tests/lecture.py PAGE` makes
-both, and what there is to look at must be written then."""
 FIGURE = re.compile(r"!\[[^\]]+\]\(images/([\w-]+\.svg)\)")
 
 
@@ -71,7 +61,7 @@ def test_pages_are_numbered_and_listed(root: Path) -> None:
     # Each once, in the table: topic, page, what it shows, seconds.
     assert re.findall(r"\]\((\d\d-[\w-]+\.md)\) \|", index) == names
     seconds = re.findall(r"^\|.*\]\(\d\d-[\w-]+\.md\) \|.*\| (\d+) \|$", index, re.M)
-    assert len(seconds) == len(names) - len(TO_RUN) and max(map(int, seconds)) <= SECONDS
+    assert len(seconds) == len(names) and max(map(int, seconds)) <= SECONDS
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
@@ -82,20 +72,17 @@ def test_a_page_has_all_its_parts(page: Path) -> None:
     assert "from textrl_gym" in code or "import textrl_gym" in code
     assert "$$" in text and text.count("$$") % 2 == 0
     # What is printed stands behind the block, and the figure that is shown is the one that the code saves.
-    has_run = page.stem not in TO_RUN
-    assert ("```text\n" in text) == has_run
+    assert "```text\n" in text
     (figure,) = FIGURE.findall(text)
     assert f'fig.savefig("{figure}"' in code
-    assert (IMAGES / figure).is_file() == has_run
+    assert (IMAGES / figure).is_file()
     for heading in ("## What to look at", "## Exercises", "**Library:**", "**Papers:**"):
         assert text.count(heading) == 1, heading
     assert "NUMBERS" not in text
-    assert ("are still to come" in text) == (not has_run)
 
 
 def test_images_are_those_of_the_pages() -> None:
-    run_pages = [page for page in pages() if page.stem not in TO_RUN]
-    shown = sorted(name for page in run_pages for name in FIGURE.findall(page.read_text(encoding="utf-8")))
+    shown = sorted(name for page in pages() for name in FIGURE.findall(page.read_text(encoding="utf-8")))
     assert shown == sorted(path.name for path in IMAGES.iterdir())
     for path in IMAGES.iterdir():
         assert path.stat().st_size < 40_000, f"{path.name}: {path.stat().st_size:,} bytes"
@@ -123,8 +110,6 @@ def test_a_page_runs_as_it_is_printed(page: Path, tmp_path: Path) -> None:
     assert len(printed) == len(blocks(page)) and any(printed)
     figure = FIGURE.findall(page.read_text(encoding="utf-8"))[0]
     assert [path.name for path in tmp_path.glob("*.svg")] == [figure]
-    if page.stem in TO_RUN:
-        return
     # The same axes and legends as in the figure that is committed; its curves may differ by another machine's digits.
     texts = [
         re.findall(r"<text[^>]*>([^<]*[A-Za-z][^<]*)</text>", (folder / figure).read_text())

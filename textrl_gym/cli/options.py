@@ -289,7 +289,7 @@ def parse_flags(
     example = EXAMPLES.get(" ".join(command.split()[:2]), EXAMPLES.get(command.split()[0]))
     if example is not None:
         about = f"{about}\n\nExample: textrl-gym {example}"
-    with _titled_help({**PANELS, **(titles or {})}):
+    with _titled_help({**PANELS, **(titles or {})}) if {"-h", "--help"} & set(args) else contextlib.nullcontext():
         parsed = tyro.cli(cls, prog=f"textrl-gym {command}", args=list(args), description=about, registry=_registry())
     return types.SimpleNamespace(**{name: _without_bounds(value) for name, value in vars(parsed).items()})
 

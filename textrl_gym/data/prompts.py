@@ -458,8 +458,10 @@ class _Opened:
 
 
 def _open(source: sources.Source, schemas: Sequence[PromptSchema], rules: RowRules) -> _Opened:
-    # A list in the place of a row would have no columns to tell the schema by.
-    raw: RawRows = Mapped(source.open(), webgpt_row)
+    raw: RawRows = source.open()
+    if not isinstance(raw, sources.ArrowRows):  # whose rows have columns
+        # A list in the place of a row would have no columns to tell the schema by.
+        raw = Mapped(raw, webgpt_row)
     columns = first_columns(raw, source.words)
     schema = sources.match_schema(schemas, columns, source.words)
     scan = look_through(raw, source.words, columns, schema.convert, rules.check)

@@ -22,8 +22,8 @@ from textrl_gym.mdp.vector_env import (
 Action = int | np.integer | np.ndarray | Tensor | Mapping[str, Any]
 """A token, or {"token": a, "logprob": log pi of it} where the KL penalty asks for it."""
 
-LEFT_EPISODES = 3
-"""Episodes in a row that are left unfinished before it is told: one or two may be left on purpose."""
+LEFT_EPISODES = 5
+"""Episodes in a row that are left unfinished before it is told: checkers of environments leave some on purpose."""
 
 
 class TextEnv(gym.Env[Any, Any]):
