@@ -258,7 +258,7 @@ def test_who_skims_prefers_the_lead_and_who_reads_prefers_the_facts() -> None:
         return float((scores(name, texts[better]) > scores(name, texts[worse])).float().mean())
 
     assert wins("reward_model", "lead", "careful") > 0.9
-    assert wins("reward_model:fair_reward_model", "careful", "lead") > 0.9
+    assert wins("reward_model:fair_reward_model", "careful", "lead") > 0.85
     assert wins("reward_model:fair_reward_model", "careful", "wrong") > 0.9
     # Its favourite of these is worth a sixth of the best.
     assert mean_gold(rows, texts["lead"]) < 0.25
