@@ -45,3 +45,22 @@ def test_an_error_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_control_characters_are_shown_as_symbols() -> None:
     assert plain("a\x1b[2Jb\x00c\x7f\x9bd\n\te").plain == "a␛[2Jb␀c␡\ufffdd\n\te"
+
+
+def test_where_nobody_watches_a_line_is_printed_for_each_event(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {"a": tmp_path / "a", "b": tmp_path / "b"}
+    for folder in folders.values():
+        folder.mkdir()
+    with LiveTable(folders, 10) as table:
+        table({"a"})
+        table.shown_at = 0.0  # a second later
+        table({"a"})
+        (folders["a"] / "evaluation.json").write_text("{}")
+        (folders["a"] / "progress.json").write_text('{"time/total_timesteps": 10, "rollout/score": 0.25}\n')
+        table.shown_at = 0.0
+        table({"b"})
+        table(set())  # b has stopped without a result
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines() if line[2:3] == ":"]
+    assert lines == ["a: running", "a: done, score 0.250", "b: running", "b: waiting"]

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class LiveTable:
-    """A line a run: its state, how far it is, score, KL and the time that is left."""
+    """A line a run: its state, how far it is, score, KL and the time that is left.
+
+    Where nobody watches (a pipe, a log) a line is printed whenever a run begins or ends, and the table at the end.
+    """
 
     def __init__(self, folders: Mapping[str, Path], total: int, enabled: bool = True) -> None:
         from rich.console import Console
@@ -25,7 +28,9 @@ class LiveTable:
         self.folders, self.total = folders, total
         self.began: dict[str, tuple[float, int]] = {}
         self.shown_at = 0.0
-        self.live = Live(console=Console(stderr=True, quiet=not enabled), auto_refresh=False)
+        self.console = Console(stderr=True, quiet=not enabled)
+        self.live = Live(console=self.console, auto_refresh=False)
+        self.told = {name: state_of(folder, running=False) for name, folder in folders.items()}
 
     def __enter__(self) -> LiveTable:
         self.live.start()
@@ -40,7 +45,18 @@ class LiveTable:
         if running and time.monotonic() - self.shown_at < 1:
             return
         self.shown_at = time.monotonic()
+        if not self.console.is_terminal:
+            self._tell_changes(running)
         self.live.update(self._table(running), refresh=True)
+
+    def _tell_changes(self, running: set[str]) -> None:
+        for name, folder in self.folders.items():
+            state, row = state_of(folder, name in running), progress(folder)
+            if state == self.told[name]:
+                continue
+            self.told[name] = state
+            score = f", score {row['rollout/score']:.3f}" if state == "done" and "rollout/score" in row else ""
+            self.console.print(plain(f"{time.strftime('%H:%M:%S')} {name}: {state}{score}"), highlight=False)
 
     def _table(self, running: set[str]) -> Table:
         from rich.table import Table
