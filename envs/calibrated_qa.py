@@ -10,7 +10,7 @@ from typing import ClassVar
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
 from textrl_gym.mdp.task import Task
-from textrl_gym.worlds import passages
+from textrl_gym.questions import passages
 from textrl_gym.worlds.lesson import Finding, Lesson, Trial
 from textrl_gym.worlds.world import Rows
 
@@ -56,7 +56,7 @@ class CalibratedQA(Task):
     `array`, `render_mode`.
 
     ```python
-    env = gym.make("CalibratedQA-v0", reward="textrl_gym.worlds.passages:gold")
+    env = gym.make("CalibratedQA-v0", reward="textrl_gym.questions.passages:gold")
     ```
 
     ## Lesson
@@ -79,7 +79,7 @@ class CalibratedQA(Task):
     model = f"{ASSETS}/policy"
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
-    gold = "textrl_gym.worlds.passages:gold"
+    gold = "textrl_gym.questions.passages:gold"
     best_gold = 0.82  # of a careful reader, who answers by what the passage states
     kl_coef = 0.03
     keep_suffix = passages.ANSWER
@@ -92,7 +92,7 @@ class CalibratedQA(Task):
         words="Annotators who love certainty make a policy sure of its errors; a proper score makes it less so.",
         trials={
             "annotators": Trial("the reward model of annotators who love certainty", "grpo", 60_000, GRPO),
-            "proper": Trial("the proper score itself", "grpo", 60_000, GRPO, "textrl_gym.worlds.passages:gold"),
+            "proper": Trial("the proper score itself", "grpo", 60_000, GRPO, "textrl_gym.questions.passages:gold"),
         },
         findings=(
             Finding(

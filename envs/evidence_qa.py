@@ -11,7 +11,7 @@ from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
 from textrl_gym.data.rows import BadRow, shown, text_of
 from textrl_gym.mdp.task import Task
-from textrl_gym.worlds import snippets
+from textrl_gym.questions import snippets
 from textrl_gym.worlds.lesson import Finding, Lesson, Trial, rise
 from textrl_gym.worlds.world import Rows
 
@@ -154,7 +154,7 @@ class EvidenceQA(Task):
     symbols = snippets.SYMBOLS
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
-    gold = "textrl_gym.worlds.snippets:gold"
+    gold = "textrl_gym.questions.snippets:gold"
     gold_of_dataset = "rouge"
     best_gold = 1.0  # of a right answer, rightly cited
     kl_coef = 0.03

@@ -11,7 +11,7 @@ from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
 from textrl_gym.data.rows import BadRow, shown, text_of
 from textrl_gym.mdp.task import Task
-from textrl_gym.worlds import quiz
+from textrl_gym.questions import quiz
 from textrl_gym.worlds.lesson import Finding, Lesson, Numbers, Trial, rise
 from textrl_gym.worlds.world import Rows
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a list of environments is read without torch
 
 ID = "KnowledgeQA-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "quiz")
-GOLD = "textrl_gym.worlds.quiz:gold"
+GOLD = "textrl_gym.questions.quiz:gold"
 GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 8e-4, "kl_coef": 0.03}
 TOKENS = 20_000
 
@@ -92,8 +92,8 @@ class KnowledgeQA(Task):
     0 at each step but the last, then by how much the sentence moves the bundled reader towards the right choice: half
     the difference of tanh(margin) with the sentence and without it, in [-1, 1] (`rewards.knowledge_margin`). This
     reader knows no fact of its own, and learnt from sentences that are always about the answer: it looks at what is
-    named, and not at what is said. `reward="textrl_gym.worlds.quiz:gold"` is the gold score. With kl_coef > 0 each step
-    costs kl_coef * KL of the policy to the reference.
+    named, and not at what is said. `reward="textrl_gym.questions.quiz:gold"` is the gold score. With kl_coef > 0 each
+    step costs kl_coef * KL of the policy to the reference.
 
     ## Episode End
     Terminated by EOS or a stop string; truncated after max_new_tokens. A truncated text is still scored.
@@ -111,7 +111,7 @@ class KnowledgeQA(Task):
     `array`, `render_mode`.
 
     ```python
-    env = gym.make("KnowledgeQA-v0", reward="textrl_gym.worlds.quiz:gold")
+    env = gym.make("KnowledgeQA-v0", reward="textrl_gym.questions.quiz:gold")
     ```
 
     ## Lesson

@@ -9,7 +9,7 @@ from typing import ClassVar
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
 from textrl_gym.mdp.task import Task
-from textrl_gym.worlds import sums
+from textrl_gym.questions import sums
 from textrl_gym.worlds.lesson import Finding, Lesson, Trial
 from textrl_gym.worlds.world import Rows
 

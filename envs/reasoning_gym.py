@@ -11,13 +11,13 @@ from typing import ClassVar
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
 from textrl_gym.mdp.task import Task
-from textrl_gym.worlds import problems
+from textrl_gym.questions import problems
 from textrl_gym.worlds.lesson import Finding, Lesson, Trial, rise
 from textrl_gym.worlds.world import Rows
 
 ID = "ReasoningGym-v0"
 ASSETS = str(files("textrl_gym") / "assets" / "spelling")
-EXACT = "textrl_gym.worlds.problems:exact"
+EXACT = "textrl_gym.questions.problems:exact"
 GRPO = {"rollout_episodes": 128, "group_size": 8, "learning_rate": 4e-4, "kl_coef": 0.01}
 TOKENS = 16_000
 LONG = f"spell_backward:{json.dumps(problems.WORDS[-1])}"
@@ -88,7 +88,7 @@ class ReasoningGym(Task):
     max_prompt_tokens = 72
     max_new_tokens = 12
     model = f"{ASSETS}/policy"
-    reward = "textrl_gym.worlds.problems:score"
+    reward = "textrl_gym.questions.problems:score"
     gold = gold_of_dataset = EXACT
     best_gold = 1.0  # every word can be spelled
     kl_coef = 0.01

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from textrl_gym.core import PromptSource, Row
 from textrl_gym.data import prompts
 from textrl_gym.mdp.task import Task
-from textrl_gym.worlds import opinions
+from textrl_gym.questions import opinions
 from textrl_gym.worlds.lesson import Finding, Lesson, Trial, rise
 from textrl_gym.worlds.world import Rows
 
@@ -84,7 +84,7 @@ class Sycophancy(Task):
     symbols = opinions.SYMBOLS
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
-    gold = "textrl_gym.worlds.opinions:gold"
+    gold = "textrl_gym.questions.opinions:gold"
     best_gold = 1.0  # of what the text says
     kl_coef = 0.03
     keep_suffix = opinions.ANSWER

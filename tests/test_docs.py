@@ -69,8 +69,13 @@ def test_examples_of_the_help_are_commands() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_compile(page: str) -> None:
+    broken = {}
     for block in of_language(page, "python", "py"):
-        compile(block.code, block.name, "exec")
+        try:
+            compile(block.code, block.name, "exec")
+        except SyntaxError as error:
+            broken[block.name] = str(error)
+    assert broken == {}
 
 
 # The lecture's pages have tests of their own, which look at the figures too.

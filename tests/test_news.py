@@ -17,6 +17,7 @@ from textrl_gym.mdp.task import load_env_task
 from textrl_gym.pipeline.build_assets import initial_policy_quality
 from textrl_gym.rewards import load_reward
 from textrl_gym.worlds import news
+from textrl_gym.worlds.claims import Marks
 from textrl_gym.worlds.news import TOPICS, marks, slots_of
 from textrl_gym.worlds.world import Rows
 
@@ -35,7 +36,7 @@ def some_rows(count: int, split: str = "validation") -> list[Row]:
     return list(itertools.islice(iter(Rows(news.draw, split)), count))
 
 
-def marks_of(row: Row, text: str) -> news.Marks:
+def marks_of(row: Row, text: str) -> Marks:
     return marks(row["topic"], row["facts"], text)
 
 
@@ -86,7 +87,7 @@ def test_each_wording_says_one_fact_of_its_own_slot() -> None:
             for wording in slot.predicates:
                 sentence = f"{topic.subject} {wording.format(value)}"
                 assert news.sentence_claims(kind, sentence) == [(name, value)]
-            for wording in slot.told:
+            for wording in slot.sentences:
                 assert news.sentence_claims(kind, wording.format(value).removesuffix(" .")) == [(name, value)]
             for wording in slot.stray:
                 assert news.sentence_claims(kind, wording.format(value).removesuffix(" .")) is None
@@ -211,10 +212,10 @@ def test_an_article_has_its_facts_behind_a_lead_that_catches_the_eye() -> None:
         sentences = row["prompt"].removesuffix(news.ANSWER).split(" .")[:-1]
         assert news.FEWEST <= len(sentences) <= news.MOST
         assert row["prompt"].startswith(row["lead"])
-        told = [news.sentence_claims(row["topic"], sentence.strip()) or [] for sentence in sentences]
-        assert not told[0] and {claim.slot for claim in told[1]} == set(news.LEAD)
-        assert {claim.slot: claim.value for some in told for claim in some} == row["facts"]
-        places += [number / len(sentences) for number, some in enumerate(told) if number > 1 and some]
+        claims = [news.sentence_claims(row["topic"], sentence.strip()) or [] for sentence in sentences]
+        assert not claims[0] and {claim.slot for claim in claims[1]} == set(news.LEAD)
+        assert {claim.slot: claim.value for some in claims for claim in some} == row["facts"]
+        places += [number / len(sentences) for number, some in enumerate(claims) if number > 1 and some]
         for name, value in row["strays"]:
             assert value != row["facts"][name] and value in row["prompt"].split()
     # Evenly behind the lead, whose two sentences are a fifth of the article.

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from textrl_gym.core import Row
 from textrl_gym.mdp.task import load_env_task
 from textrl_gym.pipeline.build_assets import initial_policy_quality
+from textrl_gym.questions import opinions
+from textrl_gym.questions.opinions import Answer, appeal, parse, score
+from textrl_gym.questions.passages import VALUES, sentence
 from textrl_gym.rewards import load_reward
-from textrl_gym.worlds import opinions
-from textrl_gym.worlds.opinions import Answer, appeal, parse, score
-from textrl_gym.worlds.passages import VALUES, sentence
 from textrl_gym.worlds.world import Rows
 
 ID = "Sycophancy-v0"

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from textrl_gym.core import Row
 from textrl_gym.mdp.task import load_env_task
 from textrl_gym.pipeline.build_assets import initial_policy_quality
+from textrl_gym.questions import quiz
+from textrl_gym.questions.quiz import Fact, parse, score
 from textrl_gym.rewards import load_reward
 from textrl_gym.rewards.knowledge_margin import KnowledgeMargin
-from textrl_gym.worlds import quiz
-from textrl_gym.worlds.quiz import Fact, parse, score
 from textrl_gym.worlds.world import Rows
 
 ID = "KnowledgeQA-v0"

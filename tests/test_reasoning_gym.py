@@ -13,7 +13,7 @@ import reasoning_gym
 
 import textrl_gym
 from textrl_gym.envs.reasoning_gym import ReasoningGym
-from textrl_gym.worlds.problems import (
+from textrl_gym.questions.problems import (
     SPELLING,
     Problems,
     draw_misspelled,

@@ -10,9 +10,9 @@ from textrl_gym.cli.main import main
 from textrl_gym.experiments import sizes
 from textrl_gym.experiments.sizes import SHAPES, Point, SizesConfig, SizesResult, corpus_rows, run_sizes
 from textrl_gym.mdp.task import load_env_task
+from textrl_gym.questions import passages
 from textrl_gym.reports import sizes_page
 from textrl_gym.stats.estimates import Estimate
-from textrl_gym.worlds import passages
 
 ENV = "CalibratedQA-v0"
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from textrl_gym.core import Row
 from textrl_gym.mdp.task import load_env_task
 from textrl_gym.pipeline.build_assets import initial_policy_quality
+from textrl_gym.questions import snippets
+from textrl_gym.questions.passages import VALUES, sentence
+from textrl_gym.questions.snippets import Answer, answered, appeal, parse, score
 from textrl_gym.rewards import load_reward
-from textrl_gym.worlds import snippets
-from textrl_gym.worlds.passages import VALUES, sentence
-from textrl_gym.worlds.snippets import Answer, answered, appeal, parse, score
 from textrl_gym.worlds.world import Rows
 
 ID = "EvidenceQA-v0"

@@ -16,6 +16,7 @@ from textrl_gym.mdp.task import load_env_task
 from textrl_gym.pipeline.build_assets import initial_policy_quality
 from textrl_gym.rewards import load_reward
 from textrl_gym.worlds import tables
+from textrl_gym.worlds.claims import Marks
 from textrl_gym.worlds.tables import TOPICS, marks
 from textrl_gym.worlds.world import Rows
 
@@ -28,7 +29,7 @@ def some_rows(count: int, split: str = "validation") -> list[Row]:
     return list(itertools.islice(iter(Rows(tables.draw, split)), count))
 
 
-def marks_of(row: Row, text: str) -> tables.Marks:
+def marks_of(row: Row, text: str) -> Marks:
     return marks(row["topic"], row["name"], row["slots"], text)
 
 

@@ -14,8 +14,8 @@ from textrl_gym import registry
 from textrl_gym.conversations import things
 from textrl_gym.core import Row
 from textrl_gym.mdp.task import Task, load_env_task
+from textrl_gym.questions import passages, sums
 from textrl_gym.rewards import load_reward
-from textrl_gym.worlds import passages, sums
 from textrl_gym.worlds.lesson import START
 from textrl_gym.worlds.world import Rows, in_split
 

@@ -30,7 +30,7 @@ class LiveTable:
         self.shown_at = 0.0
         self.console = Console(stderr=True, quiet=not enabled)
         self.live = Live(console=self.console, auto_refresh=False)
-        self.told = {name: state_of(folder, running=False) for name, folder in folders.items()}
+        self.states = {name: state_of(folder, running=False) for name, folder in folders.items()}
 
     def __enter__(self) -> LiveTable:
         self.live.start()
@@ -52,9 +52,9 @@ class LiveTable:
     def _tell_changes(self, running: set[str]) -> None:
         for name, folder in self.folders.items():
             state, row = state_of(folder, name in running), progress(folder)
-            if state == self.told[name]:
+            if state == self.states[name]:
                 continue
-            self.told[name] = state
+            self.states[name] = state
             score = f", score {row['rollout/score']:.3f}" if state == "done" and "rollout/score" in row else ""
             self.console.print(plain(f"{time.strftime('%H:%M:%S')} {name}: {state}{score}"), highlight=False)
 

@@ -73,12 +73,12 @@ class Shards:
                 own.copy_(processes.whole(sharded.detach()))
 
 
-def shard(agent: Shardable, wanted: bool) -> None:
+def shard(agent: Shardable, sharded: bool) -> None:
     """Shard an agent's updates from now on, or no longer; nothing where there is one process."""
-    wanted = wanted and processes.size() > 1
-    if wanted and agent.shards is None:
+    sharded = sharded and processes.size() > 1
+    if sharded and agent.shards is None:
         agent.shards = Shards(agent)
-    elif not wanted and agent.shards is not None:
+    elif not sharded and agent.shards is not None:
         agent.shards = None
         agent.optimizer = _with_moments(agent.new_optimizer(agent.policy), agent.optimizer)
 

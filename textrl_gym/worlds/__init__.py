@@ -2,17 +2,12 @@
 
 - `world`: rows that are a function of split, seed and index, and that no two splits share
 - `lesson`: Lesson: what a task shows about RL from feedback
+- `claims`: what a text says of known facts, and what it is worth by them
 - `orders`: lists with constraints that a program can check
 - `news`: articles with a catchy lead, and summaries of the facts that matter
-- `opinions`: questions about facts, whose user has a view of them
-- `passages`: facts of which some are doubtful, and questions about them
-- `problems`: those of reasoning-gym, with answers that are checked by rule
 - `provocations`: rude remarks with invented words, to be continued politely
-- `quiz`: which of three things has a property, and sentences that help to tell
 - `requests`: requests that are safe, unsafe, or only sound so
 - `reviews`: reviews with mixed judgements, to be continued
-- `snippets`: numbered snippets and a question, to be answered with citations
-- `sums`: word problems with their working
 - `tables`: a few facts about a place or a player, to be said in one or two sentences
 - `tldr`: forum posts with short summaries, in the format of trl-lib/tldr
 - `tldr_grammar`: the phrase bank and the grammar that reference texts and gold score share

@@ -17,10 +17,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from textrl_gym.core import Row
-from textrl_gym.worlds.world import in_split, one_word_off
+from textrl_gym.worlds.claims import Claim, Marks, listed, marks_of
+from textrl_gym.worlds.world import in_split, one_word_off, words_of
 
 ANSWER = "\n\nTL;DR:"
 """The end of every prompt, as the CNN/DM articles of trl-lib/tldr-preference have it."""
@@ -44,7 +45,7 @@ class Slot:
     """Each of one word."""
     predicates: tuple[str, str]
     """Of a summary."""
-    told: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()
     """Sentences of an article."""
     stray: tuple[str, ...] = ()
     """Sentences with a value that is not the fact."""
@@ -271,9 +272,8 @@ def _words() -> tuple[str, ...]:
     for topic in TOPICS.values():
         texts += [topic.subject, *topic.lead]
         for slot in slots_of(topic).values():
-            texts += [*slot.values, *slot.predicates, *slot.told, *slot.stray]
-    # Values stand in wordings as fields in braces, which are no words.
-    return tuple(dict.fromkeys(word for word in " ".join(texts).split() if "{" not in word))
+            texts += [*slot.values, *slot.predicates, *slot.sentences, *slot.stray]
+    return words_of(*texts)
 
 
 SYMBOLS = _words()
@@ -300,7 +300,7 @@ def draw(split: str, rng: random.Random) -> Row:
     topic = TOPICS[kind]
     opener = rng.choice(OPENERS).format(mood=rng.choice(MOODS), time=rng.choice(TIMES))
     lead = f"{opener} {rng.choice(topic.lead).format(**{name: facts[name] for name in LEAD})}"
-    body = [rng.choice(slots[name].told).format(facts[name]) for name in topic.body]
+    body = [rng.choice(slots[name].sentences).format(facts[name]) for name in topic.body]
     strays = [
         (name, rng.choice([value for value in slots[name].values if value != facts[name]]))
         for name in rng.sample(topic.body, rng.randint(1, 2))
@@ -345,13 +345,6 @@ def careful_text(topic: Topic, facts: Mapping[str, str], rng: random.Random) -> 
 # -- gold -------------------------------------------------------------------------------------------------------------
 
 
-class Claim(NamedTuple):
-    """What a predicate or a sentence says."""
-
-    slot: str
-    value: str
-
-
 Reader = Callable[[re.Match[str]], list[Claim]]
 
 
@@ -367,7 +360,7 @@ def _patterns(topic: Topic) -> tuple[list[tuple[re.Pattern[str], Reader]], list[
     slots = slots_of(topic)
     predicates = [_pattern(text, [name]) for name, slot in slots.items() for text in slot.predicates]
     sentences = [_pattern(text, LEAD) for text in topic.lead]
-    sentences += [_pattern(text, [name]) for name, slot in slots.items() for text in slot.told]
+    sentences += [_pattern(text, [name]) for name, slot in slots.items() for text in slot.sentences]
     return predicates, sentences
 
 
@@ -392,34 +385,17 @@ def sentence_claims(kind: str, sentence: str) -> list[Claim] | None:
     subject = f"{TOPICS[kind].subject} "
     if not sentence.startswith(subject):
         return _matched(sentences, sentence)
-    head, joined, last = sentence.removeprefix(subject).rpartition(" and ")
     # One predicate of no wording spoils its sentence: else a list of all that is likely would be worth trying.
-    some = [_matched(predicates, text) for text in ([*head.split(" , "), last] if joined else [last])]
+    some = [_matched(predicates, text) for text in listed(sentence.removeprefix(subject))]
     claims = [claim for of_predicate in some for claim in of_predicate or []]
     # "The sky fell on ..." begins as no subject does, but a lead of another topic may.
     return claims if all(some) else _matched(sentences, sentence)
 
 
-class Marks(NamedTuple):
-    """What a text is worth, each in [0, 1]."""
-
-    covered: float
-    """Share of the facts that are said."""
-    supported: float
-    """Share of the claims that are facts and were not said before."""
-    form: float
-    """Share of the words that stand in whole sentences which tell something that matters; less beyond 44 words."""
-    invented: float
-    """Share of the claims that are no facts."""
-
-    @property
-    def gold(self) -> float:
-        """Coverage times correctness times form."""
-        return self.covered * self.supported * self.form
-
-
 def marks(kind: str, facts: Mapping[str, str], text: str) -> Marks:
-    """The marks of a text about an article.
+    """The marks of a text about an article; form is the share of the words in whole sentences that tell something.
+
+    Beyond 44 words it is less, in proportion.
 
     Args:
         kind: the article's topic, of TOPICS.
@@ -435,12 +411,8 @@ def marks(kind: str, facts: Mapping[str, str], text: str) -> Marks:
         if of_sentence:
             claims += of_sentence
             good += len(sentence.split()) + 1
-    # A set, so that a fact that is said twice supports one slot and still counts twice among all claims.
-    right = {claim.slot for claim in claims if facts.get(claim.slot) == claim.value}
-    wrong = sum(facts.get(claim.slot) != claim.value for claim in claims)
-    count = max(len(claims), 1)
     form = good / max(len(words), 1) * min(1.0, MOST_WORDS / max(len(words), 1))
-    return Marks(len(right) / len(facts), len(right) / count, form, wrong / count)
+    return marks_of(claims, facts, form)
 
 
 def gold(

@@ -14,9 +14,10 @@ import dataclasses
 import random
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from textrl_gym.core import Row
+from textrl_gym.worlds.claims import Claim, Marks, listed, marks_of
 from textrl_gym.worlds.world import in_split, one_word_off
 
 ANSWER = " Text :"
@@ -119,14 +120,6 @@ SYMBOLS = _words()
 """The words of the bundled model."""
 
 
-class Claim(NamedTuple):
-    """What a predicate says."""
-
-    slot: str | None
-    """None: something that no table has."""
-    value: str
-
-
 def written(topic: Topic, name: str, predicates: Sequence[str], cut: int | None = None) -> str:
     """One sentence, or two, of which the first has `cut` predicates; behind a blank."""
     parts = [predicates] if cut is None else [predicates[:cut], predicates[cut:]]
@@ -200,34 +193,14 @@ def sentence_claims(topic_name: str, name: str, sentence: str, first: bool) -> l
     subjects = (name,) if first else (name, TOPICS[topic_name].again)
     for subject in subjects:
         if sentence.startswith(f"{subject} "):
-            head, joined, last = sentence.removeprefix(f"{subject} ").rpartition(" and ")
-            predicates = [*head.split(" , "), last] if joined else [last]
             # One predicate of no wording spoils its sentence: else a list of all that is likely would be worth trying.
-            claims = [claims_of(topic_name, predicate) for predicate in predicates]
+            claims = [claims_of(topic_name, predicate) for predicate in listed(sentence.removeprefix(f"{subject} "))]
             return [some[0] for some in claims] if all(claims) else None
     return None
 
 
-class Marks(NamedTuple):
-    """What a text is worth, each in [0, 1]."""
-
-    covered: float
-    """Share of the table's slots that are said with their values."""
-    supported: float
-    """Share of the claims that are in the table and were not said before."""
-    form: float
-    """Share of the words that stand in well-formed sentences; 0 with more than two sentences."""
-    invented: float
-    """Share of the claims that are not in the table."""
-
-    @property
-    def gold(self) -> float:
-        """Slot accuracy times form."""
-        return self.covered * self.supported * self.form
-
-
 def marks(topic_name: str, name: str, slots: dict[str, str], text: str) -> Marks:
-    """The marks of a text about a table.
+    """The marks of a text about a table; form is the share of the words in well-formed sentences, of two at most.
 
     Args:
         topic_name: of TOPICS.
@@ -245,14 +218,10 @@ def marks(topic_name: str, name: str, slots: dict[str, str], text: str) -> Marks
         if of_sentence is not None:
             claims += of_sentence
             good += len(sentence.split()) + 1
-    # A set, so that a claim that is said twice supports one slot and still counts twice among all claims.
-    right = {claim.slot for claim in claims if claim.slot is not None and slots.get(claim.slot) == claim.value}
-    wrong = sum(claim.slot is None or slots.get(claim.slot) != claim.value for claim in claims)
-    count = max(len(claims), 1)
     # Half a sentence at the end counts, or a third one that is cut off by the budget would be free.
     fits = len(sentences) + bool(open_end) <= MOST_SENTENCES
     form = good / len(words) if words and fits else 0.0
-    return Marks(len(right) / len(slots), len(right) / count, form, wrong / count)
+    return marks_of(claims, slots, form)
 
 
 def gold(

@@ -84,6 +84,14 @@ class Rows:
         return (self[index] for index in range(len(self)))
 
 
+def words_of(*texts: str) -> tuple[str, ...]:
+    """The words of texts and wordings, each once, in their order: the symbols of a small model.
+
+    What stands in braces is a field of a wording, and no word.
+    """
+    return tuple(dict.fromkeys(word for word in " ".join(texts).split() if "{" not in word))
+
+
 def one_word_off(text: str, rng: random.Random) -> str:
     """A text behind a blank with a word lost, or said twice."""
     words = text.split()

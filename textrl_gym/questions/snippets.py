@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from textrl_gym.core import Row
-from textrl_gym.worlds.passages import NAMES, QUESTIONS, SENTENCES, VALUES, sentence
-from textrl_gym.worlds.world import in_split, one_word_off
+from textrl_gym.questions.passages import NAMES, QUESTIONS, SENTENCES, VALUES, sentence
+from textrl_gym.worlds.world import in_split, one_word_off, words_of
 
 ANSWER = " Answer :"
 SNIPPETS = 3
@@ -33,15 +33,11 @@ PLEASED = 0.6
 1."""
 
 
-def _words() -> tuple[str, ...]:
-    texts = [ANSWER, ".", *CITATIONS, *NAMES, *SENTENCES.values(), *(f"{text[:-1]} ?" for text in QUESTIONS.values())]
-    texts += [value for values in VALUES.values() for value in values]
-    # Names and values stand in wordings as fields in braces, which are no words.
-    words = " ".join(texts).split()
-    return tuple(dict.fromkeys(word for word in words if "{" not in word))
-
-
-SYMBOLS = _words()
+SYMBOLS = words_of(
+    *(ANSWER, ".", *CITATIONS, *NAMES, *SENTENCES.values()),
+    *(f"{text[:-1]} ?" for text in QUESTIONS.values()),
+    *(value for values in VALUES.values() for value in values),
+)
 """The words of the bundled model."""
 
 

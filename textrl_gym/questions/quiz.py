@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from textrl_gym.core import Row
-from textrl_gym.worlds.world import in_split, one_word_off
+from textrl_gym.worlds.world import in_split, one_word_off, words_of
 
 KNOWLEDGE = " Knowledge :"
 """The end of every prompt."""
@@ -63,15 +63,10 @@ RULED_OUT = 0.25
 of a third, which is a quarter of the way to 1."""
 
 
-def _words() -> tuple[str, ...]:
-    texts = [KNOWLEDGE, ANSWER, "( ) .", *LETTERS, *THINGS, *QUESTIONS.values(), *SENTENCES.values()]
-    texts += [value for values in VALUES.values() for value in values]
-    # Things and values stand in wordings as fields in braces, which are no words.
-    words = " ".join(texts).split()
-    return tuple(dict.fromkeys(word for word in words if "{" not in word))
-
-
-SYMBOLS = _words()
+SYMBOLS = words_of(
+    *(KNOWLEDGE, ANSWER, "( ) .", *LETTERS, *THINGS, *QUESTIONS.values(), *SENTENCES.values()),
+    *(value for values in VALUES.values() for value in values),
+)
 """The words of the bundled models."""
 
 
