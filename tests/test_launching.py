@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from textrl_gym.cli.main import main
 from textrl_gym.experiments import launching
 from textrl_gym.experiments.compare import CompareConfig, compare
 from textrl_gym.experiments.launching import LaunchConfig
-from textrl_gym.experiments.results import ERROR
+from textrl_gym.experiments.results import ERROR, LOG
 
 submitit: Any = pytest.importorskip("submitit")
 
@@ -236,3 +237,83 @@ def _worker_of(folder: Path) -> bool:
         except OSError:
             continue
     return False
+
+
+# -- runs that are forked ---------------------------------------------------------------------------------------------
+
+
+FORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from textrl_gym.experiments import worker
+
+def run(folder):
+    print("run", os.environ.get("OMP_NUM_THREADS"), flush=True)
+    if folder.name == "fails":
+        raise ValueError("no such run")
+    if folder.name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if folder.name == "waits":
+        worker._end_with_parent()
+        (folder / "pid").write_text(str(os.getpid()))
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+worker.main, worker.import_all = run, lambda: None
+sys.exit(worker.fork_runs())
+"""
+
+
+@pytest.fixture
+def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[launching.Forks]:
+    """A forker whose runs do what the names of their folders say."""
+    monkeypatch.setattr(launching, "command", lambda *_: [sys.executable, "-c", FORKER])
+    for name in ("ends", "fails", "killed", "waits"):
+        (tmp_path / name).mkdir()
+    forks = launching.Forks(3, trust_code=False)
+    yield forks
+    forks.process.kill()
+    forks.close()
+
+
+def test_forked_runs_end_with_their_own_exit_codes(forks: launching.Forks, tmp_path: Path) -> None:
+    ends = {name: forks.start(tmp_path / name) for name in ("ends", "fails", "killed")}
+    assert {name: run.wait() for name, run in ends.items()} == {"ends": 0, "fails": 1, "killed": -signal.SIGKILL}
+    assert (tmp_path / "ends" / LOG).read_text() == "run 3\n"
+    for name in ends:
+        launching.note_death(tmp_path / name, ends[name].wait())
+    assert launching.errors({name: tmp_path / name for name in ends}) == {
+        "fails": "ValueError: no such run",
+        "killed": f"the process ended with exit code -9; see {LOG}",
+    }
+    # The same run again, after one that failed.
+    assert forks.start(tmp_path / "ends").wait() == 0
+
+
+def _waits(forks: launching.Forks, folder: Path) -> tuple[launching.Fork, int]:
+    run, deadline = forks.start(folder), time.monotonic() + 120
+    while not (folder / "pid").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return run, int((folder / "pid").read_text())
+
+
+def test_ctrl_c_is_for_the_forked_runs_and_not_for_their_forker(forks: launching.Forks, tmp_path: Path) -> None:
+    run, process = _waits(forks, tmp_path / "waits")
+    for one in (forks.process.pid, process):  # as a terminal sends it to all
+        os.kill(one, signal.SIGINT)
+    assert run.wait() == launching.STOPPED
+    assert forks.start(tmp_path / "ends").wait() == 0
+
+
+def test_forked_runs_end_with_their_forker(forks: launching.Forks, tmp_path: Path) -> None:
+    run, process = _waits(forks, tmp_path / "waits")
+    forks.process.kill()
+    assert run.wait() == -signal.SIGKILL
+    assert forks.start(tmp_path / "ends").wait() == -signal.SIGKILL  # nothing starts any more, and that is an error
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{process}").exists()

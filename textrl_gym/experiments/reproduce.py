@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from textrl_gym import files, registry
+from textrl_gym.experiments import launching
 from textrl_gym.experiments.compare import versions
 from textrl_gym.experiments.results import LOG, MACHINE, PLAN, RESULT, SPEC, read_plan, read_spec
 
@@ -88,12 +87,8 @@ def reproduce(run: str | Path, out: str | Path | None = None) -> Reproduction:
 
 
 def _run(folder: Path, threads: int | None) -> None:
-    environment = dict(os.environ)
-    if threads is not None:  # the number of threads decides the order of float sums
-        environment["OMP_NUM_THREADS"] = str(threads)
-    environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    command = [sys.executable, "-W", "ignore", "-m", "textrl_gym.experiments.worker", str(folder)]
-    command += ["--trust-code"] if registry.trust_all else []
+    environment = launching.environment_of_runs(threads)
+    command = launching.command(str(folder), registry.trust_all)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     files.write_text(folder / LOG, done.stdout + done.stderr)
     if done.returncode:

@@ -3,6 +3,9 @@
 `python -m textrl_gym.experiments.worker FOLDER` reads FOLDER/cell.json, goes on from the last checkpoint where there is
 one, and writes FOLDER/evaluation.json last: a run is finished when that file is there. Killed at any moment and started
 again it ends with the same numbers as if it had never been stopped.
+
+`python -m textrl_gym.experiments.worker --fork` forks a run for each folder that it reads, so that torch and
+transformers are imported once, and not by each of many short runs.
 """
 
 from __future__ import annotations
@@ -10,16 +13,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import select
 import shutil
+import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrl_gym import files, registry
+from textrl_gym.experiments.launching import FORK
 from textrl_gym.experiments.reproduce import machine
 from textrl_gym.experiments.results import CREDIT, EPISODES, ERROR, FLOPS, LOG, MACHINE, RESULT, SPEC, spec_env
 from textrl_gym.mdp.env_settings import EnvSettings, make_env
@@ -210,6 +217,58 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def import_all() -> None:
+    """Import torch, transformers and what else every run needs."""
+    from textrl_gym.evaluation import token_credit  # noqa: F401
+    from textrl_gym.training import agent  # noqa: F401
+
+
+def fork_runs() -> int:
+    """Fork a run for each folder on standard input, a JSON string a line; at its end print [folder, exit code].
+
+    It ends when its input and all runs have ended, or without the process that started it.
+    """
+    # Ctrl-C is for the runs, which save and end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import_all()
+    parent, ended, rest = os.getppid(), False, b""
+    running: dict[int, str] = {}
+    while (not ended or running) and os.getppid() == parent:
+        # Not readline: a line in Python's own buffer would not wake select.
+        if not ended and select.select([sys.stdin.fileno()], [], [], 0.05)[0]:
+            read = os.read(sys.stdin.fileno(), 1 << 16)
+            ended = not read
+            *lines, rest = (rest + read).split(b"\n")
+            for folder in map(json.loads, lines):
+                if (child := os.fork()) == 0:
+                    _run_and_exit(Path(folder))
+                running[child] = folder
+        elif ended:
+            time.sleep(0.05)
+        while running and (end := os.waitpid(-1, os.WNOHANG))[0]:
+            code = os.waitstatus_to_exitcode(end[1])
+            print(json.dumps([running.pop(end[0]), code]), flush=True)
+    return 0
+
+
+def _run_and_exit(folder: Path) -> None:
+    """In a forked process: run the folder's cell with its log as the output, and end the process."""
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with (folder / LOG).open("ab") as log, open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+            for output in (1, 2):
+                os.dup2(log.fileno(), output)
+        code = main(folder)
+    finally:  # whatever was raised: this process must not go on in its parent's loop
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
     registry.trust_all = "--trust-code" in sys.argv[2:]
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(fork_runs() if sys.argv[1] == FORK else main(Path(sys.argv[1])))
