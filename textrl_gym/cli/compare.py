@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from textrl_gym.cli.options import (
     CONFIG_FILE,
     Part,
+    as_arguments,
     env_flags,
     environment,
     find_agent,
@@ -36,25 +39,30 @@ def compare_command(args: Sequence[str]) -> int:
     from textrl_gym.experiments import compare as home
     from textrl_gym.experiments.launching import LaunchConfig
     from textrl_gym.experiments.results import ERROR, RUNS
-    from textrl_gym.experiments.suite import compare_suite, suite
+    from textrl_gym.experiments.suite import BENCHMARK, SUITES, compare_suite, suite
 
     about = "environment ids, module:ID or module:Class; several make a comparison over tasks"
+    about_suite = f"{', '.join(SUITES)}: the environments of a suite in place of ENV; benchmark also sets the rest"
     parts: list[Part] = [
         ("environments", positional("ENV", tuple[str, ...], about), ()),
-        ("suite", flag(str | None, "all, lessons or verifiable: the environments of a suite in place of ENV"), None),
+        ("suite", flag(str | None, about_suite), None),
         ("output", flat(Output)),
         ("settings", flat(home.CompareConfig)),
         ("launch", flat(LaunchConfig)),
         env_flags(),
     ]
     tables = {"output": "compare", "settings": "compare", "launch": "compare", "env": "env"}
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--suite")
+    if peek.parse_known_args(args)[0].suite == "benchmark":  # before the user's own flags, which win
+        args = [*as_arguments(changes(BENCHMARK)), *args]
     parsed = parse_command("compare", compare_command.__doc__, parts, tables, args)
     out = parsed.output.out
     if parsed.suite is not None and parsed.environments:
         raise ValueError("give environments or --suite, and not both")
     names = suite(parsed.suite) if parsed.suite is not None else parsed.environments
     if not names:
-        raise ValueError("compare needs ENV first, or --suite all, lessons or verifiable")
+        raise ValueError(f"compare needs ENV first, or --suite {', '.join(SUITES)}")
     env_ids = [find_env(name) for name in names]
     # A wrong name is said before the folder is made and any worker starts.
     for agent in parsed.settings.agents:
@@ -88,6 +96,12 @@ def compare_command(args: Sequence[str]) -> int:
     print(f"saved in {out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     # What has finished is shown and saved all the same.
     return 1 if failed else 0
+
+
+def changes(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not their defaults."""
+    values = {field.name: (getattr(settings, field.name), field.default) for field in dataclasses.fields(settings)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def show_suite(folder: Path) -> None:

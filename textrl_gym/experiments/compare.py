@@ -281,11 +281,12 @@ def run_folders(
 def collect_table(out: Path) -> DataFrame:
     """The tidy table of a comparison's finished runs, which is also saved."""
     table_of_runs = tidy(out)
-    _save(table_of_runs, out)
+    save(table_of_runs, out)
     return table_of_runs
 
 
-def _save(table: DataFrame, out: Path) -> None:
+def save(table: DataFrame, out: Path) -> None:
+    """Write a tidy table into a comparison's folder."""
     # CSV always, since everything reads it; Parquet keeps types and is small.
     table.to_csv(out / f"{TABLE}.csv", index=False)
     try:

@@ -2,7 +2,7 @@
 
 OUT/suite.json     what was asked for
 OUT/ENV/           the comparison of one task, with its page
-OUT/results.csv    the tidy tables of all tasks, with a column `environment`
+OUT/results.csv    the tidy tables of all tasks, with a column `environment`; results.parquet too, where pyarrow is
 OUT/report.html    all tasks in one page (reports.suite_page)
 """
 
@@ -34,7 +34,18 @@ SUITES = {
     "all": "every environment of textrl-gym",
     "lessons": "those that have a lesson",
     "verifiable": "those whose reward is a program, and no reward model",
+    "benchmark": "every environment, with the agents, seeds and budget of docs/benchmark.md",
 }
+BENCHMARK = CompareConfig(
+    agents=("reference", "ppo", "grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "raft", "online_dpo"),
+    seeds=3,
+    # What two cores do in about two hours, three quarters of it in training.
+    total_timesteps=10_000,
+    eval_episodes=128,
+    # A line of the health card that fails is a result, and no reason to leave a task without one.
+    on_bad_health="warn",
+)
+"""What `--suite benchmark` runs where flags say nothing else."""
 
 
 def suite(name: str) -> list[str]:
@@ -94,7 +105,7 @@ def compare_suite(
     comparing.run_folders(folders, config, out, progress_bar, trust_code, launch)
     tables = [comparing.collect_table(out / env_id).assign(environment=env_id) for env_id in env_ids]
     table = pd.concat(tables, ignore_index=True)
-    table.to_csv(out / "results.csv", index=False)
+    comparing.save(table, out)
     return table
 
 
