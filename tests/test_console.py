@@ -33,7 +33,7 @@ def test_the_live_table_shows_brackets(tmp_path: Path) -> None:
     run = tmp_path / NASTY
     run.mkdir(parents=True)
     (run / "error.txt").write_text(NASTY)
-    shown = printed(LiveTable({NASTY: run}, 10, enabled=False)._table(set()))
+    shown = printed(LiveTable({NASTY: run}, 10, enabled=False)._table())
     assert shown.count(NASTY) == 2
 
 
@@ -64,3 +64,19 @@ def test_where_nobody_watches_a_line_is_printed_for_each_event(
         table(set())  # b has stopped without a result
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines() if line[2:3] == ":"]
     assert lines == ["a: running", "a: done, score 0.250", "b: running", "b: waiting"]
+
+
+def test_of_many_runs_those_that_go_on_or_have_failed_are_shown(tmp_path: Path) -> None:
+    folders = {f"run-{number}": tmp_path / f"run-{number}" for number in range(40)}
+    for folder in folders.values():
+        folder.mkdir()
+    for number in range(3):
+        (folders[f"run-{number}"] / "evaluation.json").write_text("{}")
+    (folders["run-3"] / "error.txt").write_text("ValueError: no")
+    (folders["run-4"] / "error.txt").write_text("of an earlier try")
+    table = LiveTable(folders, 10, enabled=False)
+    (folders["run-4"] / "error.txt").unlink()  # it is to be run again
+    table({"run-5", "run-6"})
+    shown = printed(table._table())
+    assert [f"run-{number}" for number in range(40) if f"run-{number} " in shown] == ["run-3", "run-5", "run-6"]
+    assert "3 of 40 runs done, 34 waiting" in shown

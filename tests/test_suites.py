@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -144,6 +145,13 @@ def test_the_page_has_a_row_for_each_task(done: Path, capsys: pytest.CaptureFixt
     for env_id in TASKS:
         assert f'href="{env_id}/report.html"' in html
     assert "interquartile mean" in html and "<svg" in html and "Content-Security-Policy" in html
+    # The same tables for other places, and the runs of all tasks as a table.
+    tables = (done / "tables.md").read_text()
+    assert "| agent | interquartile mean | mean rank |" in tables and "| pair | difference (95%) |" in tables
+    (row,) = [line.split(" | ") for line in tables.splitlines() if line.startswith("| CopyText-v0")]
+    frame = pd.read_parquet(done / "results.parquet").query("final and environment == 'CopyText-v0'")
+    means = frame.groupby("agent")["score"].mean()
+    assert row[3:] == [f"{means['reinforce']:.3f}", f"{means['reference']:.3f} |"]
     error = done / TASKS[0] / "runs" / "bad-0"
     error.mkdir()
     (error / "cell.json").write_text((done / TASKS[0] / "runs" / "reinforce-0" / "cell.json").read_text())

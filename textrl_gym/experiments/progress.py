@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ from textrl_gym.experiments.results import ERROR, progress, state_of
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+
+MOST = 30
+"""Runs of a table that shows all; of more it shows those that are going on or have failed, and counts the others."""
 
 
 class LiveTable:
@@ -31,43 +36,61 @@ class LiveTable:
         self.console = Console(stderr=True, quiet=not enabled)
         self.live = Live(console=self.console, auto_refresh=False)
         self.states = {name: state_of(folder, running=False) for name, folder in folders.items()}
+        self.running = set(folders)  # the first call looks at all: what failed before may be waiting now
 
     def __enter__(self) -> LiveTable:
         self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._changes(set())
+        self.live.update(self._table())
         self.live.stop()
 
     def __call__(self, running: set[str]) -> None:
         """Show the state of things, at most once a second."""
-        # Called five times a second by the scheduler, and each time reads a file for each run.
+        # Called five times a second by the scheduler.
         if running and time.monotonic() - self.shown_at < 1:
             return
         self.shown_at = time.monotonic()
-        if not self.console.is_terminal:
-            self._tell_changes(running)
-        self.live.update(self._table(running), refresh=True)
+        changes = self._changes(running)
+        if self.console.is_terminal:
+            self.live.update(self._table(), refresh=True)
+            return
+        for name in changes:
+            row = progress(self.folders[name])
+            score = f", score {row['rollout/score']:.3f}" if "rollout/score" in row else ""
+            words = self.states[name] + (score if self.states[name] == "done" else "")
+            self.console.print(plain(f"{time.strftime('%H:%M:%S')} {name}: {words}"), highlight=False)
 
-    def _tell_changes(self, running: set[str]) -> None:
-        for name, folder in self.folders.items():
-            state, row = state_of(folder, name in running), progress(folder)
-            if state == self.states[name]:
-                continue
-            self.states[name] = state
-            score = f", score {row['rollout/score']:.3f}" if state == "done" and "rollout/score" in row else ""
-            self.console.print(plain(f"{time.strftime('%H:%M:%S')} {name}: {state}{score}"), highlight=False)
+    def _changes(self, running: set[str]) -> list[str]:
+        """The runs whose state is another one now; only those that went on or go on can be."""
+        names = [name for name in self.folders if name in running | self.running]
+        states = {name: state_of(self.folders[name], name in running) for name in names}
+        # A run that failed before and is tried again has not changed yet.
+        forgotten = {name for name, state in states.items() if (self.states[name], state) == ("failed", "waiting")}
+        changes = [name for name, state in states.items() if state != self.states[name] and name not in forgotten]
+        self.states |= states
+        self.running = set(running)
+        return changes
 
-    def _table(self, running: set[str]) -> Table:
+    def _table(self) -> Table:
         from rich.table import Table
 
         table = Table("run", "state", "tokens", "score", "KL nats/seq", "left")
+        whole = len(self.folders) <= MOST
         for name, folder in self.folders.items():
-            state, row = state_of(folder, name in running), progress(folder)
+            state = self.states[name]
+            if not whole and state in ("done", "waiting"):
+                continue
+            row = progress(folder)
             done = int(row.get("time/total_timesteps", 0))
             numbers = [f"{row[key]:.3f}" if key in row else "" for key in ("rollout/score", "rollout/kl_sequence")]
             tokens = f"{min(done / self.total, 1):4.0%}" if done else ""
             table.add_row(plain(name), self._coloured(state, folder), tokens, *numbers, self._left(name, state, done))
+        if not whole:
+            counts = Counter(self.states.values())
+            table.caption = f"{counts['done']} of {len(self.folders)} runs done, {counts['waiting']} waiting"
         return table
 
     def _coloured(self, state: str, folder: Path) -> Text:

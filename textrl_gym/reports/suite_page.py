@@ -15,6 +15,8 @@ from textrl_gym.reports.frame import PAGE, page_html, table_html
 from textrl_gym.stats import suites
 from textrl_gym.stats.estimates import Estimate, performance_profile, probability_of_improvement
 
+MARKDOWN = "tables.md"
+"""The tables of the page in Markdown, in its folder."""
 THRESHOLDS = (0.25, 0.5, 0.75, 0.9)
 """Normalised scores of the performance profile."""
 WIDTH, ROW, LEFT, RIGHT = 760, 34, 190, 30
@@ -56,7 +58,11 @@ def interval_plot(title: str, rows: Mapping[str, Estimate], low: float, high: fl
     return Markup(figure).format(title, WIDTH, bottom + 26, title, Markup("").join(parts))
 
 
-def overall(result: SuiteResult) -> Markup:
+Table = tuple[list[str], list[list[str]]]
+"""The head and the rows of a table."""
+
+
+def overall(result: SuiteResult) -> tuple[dict[str, Estimate], Table]:
     """Interquartile means, ranks and performance profiles of the agents that were run on every task."""
     tables = {agent: result.table(agent) for agent in result.complete}
     iqm = {agent: suites.iqm_of_tasks(table) for agent, table in tables.items()}
@@ -68,46 +74,89 @@ def overall(result: SuiteResult) -> Markup:
         shares = [f"{one.value:.2f}" for one in profile] if profile else ["-"] * len(THRESHOLDS)
         rows.append([agent, words_of(ordered[agent]), words_of(ranks[agent]), *shares])
     head = ["agent", "interquartile mean", "mean rank", *(f"runs above {one:g}" for one in THRESHOLDS)]
-    plot = interval_plot("Interquartile mean of the normalised scores, 95% over seeds", ordered, 0.0, 1.0)
-    return plot + table_html(head, rows, "words")
+    return ordered, (head, rows)
 
 
-def pairs(result: SuiteResult) -> Markup:
-    """Each pair of agents: the difference over seeds and prompts, and the probability of improvement."""
+def pairs(result: SuiteResult) -> Table | None:
+    """Each pair of agents: the difference over seeds and prompts, and the probability of improvement.
+
+    The intervals of the differences hold for all pairs at once (Bonferroni). None: one run of each agent leaves none.
+    """
     tables = {agent: result.table(agent) for agent in result.complete}
     of_prompts = {agent: result.table_of_prompts(agent) for agent in result.complete}
     everyone = list(of_prompts.values())
     if any(all(len(table[task]) == 1 for table in everyone) for task in range(len(result.comparisons))):
-        return Markup("<p>One run of each agent leaves no interval between them.</p>")
+        return None
     rows = []
-    for a, b in itertools.combinations(tables, 2):
+    couples = list(itertools.combinations(tables, 2))
+    confidence = 1 - 0.05 / len(couples)
+    for a, b in couples:
         if np.mean([np.mean(row) for row in tables[a]]) < np.mean([np.mean(row) for row in tables[b]]):
             a, b = b, a
         untrained = (a in result.untrained, b in result.untrained)
-        gap = suites.pooled_difference(of_prompts[a], of_prompts[b], everyone, untrained=untrained)
+        gap = suites.pooled_difference(
+            of_prompts[a], of_prompts[b], everyone, untrained=untrained, confidence=confidence
+        )
         better = probability_of_improvement(tables[a], tables[b])
         verdict = f"{a} is better than {b}" if gap.low > 0 else f"{a} is ahead of {b}; too few runs to tell"
-        rows.append([verdict, words_of(gap), words_of(better)])
-    return table_html(["pair", "difference (95%)", "probability of improvement (95%)"], rows, "words")
+        rows.append((gap.low, [verdict, words_of(gap), words_of(better)]))
+    head = ["pair", f"difference ({100 * confidence:.4g}%)", "probability of improvement (95%)"]
+    # What can be told apart first.
+    return head, [row for _, row in sorted(rows, key=lambda item: -item[0])]
 
 
-def tasks(result: SuiteResult) -> Markup:
+def tasks(result: SuiteResult) -> Table:
     """A row for each task: its anchors, and each agent's mean score as it is."""
-    rows: list[Sequence[object]] = []
+    rows = []
+    runs = {len(group.runs) for one in result.comparisons.values() for group in one.groups if not group.untrained}
+    uneven = len(runs) > 1  # how many runs a mean is of is said where it differs
     for env_id, comparison in result.comparisons.items():
         start, best = result.anchors[env_id]
-        cells: list[object] = [
-            Markup('<a href="{0}/report.html">{0}</a>').format(env_id),
-            f"{start:.3f}",
-            f"{best:.3f}",
-        ]
+        cells = [env_id, f"{start:.3f}", f"{best:.3f}"]
         for agent in result.scores:
             groups = [group for group in comparison.groups if group.label == agent]
             finals = groups[0].finals(comparison.gold) if groups else []
-            cells.append(f"{np.mean(finals):.3f} ({len(finals)})" if finals else "-")
+            number = f" ({len(finals)})" if uneven else ""
+            cells.append(f"{np.mean(finals):.3f}{number}" if finals else "-")
         rows.append(cells)
-    head = ["task", "initial policy", "best known", *(f"{agent} (runs)" for agent in result.scores)]
-    return table_html(head, rows, "words")
+    agents = [f"{agent} (runs)" if uneven else agent for agent in result.scores]
+    return ["task", "initial policy", "best known", *agents], rows
+
+
+def suite_markdown(result: SuiteResult) -> str:
+    """The tables of the page in Markdown, for a paper, an issue or the documentation."""
+    tables = [overall(result)[1] if result.complete else None]
+    tables += [pairs(result) if len(result.complete) > 1 else None, tasks(result)]
+    return "\n".join(markdown_table(*table) for table in tables if table is not None)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _overall_html(result: SuiteResult) -> Markup:
+    if not result.complete:
+        return Markup("<p>No agent has a finished run on every task.</p>")
+    ordered, table = overall(result)
+    plot = interval_plot("Interquartile mean of the normalised scores, 95% over seeds", ordered, 0.0, 1.0)
+    return plot + table_html(*table, "words")
+
+
+def _pairs_html(result: SuiteResult) -> Markup:
+    if len(result.complete) < 2:
+        return Markup("")
+    table = pairs(result)
+    if table is None:
+        return Markup("<p>One run of each agent leaves no interval between them.</p>")
+    return table_html(*table, "words")
+
+
+def _tasks_html(result: SuiteResult) -> Markup:
+    head, rows = tasks(result)
+    link = Markup('<a href="{0}/report.html">{0}</a>')
+    return table_html(head, [[link.format(env_id), *cells] for env_id, *cells in rows], "words")
 
 
 def suite_html(result: SuiteResult) -> str:
@@ -120,21 +169,23 @@ def suite_html(result: SuiteResult) -> str:
         "<h1>Agents over tasks</h1><p>{tasks} tasks. A score of 0 is a task's initial policy and "
         "1 the best that is known; gold is the measure where a task has it.{note}</p>{warning}<h2>Over all tasks</h2>"
         "{overall}<h2>Pairs</h2><p class=muted>Agents are compared prompt by prompt, over seeds and prompts. How much "
-        "seeds differ is pooled over all agents of a task, since two seeds alone say little of their own.</p>{pairs}"
+        "seeds differ is pooled over all agents of a task, since two seeds alone say little of their own. The "
+        "intervals of the differences hold for all pairs at once.</p>{pairs}"
         "<h2>Tasks</h2>{rows}"
     ).format(
         tasks=len(result.comparisons),
         note=note,
         warning=warning if result.failed else "",
-        overall=overall(result) if result.complete else Markup("<p>No agent has a finished run on every task.</p>"),
-        pairs=pairs(result) if len(result.complete) > 1 else "",
-        rows=tasks(result),
+        overall=_overall_html(result),
+        pairs=_pairs_html(result),
+        rows=_tasks_html(result),
     )
     return page_html("Agents over tasks", body)
 
 
 def suite_report(folder: Path) -> Path:
-    """Write the page of a comparison over tasks into its folder."""
-    page = folder / PAGE
-    files.write_text(page, suite_html(read_suite(folder)))
+    """Write the page of a comparison over tasks into its folder, and its tables in Markdown."""
+    page, result = folder / PAGE, read_suite(folder)
+    files.write_text(page, suite_html(result))
+    files.write_text(folder / MARKDOWN, suite_markdown(result))
     return page
