@@ -152,10 +152,10 @@ def work(name: str, folder: Path, updates: int, chain: Path | None = None, **opt
     if name in ("sft", "reward-model"):
         supervised(name, folder, updates)
         return
-    cls, _, shard = name.partition("+")
-    agent = make(cls, (chain or folder) / f"run-{name}")
+    cls, *more = name.split("+")
+    agent = make(cls, (chain or folder) / f"run-{name}", **({"lora_rank": 2} if "lora" in more else {}))
     goes_on, record = agent.num_updates > 0, Record(agent, updates)
-    settings = QUIET | {"shard": bool(shard), "reset_num_timesteps": not goes_on} | options
+    settings = QUIET | {"shard": "shard" in more, "reset_num_timesteps": not goes_on} | options
     with contextlib.suppress(KeyboardInterrupt):
         agent.learn(10**9, callback=record.interrupt if chain else record.go_on, **settings)
     state = {"weights": full_weights(agent), "gradient": record.gradient, "kl_coef": torch.tensor(agent.kl.coef)}
@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    # +shard behind the name of an agent: its updates are sharded
+    # Behind the name of an agent: +shard, its updates are sharded; +lora, it trains a LoRA
     parser.add_argument("--work", nargs="+", required=True)
     parser.add_argument("--chain", action="store_true", help="each number of processes goes on where the last ended")
     parser.add_argument("--updates", type=int, default=3)

@@ -39,3 +39,23 @@ def test_wrong_settings_name_themselves(capsys: pytest.CaptureFixture[str]) -> N
     assert "group must be at least 2, got 1" in " ".join(capsys.readouterr().err.replace("│", " ").split())
     with pytest.raises(ValueError, match="new_tokens must be at least 1, got 0"):
         BenchConfig(new_tokens=0)
+
+
+def test_scaling_measures_rows_and_lengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("textrl_gym.experiments.bench.SCALES", {"rows": (8, 16), "new tokens": (4,)})
+    out = tmp_path / "scaling.json"
+    assert main(["bench", "--scaling", "--iterations", "1", "--device", "cpu", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    measured = json.loads(out.read_text())["measured"]
+    assert [(point["axis"], point["value"]) for point in measured] == [("rows", 8), ("rows", 16), ("new tokens", 4)]
+    for point in measured:
+        # Microseconds: a token of a model of width 64 takes more than one of them and less than a second.
+        assert 1 < point["rollout"] + point["update"] <= point["all"] < 1e6
+        assert f"{point['value']} {point['axis']}" in printed
+    assert 8 * 20 < measured[0]["tokens"] <= 8 * 32 and measured[2]["tokens"] <= 64 * 4
+    assert main(["bench", "CopyText-v0", "--scaling"]) == 2
+    assert "leave out CopyText-v0" in capsys.readouterr().err
+    assert main(["bench", "--scaling", "--model", "smollm2-135m"]) == 2
+    assert "leave out --model smollm2-135m" in capsys.readouterr().err

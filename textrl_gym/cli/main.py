@@ -172,6 +172,11 @@ def bench_command(args: Sequence[str]) -> int:
     tables = {"settings": "bench", "env": "env"}
     parsed = parse_command("bench", bench_command.__doc__, parts, tables, args)
     env_id = None if parsed.environment is None else find_env(parsed.environment)
+    if parsed.settings.scaling:
+        if env_id is not None:
+            raise ValueError(f"--scaling has prompts of its own: leave out {env_id}")
+        print_rows("microseconds a token", bench.scaling_rows(bench.scaling(parsed.settings)))
+        return 0
     print_rows("textrl-gym bench", bench.rows(bench.bench(parsed.settings, env_id, parsed.env)))
     return 0
 

@@ -47,7 +47,7 @@ class BenchConfig:
     agent: Literal["grpo", "ppo"] = "grpo"
     """The algorithm whose update is measured."""
     model: str | None = None
-    """A Hub id, a folder or smollm2-135m; None: a random Llama of width 256 with 4 layers and 2,048 tokens."""
+    """A Hub id, a folder or smollm2-135m; None: a random Llama."""
     prompts: Annotated[int, Ge(1)] = 8
     """Different prompts of a rollout."""
     group: Annotated[int, Ge(1)] = 8
@@ -56,6 +56,8 @@ class BenchConfig:
     """Tokens of every prompt."""
     vocab_size: Annotated[int, Ge(1)] = 2048
     """Tokens of the random model."""
+    layers: Annotated[int, Ge(1)] = 4
+    """Of the random model, which has as many heads of width 64."""
     new_tokens: Annotated[int, Ge(1)] = 48
     """Most tokens of a completion; a random model hardly ever ends before."""
     scoring: bool = True
@@ -70,6 +72,9 @@ class BenchConfig:
     """Decode at fixed shapes, on a GPU as CUDA graphs."""
     compile: Literal["none", "update", "decode", "all"] = "none"
     """What torch.compile compiles."""
+    scaling: bool = False
+    """Measure the cost of a token by rows (8 to 4,096) and by new tokens (32 to 2,048) instead, with a model so small
+    that what is around it shows."""
     out: Path | None = None
     """Also write the numbers to this JSON file."""
 
@@ -86,7 +91,7 @@ class RandomPrompts(Task):
     kl_coef = 0.04
 
     def __init__(self, config: BenchConfig) -> None:
-        self.model, self.vocab_size = config.model or "made in code", config.vocab_size
+        self.model, self.vocab_size, self.layers = config.model or "made in code", config.vocab_size, config.layers
         self.max_prompt_tokens, self.max_new_tokens = config.prompt_tokens, config.new_tokens
 
     def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
@@ -100,7 +105,7 @@ class RandomPrompts(Task):
 
     def load_model(self, name: str | None = None, **kwargs: Any) -> nn.Module:
         if self.model == "made in code":
-            return tiny.llama(self.vocab_size, width=256, layers=4, heads=4)
+            return tiny.llama(self.vocab_size, width=64 * self.layers, layers=self.layers, heads=self.layers)
         return super().load_model(name, **kwargs)
 
     def encode(self, row: Row, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> list[int]:
@@ -264,10 +269,60 @@ def bench(
         "torch": torch.__version__,
         "measured": measured | {"peak_memory_bytes": peak},
     }
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(config.out, json.dumps(record, indent=2) + "\n")
+    write(record, config.out)
     return record
+
+
+SCALES: dict[str, tuple[int, ...]] = {"rows": (8, 64, 512, 4096), "new tokens": (32, 128, 512, 2048)}
+"""What `scaling` varies: the rows of a rollout of 32 new tokens, and the new tokens of a rollout of 64 rows."""
+
+
+def scaling(config: BenchConfig) -> dict[str, Any]:
+    """Microseconds a completion token in rollout and update, as rows grow and as completions grow.
+
+    The model is a Llama of width 64 with one layer: behind a large one a loop over rows, groups or prefixes would not
+    show. The fixed cost of a decoding step is shared by its rows, so that few rows cost more a token. What *rises* with
+    rows or length would be such a loop, or attention, which is a small part of this model.
+
+    Raises:
+        ValueError: a model is named, or an environment.
+    """
+    if config.model is not None:
+        raise ValueError(
+            f"--scaling has a model of its own, a random one of width 64: leave out --model {config.model}"
+        )
+    measured = []
+    for axis, values in SCALES.items():
+        for value in values:
+            rows_new = (value, 32) if axis == "rows" else (64, value)
+            work = {"prompts": rows_new[0] // 8, "group": 8, "prompt_tokens": 16, "new_tokens": rows_new[1]}
+            agent = make_agent(dataclasses.replace(config, scoring=False, layers=1, **work))
+            timing = time_iterations(agent, config.iterations)
+            tokens = sum(timing.tokens)
+            micro = {name: 1e6 * timing.phases[name] / tokens for name in ("rollout", "reference", "update")}
+            whole = [1e6 * seconds / count for seconds, count in zip(timing.seconds, timing.tokens, strict=True)]
+            point = {"axis": axis, "value": value, "tokens": tokens // config.iterations}
+            measured.append(point | micro | {"all": statistics.median(whole), "range": [min(whole), max(whole)]})
+    record = {"config": dataclasses.asdict(config) | {"out": None}, "torch": torch.__version__, "measured": measured}
+    write(record, config.out)
+    return record
+
+
+def scaling_rows(record: dict[str, Any]) -> dict[str, str]:
+    """The record of `scaling` as lines of a table."""
+    lines = {}
+    for point in record["measured"]:
+        low, high = point["range"]
+        parts = ", ".join(f"{name} {point[name]:,.1f}" for name in ("rollout", "reference", "update"))
+        lines[f"{point['value']:,} {point['axis']}"] = f"{point['all']:,.1f} ({low:,.1f} to {high:,.1f}): {parts}"
+    return lines
+
+
+def write(record: dict[str, Any], file: Path | None) -> None:
+    """Write a record as JSON, where a file is named."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(file, json.dumps(record, indent=2) + "\n")
 
 
 def numbers(timing: Timing, flop: int, ceiling: float) -> dict[str, Any]:
