@@ -159,7 +159,7 @@ SAMPLES_FIRST = (AWR, FilteredBC)
 
 @pytest.mark.parametrize(
     ("cls", "env", "timesteps"),
-    [(cls, "CopyText-v0", 60 if cls is SB3TRPO else 250) for cls in AGENTS if cls not in SAMPLES_FIRST]
+    [(cls, "CopyText-v0", 60 if cls is SB3TRPO else 100) for cls in AGENTS if cls not in SAMPLES_FIRST]
     + [pytest.param(cls, "CopyText-v0", 250, marks=pytest.mark.slow) for cls in SAMPLES_FIRST]
     + [pytest.param(cls, "TLDRSummarize-v0", 150, marks=pytest.mark.slow) for cls in (PPO, GRPO)],
 )

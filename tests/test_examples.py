@@ -34,6 +34,7 @@ def test_every_example_is_tested(root: Path) -> None:
         "bench_vs_generate",
         "bench_ablation",
         "ensemble_curve",
+        "gallery",  # tests/test_suites.py
         "length_bias",
         "label_selection",
         "memory_table",

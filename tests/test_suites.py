@@ -1,5 +1,6 @@
 """Comparisons over tasks: statistics with their coverage, the folder, the page and the command."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,30 @@ def test_the_page_has_a_row_for_each_task(done: Path, capsys: pytest.CaptureFixt
     assert all(env_id in printed for env_id in TASKS) and str(done / "report.html") in printed
     assert main(["report", str(done)]) == 0
     assert str(done / "report.html") in capsys.readouterr().out
+
+
+def test_gallery_has_a_page_for_each_task(
+    done: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "examples"))
+    monkeypatch.setattr("sys.argv", ["gallery.py", str(done), "--out", str(tmp_path)])
+    importlib.import_module("gallery").main()
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "index.md", *(f"{env_id}.{kind}" for env_id in TASKS for kind in ("md", "svg"))
+    }  # fmt: skip
+    page = (tmp_path / "CopyText-v0.md").read_text()
+    result = read_suite(done)
+    final = result.comparisons["CopyText-v0"].groups[0].runs[0]
+    assert page.startswith("# CopyText-v0\n\n") and "](CopyText-v0.svg)" in page and "## Action Space" in page
+    # The first prompts, before and after, with their scores.
+    for episode in final.episodes[:3]:
+        assert (
+            f"[score {episode['start']['score']:.2f}] {episode['start']['completion'].strip() or '(nothing)'}" in page
+        )
+        assert f"[score {episode['score']:.2f}] {episode['completion'].strip() or '(nothing)'}" in page
+    assert f"The initial policy has {result.anchors['CopyText-v0'][0]:.3f}" in page
+    assert "generated tokens" in (tmp_path / "CopyText-v0.svg").read_text()
+    assert "| [KnownOptimum-v0](KnownOptimum-v0.md) |" in (tmp_path / "index.md").read_text()
 
 
 def test_what_cannot_be_compared_is_said_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
