@@ -61,7 +61,7 @@ class RAFT(Agent):
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. The best completion of each prompt, KL included.
-        return_B = rollout.reward_BT.sum(1)
+        return_B = functional.without_noise(rollout.reward_BT.sum(1))
         best = rollout.select(best_of_groups(return_B, rollout.group_B))
 
         # 2. Supervised steps on them.

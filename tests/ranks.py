@@ -62,6 +62,7 @@ class Record:
     def __init__(self, agent: Agent, updates: int) -> None:
         self.agent, self.updates = agent, updates
         self.gradient = torch.zeros(0)
+        self.reference = 0  # numbers of it that this process holds during an update
         self.metrics: list[dict[str, float]] = []
         update = agent.update
 
@@ -76,6 +77,8 @@ class Record:
 
     def _see_gradient(self, *_: object) -> None:
         gradients = [p.grad for p in self.agent.policy.parameters() if p.grad is not None]
+        reference = self.agent.policy.reference
+        self.reference = 0 if reference is None else sum(p.numel() for p in reference.parameters())
         self.gradient = torch.cat([processes.whole(gradient).flatten() for gradient in gradients])
 
     def go_on(self, *_: object) -> bool:
@@ -160,6 +163,7 @@ def work(name: str, folder: Path, updates: int, chain: Path | None = None, **opt
         agent.learn(10**9, callback=record.interrupt if chain else record.go_on, **settings)
     state = {"weights": full_weights(agent), "gradient": record.gradient, "kl_coef": torch.tensor(agent.kl.coef)}
     trained = [p for group in agent.optimizer.param_groups for p in group["params"]]
+    state["reference"] = torch.tensor(record.reference)
     state["held"] = torch.tensor(sum(processes.local(p).numel() for p in trained))
     state["trained"] = torch.tensor(sum(p.numel() for p in trained))
     file = folder / f"{name}-{processes.rank()}"

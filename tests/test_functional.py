@@ -215,3 +215,15 @@ def test_rows_of_groups_by_hand() -> None:
     row_GN, mask_GN = F.rows_of_groups(torch.tensor([7, 3, 7, 7, 9]))
     assert row_GN.tolist() == [[1, 0, 0], [0, 2, 3], [4, 0, 0]]
     assert mask_GN.tolist() == [[True, False, False], [True, True, True], [True, False, False]]
+
+
+def test_returns_that_differ_by_rounding_are_equal() -> None:
+    return_B = torch.tensor([1.0, 1.0 - 3e-8, 0.999, -1.0, 0.0])
+    rounded_B = F.without_noise(return_B)
+    assert rounded_B[0] == rounded_B[1]
+    assert rounded_B.argsort(descending=True, stable=True).tolist() == [0, 1, 2, 4, 3]
+    # Whatever their scale is; and nothing is divided by a largest of 0.
+    assert (F.without_noise(return_B * 1e-9)[:2].diff() == 0).all()
+    torch.testing.assert_close(rounded_B, return_B, atol=1e-5, rtol=0)
+    assert F.without_noise(torch.zeros(3)).tolist() == [0, 0, 0]
+    assert F.without_noise(torch.zeros(0)).tolist() == []

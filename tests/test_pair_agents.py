@@ -105,6 +105,12 @@ def test_dpo_learns_a_file_of_soft_labels(tmp_path: Path) -> None:
     assert all(math.isfinite(value) for value in agent.update(rollout).values())
 
 
+def test_noise_of_rounding_makes_no_pair() -> None:
+    # What two completions of one score differ by, through a KL of 1e-8.
+    return_B, group_B = torch.tensor([0.5, 0.5 + 6e-8, 0.5, 0.75]), torch.tensor([0, 0, 1, 1])
+    assert label_pairs(return_B, group_B, "best", None).tolist() == [[3, 2]]
+
+
 def test_raft_loss_by_hand() -> None:
     logp_BT = torch.tensor([[-1.0, -2.0], [-3.0, 9.0]], dtype=torch.float64)
     mask_BT = torch.tensor([[True, True], [True, False]])

@@ -15,7 +15,7 @@ from textrl_gym.cli import main
 from textrl_gym.training import run_folder
 
 SHARDED = "ppo+shard"  # PPO has a value head besides
-WORKS = ("grpo", "ppo", "dpo", SHARDED, "sft", "reward-model")
+WORKS = ("grpo", "ppo", "dpo", "raft", SHARDED, "grpo+shard+lora", "sft", "reward-model")
 UPDATES = 3
 
 
@@ -87,7 +87,7 @@ def assert_same_weights(name: str, one: dict[str, torch.Tensor], two: dict[str, 
     for key, tensor in one.items():
         # The gradient of attention's key bias is 0 but for rounding, since it adds the same to all of a query's scores;
         # Adam with its usual epsilon makes whole steps of what is rounded otherwise.
-        if key.endswith(("k_proj.bias", "c_attn.bias")) or key == "held":
+        if key.endswith(("k_proj.bias", "c_attn.bias")) or key in ("held", "reference"):
             continue
         difference = float((two[key].double() - tensor.double()).abs().max())
         assert difference < 1e-6, (name, key)
@@ -115,6 +115,13 @@ def test_each_process_holds_its_part(runs: Path) -> None:
     assert sum(int(part["held"]) for part in parts) == trained == int(outcome(runs / "1", SHARDED)[0]["held"])
     # Tensors are cut by rows: of an odd number one process has one more, and of the value head one has all.
     assert all(0.45 * trained < int(part["held"]) < 0.55 * trained for part in parts)
+    # Of the reference, which no update needs, half a process while it goes on; replicated all of it.
+    whole = int(outcome(runs / "2", "ppo")[0]["reference"])
+    assert all(0.5 * whole <= int(part["reference"]) < 0.51 * whole for part in parts)
+    # With a LoRA the reference is the policy's own model, which is sharded with it.
+    assert int(outcome(runs / "2", "grpo+shard+lora")[0]["held"]) < 0.55 * int(
+        outcome(runs / "2", "grpo+shard+lora")[0]["trained"]
+    )
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "dpo", SHARDED])

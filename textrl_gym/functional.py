@@ -168,6 +168,16 @@ def returns_to_go(reward_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (reward_BT * mask_BT).flip(1).cumsum(1).flip(1) * mask_BT
 
 
+def without_noise(return_B: Tensor) -> Tensor:
+    """Returns rounded to a hundred-thousandth of the largest, so that those that differ by rounding alone are equal.
+
+    Before completions are ranked: two of one score differ by 1e-8 through their KL to a reference that is the policy
+    itself, and another machine, or another number of processes, would rank them the other way.
+    """
+    unit = return_B.abs().max() * 1e-5 if return_B.numel() else return_B.new_zeros(())
+    return return_B if unit == 0 else (return_B / unit).round() * unit
+
+
 def turn_returns(reward_BT: Tensor, mask_BT: Tensor, turn_BT: Tensor) -> tuple[Tensor, Tensor]:
     """The return from each turn's beginning on: the rewards of this turn and of all later ones, undiscounted.
 

@@ -5,6 +5,7 @@
     share               a block of the units of work of a rollout, for this process
     deal, add_gradients parts of a minibatch, for this process, and the sum of their gradients over all processes
     whole, local        tensors of which each process has a part
+    cut, joined         the same of a tensor that no pass needs for a while
     total, gather, from_first, most
 
 Without a group there is one process, and each of these functions gives back what it is given: a loss or a loop does not
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,6 +230,27 @@ def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory."""
     untyped: Any = tensor
     return untyped.to_local() if is_sharded(tensor) else tensor
+
+
+def cut(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that every process has: as long in each, 0 where the tensor has ended. [n]"""
+    import torch
+
+    length = -(-tensor.numel() // _group.size)
+    part = torch.zeros(length, dtype=tensor.dtype, device=tensor.device)
+    own_part = tensor.flatten()[_group.rank * length : (_group.rank + 1) * length]
+    part[: len(own_part)] = own_part
+    return part
+
+
+def joined(part: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor of a shape that all processes have `cut`."""
+    import torch
+    import torch.distributed as dist
+
+    parts = [torch.empty_like(part) for _ in range(_group.size)]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)[: math.prod(shape)].view(*shape)
 
 
 # -- sums, and what one process tells the others ----------------------------------------------------------------------

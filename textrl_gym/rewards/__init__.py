@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from textrl_gym import processes, registry
 from textrl_gym.bounds import shown
@@ -117,6 +117,10 @@ class RewardFunction:
         for name, values in values_of.items():
             components |= _scores_of(name, values, completions)
         return RewardScores(self._total(components, prompts, completions), components, logged)
+
+    def scoring_models(self) -> list[nn.Module]:
+        """The models that its parts score with, loaded; what a function of a user's own has is not known."""
+        return [model for _, function in self.parts.values() for model in getattr(function, "scoring_models", list)()]
 
     def _total(self, components: Mapping[str, Tensor], prompts: list[str], completions: list[str]) -> Tensor:
         # In the order of the parts and not of the mapping: a sum of floats depends on its order.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from textrl_gym.rewards import reward_model
 from textrl_gym.rewards.reward_model import RewardModel, TokenizerOwner
@@ -66,6 +66,10 @@ class Ensemble:
             raise ValueError("an ensemble needs at least one reward model")
         check_combination(how, coefficient)
         self.members, self.how, self.coefficient = list(members), how, coefficient
+
+    def scoring_models(self) -> list[nn.Module]:
+        """The models of all members."""
+        return [model for member in self.members for model in member.scoring_models()]
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Tensor:
         """Combined scores, float32 [B] on the CPU."""

@@ -65,6 +65,10 @@ class KnowledgeMargin:
             self._loaded = model, loading.load_tokenizer(self.source)
         return self._loaded
 
+    def scoring_models(self) -> list[nn.Module]:
+        """The reader."""
+        return [self.loaded[0]]
+
     def __call__(
         self,
         prompts: Sequence[str],

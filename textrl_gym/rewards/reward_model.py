@@ -130,6 +130,10 @@ class RewardModel:
         ]
         return self.score_ids(sequences)
 
+    def scoring_models(self) -> list[nn.Module]:
+        """The model."""
+        return [self.model]
+
     def _conversation(self, chat: Chat, completion: str, completion_ids: list[int]) -> list[int]:
         """Ids of a conversation and its answer, the beginning cut off where it is longer than the model's positions."""
         if not self.tokenizer.chat_template:
@@ -301,6 +305,10 @@ class Bundled:
         if self._model is None:
             self._model = self._load()
         return self._model
+
+    def scoring_models(self) -> list[nn.Module]:
+        """The model, which is loaded by this at the latest."""
+        return self.loaded.scoring_models()
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Tensor:
         """Normalised scores, float32 [B] on the CPU."""

@@ -6,8 +6,11 @@ nothing there knows of this file. For the update a twin of the policy takes its 
 reduced to the process that owns them, and the optimizer has its part of the moments. After the update the policy gets
 the twin's weights.
 
-With N trained parameters in float32 and W processes each holds 4 N bytes of the policy and 16 N / W of the twin, its
-gradients and moments, where replicated training holds 16 N; the reference comes on top in both.
+What an update does not need, the reference and the reward models, is cut into a part for each process meanwhile, and
+joined again behind it.
+
+With N trained parameters in float32 and W processes each holds during an update 4 N bytes of the policy, 16 N / W of
+the twin, its gradients and moments, and 4 N / W of the reference, where replicated training holds 16 N and 4 N.
 
 The processes gather a layer together, so all must make as many passes in the same order. Hence prompts are not shared
 between rows in the twin (how many passes that takes depends on the rows), and minibatches are parted into as many parts
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -31,6 +34,8 @@ from textrl_gym.policy.policy import Policy
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from textrl_gym.mdp.text_env import TextVectorEnv
+
 
 class Shardable(Protocol):
     """An agent, as sharding sees it."""
@@ -40,10 +45,39 @@ class Shardable(Protocol):
     shards: Shards | None
 
     @property
+    def env(self) -> TextVectorEnv: ...
+    @property
     def shardable(self) -> bool: ...
     @property
     def config(self) -> Any: ...
     def new_optimizer(self, policy: Policy) -> torch.optim.Optimizer: ...
+
+
+class Parted:
+    """Frozen models of which each process keeps a part, while no pass needs them.
+
+    Args:
+        models: their weights are parted.
+        spared: weights that stay whole, as those that a reference shares with its policy.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], spared: Iterable[Tensor]) -> None:
+        whole = {id(p) for p in spared}
+        weights = {id(p): p for model in models for p in model.parameters() if id(p) not in whole}
+        self.weights = list(weights.values())
+        self.shapes = [p.shape for p in self.weights]
+
+    @torch.no_grad()
+    def part(self) -> None:
+        """Keep this process's part."""
+        for p in self.weights:
+            p.data = processes.cut(p.data)
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Have the whole again; all processes together."""
+        for p, shape in zip(self.weights, self.shapes, strict=True):
+            p.data = processes.joined(p.data, shape)
 
 
 class Shards:
@@ -90,6 +124,10 @@ def updating(agent: Shardable) -> Iterator[None]:
     if shards is None:
         yield
         return
+    reference = agent.policy.reference or agent.env.reference
+    models = [*agent.env.reward_model.scoring_models(), *([] if reference is None else [reference])]
+    parted = Parted(models, agent.policy.parameters())
+    parted.part()
     agent.policy = shards.twin
     try:
         with processes.in_step():
@@ -98,6 +136,7 @@ def updating(agent: Shardable) -> Iterator[None]:
         agent.policy = shards.whole
     # Not after an error: the others may not come to where weights are gathered. The policy is that of the last whole
     # update then.
+    parted.join()
     shards.gather()
 
 

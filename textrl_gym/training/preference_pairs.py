@@ -34,7 +34,7 @@ from torch import Tensor
 
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.data.ranked import RankedCompletions
-from textrl_gym.functional import last_places, mean_of, pad, rows_of_groups
+from textrl_gym.functional import last_places, mean_of, pad, rows_of_groups, without_noise
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.mdp.transition import stop_reasons
 from textrl_gym.policy.policy import Policy
@@ -91,12 +91,13 @@ class PairConfig(AgentConfig):
 def label_pairs(return_B: Tensor, group_B: Tensor, labels: Labels, generator: torch.Generator | None) -> Tensor:
     """Rows (chosen, rejected) of the pairs that returns make, int64 [N, 2].
 
-    "best": a group's best and worst row; a group without any spread makes no pair. "bradley_terry": rows 1 and 2, 3 and
-    4, ... of a group, each pair in an order drawn with `generator`.
+    "best": a group's best and worst row; a group without any spread but rounding's makes no pair. "bradley_terry": rows
+    1 and 2, 3 and 4, ... of a group, each pair in an order drawn with `generator`.
     """
     assert return_B.shape == group_B.shape and return_B.ndim == 1, (return_B.shape, group_B.shape)
     row_GN, mask_GN = rows_of_groups(group_B)
     if labels == "best":
+        return_B = without_noise(return_B)
         return_GN = return_B[row_GN]
         best_G = return_GN.masked_fill(~mask_GN, -torch.inf).argmax(1)
         worst_G = return_GN.masked_fill(~mask_GN, torch.inf).argmin(1)
