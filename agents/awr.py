@@ -28,7 +28,7 @@ the equation above would not be exact. The critic is a head on the policy's trun
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
@@ -36,9 +36,8 @@ from torch import Tensor
 from textrl_gym import functional
 from textrl_gym.agents.filtered_bc import FilteredBC, FilteredBCConfig
 from textrl_gym.core import Rollout
-from textrl_gym.training.agent import EnvLike, ModelLike
 from textrl_gym.training.minibatch import Minibatch, sum_of
-from textrl_gym.training.preference_pairs import check_beta
+from textrl_gym.training.preference_pairs import BETA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +82,7 @@ class AWR(FilteredBC):
     Config = AWRConfig
     config: AWRConfig
     uses_value = True
-
-    def __init__(self, env: EnvLike, model: ModelLike = None, reference: ModelLike = None, **settings: Any) -> None:
-        super().__init__(env, model, reference, **settings)
-        check_beta(self)
+    kl_coef_of_none = BETA
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return_BT = functional.returns_to_go(rollout.reward_BT, rollout.mask_BT)

@@ -38,10 +38,10 @@ from textrl_gym.core import Rollout
 from textrl_gym.training.agent import Agent, EnvLike, ModelLike
 from textrl_gym.training.minibatch import places_of_update
 from textrl_gym.training.preference_pairs import (
+    BETA,
     PAIR_BAR,
     Pair,
     PairConfig,
-    check_beta,
     learn_pairs,
     pair_metrics,
     pairs_of,
@@ -80,12 +80,12 @@ class DPO(Agent):
     Config = DPOConfig
     config: DPOConfig
     kl_where = "loss"
+    kl_coef_of_none = BETA
     is_offline = True
     bar_metrics = PAIR_BAR
 
     def __init__(self, env: EnvLike, model: ModelLike = None, reference: ModelLike = None, **settings: Any) -> None:
         super().__init__(env, model, reference, **settings)
-        check_beta(self)
         self.pairs: list[Pair] = []
         self.draws = 0
         """Rollouts of the reference that pairs have been sampled from."""

@@ -17,13 +17,13 @@ compared, and what was sampled beside them counts as timesteps too. A group with
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Ge
 
 from textrl_gym.core import Rollout
-from textrl_gym.training.agent import Agent, EnvLike, ModelLike
-from textrl_gym.training.preference_pairs import PairConfig, as_pairs, check_beta, label_pairs, learn_pairs
+from textrl_gym.training.agent import Agent
+from textrl_gym.training.preference_pairs import BETA, PairConfig, as_pairs, label_pairs, learn_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +41,7 @@ class OnlineDPO(Agent):
     config: OnlineDPOConfig
     needs_groups = True
     kl_where = "loss"
-
-    def __init__(self, env: EnvLike, model: ModelLike = None, reference: ModelLike = None, **settings: Any) -> None:
-        super().__init__(env, model, reference, **settings)
-        check_beta(self)
+    kl_coef_of_none = BETA
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         # 1. Pairs of each group, by the reward (and what a missing EOS costs).

@@ -16,6 +16,7 @@ from textrl_gym.agents.online_dpo import OnlineDPO
 from textrl_gym.agents.raft import RAFT, best_of_groups, raft_loss
 from textrl_gym.core import Rollout
 from textrl_gym.envs import known_optimum
+from textrl_gym.envs.guess_number import GuessNumber
 from textrl_gym.registry import load_agent
 from textrl_gym.rollouts.batching import micro_batches
 from textrl_gym.training.agent import Agent
@@ -103,6 +104,13 @@ def test_dpo_learns_a_file_of_soft_labels(tmp_path: Path) -> None:
     rollout = agent.collect()
     assert sorted(rollout.score_B.tolist()) == [-1, -0.5, -0.5, 0.5, 0.5, 1]
     assert all(math.isfinite(value) for value in agent.update(rollout).values())
+
+
+@pytest.mark.parametrize(("kl_coef", "beta"), [(None, 0.1), (0.3, 0.3)])
+def test_a_task_without_a_kl_coefficient_leaves_the_papers_beta(kl_coef: float | None, beta: float) -> None:
+    assert GuessNumber.kl_coef == 0
+    given: dict[str, Any] = {} if kl_coef is None else {"kl_coef": kl_coef}
+    assert OnlineDPO("GuessNumber-v0", rollout_episodes=8, group_size=4, **given).kl.coef == beta
 
 
 def test_noise_of_rounding_makes_no_pair() -> None:

@@ -95,7 +95,8 @@ class Agent:
     """Whether the fresh policy is its reference, so that the health card wants a KL of 0."""
     kl_where: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is in the rollout's rewards or in the loss."""
-
+    kl_coef_of_none: ClassVar[float] = 0.0
+    """The KL coefficient where neither a setting nor the task has one."""
     one_process: ClassVar[bool] = False
     """Whether it is refused in a run of several processes."""
     shardable: ClassVar[bool] = True
@@ -230,7 +231,7 @@ class Agent:
         coef = self._agreed("kl_coef", mdp.kl_coef, 0.0)
         # 0 is the environment's default and no wish: the task knows how much its reward can be trusted.
         if config.kl_coef is None and coef == 0:
-            coef = mdp.task.kl_coef
+            coef = mdp.task.kl_coef or self.kl_coef_of_none
         return KLPenalty(coef, mdp.kl_estimator, self.kl_where, config.kl_target, config.kl_horizon)
 
     def _make_policy(self, mdp: TextVectorEnv, model: ModelLike, reference: ModelLike) -> Policy:

@@ -257,13 +257,8 @@ def pairs_loss(logp_BT: Tensor, part: Minibatch, config: PairConfig, beta: float
     }
 
 
-def check_beta(agent: Agent) -> None:
-    """Raise ValueError where the task's own KL coefficient cannot be beta."""
-    if not agent.kl.coef > 0:
-        name = type(agent.env.task).__name__
-        raise ValueError(
-            f"{type(agent).__name__} needs kl_coef > 0, its beta; {name}'s own is {agent.kl.coef}: give it"
-        )
+BETA = 0.1
+"""Where neither a setting nor the task has a KL coefficient, as in their appendix B."""
 
 
 def learn_pairs(agent: Agent, pairs: Rollout) -> dict[str, float]:
