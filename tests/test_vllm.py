@@ -5,11 +5,14 @@ What a real vLLM does beyond that is in docs/vllm.md, with what was run.
 
 from __future__ import annotations
 
+import base64
 import copy
 import math
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,14 +27,15 @@ from textrl_gym import functional
 from textrl_gym.agents import GRPO
 from textrl_gym.core import Rollout, StopReason
 from textrl_gym.mdp.text_env import TextVectorEnv
-from textrl_gym.models import tiny
+from textrl_gym.models import lora, tiny
 from textrl_gym.policy.policy import Policy
 from textrl_gym.registry import load_agent_class
-from textrl_gym.rollouts import sampler, vllm
+from textrl_gym.rollouts import sampler, vllm, weight_transfer
 from textrl_gym.rollouts.collect import collect
 from textrl_gym.rollouts.vllm import StaleWeightsError, VLLMSampler, row_seeds
 from textrl_gym.rollouts.vllm_client import Client, ServerError, Unreachable
-from textrl_gym.rollouts.weight_transfer import DiskTransfer
+from textrl_gym.rollouts.vllm_process import server_environment
+from textrl_gym.rollouts.weight_transfer import DiskTransfer, IPCTransfer, NCCLTransfer
 from textrl_gym.training.config import TrainOptions
 from textrl_gym.training.run_folder import read_rollouts
 
@@ -200,6 +204,95 @@ def test_the_stop_rule_cuts_what_was_sampled_elsewhere(ids: list[int], length: i
     assert out.token_BT.tolist() == [ids[:length] + [0] * (3 - length)]
     assert out.mask_BT.sum() == length and out.stop_B.tolist() == [reason]
     assert out.logp_BT.tolist() == [logps[:length] + [0.0] * (3 - length)]
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_is_sent_as_the_weights_that_it_makes() -> None:
+    pytest.importorskip("peft")
+    adapted = lora.add_lora(model(), rank=2, alpha=8, seed=0)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if ".lora_B." in name:
+                p.normal_()
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    sent = dict(lora.whole_weights(adapted))
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+    plain, merged = dict(model().named_parameters()), dict(copy.deepcopy(adapted).merge_and_unload().named_parameters())
+    assert sent.keys() == plain.keys() == merged.keys()
+    for name, value in sent.items():
+        torch.testing.assert_close(value, merged[name].detach(), atol=1e-6, rtol=0)
+    assert sum(not torch.equal(value, plain[name]) for name, value in sent.items()) == 14  # of 2 layers, 7 each
+
+
+def described(policy: Policy) -> dict[str, Any]:
+    """What vLLM's NCCLWeightTransferUpdateInfo and IPCWeightTransferUpdateInfo have of weights (0.33.0)."""
+    weights = dict(policy.model.named_parameters())
+    shapes = [list(p.shape) for p in weights.values()]
+    return {"names": list(weights), "dtype_names": ["float32"] * len(weights), "shapes": shapes}
+
+
+def test_weights_over_nccl_are_announced_and_broadcast_in_one_order(
+    stub: Stub, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL itself is faked: there is no GPU. The fields are those of vLLM 0.33.0's NCCLWeightTransferInitInfo."""
+    policy, moved = Policy(model()), list[list[Tensor]]()
+    fake = {"unique_id": lambda: bytes(range(128)), "init_rank": lambda size, uid, rank: (size, uid, rank)}
+    fake |= {"all_reduce": lambda tensors, comms: moved.append(tensors)}
+    fake |= {"broadcast": lambda tensors, root, comms: moved.append([*tensors, root, *comms])}
+    for name, function in fake.items():
+        monkeypatch.setattr(weight_transfer.nccl, name, function)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    transfer = NCCLTransfer()
+    transfer.open(client, policy.device)
+    transfer.send(client, policy, "v-1")
+    unique_id = base64.b64encode(bytes(range(128))).decode()
+    assert stub.bodies == [
+        (
+            "/init_weight_transfer_engine",
+            {"init_info": {"nccl_unique_id_b64": unique_id, "rank_offset": 1, "world_size": 3, "packed": False}},
+        ),
+        ("/start_weight_update", {}),
+        ("/update_weights", {"update_info": described(policy)}),
+        ("/finish_weight_update", {"weight_version": "v-1"}),
+    ]
+    # One number that the workers' warm-up waits for, then each weight from rank 0 of the communicator of three.
+    assert [len(tensors) for tensors in moved] == [1] + [3] * len(described(policy)["names"])
+    for (sent, root, communicator), p in zip(moved[1:], policy.model.parameters(), strict=True):
+        assert torch.equal(sent, p) and root == 0 and communicator == (3, bytes(range(128)), 0)
+
+
+def test_weights_by_ipc_are_handles_of_the_gpus_memory(
+    stub: Stub, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA is faked. The fields are those of vLLM 0.33.0's IPCWeightTransferInitInfo and -UpdateInfo."""
+    policy = Policy(model())
+    monkeypatch.setattr(weight_transfer, "reduce_tensor", lambda p: (None, ("handle", p.data_ptr())))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
+    transfer = IPCTransfer()
+    transfer.open(client, policy.device)
+    transfer.send(client, policy, "v-2")
+    (_, init), (_, _), (path, update), finish = stub.bodies
+    assert init == {"init_info": {"packed": False}} and path == "/update_weights"
+    handles = pickle.loads(base64.b64decode(update["update_info"].pop("ipc_handles_pickled")))
+    assert handles == [{"GPU-1": ("handle", p.data_ptr())} for p in policy.model.parameters()]
+    assert update["update_info"] == described(policy)
+    assert finish == ("/finish_weight_update", {"weight_version": "v-2"})
+
+
+def test_a_started_server_gets_the_gpus_that_training_leaves() -> None:
+    given = {"CUDA_VISIBLE_DEVICES": "0,2,5", "WORLD_SIZE": "2", "PYTHONPATH": "here", "HOME": "/root"}
+    over_nccl = server_environment(given, "nccl", training_processes=2)
+    assert over_nccl == {"CUDA_VISIBLE_DEVICES": "5", "HOME": "/root", "VLLM_SERVER_DEV_MODE": "1"}
+    by_ipc = server_environment(given, "ipc", training_processes=1)
+    assert (by_ipc["CUDA_VISIBLE_DEVICES"], by_ipc["VLLM_ALLOW_INSECURE_SERIALIZATION"]) == ("0", "1")
+    assert server_environment(given, "disk", 1)["CUDA_VISIBLE_DEVICES"] == "0,2,5"
+    with pytest.raises(ValueError, match=r"1 GPU\(s\) \(0\) for 1 training process\(es\) leave none.*take 'ipc'"):
+        server_environment({"CUDA_VISIBLE_DEVICES": "0"}, "nccl", 1)
 
 
 # -- a server that misbehaves -----------------------------------------------------------------------------------------
@@ -467,7 +560,7 @@ def test_a_server_is_started_for_a_run_and_ends_with_it(tmp_path: Path) -> None:
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("vllm_stub.py")} "$@"\n')
     python.chmod(0o755)
     agent = agent_for(tmp_path)
-    agent.learn(30, vllm_python=python, vllm_args="--seed 3", **QUIET)
+    agent.learn(30, vllm_python=str(python), vllm_args="--seed 3", **QUIET)
     log = (tmp_path / "run" / "vllm.log").read_text()
     assert "serving -m vllm.entrypoints.cli.main serve" in log and "--seed 3" in log
     assert "--logprobs-mode processed_logprobs --generation-config vllm" in log
@@ -477,7 +570,7 @@ def test_a_server_is_started_for_a_run_and_ends_with_it(tmp_path: Path) -> None:
         gone.get("health")
     gone.close()
     with pytest.raises(ServerError, match=r"ended with 1 before it answered; .*vllm.log ends:\n.*no GPU today"):
-        agent_for(tmp_path, "broken").learn(30, vllm_python=python, vllm_args="--break", **QUIET)
+        agent_for(tmp_path, "broken").learn(30, vllm_python=str(python), vllm_args="--break", **QUIET)
 
 
 # -- who can and who cannot -------------------------------------------------------------------------------------------
@@ -497,7 +590,7 @@ def test_environments_and_settings_that_cannot_are_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="give importance_cap"):
         agent_for(tmp_path, importance_cap=None).learn(10, rollouts_ahead=True, **url, **QUIET)
     for options, words in (
-        ({"vllm_url": "http://a", "vllm_python": Path("python")}, "give one of both"),
+        ({"vllm_url": "http://a", "vllm_python": "python"}, "give one of both"),
         ({"vllm_args": "--seed 1"}, "vllm_args='--seed 1' are of a server that is started"),
         ({"rollouts_ahead": True}, "give vllm_url or vllm_python"),
         ({"vllm_transfer": "fax"}, "vllm_transfer must be one of"),

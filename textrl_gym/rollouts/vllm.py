@@ -42,8 +42,8 @@ TRIES = 6
 RESTART_SECONDS = 600.0
 """How long a server may be gone: a large model takes minutes to load."""
 WRONG_MODEL_NATS = 0.5
-"""Log-probabilities that differ by more, in the mean of some tokens, are another model's: kernels and bfloat16 make some
-hundredths."""
+"""Log-probabilities that differ by more, in the mean of some tokens, are another model's: kernels and bfloat16 make
+some hundredths."""
 
 
 class StaleWeightsError(ServerError):
@@ -377,7 +377,7 @@ def connected(
     folder: Path,
     *,
     url: str | None,
-    python: Path | None,
+    python: str | None,
     arguments: str,
     transfer: TransferName,
     ahead: bool,

@@ -28,7 +28,7 @@ OWN_VARIABLES = ("PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_
 
 @contextlib.contextmanager
 def started(
-    python: Path,
+    python: str,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
@@ -62,7 +62,7 @@ def started(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     dtype = str(policy.dtype).removeprefix("torch.")
-    command = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model.resolve()), "--dtype", dtype]
+    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(model.resolve()), "--dtype", dtype]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(places)]
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     if transfer != "disk":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
@@ -119,7 +118,7 @@ class TrainOptions(SaveOptions):
     """
     vllm_url: str | None = None
     """Rollouts by the vLLM server at http://HOST:PORT; None: in this process. See docs/vllm.md."""
-    vllm_python: Path | None = None
+    vllm_python: str | None = None
     """Rollouts by a vLLM server that is started for the run with this Python, of an environment with vLLM."""
     vllm_args: str = ""
     """More arguments of `vllm serve` for the server that is started."""
@@ -139,7 +138,7 @@ class TrainOptions(SaveOptions):
         require_tracker(self.log_to)
         if self.vllm_url is not None and self.vllm_python is not None:
             raise ValueError(
-                f"vllm_url={self.vllm_url!r} and vllm_python={str(self.vllm_python)!r}: give one of both, for a server "
+                f"vllm_url={self.vllm_url!r} and vllm_python={self.vllm_python!r}: give one of both, for a server "
                 "that runs or for one to be started"
             )
         if self.vllm_args and self.vllm_python is None:
