@@ -10,22 +10,23 @@ import copy
 import math
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from minibatches import last_gradient, minibatch
+from servers import running
 from torch import Tensor
+from torch.cuda import nccl
+from vllm_stub import Stub, uniforms
 
-from tests.minibatches import last_gradient, minibatch
-from tests.servers import running
-from tests.test_collect import Letters
-from tests.vllm_stub import Stub, uniforms
 from textrl_gym import functional
 from textrl_gym.agents import GRPO
-from textrl_gym.core import Rollout, StopReason
+from textrl_gym.core import Rollout, Row, StopReason
+from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import lora, tiny
 from textrl_gym.policy.policy import Policy
@@ -42,8 +43,21 @@ from textrl_gym.training.run_folder import read_rollouts
 ATOL = 5e-5  # float32 sums in another order: the stub samples row by row
 
 
+class Letters(Task):
+    """Prompts of one to five symbols."""
+
+    max_prompt_tokens, max_new_tokens = 5, 9
+    model, reward = "made in code", "length"
+
+    def rows(self, split: str, dataset: str | None = None) -> Sequence[Row]:
+        return [{"prompt": " ".join("abcdefg"[first : first + size])} for size in range(1, 6) for first in range(3)]
+
+    def load_tokenizer(self, name: str | None = None) -> Any:
+        return tiny.symbol_tokenizer(tuple("abcdefg"))
+
+
 def environment(**settings: Any) -> TextVectorEnv:
-    env = TextVectorEnv(8, task=Letters, group_size=4, reward="length", array="torch", **settings)
+    env = TextVectorEnv(8, task=Letters, group_size=4, array="torch", **settings)
     env.reset(seed=3)
     return env
 
@@ -243,7 +257,7 @@ def test_weights_over_nccl_are_announced_and_broadcast_in_one_order(
     fake |= {"all_reduce": lambda tensors, comms: moved.append(tensors)}
     fake |= {"broadcast": lambda tensors, root, comms: moved.append([*tensors, root, *comms])}
     for name, function in fake.items():
-        monkeypatch.setattr(weight_transfer.nccl, name, function)
+        monkeypatch.setattr(nccl, name, function)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     transfer = NCCLTransfer()
     transfer.open(client, policy.device)
@@ -330,7 +344,9 @@ def test_a_slow_one_is_waited_for_and_given_up_by_the_clients_limit(stub: Stub, 
     hasty.close()
 
 
-def test_one_that_was_started_again_gets_the_weights_again(stub: Stub, remote: Remote) -> None:
+def test_one_that_was_started_again_gets_the_weights_again(
+    stub: Stub, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = Policy(model())
     served = remote(policy)
     own = rollout_of(served, policy)
@@ -339,8 +355,16 @@ def test_one_that_was_started_again_gets_the_weights_again(stub: Stub, remote: R
     stub.restarts_after = 3
     assert_same(own, rollout_of(served, policy))
     assert served.version != version and stub.version == served.version
-    # Between two rollouts.
+    # Between two rollouts, and before other weights are sent: what moves them begins anew.
     stub.restart()
+    assert_same(own, rollout_of(served, policy))
+    opened = list[torch.device]()
+    monkeypatch.setattr(served.transfer, "open", lambda client, device: opened.append(device))
+    served.sync(policy, 1)
+    assert opened == []
+    stub.restart()
+    served.sync(policy, 2)
+    assert opened == [policy.device]
     assert_same(own, rollout_of(served, policy))
     # Not while an update changes the weights.
     served.sends_again = False

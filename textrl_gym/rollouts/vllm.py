@@ -65,15 +65,18 @@ class VLLMSampler:
         """The server's name of its model."""
         self.version = ""
         """Of the weights that the server must have."""
-        self._run, self._sent = secrets.token_hex(4), 0
+        self._run, self._sent, self._opened = secrets.token_hex(4), 0, False
         self._weights: tuple[Policy, int] | None = None
         self.sends_again = True
         """Whether a server that was started again gets the weights again; not while an update changes them."""
 
     # -- before the first rollout -------------------------------------------------------------------------------------
 
-    def check(self, policy: Policy, mdp: TextVectorEnv) -> None:
+    def check(self, policy: Policy, mdp: TextVectorEnv, updates: int = 0) -> None:
         """Hold that the server can sample for a policy, before any long work; it has the policy's weights afterwards.
+
+        Args:
+            updates: after which the policy has these weights.
 
         Raises:
             Unreachable, ServerError: with what is wrong, and how the server has to be started.
@@ -92,8 +95,7 @@ class VLLMSampler:
                 f"{client.url} has no RL endpoints: start it with VLLM_SERVER_DEV_MODE=1, vLLM 0.29 or newer ({error})"
             ) from error
         _check_config(client.url, config, self.transfer.needs, mdp.max_prompt_tokens + mdp.max_new_tokens)
-        processes.from_first(lambda: self.transfer.open(client, policy.device))
-        self.sync(policy, 0)
+        self.sync(policy, updates)
         self._check_probabilities(policy, mdp)
 
     def _check_probabilities(self, policy: Policy, mdp: TextVectorEnv) -> None:
@@ -131,6 +133,10 @@ class VLLMSampler:
     def _send(self, policy: Policy) -> str:
         self._sent += 1
         version, client = f"{self._run}-{self._sent}", self.client
+        client.wait(self.restart_seconds)
+        if not self._opened or self._version_of_server() == FIRST_VERSION:
+            self.transfer.open(client, policy.device)
+            self._opened = True
         # "wait": someone else's requests come to their end; and caches of the old weights are cleared.
         client.post("pause?mode=wait")
         try:
@@ -165,9 +171,7 @@ class VLLMSampler:
         # Other processes do not know of it, and sample on.
         if processes.size() > 1 or not self.sends_again:
             raise StaleWeightsError(f"{self.client.url} was started again: go on from the last checkpoint")
-        policy = self._weights[0]
-        self.transfer.open(self.client, policy.device)
-        self.version = self._send(policy)
+        self.version = self._send(self._weights[0])
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
@@ -413,7 +417,7 @@ def connected(
         client = Client(url)
         stack.callback(client.close)
         sampler = VLLMSampler(client, weight_transfer.make(transfer, folder))
-        sampler.check(policy, mdp)
+        sampler.check(policy, mdp, agent.num_updates)
         rollouts = ServedRollouts(sampler, ahead)
         stack.callback(rollouts.close, agent)
         yield rollouts
