@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from conversations import Halving
 from minibatches import last_gradient, minibatch
 from servers import running
 from torch import Tensor
@@ -609,8 +610,9 @@ def test_agents_without_rollouts_for_a_server_are_refused(name: str, tmp_path: P
 
 def test_environments_and_settings_that_cannot_are_refused(tmp_path: Path) -> None:
     url: dict[str, Any] = {"vllm_url": "http://127.0.0.1:9"}
-    with pytest.raises(ValueError, match="GuessNumber is a conversation"):
-        GRPO("GuessNumber-v0", out=tmp_path / "a", device="cpu").learn(10, **url, **QUIET)
+    talk = TextVectorEnv(4, task=Halving, group_size=2)
+    with pytest.raises(ValueError, match="Halving is a conversation"):
+        GRPO(talk, tiny.llama(talk.vocab_size), out=tmp_path / "a", device="cpu").learn(10, **url, **QUIET)
     with pytest.raises(ValueError, match="give importance_cap"):
         agent_for(tmp_path, importance_cap=None).learn(10, rollouts_ahead=True, **url, **QUIET)
     for options, words in (
