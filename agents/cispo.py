@@ -41,7 +41,7 @@ def cispo_loss(
     weight_BT = ratio_BT.clamp(max=1 + config.clip_high)
     loss_BT = -weight_BT * action_advantages(part, logp_BT) * logp_BT
     penalty, kl_metrics = kl_penalty(logp_BT, part, config, kl_coef)
-    loss = part.mean(loss_BT, config.aggregation) + penalty
+    loss = part.mean(part.weighted(loss_BT), config.aggregation) + penalty
     metrics = {
         "loss": loss.detach(),
         "clip_fraction": part.mean(ratio_BT > weight_BT),

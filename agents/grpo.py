@@ -116,7 +116,7 @@ def grpo_loss(logp_BT: Tensor, part: Minibatch, config: GRPOConfig, kl_coef: flo
         logp_BT, part.logp_BT, action_advantages(part, logp_BT), config.clip_low, config.clip_high
     )
     penalty, kl_metrics = kl_penalty(logp_BT, part, config, kl_coef)
-    loss = part.mean(loss_BT, config.aggregation) + penalty
+    loss = part.mean(part.weighted(loss_BT), config.aggregation) + penalty
     metrics = {
         "loss": loss.detach(),
         "clip_fraction": part.mean(clipped_BT),

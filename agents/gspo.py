@@ -56,7 +56,7 @@ def gspo_loss(logp_BT: Tensor, part: Minibatch, config: GSPOConfig, kl_coef: flo
         log_ratio_B, torch.zeros_like(log_ratio_B), part.advantage_B, config.clip_low, config.clip_high
     )
     penalty, kl_metrics = kl_penalty(logp_BT, part, config, kl_coef)
-    loss = part.mean(loss_B) + penalty
+    loss = part.mean(part.weighted(loss_B)) + penalty
     metrics = {
         "loss": loss.detach(),
         "clip_fraction": part.mean(clipped_B.float()),

@@ -58,6 +58,7 @@ class NLPO(PPO):
     config: NLPOConfig
     policy: MaskedPolicy
     starts_at_reference = False
+    by_server = False  # it samples from the tokens that another model masks
     shardable = False  # the mask's own model is asked within a pass of the policy
 
     def _new_policy(self, model: torch.nn.Module, **settings: Unpack[PolicySettings]) -> Policy:

@@ -87,7 +87,7 @@ def ppo_loss(
     if config.clip_range_value is not None:
         move_BT = (value_BT - part.value_BT).clamp(-config.clip_range_value, config.clip_range_value)
         error_BT = torch.maximum(error_BT, (part.value_BT + move_BT - part.return_BT) ** 2)
-    policy_loss = part.mean(policy_BT)
+    policy_loss = part.mean(part.weighted(policy_BT))
     value_loss = 0.5 * part.mean(error_BT)
     loss = policy_loss + config.vf_coef * value_loss
     metrics = {

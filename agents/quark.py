@@ -125,6 +125,7 @@ class Quark(Agent):
     config: QuarkConfig
     policy: QuantilePolicy
     kl_where = "loss"
+    by_server = False  # the token before the prompt that asks for a quantile has no number that a server knows
     shardable = False  # its loss reads the policy's hidden states
     pool: list[Trajectory]
 

@@ -48,7 +48,7 @@ class ReinforceConfig(AgentConfig):
 def reinforce_loss(logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
     """- mean over tokens of A_t log pi_t, A being part.advantage_BT."""
     assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
-    loss = part.mean(-part.advantage_BT * logp_BT)
+    loss = part.mean(part.weighted(-part.advantage_BT * logp_BT))
     return loss, {"loss": loss.detach()}
 
 

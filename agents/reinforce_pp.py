@@ -42,7 +42,7 @@ def reinforce_pp_loss(logp_BT: Tensor, part: Minibatch, clip_range: float) -> tu
     loss_BT, ratio_BT, clipped_BT = functional.clipped_surrogate(
         logp_BT, part.logp_BT, part.advantage_BT, clip_range, clip_range
     )
-    loss = part.mean(loss_BT)
+    loss = part.mean(part.weighted(loss_BT))
     metrics = {
         "loss": loss.detach(),
         "clip_fraction": part.mean(clipped_BT),

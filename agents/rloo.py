@@ -59,10 +59,11 @@ def leave_one_out(return_B: Tensor, group_B: Tensor) -> Tensor:
 def rloo_loss(logp_BT: Tensor, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
     """- mean over completions of A_i log pi(y_i | x), A being part.advantage_B; of turns part.advantage_BT."""
     assert logp_BT.shape == part.mask_BT.shape, (logp_BT.shape, part.mask_BT.shape)
+    weighted_BT = part.weighted(logp_BT)
     if "advantage_BT" in part.extra:
-        loss = -part.mean((part.advantage_BT * logp_BT * part.mask_BT).sum(1))
+        loss = -part.mean((part.advantage_BT * weighted_BT * part.mask_BT).sum(1))
     else:
-        loss = -part.mean(part.advantage_B * (logp_BT * part.mask_BT).sum(1))
+        loss = -part.mean(part.advantage_B * (weighted_BT * part.mask_BT).sum(1))
     return loss, {"loss": loss.detach()}
 
 

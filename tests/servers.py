@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from typing import TypeVar
 
-from textrl_gym.web.server import PageServer
-
-S = TypeVar("S", bound=PageServer)
+S = TypeVar("S", bound=ThreadingHTTPServer)
 
 
 @contextlib.contextmanager

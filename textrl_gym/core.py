@@ -143,6 +143,9 @@ class Rollout:
     """float32, the reward of each turn at its last action; reward_BT has it too."""
     turns: list[list[Message]] = dataclasses.field(default_factory=list)
     """B conversations behind their prompts; empty where the task has a single turn."""
+    sampler_logp_BT: Tensor | None = None
+    """float32, log pi(token | prompt, prefix) as a rollout server has computed it, whose kernels and weights may not be
+    quite the policy's, while logp_BT is the training forward's; None where the policy itself has sampled."""
     extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """What an update adds by `with_`: advantages, returns; the names end in _B or _BT."""
 

@@ -5,6 +5,7 @@ Shape legend: B rows, T response places, V vocabulary (see core.py). Places outs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
@@ -95,6 +96,22 @@ def clipped_surrogate(
     free_BT = -advantage_BT * ratio_BT
     clipped_BT = -advantage_BT * ratio_BT.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(free_BT, clipped_BT), ratio_BT, clipped_BT > free_BT
+
+
+def importance_weights(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights of tokens that another distribution has sampled (Yao et al. 2025, TIS).
+
+        w_t = min(pi_old(y_t) / pi_sampler(y_t), cap)
+
+    Of a rollout server whose kernels give other probabilities than the training forward, or whose weights are those of
+    an update before. The truncation bounds the variance, at the cost of a bias where it applies.
+
+    Args:
+        logp, sampler_logp: of the training forward and of the sampler, [B, T], or of whole completions, [B].
+    """
+    assert logp.shape == sampler_logp.shape, (logp.shape, sampler_logp.shape)
+    # Clamped before exp: a token that the sampler finds impossible must not become infinity times 0.
+    return (logp - sampler_logp).detach().clamp(max=math.log(cap)).exp()
 
 
 def approx_kl(logp_BT: Tensor, old_logp_BT: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from textrl_gym.core import Rollout, StopReason
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.batching import MICRO_BATCH_TOKENS, micro_batches
 
+SERVER_NATS = 0.1
+"""Mean |log-ratio| a token from which on a rollout server is taken for broken: bfloat16 differs by some hundredths."""
+
 
 class HealthError(RuntimeError):
     """A line of the health card failed."""
@@ -64,6 +67,17 @@ def card(policy: Policy, rollout: Rollout, end_ids: Sequence[int], *, fresh: boo
         Line("EOS counted once", str(once), once, "the mask leaves EOS out, or goes on after it"),
         Line("rewards finite", str(finite), finite, "the reward, or log-probabilities at masked places"),
     ]
+    if rollout.sampler_logp_BT is not None:
+        difference_N = (rollout.logp_BT - rollout.sampler_logp_BT)[rollout.mask_BT].abs()
+        lines.append(
+            Line(
+                "log-ratio of training forward to rollout server",
+                f"max {difference_N.max():.1e}, mean {difference_N.mean():.1e}",
+                float(difference_N.mean()) < SERVER_NATS,
+                "the server has another model, other weights or a coarser dtype, or gives log-probabilities of another "
+                "temperature (--logprobs-mode processed_logprobs)",
+            )
+        )
     share = share_without_spread(rollout.outcome_B, rollout.group_B)
     if share is not None:
         lines.append(

@@ -73,6 +73,7 @@ class SB3Agent(Agent):
     Config = SB3Config
     config: Any
     uses_value = True
+    by_server = False  # SB3 asks the policy for each token itself
     one_process = True  # SB3 cuts its minibatches itself
     single_turn = True  # a checkpoint holds texts that were begun, and conversations cannot be put down half-way
     _algorithm: OnPolicyAlgorithm | None = None

@@ -8,7 +8,7 @@ once for both.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -122,6 +122,26 @@ def save(model: nn.Module, folder: Path, base: bool) -> None:
             if ".lora_" not in name
         }
         bare(model).save_pretrained(folder.parent / BASE, state_dict=weights)
+
+
+@torch.no_grad()
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each weight of a model under the name that its checkpoint has it by; a LoRA's change is added to what it changes.
+
+    Nothing is changed in place, as merging and taking out again would leave rounding in the base.
+    """
+    changes = {}
+    for name, module in bare(model).named_modules():
+        if is_lora(model) and hasattr(module, "get_delta_weight"):
+            changes[name] = [module.get_delta_weight(adapter) for adapter in cast("Any", module).active_adapters]
+    for name, weight in bare(model).named_parameters():  # a tied head is there once
+        layer = name.rpartition(".base_layer.")[0]
+        if ".lora_" in name:
+            continue
+        own: torch.Tensor = weight.detach()
+        if layer in changes and name.endswith(".weight"):
+            own = sum(changes[layer], own)
+        yield name.replace(".base_layer.", "."), own
 
 
 def changes_nothing(model: nn.Module) -> bool:

@@ -92,7 +92,8 @@ class Policy(nn.Module):
         rows = self.trunk.model.get_output_embeddings().weight.shape[0]
         if vocab_size is not None and vocab_size > rows:
             raise ValueError(f"the tokenizer has {vocab_size} tokens, the model only {rows}")
-        self.vocab_size = vocab_size or rows
+        self.vocab_size, self.rows = vocab_size or rows, rows
+        """Tokens that have probability, and rows of the model's head, which may be more."""
         self.value_model: Any = value_model.eval() if value_model is not None else None
         self.value_trunk: Backbone | None = None
         if value_model is not None:

@@ -8,6 +8,10 @@
 - `scoring`: log-probabilities, entropy, KL and reward of a rollout
 - `batching`: rows of a rollout in micro-batches of a token budget
 - `phases`: phases of training, for timers and counters that listen
+- `vllm`: rollouts by a vLLM server, with the sampler's arguments
+- `weight_transfer`: ways of the policy's weights to that server
+- `vllm_client`: its HTTP interface
+- `vllm_process`: a server that is started for a run
 """
 
 from __future__ import annotations

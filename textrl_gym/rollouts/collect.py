@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
@@ -20,6 +22,7 @@ from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts import sampler
 from textrl_gym.rollouts.dialogues import Dialogues
 from textrl_gym.rollouts.phases import phase
+from textrl_gym.rollouts.sampler import Sampler
 from textrl_gym.rollouts.scoring import token_rewards, with_passes
 
 
@@ -32,6 +35,7 @@ def collect(
     uniform_BT: Tensor | None = None,
     generator: torch.Generator | None = None,
     prompt_indices: ArrayLike | None = None,
+    sample: Sampler = sampler.generate,
 ) -> Rollout:
     """Play one complete episode in each row of an environment.
 
@@ -44,6 +48,8 @@ def collect(
         uniform_BT: the random numbers in [0, 1) to sample with, T >= max_new_tokens; drawn where None.
         generator: on the policy's device, to draw them from.
         prompt_indices: fixes the prompts, as reset(options={"prompt_indices": ...}) does.
+        sample: completes the prompts; a rollout server's method (textrl_gym.rollouts.vllm) in place of the policy's own
+            forward passes.
 
     Of several processes each plays a block of whole groups, with the prompts and random numbers that these rows have in
     one process, and all get the whole rollout.
@@ -61,24 +67,65 @@ def collect(
         raise ValueError(f"kl_coef={kl_coef} needs a reference: Policy(model, reference=...) or the environment's")
 
     policy.try_out(mdp.max_prompt_tokens, mdp.max_new_tokens, mdp.turns is not None)
+    settings: dict[str, Any] = {"greedy": greedy, "uniform_BT": uniform_BT, "generator": generator}
+    return Collection(mdp, policy, prompt_indices=prompt_indices, sample=sample, **settings).rollout(kl_coef)
 
-    # 1. Prompts and random numbers of all rows, whichever of them this process plays.
-    rows, prompt_ids = mdp.draw(indices=prompt_indices)
-    if uniform_BT is None and not greedy:
-        # All numbers at once, before any token: how many a row uses then changes nothing for the others.
-        shape = (len(rows), mdp.max_new_tokens)
-        uniform_BT = torch.rand(shape, generator=generator, device=policy.device)
-    block = _own_rows(len(rows), mdp.group_size)
-    rows, prompt_ids = rows[block], prompt_ids[block]
-    if not rows:  # fewer groups than processes
-        return _joined(None, policy.device)
 
-    # 2. A completion of each prompt.
-    uniform_bT = None if greedy or uniform_BT is None else uniform_BT[block]
-    out = complete(mdp, policy, rows, prompt_ids, uniform_bT)
+class Collection:
+    """One rollout on its way: drawn when this is made, sampled by `sample` or before that by a thread of `begin`.
 
-    # 3. Scores, reference and rewards.
-    return _joined(rollout_of(mdp, policy, rows, prompt_ids, out, kl_coef=kl_coef), policy.device)
+    Arguments as of `collect`.
+    """
+
+    def __init__(
+        self,
+        mdp: TextVectorEnv,
+        policy: Policy,
+        *,
+        greedy: bool = False,
+        uniform_BT: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        prompt_indices: ArrayLike | None = None,
+        sample: Sampler = sampler.generate,
+    ) -> None:
+        # 1. Prompts and random numbers of all rows, whichever of them this process plays.
+        rows, prompt_ids = mdp.draw(indices=prompt_indices)
+        if uniform_BT is None and not greedy:
+            # All numbers at once, before any token: how many a row uses then changes nothing for the others.
+            shape = (len(rows), mdp.max_new_tokens)
+            uniform_BT = torch.rand(shape, generator=generator, device=policy.device)
+        block = _own_rows(len(rows), mdp.group_size)
+        self.mdp, self.policy, self._sampler = mdp, policy, sample
+        self.rows, self.prompt_ids = rows[block], prompt_ids[block]
+        self._uniform_bT = None if greedy or uniform_BT is None else uniform_BT[block]
+        self._sampling: Future[sampler.Completions] | None = None
+        self._completions: sampler.Completions | None = None
+
+    def begin(self, pool: Executor) -> Collection:
+        """Sample in a thread; only a server can, which asks nothing of the policy's weights."""
+        if self.rows:
+            self._sampling = pool.submit(self._complete)
+        return self
+
+    def sample(self) -> sampler.Completions:
+        """2. A completion of each prompt: those of the thread, when they are there, or sampled now."""
+        if self._completions is None and self._sampling is None:
+            self._completions = self._complete()
+        elif self._completions is None and self._sampling is not None:
+            with phase("rollout"):  # of which the thread tells nobody
+                self._completions = self._sampling.result()
+        assert self._completions is not None
+        return self._completions
+
+    def _complete(self) -> sampler.Completions:
+        return complete(self.mdp, self.policy, self.rows, self.prompt_ids, self._uniform_bT, self._sampler)
+
+    def rollout(self, kl_coef: float) -> Rollout:
+        """3. Scores, reference and rewards, by the policy as it is now; the rollout of all processes."""
+        if not self.rows:  # fewer groups than processes
+            return _joined(None, self.policy.device)
+        part = rollout_of(self.mdp, self.policy, self.rows, self.prompt_ids, self.sample(), kl_coef=kl_coef)
+        return _joined(part, self.policy.device)
 
 
 def _own_rows(rows: int, group_size: int) -> slice:
@@ -103,6 +150,7 @@ def complete(
     rows: Sequence[Row],
     prompt_ids: list[list[int]],
     uniform_BT: Tensor | None,
+    sample: Sampler = sampler.generate,
 ) -> sampler.Completions:
     """A completion of each prompt within mdp's budget and stop strings; equal prompts are computed once.
 
@@ -112,7 +160,7 @@ def complete(
     """
     unique = functional.unique_ids(prompt_ids, policy.device)
     with phase("rollout"):
-        return sampler.generate(
+        return sample(
             policy,
             *unique,
             None if uniform_BT is None else uniform_BT.to(policy.device),
@@ -166,7 +214,8 @@ def rollout_of(
     ).trim()
 
     # 2. One teacher-forced pass each for the policy (where something of it is missing) and the reference.
-    # What the sampler gave is the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%.
-    exact = policy.samples_exactly or guided
+    # What the sampler gave is the training forward's to 1e-5 in float32; in bf16 ratios would spread by 5%, and a
+    # rollout server has kernels of its own.
+    exact = (policy.samples_exactly and out.sampler_logp_BT is None) or guided
     rollout = with_passes(rollout, policy, policy.reference or mdp.reference, mdp.kl_estimator, exact, guided)
     return dataclasses.replace(rollout, reward_BT=token_rewards(rollout, kl_coef, mdp.missing_eos_penalty))

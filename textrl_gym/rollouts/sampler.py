@@ -6,7 +6,8 @@ Shape legend: U unique prompts, B rows, P prompt places, T response places, V vo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,31 @@ class Completions:
     turn_BT: Tensor | None = None
     turn_reward_BT: Tensor | None = None
     turns: list[list[Message]] = field(default_factory=list)
+    sampler_logp_BT: Tensor | None = None
+    """logp_BT, where a rollout server has sampled and not the policy itself; see Rollout."""
+
+    def to(self, device: torch.device) -> Completions:
+        """The same with its tensors on a device."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type] # tensors in the places of tensors
+
+
+class Sampler(Protocol):
+    """What completes prompts: `generate`, or the method of a rollout server that has its arguments."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        prompt_UP: Tensor,
+        prompt_mask_UP: Tensor,
+        source_B: Tensor,
+        uniform_BT: Tensor | None,
+        *,
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        stopped: Callable[[list[list[int]]], list[bool]] | None = None,
+        dialogues: Dialogues | None = None,
+    ) -> Completions: ...
 
 
 @torch.no_grad()
@@ -98,6 +124,40 @@ def generate(
 
         hidden_bD = decoder.step(token_b)  # 5. One more position for each row.
     return written.completions(dialogues)
+
+
+def sampled_elsewhere(
+    ids: Sequence[Sequence[int]],
+    logps: Sequence[Sequence[float]],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    stopped: Callable[[list[list[int]]], list[bool]] | None = None,
+) -> Completions:
+    """Completions of tokens that a server has sampled, each cut where the stop rule ends it. On the CPU.
+
+    Args:
+        ids, logps: of each row, its tokens and their log-probabilities.
+        max_new_tokens, end_ids, stopped: as of `generate`.
+
+    Raises:
+        ValueError: the tokens of a row come to no end.
+    """
+    token_BT, there_BT = functional.pad(ids, "right")
+    logp_BT = torch.zeros(token_BT.shape).masked_scatter(there_BT, torch.tensor([x for row in logps for x in row]))
+    written = _Written.empty(len(ids), max_new_tokens, token_BT.device)
+    rule = _SingleTurn(len(ids), max_new_tokens, end_ids, stopped)
+    for t in range(min(token_BT.shape[1], max_new_tokens)):
+        row_b = ((written.stop_B == StopReason.RUNNING) & there_BT[:, t]).nonzero().squeeze(1)
+        if len(row_b) == 0:
+            break
+        alive_b, token_b = torch.ones_like(row_b, dtype=torch.bool), token_BT[row_b, t]
+        written.append_(row_b, t, alive_b, token_b, logp_BT[row_b, t], None)
+        written.end_(row_b, t, alive_b, rule.reasons(written.token_BT, row_b, t, alive_b, token_b))
+    for row in (written.stop_B == StopReason.RUNNING).nonzero().flatten().tolist():
+        raise ValueError(f"the completion of row {row} breaks off after {len(ids[row])} of {max_new_tokens} tokens")
+    completions = written.completions(None)
+    return replace(completions, sampler_logp_BT=completions.logp_BT)
 
 
 class _SingleTurn:

@@ -28,6 +28,7 @@ from textrl_gym.models import loading, lora
 from textrl_gym.policy.compiling import Compile, require_compiler
 from textrl_gym.policy.policy import Policy
 from textrl_gym.rollouts.collect import collect
+from textrl_gym.rollouts.vllm import ServedRollouts
 from textrl_gym.training import checkpoint, dependencies, loop, run_folder
 from textrl_gym.training.config import AgentConfig, Clock, TrainOptions, make_config
 from textrl_gym.training.dependencies import Fingerprints
@@ -103,6 +104,8 @@ class Agent:
     """Whether its update reads the policy by `logprobs`, `response` and `values` alone, as learn(shard=True) needs."""
     single_turn: ClassVar[bool] = False
     """Whether environments whose tasks are conversations are refused."""
+    by_server: ClassVar[bool] = True
+    """Whether its rollouts are samples of the policy's whole distribution, which a rollout server can take."""
     is_offline: ClassVar[bool] = False
     """Whether rollouts are made of given texts, which the policy has not sampled."""
     bar_metrics: ClassVar[Mapping[str, str]] = {
@@ -150,6 +153,8 @@ class Agent:
         # By its settings a loaded agent's environment would take the model of its tokenizer: the trained policy.
         self.env.use_reference(self.policy.reference)
         self.optimizer: torch.optim.Optimizer = self.new_optimizer(self.policy)
+        self.served: ServedRollouts | None = None
+        """Rollouts by a vLLM server, where learn() was given one."""
         self.shards: Shards | None = None
         """What is trained in the policy's place while learn(shard=True) updates it."""
         # torch.rand takes a generator of the device that it fills.
@@ -438,6 +443,8 @@ class Agent:
 
     def collect(self) -> Rollout:
         """One rollout: a complete episode in every row of the environment."""
+        if self.served is not None:
+            return self.served.collect(self, self.kl.coef_in_reward)
         return collect(self.env, self.policy, kl_coef=self.kl.coef_in_reward, generator=self.generator)
 
     def shaped(self, rollout: Rollout) -> Rollout:
@@ -465,7 +472,7 @@ class Agent:
             # Never more minibatches than groups: an empty one would still take an optimizer step, with momentum.
             for chosen in order.tensor_split(min(self.config.minibatches, len(groups))):
                 rows = torch.isin(rollout.group_B, chosen).nonzero().squeeze(1)
-                yield Minibatch.of(rollout.select(rows), self.config.micro_batch_tokens)
+                yield Minibatch.of(rollout.select(rows), self.config.micro_batch_tokens, self.config.importance_cap)
 
     def step(self) -> float:
         """Take an optimizer step on the gradients so far at the current learning rate; returns their norm unclipped.
@@ -558,15 +565,18 @@ class Agent:
 
     def rng_state(self) -> tuple[dict[str, Any], Tensor]:
         """Where prompts, shuffling and sampling stand, and the timesteps done: JSON, and the generator's state."""
-        numbers = {
-            "num_timesteps": self.num_timesteps,
-            "shuffler": self.shuffler.bit_generator.state,
-            "env": self.env.streams(),
-        }
-        return numbers, self.generator.get_state()
+        streams, generator = self.env.streams(), self.generator.get_state()
+        if (
+            self.served is not None and self.served.streams is not None
+        ):  # a rollout that is drawn is not learnt from yet
+            streams, generator = self.served.streams
+        shuffler = self.shuffler.bit_generator.state
+        return {"num_timesteps": self.num_timesteps, "shuffler": shuffler, "env": streams}, generator
 
     def load_rng_state(self, numbers: dict[str, Any], generator: Tensor, env: bool = True) -> None:
         """Go back to where `rng_state` was taken (with env=False, not the environment's prompts)."""
+        if self.served is not None:
+            self.served.forget()
         self.num_timesteps = numbers["num_timesteps"]
         self.shuffler.bit_generator.state = numbers["shuffler"]
         if generator.shape == self.generator.get_state().shape:

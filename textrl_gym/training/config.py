@@ -13,6 +13,7 @@ from textrl_gym.bounds import MOST_ROWS, check_settings
 from textrl_gym.extras import install
 from textrl_gym.kl import check_estimator
 from textrl_gym.persistence.save_schedule import SaveOptions
+from textrl_gym.rollouts.vllm_client import TransferName
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -55,6 +56,9 @@ class AgentConfig:
     """Nats per sequence that an adaptive controller steers the KL to; None keeps kl_coef fixed."""
     kl_horizon: Annotated[int, Ge(1)] = 10_000
     """Episodes over which the adaptive controller moves."""
+    importance_cap: Annotated[float | None, Gt(0)] = 2.0
+    """Where a vLLM server samples: the policy loss of a token is weighed by its probability in the training forward
+    over that at the server, at most by this (TIS, Yao et al. 2025); None: not weighed."""
     missing_eos_penalty: Annotated[float | None, Ge(0)] = None
     """Taken off the score of an episode whose budget ran out; None: the environment's own (0)."""
     lora_rank: Annotated[int, Ge(0)] = 0
@@ -112,6 +116,17 @@ class TrainOptions(SaveOptions):
     """Of several processes (torchrun): each holds a part of what is trained, its gradients and moments, by fully_shard;
     weights are gathered to sample. False: each holds all, which is faster where there is room. See docs/distributed.md.
     """
+    vllm_url: str | None = None
+    """Rollouts by the vLLM server at http://HOST:PORT; None: in this process. See docs/vllm.md."""
+    vllm_python: str | None = None
+    """Rollouts by a vLLM server that is started for the run with this Python, of an environment with vLLM."""
+    vllm_args: str = ""
+    """More arguments of `vllm serve` for the server that is started."""
+    vllm_transfer: TransferName = "nccl"
+    """How weights get to the server: nccl to other GPUs, ipc on one GPU, disk by files."""
+    rollouts_ahead: bool = False
+    """With a vLLM server: sample the next rollout while the update runs, one step off-policy (weighed by
+    importance_cap)."""
     on_bad_health: Literal["stop", "warn"] = "stop"
     """What to do when a line of the health card fails before the first update."""
     on_hacking: Literal["off", "warn", "stop"] = "warn"
@@ -121,6 +136,20 @@ class TrainOptions(SaveOptions):
     def __post_init__(self) -> None:
         check_settings(self)
         require_tracker(self.log_to)
+        if self.vllm_url is not None and self.vllm_python is not None:
+            raise ValueError(
+                f"vllm_url={self.vllm_url!r} and vllm_python={self.vllm_python!r}: give one of both, for a server "
+                "that runs or for one to be started"
+            )
+        if self.vllm_args and self.vllm_python is None:
+            raise ValueError(f"vllm_args={self.vllm_args!r} are of a server that is started: give vllm_python")
+        if self.rollouts_ahead and not self.by_server:
+            raise ValueError("rollouts_ahead is for rollouts by a vLLM server: give vllm_url or vllm_python")
+
+    @property
+    def by_server(self) -> bool:
+        """Whether a vLLM server samples the rollouts."""
+        return self.vllm_url is not None or self.vllm_python is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +228,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "ppo_micro_batch_size": ("micro_batch_tokens",),
     "actor_learning_rate": ("learning_rate",),
     "lr": ("learning_rate",),
+    "vllm_importance_sampling_cap": ("importance_cap",),
+    "rollout_is_threshold": ("importance_cap",),
 }
 """What settings are called elsewhere -> what they are called here, the first that an agent has. docs/coming-from.md
 says where the numbers mean something else."""

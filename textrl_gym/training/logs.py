@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import time
 import uuid
@@ -39,13 +40,14 @@ TIMESTEPS = "time/total_timesteps"
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def rollout_metrics(rollout: Rollout, sampled: bool = True) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, sampled: bool = True, importance_cap: float | None = None) -> dict[str, float]:
     """What a rollout says of the policy that played it. Raw score and shaped return are both there.
 
     Of a reward that is a mixture reward/NAME and reward_std/NAME are mean and spread of each part's unweighted scores.
 
     Args:
         sampled: whether the policy has sampled the tokens, so that -log pi of them estimates its entropy.
+        importance_cap: of the weights of tokens that a server has sampled.
     """
     kl_B = ((rollout.logp_BT - rollout.ref_logp_BT) * rollout.mask_BT).sum(1)
     length_B = rollout.mask_BT.sum(1)
@@ -68,6 +70,12 @@ def rollout_metrics(rollout: Rollout, sampled: bool = True) -> dict[str, float]:
     if rollout.turn_BT is not None and rollout.turn_reward_BT is not None:
         metrics["rollout/turns"] = float(((rollout.turn_BT * rollout.mask_BT).amax(1) + 1).float().mean())
         metrics["rollout/turn_rewards"] = float(rollout.turn_reward_BT.sum(1).mean())
+    if rollout.sampler_logp_BT is not None:
+        log_ratio_N = (rollout.logp_BT - rollout.sampler_logp_BT)[rollout.mask_BT]
+        metrics["rollout/mismatch_mean"] = float(log_ratio_N.abs().mean())
+        metrics["rollout/mismatch_max"] = float(log_ratio_N.abs().max())
+        if importance_cap is not None:
+            metrics["rollout/importance_clipped"] = float((log_ratio_N > math.log(importance_cap)).float().mean())
     flat = share_without_spread(rollout.outcome_B, rollout.group_B)
     if flat is not None:
         metrics["rollout/flat_groups"] = flat

@@ -30,7 +30,9 @@ from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp import budgets
 from textrl_gym.persistence import recovery, run_lock, signals, update_log
 from textrl_gym.persistence.save_schedule import SaveSchedule, rescue
+from textrl_gym.rollouts import vllm
 from textrl_gym.rollouts.phases import listening, phase
+from textrl_gym.rollouts.vllm import ServedRollouts
 from textrl_gym.training import distributed, logs, run_folder
 from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
 from textrl_gym.training.config import Clock, TrainOptions
@@ -54,6 +56,12 @@ class Learner(Shardable, Player, Protocol):
     @property
     def seed(self) -> int: ...
 
+    served: ServedRollouts | None
+
+    @property
+    def generator(self) -> torch.Generator: ...
+    @property
+    def by_server(self) -> bool: ...
     @property
     def one_process(self) -> bool: ...
     @property
@@ -109,19 +117,34 @@ def train(
     options = options or TrainOptions()
     if agent.one_process and processes.size() > 1:
         raise ValueError(f"{type(agent).__name__} trains in one process: start it without torchrun")
+    _check_server(agent, options)
     out = agent.out = agent.out or processes.from_first(lambda: _new_folder(agent))
     with run_lock.alone(out):
         _prepare_folder(agent, out)
         run = _Run(agent, callback, log_interval, tb_log_name, options, progress_bar)
         try:
             run.open_tracker()
-            with signals.hearing_signals() as run.stop, listening(run.phases):
+            with signals.hearing_signals() as run.stop, listening(run.phases), run.serving():
                 run.loop(run.stop)
         except BaseException as error:
             run.rescue(error)
             raise
         finally:
             run.close()
+
+
+def _check_server(agent: Learner, options: TrainOptions) -> None:
+    """Raise ValueError where rollouts by a vLLM server are wanted of an agent that has none."""
+    if not options.by_server:
+        return
+    name = type(agent).__name__
+    if not agent.trains or agent.is_offline or not agent.by_server:
+        raise ValueError(
+            f"{name} has no rollouts that a vLLM server could sample: it trains nothing, learns from given texts, or "
+            "samples from another distribution than the policy's; leave vllm_url and vllm_python out"
+        )
+    if options.rollouts_ahead and agent.config.importance_cap is None:
+        raise ValueError("rollouts_ahead are of an older policy, and have to be weighed: give importance_cap")
 
 
 def _prepare_folder(agent: Learner, out: Path) -> None:
@@ -194,6 +217,28 @@ class _Run:
                 logs.open_tracker(name, self.out, settings, goes_on=agent.num_updates > 0)
             )
 
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, rollouts are a vLLM server's, where the options say so."""
+        agent, options = self.agent, self.options
+        if not options.by_server:
+            yield
+            return
+        with vllm.connected(
+            agent,
+            agent.env.tokenizer,
+            self.out,
+            url=options.vllm_url,
+            python=options.vllm_python,
+            arguments=options.vllm_args,
+            transfer=options.vllm_transfer,
+            ahead=options.rollouts_ahead,
+        ) as agent.served:
+            try:
+                yield
+            finally:
+                agent.served = None
+
     def loop(self, stop: signals.Stop) -> None:
         agent, total = self.agent, self.agent.total_timesteps if self.agent.trains else 0
         agent.finished = False
@@ -235,7 +280,7 @@ class _Run:
                 self.last.done()
                 # 3. Adapt the KL coefficient.
                 # Not inside the update: an agent that overrides it would have to remember to do this.
-                facts = logs.rollout_metrics(rollout, sampled=not agent.is_offline)
+                facts = logs.rollout_metrics(rollout, not agent.is_offline, agent.config.importance_cap)
                 agent.kl.adapt(facts["rollout/kl_sequence"], len(rollout))
                 # 4. Log.
                 facts |= {f"train/{name}": value for name, value in metrics.items()}

@@ -33,12 +33,14 @@ class Minibatch(Rollout):
     """Tokens of the whole minibatch's completions."""
     micro_batch_tokens: int = 8_192
     """Prompt and response places of a part."""
+    importance_cap: float | None = None
+    """Largest importance weight; None: losses are not weighed."""
 
     @classmethod
-    def of(cls, rollout: Rollout, micro_batch_tokens: int = 8_192) -> Minibatch:
+    def of(cls, rollout: Rollout, micro_batch_tokens: int = 8_192, importance_cap: float | None = None) -> Minibatch:
         """All rows of a rollout as one minibatch."""
         counts = {"rows": len(rollout), "tokens": rollout.num_tokens, "micro_batch_tokens": micro_batch_tokens}
-        return cls(**(vars(rollout) | counts))
+        return cls(**(vars(rollout) | counts | {"importance_cap": importance_cap}))
 
     def __getattr__(self, name: str) -> Tensor:
         # Called only for names that are no attribute. Not self.extra: copying asks before there is one.
@@ -55,10 +57,27 @@ class Minibatch(Rollout):
         Args:
             whole_groups: never part a group, for losses that compare its rows.
         """
-        counts = {"rows": self.rows, "tokens": self.tokens, "micro_batch_tokens": self.micro_batch_tokens}
+        counts = {name: getattr(self, name) for name in ("rows", "tokens", "micro_batch_tokens", "importance_cap")}
         parts = micro_batches(self, self.micro_batch_tokens, whole_groups, multiple_of=processes.size())
         for rows in processes.deal(parts):
             yield Minibatch(**(vars(self.select(rows)) | counts))
+
+    def weighted(self, x: Tensor) -> Tensor:
+        """Terms of a policy's loss, times their truncated importance weights where a server has sampled.
+
+        x_BT has a term for each token, x_B one for each completion, whose ratio is the geometric mean of its tokens'.
+
+        The weights are of the training forward when the rollout was collected, not of the policy as it is now: they
+        say which distribution the tokens are from, and the loss's own ratio what updates have changed since. As they
+        are positive, they pass through a clipped surrogate as if they were part of the advantage.
+        """
+        if self.sampler_logp_BT is None or self.importance_cap is None:
+            return x
+        logps = (self.logp_BT, self.sampler_logp_BT)
+        if x.ndim == 1:
+            length_B = self.mask_BT.sum(1).clamp(min=1)
+            logps = ((logps[0] * self.mask_BT).sum(1) / length_B, (logps[1] * self.mask_BT).sum(1) / length_B)
+        return x * functional.importance_weights(*logps, self.importance_cap)
 
     def mean(self, x: Tensor, over: functional.Aggregation = "token") -> Tensor:
         """The part's share of the minibatch's mean of x_B over rows, or of x_BT over tokens. Scalar.
