@@ -69,7 +69,7 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
     text = text_quality(comparison, drawn)
     sections = {
         "summary": ("Summary", summary(comparison)),
-        "learning": ("Learning curves", pair_of(drawn, "curve-tokens", "curve-seconds") or UNTRAINED),
+        "learning": ("Learning curves", learning_section(drawn)),
         "frontier": ("KL and reward", figure_html(drawn["frontier"])),
         "pairs": ("Pairs of agents", beaten(comparison, drawn.get("matrix"))),
         "profile": ("Performance profile", figure_html(drawn["profile"])),
@@ -188,10 +188,12 @@ def with_interval(number: numbers.Number, digits: int = 3) -> str:
 def lead(comparison: Comparison, live: bool = False) -> str:
     """What was compared, and what is missing; a live page tells by itself what is not finished."""
     runs, config = len(comparison.runs), comparison.config
-    words = (
-        f"{runs} finished run{'s' * (runs > 1)} of {config['total_timesteps']:,} tokens each, evaluated on "
-        f"{config['eval_episodes']:,} held-out prompts that are the same for all."
-    )
+    trained = sum(len(group.runs) for group in comparison.groups if not group.untrained)
+    tokens = f"{config['total_timesteps']:,} tokens"
+    of = f" of {tokens} each" * (trained == runs) or f", {trained} of them trained for {tokens} each" * (trained > 0)
+    same = "" if comparison.same_prompts()[1] else " that are the same for all"
+    words = f"{runs} finished run{'s' * (runs > 1)}{of}, evaluated on {numbers.counted(comparison.prompt_counts)} "
+    words += f"held-out prompts{same}."
     if config.get("gold") not in (None, "gold"):
         words += f" Gold is here the reward that was named, {config['gold']}."
     given = comparison.env.keywords()
@@ -294,6 +296,11 @@ def exploited(comparison: Comparison, chart: Chart | None) -> str:
         words = "There is no gold score beside the reward that was trained on, so over-optimisation cannot be seen."
         return f"{warnings}<p>{words}</p>"
     return warnings + (figure_html(chart) if chart else UNTRAINED)
+
+
+def learning_section(drawn: dict[str, Chart]) -> str:
+    """The scores and the KL through training."""
+    return pair_of(drawn, "curve-tokens", "curve-score", "curve-seconds", "drift-kl_sequence") or UNTRAINED
 
 
 def length_section(drawn: dict[str, Chart]) -> str:
