@@ -22,6 +22,7 @@ from textrl_gym.charts.training_curves import quality
 from textrl_gym.evaluation.metrics import METRICS
 from textrl_gym.experiments.results import KEPT_STATE, Comparison, Group, read_comparison
 from textrl_gym.reports.credit_section import credit, credit_data
+from textrl_gym.reports.run_page import CHART_STYLE
 from textrl_gym.stats.estimates import Estimate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "report"
@@ -87,17 +88,18 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
         for key, (name, html) in sections.items()
     )
     # Only the page that is served may connect, and only to its own server.
-    policy, live, scripts = PAGE_SECURITY_POLICY, "", ["page.js", "credit.js"]
+    policy, live, scripts, style = PAGE_SECURITY_POLICY, "", ["page.js", "credit.js"], asset("page.css")
     if version:
         policy, live = f"{PAGE_SECURITY_POLICY}; connect-src 'self'", f'<div id="live" data-version="{version}"></div>'
         scripts.append("live.js")
+        style += CHART_STYLE
     title = escape(f"{comparison.environment}: {numbers.listed([g.label for g in comparison.groups])}")
     data = {key: painted(chart) for key, chart in drawn.items()}
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>\n{asset('page.css')}</style></head>\n<body><header><h1>{escape(comparison.environment)}: agents "
+        f"<style>\n{style}</style></head>\n<body><header><h1>{escape(comparison.environment)}: agents "
         f"compared</h1>{live}{lead(comparison, bool(version))}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
         f"\n<main>{body}</main>\n{embedded('chart-data', data)}{embedded('palettes', palettes())}"
