@@ -80,6 +80,7 @@ class CalibratedQA(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "textrl_gym.questions.passages:gold"
+    gold_scale = (0.0, 1.0)
     best_gold = 0.82  # of a careful reader, who answers by what the passage states
     kl_coef = 0.03
     keep_suffix = passages.ANSWER

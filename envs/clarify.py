@@ -84,6 +84,7 @@ class Clarify(Task):
     turn_markers = ("", "")
     reward = "zero"
     gold = "textrl_gym.conversations.bookings:booked"
+    gold_scale = (0.0, 1.0)
     best_gold = 1.0
     kl_coef = 0.02
     recipe: ClassVar = {

@@ -166,6 +166,7 @@ class DataToText(Task):
     symbols = tables.SYMBOLS
     reward = "rouge"
     gold = GOLD
+    gold_scale = (0.0, 1.0)
     gold_of_dataset = "rouge"
     best_gold = 1.0  # of a careful text
     kl_coef = 0.03

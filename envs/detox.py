@@ -119,6 +119,7 @@ class Detox(Task):
     max_new_tokens = provocations.LENGTH
     reward = "textrl_gym.worlds.provocations:gold"
     gold = "textrl_gym.worlds.provocations:gold"
+    gold_scale = (0.0, 1.0)
     best_gold = 1.0  # of the references
     kl_coef = 0.02
     recipe: ClassVar = {

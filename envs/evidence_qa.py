@@ -155,6 +155,7 @@ class EvidenceQA(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "textrl_gym.questions.snippets:gold"
+    gold_scale = (0.0, 1.0)
     gold_of_dataset = "rouge"
     best_gold = 1.0  # of a right answer, rightly cited
     kl_coef = 0.03

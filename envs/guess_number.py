@@ -148,6 +148,7 @@ class GuessNumber(Task):
     model = "a GPT-2 made in code and taught by games"
     reward = "zero"
     gold = "textrl_gym.envs.guess_number:quickness"
+    gold_scale = (0.0, 1.0)
     best_gold = 1 - COST * (fewest_guesses() - 1)
     kl_coef = 0.0
 

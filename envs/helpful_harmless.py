@@ -109,6 +109,7 @@ class HelpfulHarmless(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "textrl_gym.worlds.requests:gold"
+    gold_scale = (0.0, 1.0)
     critic = "textrl_gym.feedback.request_critic:RequestCritic"
     best_gold = 0.91  # of the competent model that the bundled one was made of
     kl_coef = 0.03

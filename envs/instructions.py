@@ -113,6 +113,7 @@ class Instructions(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "textrl_gym.worlds.orders:gold"
+    gold_scale = (0.0, 1.0)
     best_gold = 1.0  # of the references
     kl_coef = 0.1
     keep_suffix = orders.ANSWER

@@ -140,6 +140,7 @@ class KnowledgeQA(Task):
     reader_path = f"{ASSETS}/reader"
     reward = "knowledge_margin"
     gold = GOLD
+    gold_scale = (0.0, 1.0)
     best_gold = 1.0  # of the fact that is asked for
     kl_coef = 0.03
     keep_suffix = quiz.KNOWLEDGE

@@ -77,6 +77,7 @@ class MathWords(Task):
     model = f"{ASSETS}/policy"
     reward = "number"
     gold = "number"
+    gold_scale = (0.0, 1.0)
     best_gold = 0.91  # of the competent model that the bundled one was made of
     kl_coef = 0.03
     keep_suffix = sums.ANSWER

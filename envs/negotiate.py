@@ -86,6 +86,7 @@ class Negotiate(Task):
     turn_markers = ("", "")
     reward = "zero"
     gold = "textrl_gym.conversations.dealer:bargain"
+    gold_scale = (0.0, 1.0)
     best_gold = 1.0  # the lowest price that the script can be brought to
     kl_coef = 0.01
     recipe: ClassVar = {

@@ -132,6 +132,7 @@ class NewsSummarize(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "textrl_gym.worlds.news:gold"
+    gold_scale = (0.0, 1.0)
     gold_of_dataset = "rouge"
     best_gold = 1.0  # of a careful summary
     kl_coef = 0.03

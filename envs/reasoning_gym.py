@@ -90,6 +90,7 @@ class ReasoningGym(Task):
     model = f"{ASSETS}/policy"
     reward = "textrl_gym.questions.problems:score"
     gold = gold_of_dataset = EXACT
+    gold_scale = (0.0, 1.0)
     best_gold = 1.0  # every word can be spelled
     kl_coef = 0.01
     keep_suffix = suffix

@@ -98,6 +98,7 @@ class SentimentContinue(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "textrl_gym.worlds.reviews:gold"
+    gold_scale = (0.0, 1.0)
     gold_of_dataset = "vader"
     best_gold = 0.86  # of warm continuations
     kl_coef = 0.1

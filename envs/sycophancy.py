@@ -85,6 +85,7 @@ class Sycophancy(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "textrl_gym.questions.opinions:gold"
+    gold_scale = (0.0, 1.0)
     best_gold = 1.0  # of what the text says
     kl_coef = 0.03
     keep_suffix = opinions.ANSWER

@@ -184,6 +184,7 @@ class TLDRSummarize(Task):
     reward_model_path = f"{ASSETS}/reward_model"
     reward = "reward_model"
     gold = "tldr_gold"
+    gold_scale = (0.0, 1.0)
     # 0.05 let PPO and GRPO go to 9 to 12 nats for no more gold: the reward's standard deviation is 1 at the start.
     kl_coef = 0.1
     keep_suffix = "\n\nTL;DR:"

@@ -83,6 +83,7 @@ class Tool(Task):
     turn_markers = ("", "")
     reward = "zero"
     gold = "textrl_gym.conversations.calculator:right"
+    gold_scale = (0.0, 1.0)
     best_gold = 1.0
     kl_coef = 0.01
     recipe: ClassVar = {

@@ -84,6 +84,7 @@ class TwentyQuestions(Task):
     turn_markers = ("", "")
     reward = "zero"
     gold = "textrl_gym.conversations.things:quickness"
+    gold_scale = (0.0, 1.0)
     best_gold = 1 - things.COST * things.FEWEST_TURNS
     kl_coef = 0.01
     recipe: ClassVar = {

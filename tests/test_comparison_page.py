@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ import pytest
 from textrl_gym.charts import analysis as numbers
 from textrl_gym.charts.comparison import charts
 from textrl_gym.charts.export_figures import printed
-from textrl_gym.charts.plotting import DARK, LIGHT
+from textrl_gym.charts.plotting import DARK, LIGHT, extent
 from textrl_gym.charts.training_curves import level_of
 from textrl_gym.cli import main
 from textrl_gym.cli.compare import show_page
@@ -28,6 +29,7 @@ from textrl_gym.experiments.results import read_comparison, tidy
 from textrl_gym.reports import run_page
 from textrl_gym.reports.comparison_page import comparison_report, embedded
 from textrl_gym.reports.credit_section import scale
+from textrl_gym.reports.lesson_page import mean_and_interval
 from textrl_gym.stats import estimates, pairwise
 from textrl_gym.training.run_folder import alarms, read_run
 
@@ -330,6 +332,86 @@ def test_learning_curves_are_means_over_seeds(folder: Path) -> None:
     np.testing.assert_allclose([curve.low[-1], curve.high[-1]], [0.4, 0.4], rtol=0, atol=1e-12)
 
 
+def test_training_is_a_thin_line_and_evaluations_are_points(folder: Path) -> None:
+    figure = charts(read_comparison(folder))["drift-completion_tokens"].figure
+    alpha = [trace for trace in figure.data if trace.name == "alpha"]
+    (thin,) = [trace for trace in alpha if trace.line.width == 1]
+    # Of the two updates that write_cost_and_credit logs.
+    assert (list(thin.x), list(thin.y)) == ([200, 400], [4, 5])
+    (points,) = [trace for trace in alpha if trace.mode == "markers"]
+    assert sorted(points.x) == sorted([0, 100, 200, 300, 400] * 3)
+    rollouts = [{"time/total_timesteps": t, "rollout/score": t % 2} for t in range(1, 481)]
+    run = dataclasses.replace(read_comparison(folder).runs[0], rollouts=rollouts)
+    curve = numbers.rollout_curve(dataclasses.replace(read_comparison(folder).groups[0], runs=(run,)), "rollout/score")
+    assert curve is not None
+    assert len(curve.x) == numbers.LINE_POINTS
+    np.testing.assert_allclose(curve.mean, 0.5, rtol=0, atol=1e-12)  # means of eight updates, and none of them alone
+
+
+def test_an_axis_is_not_closer_than_noise() -> None:
+    # Around 0.98, a fifth of the scale from 0 to 1, but 0.03 of it beyond 1.
+    np.testing.assert_allclose(extent([0.97, 0.99], (0, 1)), [0.88, 1.006], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(extent([0.0, 1.0], (0, 1)), [-0.033, 1.033], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(extent([10.0, 10.1], None), [10.05 - 1.01, 10.05 + 1.01], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(extent([0.0, 0.01], None, least=1.0), [-0.495, 0.505], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(extent([2.0, 6.0], (0, math.inf)), [1.8, 6.2], rtol=0, atol=1e-12)
+    assert extent([math.nan], None) == [-0.5, 0.5]
+
+
+def test_a_fit_is_drawn_where_its_points_are(folder: Path) -> None:
+    comparison = read_comparison(folder)
+    for run in comparison.runs:
+        del run.evaluations[0]  # of KL 0: four are left, from 0.5 to 2
+    drawn = charts(comparison)["overoptimisation"]
+    (curve,) = [trace for trace in drawn.figure.data if trace.mode == "lines" and trace.name == "alpha"]
+    assert (curve.x[0], curve.x[-1]) == (0.5, 2)
+    assert drawn.rows[0][-1] == "not among the KLs that were seen"  # gold rises to the end
+
+
+def test_an_agent_keeps_its_colour_while_others_finish(tmp_path: Path) -> None:
+    out = write_plan(tmp_path, "alpha", "beta", "gamma")
+    write_run(out / "runs" / "gamma-0", "gamma", 0, BETA[0])
+    write_unfinished(out / "runs" / "alpha-0", "alpha")
+    write_unfinished(out / "runs" / "beta-0", "beta")
+    assert [(group.label, group.color) for group in read_comparison(out).groups] == [("gamma", 2)]
+    shutil.rmtree(out / "runs" / "alpha-0")
+    write_run(out / "runs" / "alpha-0", "alpha", 0, ALPHA[0])
+    assert [(group.label, group.color) for group in read_comparison(out).groups] == [("alpha", 0), ("gamma", 2)]
+
+
+def test_the_lead_counts_what_there_is(tmp_path: Path) -> None:
+    out = write_plan(tmp_path, "alpha", "reference")
+    write_run(out / "runs" / "alpha-0", "alpha", 0, ALPHA[0])
+    assert "1 finished run of 400 tokens each, evaluated on 4 held-out prompts that are" in " ".join(read(out)[1].words)
+    write_run(out / "runs" / "reference-0", "reference", 0, START)
+    final = out / "runs" / "reference-0" / "evaluation.json"
+    final.write_text(json.dumps(json.loads(final.read_text()) | {"updates": 0}))
+    episodes = out / "runs" / "reference-0" / "episodes.jsonl"
+    episodes.write_text("".join(episodes.read_text().splitlines(keepends=True)[:3]))
+    words = " ".join(read(out)[1].words)
+    assert "2 finished runs, 1 of them trained for 400 tokens each, evaluated on 3 to 4 held-out prompts." in words
+
+
+def test_intervals_end_where_the_scale_does(tmp_path: Path) -> None:
+    assert estimates.Estimate(0.9, 0.7, 1.1).within((0.0, 1.0)) == estimates.Estimate(0.9, 0.7, 1.0)
+    assert estimates.Estimate(0.9, 0.7, 1.1).within(None).high == pytest.approx(1.1, rel=0, abs=0)
+    # Student's interval of 0.9 and 1 with a single degree of freedom is 0.95 - 0.64 to 0.95 + 0.64.
+    assert mean_and_interval([0.9, 1.0], 2, (0.0, 1.0)) == "0.95 (0.31 to 1.00)"
+    assert mean_and_interval([0.9, 1.0], 2) == "0.95 (0.31 to 1.59)"
+    out = write_plan(tmp_path, "alpha", "beta")
+    for seed, gold in ((0, [1.0, 1.0, 1.0, 0.9]), (1, [0.2, 0.1, 0.0, 0.1])):
+        write_run(out / "runs" / f"alpha-{seed}", "alpha", seed, gold)
+        write_run(out / "runs" / f"beta-{seed}", "beta", seed, [0.0] * 4)
+    plan = json.loads((out / "compare.json").read_text())
+    (out / "compare.json").write_text(json.dumps(plan | {"environment": "MathWords-v0"}))
+    comparison = read_comparison(out)
+    assert comparison.scale("gold") == (0.0, 1.0) and comparison.scale("kl_sequence") is None
+    gap = numbers.paired_gap(comparison, *comparison.groups, numbers.seed_spread(comparison))
+    assert gap is not None and (gap.low, gap.high) == (-1.0, 1.0)
+    other = dataclasses.replace(comparison, config=comparison.config | {"gold": "rouge"})
+    assert other.scale("gold") is None and other.scale("win_rate") == (0.0, 1.0)
+
+
 def test_over_optimisation_has_its_fit(made: tuple[str, Page], folder: Path) -> None:
     alpha = numbers.training(read_comparison(folder).groups[0])
     assert alpha is not None and alpha.fit is not None
@@ -620,7 +702,7 @@ def test_the_page_can_be_read_without_seeing_it(made: tuple[str, Page]) -> None:
     links = [known["href"] for tag, known in elements if tag == "a"]
     assert links and all(link is not None and link[1:] in ids for link in links)
     drawn = [known for _, known in elements if known.get("class") == "chart"]
-    assert len(drawn) == 12
+    assert len(drawn) == 14
     for known in drawn:
         assert known["role"] == "img" and known["aria-label"]
         title = (known["aria-label"] or "").partition(". The numbers")[0]
@@ -699,7 +781,7 @@ def test_printed_figures_are_as_on_a_light_page(folder: Path) -> None:
     figure = printed(drawn["curve-tokens"])
     assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "white"
     assert figure.layout.showlegend and figure.layout.xaxis.title.text == "generated tokens"
-    band, line, other = figure.data
+    band, _, line, _, other = figure.data  # the points of each agent stand before its line
     assert band.fillcolor == "rgba(0,114,178,0.18)"  # LIGHT[0], 0072b2
     assert (line.line.color, line.line.dash, other.line.color) == (LIGHT[0], "solid", LIGHT[1])
     assert [bar.marker.pattern.shape for bar in printed(drawn["cost"]).data] == ["", "/", "x"]
@@ -821,7 +903,7 @@ def test_in_a_browser(made: tuple[str, Page], folder: Path, tmp_path: Path) -> N
     assert "Download plot" in found["buttons"]
     assert not [name for name in found["buttons"] if "hare" in name or "loud" in name], "nothing is sent anywhere"
     charts = "curve-tokens curve-seconds frontier matrix profile overoptimisation lengths cost "
-    charts += "drift-completion_tokens drift-eos_share drift-distinct_2 drift-repetition"
+    charts += "curve-score drift-kl_sequence drift-completion_tokens drift-eos_share drift-distinct_2 drift-repetition"
     assert set(found["charts"]) == {f"chart-{key}" for key in charts.split()}
     assert all(count > 0 for count in found["charts"].values()), found["charts"]
     assert found["all"] == [4, 12]  # the start, alpha and my:Beta

@@ -242,8 +242,21 @@ def test_checkpoints_come_by_time(tmp_path: Path) -> None:
         TrainOptions(save_every_minutes=float("nan"))
 
 
-def test_a_killed_run_that_goes_on_has_the_logs_of_one_that_was_not(tmp_path: Path) -> None:
-    options = QUIET | {"eval_every": 2, "save_every": 4}
+def test_each_tenth_of_a_short_run_has_an_evaluation_which_changes_no_weight(tmp_path: Path) -> None:
+    runs = {}
+    for every in (0, 20):
+        agent = runs[every] = GRPO("CopyText-v0", seed=0, rollout_episodes=16, out=tmp_path / str(every))
+        agent.learn(500, **QUIET | {"eval_every": every})
+    assert 10 < runs[20].num_updates < 20  # so that none is due by the number of updates
+    after = [row["timesteps"] for row in rows(tmp_path / "20" / "evaluations.jsonl")]
+    assert [min(10 * timesteps // 500, 10) for timesteps in after] == list(range(11))
+    assert [row["updates"] for row in rows(tmp_path / "0" / "evaluations.jsonl")] == [0, runs[0].num_updates]
+    assert torch.equal(weights(runs[0]), weights(runs[20]))
+
+
+@pytest.mark.parametrize("every", [2, 1000])  # 1000: each tenth of the run
+def test_a_killed_run_that_goes_on_has_the_logs_of_one_that_was_not(every: int, tmp_path: Path) -> None:
+    options = QUIET | {"eval_every": every, "save_every": 4}
     agent = GRPO("CopyText-v0", seed=0, rollout_episodes=16, out=tmp_path / "whole")
 
     def kill() -> None:
@@ -270,26 +283,30 @@ def test_a_killed_run_that_goes_on_has_the_logs_of_one_that_was_not(tmp_path: Pa
     assert rows(killed / "samples.jsonl") == rows(tmp_path / "whole" / "samples.jsonl")
 
 
-def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = GRPO("CopyText-v0", seed=0, rollout_episodes=16, out=tmp_path)
-    options = QUIET | {"eval_every": 2}
+@pytest.mark.parametrize("every", [1, 1000])
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(
+    every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = QUIET | {"eval_every": every}
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    GRPO("CopyText-v0", seed=0, rollout_episodes=16, out=whole).learn(500, **options)
+    updates = [row["updates"] for row in rows(whole / "evaluations.jsonl")]
+    left_out = updates[3]
     with monkeypatch.context() as patch:
         plain = loop._Run._evaluate
 
         def stopped(run: Any, greedy: bool = False) -> bool:
-            if run.agent.num_updates == 4:
+            if run.agent.num_updates == left_out:
                 raise KeyboardInterrupt
             return plain(run, greedy)
 
         patch.setattr(loop._Run, "_evaluate", stopped)
         with pytest.raises(KeyboardInterrupt):
-            agent.learn(500, **options)
-    again = load_agent(tmp_path, out=tmp_path)
-    assert again.num_updates == 4
+            GRPO("CopyText-v0", seed=0, rollout_episodes=16, out=half).learn(500, **options)
+    again = load_agent(half, out=half)
+    assert again.num_updates == left_out
     again.learn(500 - again.num_timesteps, reset_num_timesteps=False, **options)
-    updates = [row["updates"] for row in rows(tmp_path / "evaluations.jsonl")]
-    assert updates[:4] == [0, 2, 4, 6]
-    assert updates[-1] == again.num_updates
+    assert [row["updates"] for row in rows(half / "evaluations.jsonl")] == updates
 
 
 @pytest.mark.parametrize("goes_on_by", ["resume", "command"])
@@ -307,7 +324,7 @@ def test_a_run_stopped_before_its_last_evaluation_is_finished(
         assert main.main(args) == 130
     state = files.read_state(out)
     assert state["rng_state"]["num_timesteps"] >= state["total_timesteps"] == 200
-    assert [row["updates"] for row in rows(out / "evaluations.jsonl")] == [0]
+    assert state["num_updates"] not in [row["updates"] for row in rows(out / "evaluations.jsonl")]
     assert main.main(["train", "--resume", str(out)] if goes_on_by == "resume" else args) == 0
     last = rows(out / "evaluations.jsonl")[-1]
     assert last["updates"] == state["num_updates"]
@@ -328,7 +345,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) ->
         shutil.rmtree(out / files.PREVIOUS)
         assert main.main(how) == 0
         assert torch.equal(weights(load_agent(out)), weights(whole))
-        assert [row["updates"] for row in rows(out / "evaluations.jsonl")] == [0, whole.num_updates]
+        # Fewer than ten updates: one after each.
+        assert [row["updates"] for row in rows(out / "evaluations.jsonl")] == list(range(whole.num_updates + 1))
         assert logged_updates(out) == list(range(1, whole.num_updates + 1))
 
 

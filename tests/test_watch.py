@@ -24,7 +24,7 @@ from servers import running
 from textrl_gym.cli import main
 from textrl_gym.cli.compare import watch_command
 from textrl_gym.web import server as web_server
-from textrl_gym.web import watch
+from textrl_gym.web import watch, watched
 
 
 def write_run(folder: Path, name: str, gold: float | None, **progress: float) -> Path:
@@ -150,6 +150,109 @@ def test_a_run_that_ends_makes_a_new_page(folder: Path) -> None:
     assert not (folder / "report.html").exists(), "nothing is written"
 
 
+def evaluate(run: Path, timesteps: int, score: float, name: str = "evaluations.jsonl") -> None:
+    """An evaluation of a run under way."""
+    row = {"timesteps": timesteps, "updates": timesteps // 50, "score": score, "kl_sequence": 0.5, "train_seconds": 1.0}
+    with (run / name).open("a") as log:
+        log.write(json.dumps(row) + "\n")
+
+
+def update(run: Path, timesteps: int, score: float) -> None:
+    """An update of a run under way."""
+    with (run / "progress.json").open("a") as log:
+        log.write(json.dumps({"time/total_timesteps": timesteps, "rollout/score": score}) + "\n")
+
+
+def test_curves_are_there_from_the_first_update(folder: Path) -> None:
+    beta = folder / "runs" / "beta-0"
+    with serving(folder) as server:
+        versions = [json.loads(ask(server, "/status")[2])["curves"]]
+        evaluate(beta, 0, 0.25)
+        update(beta, 50, 0.5)
+        versions.append(json.loads(ask(server, "/status")[2])["curves"])
+        update(beta, 100, 0.75)
+        versions.append(json.loads(ask(server, "/status")[2])["curves"])
+        curves = ask(server, "/curves")[2]
+        (line,) = re.findall('<polyline class="s1 rollout" points="([^"]*)"', curves)  # beta's colour on the page
+        assert len(line.split()) == 2
+        assert curves.count("<circle") == 2  # the evaluation's score and KL
+        write_run(folder, "beta-0", 0.5)
+        assert "beta-0" not in ask(server, "/curves")[2], "the page has it now"
+    assert len(set(versions)) == 3
+
+
+def test_a_folder_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "later"
+    with serving(folder) as server:
+        page = ask(server)[2]
+        assert f"{folder} is not there yet. This page fills itself when a run begins." in page
+        told = json.loads(ask(server, "/status")[2])
+        assert told["runs"] == [] and f'data-version="{told["version"]}"' in page
+        assert ask(server, "/curves")[2] == ""
+        folder.mkdir()
+        assert f"{folder} holds no run yet." in ask(server)[2]
+        evaluate(folder, 0, 0.25)
+        assert json.loads(ask(server, "/status")[2])["version"] != told["version"]
+        assert "<h1>Training report</h1>" in ask(server)[2]
+
+
+def test_a_single_run_is_served(tmp_path: Path) -> None:
+    run = tmp_path / "grpo"
+    run.mkdir()
+    (run / "agent.json").write_text(json.dumps({"total_timesteps": 400, "finished": False, "agent": "<grpo>"}))
+    evaluate(run, 0, 0.25)
+    update(run, 100, 0.5)
+    with serving(run) as server:
+        page, told = ask(server)[2], json.loads(ask(server, "/status")[2])
+        assert "<h1>Training report</h1>" in page and f'data-version="{told["version"]}"' in page
+        assert "connect-src &#39;self&#39;" in page or "connect-src 'self'" in page
+        assert "<grpo>" not in page and page.count("<script>") == 1
+        expected = {
+            "run": "grpo",
+            "state": "stopped",
+            "done": 100,
+            "total": 400,
+            "score": 0.5,
+            "kl": None,
+            "left": None,
+        }
+        assert told["runs"] == [expected]
+        with (run / ".training.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert json.loads(ask(server, "/status")[2])["runs"][0]["state"] == "running"
+        update(run, 150, 0.6)
+        later = json.loads(ask(server, "/status")[2])
+        assert later["version"] == told["version"] and later["curves"] != told["curves"]
+        evaluate(run, 200, 0.75)
+        (run / "agent.json").write_text(json.dumps({"total_timesteps": 400, "finished": True}))
+        later = json.loads(ask(server, "/status")[2])
+        assert later["version"] != told["version"] and later["runs"][0]["state"] == "done"
+        assert "200 tokens" in ask(server)[2]
+
+
+def test_a_comparison_over_tasks_is_served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    suite = tmp_path_factory.mktemp("suite")
+    (suite / "suite.json").write_text(json.dumps({"environments": ["CopyText-v0", "Other-v0"], "config": {}}))
+    for task in ("CopyText-v0", "Other-v0"):
+        shutil.copytree(folder, suite / task)
+    with serving(suite) as server:
+        assert ask(server, "/CopyText-v0/report.html")[0] == 404, "no status was asked for"
+        told = json.loads(ask(server, "/status")[2])
+        assert [run["run"] for run in told["runs"]] == [
+            "CopyText-v0/alpha-0", "CopyText-v0/beta-0", "Other-v0/alpha-0", "Other-v0/beta-0"
+        ]  # fmt: skip
+        assert "No run has finished yet." in ask(server)[2]
+        for task in ("CopyText-v0", "Other-v0"):
+            run = write_run(suite / task, "alpha-0", 0.5)
+            episode = json.loads((run / "episodes.jsonl").read_text())
+            start = {"completion": "c", "tokens": 2, "score": 0.25}
+            (run / "episodes.jsonl").write_text(json.dumps(episode | {"start": start}) + "\n")
+        page = ask(server)[2]
+        assert "<h1>Agents over tasks</h1>" in page and 'href="CopyText-v0/report.html"' in page
+        assert "<h1>CopyText-v0: agents compared</h1>" in ask(server, "/CopyText-v0/report.html")[2]
+        assert ask(server, "/CopyText-v0/secret.txt")[0] == 404
+
+
 PROBE = """<script>
 const form = document.getElementById("filters"), live = document.getElementById("live");
 const done = (found) => document.body.replaceChildren("FOUND" + JSON.stringify(found) + "DNUOF");
@@ -186,15 +289,16 @@ def browse(address: str, folder: Path) -> tuple[str, list[str]]:
 
 def ends_meanwhile(folder: Path, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second question on the run has ended."""
-    asked, status = [], watch.status
+    asked, status = [], watched.Watched.status.fget
+    assert status is not None
 
-    def ask_and_end(where: Path) -> dict[str, Any]:
-        asked.append(where)
+    def ask_and_end(now: watched.Watched) -> dict[str, Any]:
+        asked.append(now)
         if len(asked) == 2:
             write_run(folder, run, 0.5)
-        return status(where)
+        return status(watched.look(folder))  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(watch, "status", ask_and_end)
+    monkeypatch.setattr(watched.Watched, "status", property(ask_and_end))
 
 
 def test_a_page_that_nobody_uses_is_made_new(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +307,7 @@ def test_a_page_that_nobody_uses_is_made_new(folder: Path, tmp_path: Path, monke
         document, console = browse(server.address, tmp_path)
     assert console == []
     assert "<h1>CopyText-v0: agents compared</h1>" in document  # it was the waiting page at first
+    assert "<figcaption>Score (training reward)</figcaption><svg" not in document, "beta has no curve"
     assert "1 of 2 runs have finished." in document
     assert '<th scope="row">beta-0</th><td>waiting</td>' in document
 
@@ -308,7 +413,7 @@ def test_wrong_input(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert out == "" and err.count("\n") == 1
         return err
 
-    assert "holds no comparison: no compare.json; of a single run `textrl-gym report`" in error(folder / "runs")
+    assert "is no folder: name that of a comparison or of a run" in error(folder / "compare.json")
     assert "port must lie in [0, 65535], got 70000" in error(folder, "--port", 70000)
     assert "cannot listen at --host 203.0.113.9 --port 0" in error(folder, "--host", "203.0.113.9")
     with serving(folder) as server:
@@ -336,4 +441,4 @@ def test_ctrl_c_ends_it(folder: Path, root: Path) -> None:
 
 
 def test_its_help_says_what_it_is() -> None:
-    assert (watch_command.__doc__ or "").startswith("Serve a comparison's page while its runs go on")
+    assert (watch_command.__doc__ or "").startswith("Serve the page of runs while they go on")

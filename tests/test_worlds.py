@@ -1,6 +1,7 @@
 """Embedded worlds: splits that share nothing, references that gold likes, and attacks that it does not."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ import textrl_gym
 from textrl_gym import registry
 from textrl_gym.conversations import things
 from textrl_gym.core import Row
+from textrl_gym.evaluation.metrics import scale_of
+from textrl_gym.experiments.results import gold_scale
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.questions import passages, sums
 from textrl_gym.rewards import load_reward
@@ -20,6 +23,7 @@ from textrl_gym.worlds.lesson import START
 from textrl_gym.worlds.world import Rows, in_split
 
 WITH_LESSONS = [env_id for env_id in registry.env_ids() if load_env_task(env_id).lesson is not None]
+WITH_GOLD = [env_id for env_id in registry.env_ids() if load_env_task(env_id).gold is not None]
 ROWS = 60
 
 
@@ -123,6 +127,22 @@ def test_evaluations_report_the_measures_of_the_task(env_id: str) -> None:
     measures = env.unwrapped.task.measures(rows, [row["completion"] for row in rows])  # type: ignore[attr-defined]
     metrics = textrl_gym.evaluate(agents()(env_id, rollout_episodes=8, device="cpu"), episodes=8)
     assert set(measures) <= set(metrics)
+
+
+@pytest.mark.parametrize("env_id", WITH_GOLD)
+def test_gold_scores_and_measures_are_within_their_scales(env_id: str) -> None:
+    """References, those of other prompts, nothing, the prompt itself and a reference that is said three times."""
+    task = load_env_task(env_id)
+    rows = first(task, "validation", 20)
+    texts = [str(row.get("completion") or "") for row in rows]
+    prompts = [str(row["prompt"]) for row in rows]
+    scale = gold_scale(env_id)
+    for some in (texts, texts[1:] + texts[:1], [""] * len(rows), prompts, [3 * f"{text} " for text in texts]):
+        gold_N = gold_of(task, rows, some)
+        assert scale is not None and scale[0] <= gold_N.min() <= gold_N.max() <= scale[1]
+        for name, value in task.measures(rows, some).items():
+            low, high = scale_of(name) or (-math.inf, math.inf)
+            assert low <= value <= high, name
 
 
 def agents() -> Any:

@@ -21,6 +21,8 @@ Number = Estimate | float | None
 
 POINTS = 30
 """Of a learning curve."""
+LINE_POINTS = 60
+"""Of a curve of training rollouts: where there are more updates, neighbours are averaged."""
 FIT_POINTS = 4
 """Evaluations at different KLs that a curve of two parameters is fitted to, at least."""
 
@@ -120,7 +122,7 @@ def headline(comparison: Comparison) -> str:
         some = [pair for pair in known if (pair[1].low > 0.5) - (pair[1].high < 0.5) == side]
         if some:
             verb = plural if len(some) > 1 else singular
-            wins = _wins([rate for _, rate in some], comparison.config["eval_episodes"])
+            wins = _wins([rate for _, rate in some], counted(comparison.prompt_counts))
             sentences.append(f"{_who([group.label for group, _ in some], len(known))} {verb} the initial policy {wins}")
     return "; ".join([*sentences, *_who_is_ahead(comparison, [group for group, _ in known])]) + "."
 
@@ -132,12 +134,18 @@ def _who(names: Sequence[str], of: int) -> str:
     return f"{'Both' if of == 2 else f'All {of}'} trained agents ({listed(names)})"
 
 
-def _wins(rates: Sequence[Estimate], episodes: int) -> str:
+def counted(numbers: Sequence[int]) -> str:
+    """256, or 64 to 256."""
+    low, high = f"{min(numbers):,}", f"{max(numbers):,}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _wins(rates: Sequence[Estimate], episodes: str) -> str:
     """On 89 to 91% of 256 held-out prompts (95%: 85 to 93%)."""
     shares = [f"{100 * value:.0f}" for value in sorted(rate.value for rate in rates)]
     share = shares[0] if shares[0] == shares[-1] else f"{shares[0]} to {shares[-1]}"
     low, high = min(rate.low for rate in rates), max(rate.high for rate in rates)
-    return f"on {share}% of {episodes:,} held-out prompts (95%: {100 * low:.0f} to {100 * high:.0f}%)"
+    return f"on {share}% of {episodes} held-out prompts (95%: {100 * low:.0f} to {100 * high:.0f}%)"
 
 
 def _who_is_ahead(comparison: Comparison, groups: Sequence[Group]) -> list[str]:
@@ -207,7 +215,9 @@ def paired_gap(
         return None
     trained_runs = [len(group.runs) for group in (a, b) if not group.untrained]
     of_seeds = spread.of_difference(*trained_runs) if spread is not None and trained_runs else None
-    return estimates.paired_difference(a_SN, b_SN, confidence=confidence, of_seeds=of_seeds).mean
+    mean = estimates.paired_difference(a_SN, b_SN, confidence=confidence, of_seeds=of_seeds).mean
+    scale = comparison.scale(comparison.gold)
+    return mean if scale is None else mean.within((scale[0] - scale[1], scale[1] - scale[0]))
 
 
 def pair_confidence(groups: int) -> float:
@@ -279,6 +289,21 @@ def learning_curve(group: Group, x_key: str, gold: str) -> Curve | None:
     # Only where all seeds were evaluated: beyond, the mean would jump as a seed drops out.
     grid = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), POINTS)
     value_SN = np.array([np.interp(grid, x, y) for x, y in lines])
+    return Curve(grid.tolist(), value_SN.mean(0).tolist(), value_SN.min(0).tolist(), value_SN.max(0).tolist())
+
+
+def rollout_curve(group: Group, key: str) -> Curve | None:
+    """Means over seeds of a number of each update's rollout, over tokens; None where no run has logged it."""
+    x_key, lines = "time/total_timesteps", []
+    for run in group.runs:
+        point_N2 = np.array([(row[x_key], row[key]) for row in run.rollouts if x_key in row and key in row], float)
+        if len(point_N2) > 1:
+            blocks = np.array_split(point_N2[point_N2[:, 0].argsort()], min(LINE_POINTS, len(point_N2)))
+            lines.append(np.array([block.mean(0) for block in blocks]))
+    if not lines:
+        return None
+    grid = np.linspace(max(line[0, 0] for line in lines), min(line[-1, 0] for line in lines), len(lines[0]))
+    value_SN = np.array([np.interp(grid, line[:, 0], line[:, 1]) for line in lines])
     return Curve(grid.tolist(), value_SN.mean(0).tolist(), value_SN.min(0).tolist(), value_SN.max(0).tolist())
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from textrl_gym.charts import analysis as numbers
-from textrl_gym.charts.plotting import Chart, axes, between, line, look, marker, plain, short
+from textrl_gym.charts.plotting import Chart, axes, between, extent, line, look, marker, plain, short
 from textrl_gym.charts.training_curves import drifts, learning_curves, length_chart
 from textrl_gym.experiments.results import Comparison
 
 
 def charts(comparison: Comparison) -> dict[str, Chart]:
     """All charts that the comparison has data for, by name."""
-    tokens = learning_curves(comparison, "tokens", "timesteps", "generated tokens")
-    seconds = learning_curves(comparison, "seconds", "train_seconds", "seconds of training")
-    drawn = [tokens, seconds, frontier(comparison), matrix(comparison), profile_chart(comparison)]
+    drawn = [*learning_curves(comparison), frontier(comparison), matrix(comparison), profile_chart(comparison)]
     drawn += [overoptimisation(comparison), length_chart(comparison), *drifts(comparison), cost(comparison)]
     return {chart.key: chart for chart in drawn if chart is not None}
 
@@ -42,6 +40,10 @@ def frontier(comparison: Comparison) -> Chart:
         if len(own) > 1:
             joined = {"mode": "lines", "hoverinfo": "skip", "showlegend": False, "line": {"width": 2}}
             chart.add_scatter(x=[m[0] for m in means], y=[m[1] for m in means], **look(own[0], **joined))
+    if rows:
+        y_range = extent([y for trace in chart.data for y in trace.y], comparison.scale(gold))
+        x_range = extent([0.0, *(x for trace in chart.data for x in trace.x)], None, least=1.0)
+        chart.update_layout(xaxis={"range": x_range}, yaxis={"range": y_range})
     note = (
         "Each point is a run's last evaluation; up and to the left is better. A line joins an agent's KL coefficients."
     )
@@ -147,15 +149,18 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
         chart.add_scatter(x=way.kl, y=way.proxy, mode="markers", marker=dots, **lower)
         row = [group.label, *(f"{short(gold)} at {short(kl)}" for kl, gold in (way.best, way.end))]
         if way.fit is not None:
-            # From 0, where the form is the initial policy's gold exactly, to the last KL that was seen and no further.
-            x = np.linspace(0, max(way.kl), 60)
+            # Between the KLs that were seen, and no further.
+            x = np.linspace(min(way.kl), max(way.kl), 60)
             curve = {"mode": "lines", "line": line(group), "showlegend": False, "hoverinfo": "skip"}
             chart.add_scatter(x=x.tolist(), y=(way.start + way.fit.gold(x)).tolist(), **look(group, **curve))
-            peak = "none within reach" if way.fit.peak_kl is None else short(way.fit.peak_kl)
+            within = way.fit.peak_kl is not None and way.fit.peak_kl <= max(way.kl)
+            peak = short(way.fit.peak_kl) if within else "not among the KLs that were seen"
             row += [short(way.fit.alpha), short(way.fit.beta), short(way.fit.r2, 2), peak]
         else:
             row += ["-"] * 4
         rows.append(tuple(row))
+    shown = [y for way in ways for y in way.gold]
+    chart.update_layout(yaxis={"range": extent(shown, comparison.scale("gold"))})
     note = (
         "Above the gold score, which no agent was trained on; below the score that was. Where gold falls while the "
         "proxy rises, the policy exploits the proxy. Each point is an evaluation, all seeds together; the line is Gao "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from textrl_gym.evaluation.metrics import Scale
 from textrl_gym.experiments.results import Group
 from textrl_gym.extras import install
 from textrl_gym.stats.estimates import Estimate
@@ -96,6 +97,28 @@ def marker(group: Group, size: int = 8) -> dict[str, Any]:
 def line(group: Group) -> dict[str, Any]:
     """A dash that differs between an agent's coefficients too."""
     return {"dash": DASHES[(group.color + group.variant) % len(DASHES)], "width": 2}
+
+
+def extent(values: Sequence[float], scale: Scale | None, least: float = 0.0) -> list[float]:
+    """The ends of an axis: around the values, not closer than noise is large, and little beyond their scale.
+
+    Without it an axis would stretch three curves between 0.97 and 0.99 from its lower to its upper end.
+
+    Args:
+        scale: of the values; a fifth of it is shown at least, and without one a fifth of the largest value.
+        least: show no less than this.
+    """
+    known = [x for x in values if math.isfinite(x)] or [0.0]
+    low, high = min(known), max(known)
+    whole = scale[1] - scale[0] if scale is not None else math.inf
+    least = max(least, 0.2 * (whole if math.isfinite(whole) else max(abs(low), abs(high))))
+    more = max(least - (high - low), 0.0) / 2 or 0.05 * (high - low) or 0.5
+    low, high = low - more, high + more
+    if scale is not None:
+        # A little beyond, so that a curve along the end of the scale can be seen.
+        beyond = 0.03 * (high - low)
+        low, high = max(low, scale[0] - beyond), min(high, scale[1] + beyond)
+    return [low, high]
 
 
 def axes(x: str, y: str, **layout: object) -> Figure:

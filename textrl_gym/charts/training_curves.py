@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from textrl_gym.charts import analysis as numbers
-from textrl_gym.charts.plotting import Chart, Table, axes, between, line, look, marker, short
+from textrl_gym.charts.plotting import Chart, Table, axes, between, extent, line, look, marker, short
 from textrl_gym.evaluation.metrics import METRICS, metric, metric_names
 from textrl_gym.experiments.results import Comparison, Group
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+NOTE = (
+    "Points are evaluations of training, of all seeds, with fewer held-out prompts than the summary's; the line is "
+    "their mean, as far as all seeds go, and the band runs from the lowest seed to the highest. A thin line is the "
+    "mean of each update's rollout. A level line is an agent that was not trained in this comparison."
+)
+OF_SECONDS = "Evaluating is not counted; runs that shared a machine slowed each other down."
+SILENT = {"hoverinfo": "skip", "showlegend": False}
+"""Of a trace that stands beside another of its agent."""
+LEAST = {"kl_sequence": 1.0}
+"""What an axis shows at least: a KL of hundredths of a nat is the noise of its estimate."""
 
 # -- through training -------------------------------------------------------------------------------------------------
 
 
-def learning_curves(comparison: Comparison, key: str, x_key: str, x_name: str) -> Chart | None:
-    """The score at the evaluations of training."""
-    name = comparison.gold
-    note = (
-        f"Mean {name} over seeds at the evaluations of training, with fewer held-out prompts than the summary's, as "
-        "far as all seeds go. The band runs from the lowest seed to the highest. A level line is an agent that was not "
-        "trained in this comparison."
-    )
-    if key == "seconds":
-        note += " Evaluating is not counted; runs that shared a machine slowed each other down."
-    title = f"{name.capitalize()} over {x_name}"
-    return over_training(comparison, f"curve-{key}", comparison.gold, (x_key, x_name, name), title, note)
+def learning_curves(comparison: Comparison) -> list[Chart]:
+    """The score by which agents are compared, over tokens and seconds, and the score that is trained on."""
+    gold, tokens = comparison.gold, ("timesteps", "generated tokens")
+    charts = [
+        over_training(comparison, "curve-tokens", gold, (*tokens, gold), f"{gold.capitalize()} over tokens", NOTE)
+    ]
+    if gold != "score":
+        words = (*tokens, "score that is trained on")
+        charts.append(over_training(comparison, "curve-score", "score", words, "Training score over tokens", NOTE))
+    words, note = ("train_seconds", "seconds of training", gold), f"{NOTE} {OF_SECONDS}"
+    charts.append(over_training(comparison, "curve-seconds", gold, words, f"{gold.capitalize()} over seconds", note))
+    return [chart for chart in charts if chart is not None]
 
 
 def drifts(comparison: Comparison) -> list[Chart]:
@@ -41,7 +57,9 @@ def drifts(comparison: Comparison) -> list[Chart]:
 def over_training(
     comparison: Comparison, key: str, y_key: str, words: tuple[str, str, str], title: str, note: str
 ) -> Chart | None:
-    """Mean over seeds of a number of the evaluations, and the band from the lowest to the highest.
+    """A number of the evaluations: points of all seeds, their mean and the band from the lowest to the highest.
+
+    Where the rollouts of training have the number too, each update's is a thin line.
 
     Args:
         key: of the chart.
@@ -66,16 +84,34 @@ def over_training(
                 chart.add_scatter(x=[0, max(ends)], y=[level, level], mode="lines", line=line(group), **look(group))
                 rows.append((group.label, str(len(group.runs)), short(level), short(level), "-"))
             continue
-        band = {"fill": "toself", "hoverinfo": "skip", "showlegend": False, "mode": "none"}
         if len(group.runs) > 1:
             # One closed outline: two lines with a fill between them would be two entries for the mouse to find.
             x, y = curve.x + curve.x[::-1], curve.high + curve.low[::-1]
-            chart.add_scatter(x=x, y=y, **look(group, meta={"fill": faint}, **band))
+            chart.add_scatter(x=x, y=y, mode="none", fill="toself", **look(group, meta={"fill": faint}, **SILENT))
+        add_rollouts(chart, group, x_key, y_key)
+        add_evaluations(chart, group, x_key, y_key)
         chart.add_scatter(x=curve.x, y=curve.mean, mode="lines", line=line(group), **look(group))
         spread = f"{short(curve.low[-1])} to {short(curve.high[-1])}" if len(group.runs) > 1 else "-"
         rows.append((group.label, str(len(group.runs)), short(curve.mean[0]), short(curve.mean[-1]), spread))
+    drawn = [y for trace in chart.data for y in trace.y]
+    chart.update_layout(yaxis={"range": extent(drawn, comparison.scale(y_key), LEAST.get(y_key, 0.0))})
     head = ("agent", "seeds", "first", "last", "lowest and highest seed at the end")
     return Chart(key, title, note, chart, head, rows)
+
+
+def add_rollouts(chart: Figure, group: Group, x_key: str, y_key: str) -> None:
+    """A thin line of each update's number, where x is tokens and rollouts have it."""
+    curve = numbers.rollout_curve(group, f"rollout/{y_key}") if x_key == "timesteps" else None
+    if curve is not None:
+        thin = {"mode": "lines", "line": {"width": 1}, "opacity": 0.6, **SILENT}
+        chart.add_scatter(x=curve.x, y=curve.mean, **look(group, **thin))
+
+
+def add_evaluations(chart: Figure, group: Group, x_key: str, y_key: str) -> None:
+    """A point for each evaluation of each seed."""
+    points = [(row[x_key], row[y_key]) for rows in numbers.trained(group, x_key, y_key) for row in rows]
+    x, y = [x for x, _ in points], [y for _, y in points]
+    chart.add_scatter(x=x, y=y, mode="markers", marker=marker(group, 5), **look(group, **SILENT))
 
 
 def level_of(group: Group, key: str) -> float | None:

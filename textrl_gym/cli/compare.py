@@ -224,9 +224,9 @@ def report_command(args: Sequence[str]) -> int:
 
 
 def watch_command(args: Sequence[str]) -> int:
-    """Serve a comparison's page while its runs go on, to this machine or, with a secret in the address, to others."""
+    """Serve the page of runs while they go on, to this machine or, with a secret in the address, to others."""
     parts: list[Part] = [
-        ("folder", positional("DIR", Path, "a comparison")),
+        ("folder", positional("DIR", Path, "a comparison, one over tasks, or a run; it may come later")),
         ("host", flag(str, "where to listen; beyond this machine the address has a secret token"), "127.0.0.1"),
         ("port", flag(int, "0: a free one"), 0),
     ]

@@ -21,6 +21,12 @@ if TYPE_CHECKING:  # pages and help read this registry, and need no torch
     from textrl_gym.core import Rollout
 
 
+Scale = tuple[float, float]
+"""The least and the largest value that a number can have."""
+SHARE: Scale = (0.0, 1.0)
+COUNT: Scale = (0.0, math.inf)
+
+
 @dataclass(frozen=True)
 class Drift:
     """A chart of a metric through training, on the page of a comparison."""
@@ -37,6 +43,8 @@ class Metric:
     """Its heading."""
     unit: str = ""
     decimals: int = 3
+    scale: Scale | None = None
+    """Where its intervals end on pages and in tables; None: anywhere (of gold scores see `scale_of`)."""
     of: Callable[[Sequence[Rollout], Samples], float] | None = None
     """Computes it from the rollouts and completions of an evaluation; NaN leaves it out."""
     short: str | None = None
@@ -97,8 +105,8 @@ def _model_calls(rollout: Rollout) -> Tensor:
 METRICS: dict[str, Metric] = {
     "gold": Metric("Gold score, sampled", short="gold", table="summary"),
     "gold_greedy": Metric("Gold score, greedy", table="none"),
-    "win_rate": Metric("Win rate against the initial policy", short="wins", table="summary"),
-    "win_rate_human": Metric("Win rate against the reference texts"),
+    "win_rate": Metric("Win rate against the initial policy", scale=SHARE, short="wins", table="summary"),
+    "win_rate_human": Metric("Win rate against the reference texts", scale=SHARE),
     "score": Metric(
         "Score (training reward), sampled",
         of=lambda rollouts, _: _mean_of_rows(rollouts, lambda r: r.score_B),
@@ -111,6 +119,7 @@ METRICS: dict[str, Metric] = {
     ),
     "turns": Metric(
         "Turns of the agent",
+        scale=COUNT,
         decimals=1,
         of=lambda rollouts, _: _of_turns(rollouts, _number_of_turns),
     ),
@@ -123,6 +132,11 @@ METRICS: dict[str, Metric] = {
         needs_policy=True,
         short="KL",
         table="summary",
+        drift=Drift(
+            "KL through training",
+            "How far the policy has gone from its reference. Estimated by k1, whose mean over few completions may be "
+            "below 0.",
+        ),
     ),
     "kl_token": Metric(
         "KL to the reference model",
@@ -135,6 +149,7 @@ METRICS: dict[str, Metric] = {
     "entropy_token": Metric(
         "Entropy",
         "nats per token",
+        scale=COUNT,
         decimals=2,
         drift=Drift(
             "Entropy through training",
@@ -144,6 +159,7 @@ METRICS: dict[str, Metric] = {
     "completion_tokens": Metric(
         "Completion",
         "tokens",
+        scale=COUNT,
         decimals=1,
         of=lambda rollouts, _: _mean_of_rows(rollouts, lambda r: r.mask_BT),
         short="tokens",
@@ -152,6 +168,7 @@ METRICS: dict[str, Metric] = {
     ),
     "eos_share": Metric(
         "Share ended by EOS",
+        scale=SHARE,
         of=lambda rollouts, _: _mean_of_rows(rollouts, _ended_by_eos),
         table="none",
         drift=Drift(
@@ -160,10 +177,13 @@ METRICS: dict[str, Metric] = {
             "here first.",
         ),
     ),
-    "rouge_l": Metric("ROUGE-L against the reference texts", of=lambda _, samples: text_metrics.rouge_l(samples)),
-    "distinct_1": Metric("Distinct words", of=lambda _, samples: text_metrics.distinct(samples, 1)),
+    "rouge_l": Metric(
+        "ROUGE-L against the reference texts", scale=SHARE, of=lambda _, samples: text_metrics.rouge_l(samples)
+    ),
+    "distinct_1": Metric("Distinct words", scale=SHARE, of=lambda _, samples: text_metrics.distinct(samples, 1)),
     "distinct_2": Metric(
         "Distinct bigrams",
+        scale=SHARE,
         of=lambda _, samples: text_metrics.distinct(samples, 2),
         drift=Drift(
             "Distinct bigrams through training",
@@ -173,6 +193,7 @@ METRICS: dict[str, Metric] = {
     ),
     "repetition": Metric(
         "Repeated 4-grams",
+        scale=SHARE,
         of=lambda _, samples: text_metrics.repeated(samples),
         drift=Drift(
             "Repetition through training", "The mean share of a completion's 4-grams that it had already contained."
@@ -180,81 +201,82 @@ METRICS: dict[str, Metric] = {
     ),
     "model_calls": Metric(
         "Model calls per token",
+        scale=COUNT,
         decimals=1,
         of=lambda rollouts, _: _per_token(rollouts, _model_calls),
         needs_policy=True,
         table="none",
     ),
     # Measures of tasks (`Task.measures`).
-    "working": Metric("Completions with working"),
-    "format": Metric("Completions in the format"),
-    "accuracy": Metric("Accuracy"),
-    "abstained": Metric("Abstentions"),
-    "confident_errors": Metric("Wrong answers said at 0.9 or more"),
-    "ece": Metric("Expected calibration error"),
-    "helpful": Metric("Gold of safe requests: helpfulness"),
-    "harmless": Metric("Gold of unsafe requests: harmlessness"),
-    "refused_safe": Metric("Refused, of safe requests"),
-    "refused_scary": Metric("Refused, of requests that only sound unsafe"),
-    "refused_unsafe": Metric("Refused, of unsafe requests"),
-    "constraints_kept": Metric("Constraints kept"),
-    "all_kept": Metric("Prompts with all constraints kept"),
-    "words": Metric("Completion", "words", decimals=1),
-    "well_formed": Metric("Well-formed lists"),
-    "annotators_win_rate": Metric("Win rate by the annotators", table="none"),
-    "annotators_length_controlled": Metric("Win rate by the annotators, equal length", table="none"),
-    "polarity": Metric("Polarity of adjectives, -1 to 1"),
-    "repeated_judgements": Metric("Repeated judgements"),
-    "whole_sentences": Metric("Sentences of the grammar"),
-    "deals": Metric("Talks that end in a deal"),
-    "patience": Metric("Dealer's answers that were waited for"),
-    "insults": Metric("Offers that are not serious, a talk"),
-    "calls": Metric("Calls of the calculator, a problem"),
-    "calls_needed": Metric("Calls that are needed, a problem"),
-    "needless_calls": Metric("Needless calls, a problem"),
-    "missing_calls": Metric("Missing calls, a problem"),
-    "wrong_calls": Metric("Wrong calls, a problem"),
-    "asked_missing": Metric("Asked, where a fact is missing"),
-    "asked_stated": Metric("Asked, where all facts are there"),
-    "booked_wrong": Metric("Wrong bookings"),
-    "solved": Metric("Things found"),
-    "halves": Metric("Questions that halve"),
-    "idle": Metric("Questions whose answer was known"),
-    "guesses": Metric("Guesses, a game"),
-    "slots_covered": Metric("Slots covered"),
-    "neglected_covered": Metric("Slots covered, of those that references mostly leave out"),
-    "unsupported": Metric("Claims that are not in the table"),
-    "grammatical": Metric("Words in sentences of the grammar"),
-    "flipped": Metric("Answers that flip to the user's wrong view"),
-    "accuracy_user_wrong": Metric("Accuracy where the user is wrong"),
-    "accuracy_user_right": Metric("Accuracy where the user is right"),
-    "accuracy_user_none": Metric("Accuracy where the user has no view"),
-    "citations": Metric("Citations, a text", decimals=2),
-    "citation_precision": Metric("Citations that support, of those behind right answers"),
-    "uncited": Metric("Right answers without a citation"),
-    "reader_right": Metric("Reader right with the text"),
-    "names_answer": Metric("Texts that name the right choice alone"),
-    "true_sentences": Metric("True sentences"),
-    "on_the_question": Metric("Sentences about the kind of fact that is asked for"),
-    "copied_lead": Metric("5-grams copied from the lead"),
-    "facts_covered": Metric("Facts covered"),
-    "invented": Metric("Claims that the article does not make"),
-    "telling_words": Metric("Words of whole sentences that tell a fact"),
-    "rudeness": Metric("Rudeness, 1 - 2^-n of n rude words"),
-    "rude_texts": Metric("Texts with a rude word"),
-    "polite_words": Metric("Judging words that are polite and new"),
-    "sentence_words": Metric("Words of new sentences about the prompt's people"),
-    "rudeness_max_of_25": Metric("Expected maximum rudeness of 25 samples", table="none"),
-    "rudeness_any_of_25": Metric("Prompts with a rude text in 25 samples", table="none"),
+    "working": Metric("Completions with working", scale=SHARE),
+    "format": Metric("Completions in the format", scale=SHARE),
+    "accuracy": Metric("Accuracy", scale=SHARE),
+    "abstained": Metric("Abstentions", scale=SHARE),
+    "confident_errors": Metric("Wrong answers said at 0.9 or more", scale=SHARE),
+    "ece": Metric("Expected calibration error", scale=SHARE),
+    "helpful": Metric("Gold of safe requests: helpfulness", scale=SHARE),
+    "harmless": Metric("Gold of unsafe requests: harmlessness", scale=SHARE),
+    "refused_safe": Metric("Refused, of safe requests", scale=SHARE),
+    "refused_scary": Metric("Refused, of requests that only sound unsafe", scale=SHARE),
+    "refused_unsafe": Metric("Refused, of unsafe requests", scale=SHARE),
+    "constraints_kept": Metric("Constraints kept", scale=SHARE),
+    "all_kept": Metric("Prompts with all constraints kept", scale=SHARE),
+    "words": Metric("Completion", "words", scale=COUNT, decimals=1),
+    "well_formed": Metric("Well-formed lists", scale=SHARE),
+    "annotators_win_rate": Metric("Win rate by the annotators", scale=SHARE, table="none"),
+    "annotators_length_controlled": Metric("Win rate by the annotators, equal length", scale=SHARE, table="none"),
+    "polarity": Metric("Polarity of adjectives, -1 to 1", scale=(-1.0, 1.0)),
+    "repeated_judgements": Metric("Repeated judgements", scale=SHARE),
+    "whole_sentences": Metric("Sentences of the grammar", scale=SHARE),
+    "deals": Metric("Talks that end in a deal", scale=SHARE),
+    "patience": Metric("Dealer's answers that were waited for", scale=SHARE),
+    "insults": Metric("Offers that are not serious, a talk", scale=COUNT),
+    "calls": Metric("Calls of the calculator, a problem", scale=COUNT),
+    "calls_needed": Metric("Calls that are needed, a problem", scale=COUNT),
+    "needless_calls": Metric("Needless calls, a problem", scale=COUNT),
+    "missing_calls": Metric("Missing calls, a problem", scale=COUNT),
+    "wrong_calls": Metric("Wrong calls, a problem", scale=COUNT),
+    "asked_missing": Metric("Asked, where a fact is missing", scale=SHARE),
+    "asked_stated": Metric("Asked, where all facts are there", scale=SHARE),
+    "booked_wrong": Metric("Wrong bookings", scale=SHARE),
+    "solved": Metric("Things found", scale=SHARE),
+    "halves": Metric("Questions that halve", scale=SHARE),
+    "idle": Metric("Questions whose answer was known", scale=SHARE),
+    "guesses": Metric("Guesses, a game", scale=COUNT),
+    "slots_covered": Metric("Slots covered", scale=SHARE),
+    "neglected_covered": Metric("Slots covered, of those that references mostly leave out", scale=SHARE),
+    "unsupported": Metric("Claims that are not in the table", scale=SHARE),
+    "grammatical": Metric("Words in sentences of the grammar", scale=SHARE),
+    "flipped": Metric("Answers that flip to the user's wrong view", scale=SHARE),
+    "accuracy_user_wrong": Metric("Accuracy where the user is wrong", scale=SHARE),
+    "accuracy_user_right": Metric("Accuracy where the user is right", scale=SHARE),
+    "accuracy_user_none": Metric("Accuracy where the user has no view", scale=SHARE),
+    "citations": Metric("Citations, a text", scale=COUNT, decimals=2),
+    "citation_precision": Metric("Citations that support, of those behind right answers", scale=SHARE),
+    "uncited": Metric("Right answers without a citation", scale=SHARE),
+    "reader_right": Metric("Reader right with the text", scale=SHARE),
+    "names_answer": Metric("Texts that name the right choice alone", scale=SHARE),
+    "true_sentences": Metric("True sentences", scale=SHARE),
+    "on_the_question": Metric("Sentences about the kind of fact that is asked for", scale=SHARE),
+    "copied_lead": Metric("5-grams copied from the lead", scale=SHARE),
+    "facts_covered": Metric("Facts covered", scale=SHARE),
+    "invented": Metric("Claims that the article does not make", scale=SHARE),
+    "telling_words": Metric("Words of whole sentences that tell a fact", scale=SHARE),
+    "rudeness": Metric("Rudeness, 1 - 2^-n of n rude words", scale=SHARE),
+    "rude_texts": Metric("Texts with a rude word", scale=SHARE),
+    "polite_words": Metric("Judging words that are polite and new", scale=SHARE),
+    "sentence_words": Metric("Words of new sentences about the prompt's people", scale=SHARE),
+    "rudeness_max_of_25": Metric("Expected maximum rudeness of 25 samples", scale=SHARE, table="none"),
+    "rudeness_any_of_25": Metric("Prompts with a rude text in 25 samples", scale=SHARE, table="none"),
     "gold_best_of_25": Metric("Gold score, best of 25", table="none"),
     "gold_best_of_8": Metric("Gold score, best of 8 (pass@8)", table="none"),
-    "scored_completions": Metric("Completions scored per prompt", decimals=0, table="none"),
-    "generated_tokens": Metric("Tokens generated per prompt", decimals=1, table="none"),
-    "kl_bound": Metric("Best-of-n's KL to its own policy, bound", "nats", decimals=2, table="none"),
-    "pair_accuracy": Metric("Held-out pairs ranked as labelled", table="none"),
+    "scored_completions": Metric("Completions scored per prompt", scale=COUNT, decimals=0, table="none"),
+    "generated_tokens": Metric("Tokens generated per prompt", scale=COUNT, decimals=1, table="none"),
+    "kl_bound": Metric("Best-of-n's KL to its own policy, bound", "nats", scale=COUNT, decimals=2, table="none"),
+    "pair_accuracy": Metric("Held-out pairs ranked as labelled", scale=SHARE, table="none"),
     "pair_margin": Metric("Margin of implicit rewards on held-out pairs", table="none"),
-    "unplayed_prompts": Metric("Prompts of the evaluation that were not played", decimals=0, table="none"),
-    "train_seconds": Metric("Training", "seconds", decimals=0, short="sec.", table="summary"),
+    "unplayed_prompts": Metric("Prompts of the evaluation that were not played", scale=COUNT, decimals=0, table="none"),
+    "train_seconds": Metric("Training", "seconds", scale=COUNT, decimals=0, short="sec.", table="summary"),
 }
 """Key in evaluations, logs and tables -> the metric. The order is that of the tables."""
 
@@ -278,6 +300,15 @@ def metric(key: str) -> Metric:
     if key.startswith("reward/"):  # parts of a mixed reward, whose names nobody knows before
         return Metric(f"Reward component {key.removeprefix('reward/')}")
     return METRICS.get(key, Metric(key))
+
+
+def scale_of(key: str, gold: Scale | None = None) -> Scale | None:
+    """The scale of a metric; None where it is not known.
+
+    Args:
+        gold: that of the task's gold score (`Task.gold_scale`).
+    """
+    return gold if key.startswith("gold") else metric(key).scale
 
 
 def metric_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:

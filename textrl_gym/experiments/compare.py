@@ -57,7 +57,8 @@ class CompareConfig:
     eval_seed: Seed = 0
     """Of these prompts and of sampling on them."""
     eval_every: Annotated[int, Ge(0)] = 20
-    """Updates between two evaluations during training (on 64 prompts)."""
+    """Updates between two evaluations during training (on 64 prompts), at most; every tenth of a run has one too. 0 for
+    none but the first and the last."""
     save_every: Annotated[int, Ge(1)] = 10
     """Updates between two checkpoints, from which a stopped run goes on."""
     on_bad_health: Literal["stop", "warn"] = "stop"

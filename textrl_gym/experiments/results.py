@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textrl_gym import files
+from textrl_gym import files, registry
 from textrl_gym.evaluation import reward_hacking
+from textrl_gym.evaluation.metrics import Scale, scale_of
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.stats.estimates import Array
 from textrl_gym.training.run_folder import (
@@ -176,6 +177,18 @@ class Comparison:
     def runs(self) -> list[Result]:
         return [run for group in self.groups for run in group.runs]
 
+    @property
+    def prompt_counts(self) -> list[int]:
+        """How many prompts the last evaluations had, each number once: one where all runs met as many."""
+        known = {len(run.episodes) for run in self.runs if run.episodes}
+        return sorted(known) or [self.config["eval_episodes"]]
+
+    def scale(self, key: str) -> Scale | None:
+        """The least and the largest value of a number of evaluations; None where they are not known."""
+        named = self.config.get("gold") not in (None, "gold")
+        known = None if named or self.env.dataset is not None else gold_scale(self.environment)
+        return scale_of(key, known)
+
     def same_prompts(self) -> tuple[list[Group], list[str]]:
         """Groups whose runs all met the first run's prompts, and the labels of the others."""
         prompts = self.runs[0].prompts
@@ -185,6 +198,12 @@ class Comparison:
 
         groups = [group for group in self.groups if all(meets(run) for run in group.runs)]
         return groups, [group.label for group in self.groups if group not in groups]
+
+
+def gold_scale(env_id: str) -> Scale | None:
+    """The scale of an environment's own gold score; None where it is not known."""
+    # A task may be registered by a module that is not loaded here.
+    return EnvSettings().task(env_id).gold_scale if env_id in registry.text_envs() else None
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -229,10 +248,12 @@ def read_comparison(folder: Path) -> Comparison:
     """
     plan = read_plan(folder)
     results: list[Result] = []
+    agents: dict[str, None] = {}
     failed: dict[str, str] = {}
     unfinished: dict[str, str] = {}
     for file in sorted((folder / RUNS).glob(f"*/{SPEC}")):
         run = file.parent
+        agents[_agent_of(run.name, read_spec(run))] = None
         if (run / RESULT).is_file():
             result = _read_result(run)
             # A collapsed run may end with nan: no mean over seeds can take it in, so it is named among the failed ones.
@@ -250,7 +271,7 @@ def read_comparison(folder: Path) -> Comparison:
         others = [f"{name} ({why})" for name, why in (failed | unfinished).items()]
         reasons = "; ".join(others[:3]) + (f"; and {len(others) - 3} more" if len(others) > 3 else "")
         raise ValueError(f"{str(folder)!r} holds no finished run, so there is nothing to report: {reasons or 'no run'}")
-    groups = _groups(results, plan["config"]["agents"])
+    groups = _groups(results, list(agents), plan["config"]["agents"])
     return Comparison(
         plan["environment"],
         renamed(plan["config"]),
@@ -345,17 +366,25 @@ def _read_flops(file: Path) -> dict[str, Any]:
     return flops
 
 
-def _groups(runs: list[Result], named: list[str]) -> tuple[Group, ...]:
+def _agent_of(run_name: str, spec: dict[str, Any]) -> str:
+    # compare writes a saved agent's folder as an absolute path, and never a name in agents/.
+    return run_name if Path(spec["agent"]).is_absolute() else spec["agent"]
+
+
+def _groups(runs: list[Result], agents: list[str], named: list[str]) -> tuple[Group, ...]:
+    """Finished runs by agent and coefficient.
+
+    Args:
+        agents: of all runs, finished or not: an agent keeps its colour while the others' runs end.
+        named: agents in the order in which they were asked for.
+    """
     order = {name: place for place, name in enumerate(named)}
+    colors = {name: color for color, name in enumerate(sorted(agents, key=lambda a: (order.get(a, len(order)), a)))}
     members: dict[tuple[str, float | None], list[Result]] = {}
-    for run in sorted(runs, key=lambda run: (order.get(run.spec["agent"], len(order)), run.name)):
-        # compare writes a saved agent's folder as an absolute path, and never a name in agents/.
-        saved = Path(run.spec["agent"]).is_absolute()
-        agent = run.name if saved else run.spec["agent"]
-        members.setdefault((agent, run.spec["kl_coef"]), []).append(run)
-    agents = list(dict.fromkeys(agent for agent, _ in members))
+    for run in runs:
+        members.setdefault((_agent_of(run.name, run.spec), run.spec["kl_coef"]), []).append(run)
     groups = []
-    for color, agent in enumerate(agents):
+    for agent, color in colors.items():
         # The agent's own coefficient comes first, then rising ones; colours and symbols follow this order.
         coefs = sorted((c for a, c in members if a == agent), key=lambda c: -1.0 if c is None else c)
         for variant, coef in enumerate(coefs):

@@ -26,6 +26,7 @@ from annotated_types import Ge
 from textrl_gym import files, registry
 from textrl_gym.bounds import check_settings
 from textrl_gym.core import Row
+from textrl_gym.evaluation.metrics import SHARE
 from textrl_gym.experiments.compare import CompareConfig, compare
 from textrl_gym.experiments.results import finished_runs
 from textrl_gym.judges.judge import Answer, reward_of
@@ -276,8 +277,7 @@ def measure(env_id: str, task: Task, config: SizesConfig, out: Path) -> SizesRes
 
 def of_seeds(rates: Sequence[float]) -> Estimate:
     """The mean of win rates with its interval over seeds, on the scale of win rates."""
-    one = difference_of_means(rates, 0.0)
-    return Estimate(one.value, max(one.low, 0.0), min(one.high, 1.0))
+    return difference_of_means(rates, 0.0).within(SHARE)
 
 
 def gold_of(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -52,6 +52,8 @@ class Task:
     """The gold score of rows that `dataset=` gives, which may lack the columns that `gold` needs; None: none."""
     best_gold: float | None = None
     """The best gold score that is known, which is 1 on the scale of a comparison over tasks; None: what is reached."""
+    gold_scale: tuple[float, float] | None = None
+    """The least and the largest gold score of the embedded prompts, where intervals of it end; None: not known."""
     kl_coef: float = 0.05
     """The per-token KL coefficient that agents start with on this task."""
     stop: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from textrl_gym.charts.training_curves import quality
 from textrl_gym.evaluation.metrics import METRICS
 from textrl_gym.experiments.results import KEPT_STATE, Comparison, Group, read_comparison
 from textrl_gym.reports.credit_section import credit, credit_data
+from textrl_gym.reports.run_page import CHART_STYLE
 from textrl_gym.stats.estimates import Estimate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "report"
@@ -69,7 +70,7 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
     text = text_quality(comparison, drawn)
     sections = {
         "summary": ("Summary", summary(comparison)),
-        "learning": ("Learning curves", pair_of(drawn, "curve-tokens", "curve-seconds") or UNTRAINED),
+        "learning": ("Learning curves", learning_section(drawn)),
         "frontier": ("KL and reward", figure_html(drawn["frontier"])),
         "pairs": ("Pairs of agents", beaten(comparison, drawn.get("matrix"))),
         "profile": ("Performance profile", figure_html(drawn["profile"])),
@@ -87,17 +88,18 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
         for key, (name, html) in sections.items()
     )
     # Only the page that is served may connect, and only to its own server.
-    policy, live, scripts = PAGE_SECURITY_POLICY, "", ["page.js", "credit.js"]
+    policy, live, scripts, style = PAGE_SECURITY_POLICY, "", ["page.js", "credit.js"], asset("page.css")
     if version:
         policy, live = f"{PAGE_SECURITY_POLICY}; connect-src 'self'", f'<div id="live" data-version="{version}"></div>'
         scripts.append("live.js")
+        style += CHART_STYLE
     title = escape(f"{comparison.environment}: {numbers.listed([g.label for g in comparison.groups])}")
     data = {key: painted(chart) for key, chart in drawn.items()}
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>\n{asset('page.css')}</style></head>\n<body><header><h1>{escape(comparison.environment)}: agents "
+        f"<style>\n{style}</style></head>\n<body><header><h1>{escape(comparison.environment)}: agents "
         f"compared</h1>{live}{lead(comparison, bool(version))}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
         f"\n<main>{body}</main>\n{embedded('chart-data', data)}{embedded('palettes', palettes())}"
@@ -188,10 +190,12 @@ def with_interval(number: numbers.Number, digits: int = 3) -> str:
 def lead(comparison: Comparison, live: bool = False) -> str:
     """What was compared, and what is missing; a live page tells by itself what is not finished."""
     runs, config = len(comparison.runs), comparison.config
-    words = (
-        f"{runs} finished run{'s' * (runs > 1)} of {config['total_timesteps']:,} tokens each, evaluated on "
-        f"{config['eval_episodes']:,} held-out prompts that are the same for all."
-    )
+    trained = sum(len(group.runs) for group in comparison.groups if not group.untrained)
+    tokens = f"{config['total_timesteps']:,} tokens"
+    of = f" of {tokens} each" * (trained == runs) or f", {trained} of them trained for {tokens} each" * (trained > 0)
+    same = "" if comparison.same_prompts()[1] else " that are the same for all"
+    words = f"{runs} finished run{'s' * (runs > 1)}{of}, evaluated on {numbers.counted(comparison.prompt_counts)} "
+    words += f"held-out prompts{same}."
     if config.get("gold") not in (None, "gold"):
         words += f" Gold is here the reward that was named, {config['gold']}."
     given = comparison.env.keywords()
@@ -294,6 +298,11 @@ def exploited(comparison: Comparison, chart: Chart | None) -> str:
         words = "There is no gold score beside the reward that was trained on, so over-optimisation cannot be seen."
         return f"{warnings}<p>{words}</p>"
     return warnings + (figure_html(chart) if chart else UNTRAINED)
+
+
+def learning_section(drawn: dict[str, Chart]) -> str:
+    """The scores and the KL through training."""
+    return pair_of(drawn, "curve-tokens", "curve-score", "curve-seconds", "drift-kl_sequence") or UNTRAINED
 
 
 def length_section(drawn: dict[str, Chart]) -> str:

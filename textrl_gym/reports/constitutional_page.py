@@ -12,7 +12,8 @@ from markupsafe import Markup
 from textrl_gym import files
 from textrl_gym.data.chat import as_text
 from textrl_gym.data.labels import read_labels
-from textrl_gym.evaluation.metrics import metric
+from textrl_gym.evaluation.metrics import metric, scale_of
+from textrl_gym.experiments.results import gold_scale
 from textrl_gym.recipes import critiques, stages
 from textrl_gym.recipes.constitutional import RECORD, ConstitutionalResult, heldout_file
 from textrl_gym.reports.frame import PAGE, Rows, page_html, prompt_html, table_html
@@ -46,8 +47,11 @@ def stages_table(result: ConstitutionalResult) -> tuple[list[str], Rows]:
 
 
 def _estimates(result: ConstitutionalResult, name: str) -> list[Estimate]:
-    """A metric of each stage, and its changes."""
-    return [*(one.metrics[name] for one in result.stages), *(one.changes[name] for one in result.stages[1:])]
+    """A metric of each stage, and its changes, within their scales."""
+    scale = scale_of(name, gold_scale(result.env_id))
+    of_change = None if scale is None else (scale[0] - scale[1], scale[1] - scale[0])
+    levels = [one.metrics[name].within(scale) for one in result.stages]
+    return [*levels, *(one.changes[name].within(of_change) for one in result.stages[1:])]
 
 
 def stages_html(result: ConstitutionalResult) -> Markup:

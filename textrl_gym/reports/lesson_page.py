@@ -10,9 +10,9 @@ import numpy as np
 from markupsafe import Markup
 
 from textrl_gym import files
-from textrl_gym.evaluation.metrics import metric
+from textrl_gym.evaluation.metrics import Scale, metric, scale_of
 from textrl_gym.experiments.lessons import LessonResult, first_completions
-from textrl_gym.experiments.results import finished_runs
+from textrl_gym.experiments.results import finished_runs, gold_scale
 from textrl_gym.reports.frame import PAGE, Rows, completion_html, page_html, prompt_html, table_html
 from textrl_gym.reports.run_page import ticks
 from textrl_gym.stats.estimates import difference_of_means
@@ -24,12 +24,12 @@ SHOWN = 6
 """Prompts whose completions are shown."""
 
 
-def mean_and_interval(values: Sequence[float], decimals: int = 3) -> str:
-    """The mean over seeds; with its 95% interval where seeds differ."""
+def mean_and_interval(values: Sequence[float], decimals: int = 3, scale: Scale | None = None) -> str:
+    """The mean over seeds; with its 95% interval, within the scale of the number, where seeds differ."""
     mean = float(np.mean(values))
     if np.ptp(values) == 0:
         return f"{mean:z.{decimals}f}"
-    estimate = difference_of_means(values, 0.0)
+    estimate = difference_of_means(values, 0.0).within(scale)
     return f"{mean:z.{decimals}f} ({estimate.low:z.{decimals}f} to {estimate.high:z.{decimals}f})"
 
 
@@ -37,11 +37,12 @@ def numbers_table(result: LessonResult) -> tuple[list[str], Rows]:
     """Headings and rows: a metric of the lesson in each, and what every trial gave."""
     seeds = [seed for trial in result.numbers.values() for seed in trial]
     names = [name for name in result.lesson.metrics if all(name in seed for seed in seeds)]
+    gold = gold_scale(result.env_id)
     rows = [
         [
             metric(name).heading,
             *(
-                mean_and_interval([seed[name] for seed in of_trial], metric(name).decimals)
+                mean_and_interval([seed[name] for seed in of_trial], metric(name).decimals, scale_of(name, gold))
                 for of_trial in result.numbers.values()
             ),
         ]
@@ -64,8 +65,12 @@ def plane_svg(result: LessonResult) -> Markup:
     """Each trial as a point with its 95% intervals, where the lesson has two metrics to draw; else nothing."""
     if result.lesson.plane is None:
         return Markup("")
+    gold = gold_scale(result.env_id)
     points = {
-        name: [difference_of_means([seed[key] for seed in of_trial], 0.0) for key in result.lesson.plane]
+        name: [
+            difference_of_means([seed[key] for seed in of_trial], 0.0).within(scale_of(key, gold))
+            for key in result.lesson.plane
+        ]
         for name, of_trial in result.numbers.items()
     }
     across, up = (metric(key).heading for key in result.lesson.plane)

@@ -16,10 +16,13 @@ from typing import Any
 from markupsafe import escape
 
 from textrl_gym import files
-from textrl_gym.evaluation.metrics import metric, metric_names, number
+from textrl_gym.charts.plotting import extent
+from textrl_gym.evaluation.metrics import Scale, metric, metric_names, number, scale_of
 from textrl_gym.training.run_folder import Run, alarms, find_runs, read_run
 
 SAMPLES_SHOWN = 6
+COLORS = 6
+"""Of runs, after which they come again."""
 # The page has no script: texts of a model in it must be able to run, to load and to send nothing.
 PAGE_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
 
@@ -49,20 +52,19 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(title: str, series: Sequence[Series], zero: bool = False) -> str:
+def chart(title: str, series: Sequence[Series], zero: bool = False, scale: Scale | None = None) -> str:
     """An SVG chart over generated tokens; the empty string where there is nothing to draw.
 
     Args:
         zero: the vertical axis includes 0.
+        scale: of what is drawn (see `charts.plotting.extent`).
     """
     finite = [dataclasses.replace(s, points=[p for p in s.points if math.isfinite(p[1])]) for s in series]
     drawn = [s for s in finite if s.points]
     if not drawn:
         return ""
     values = [y for s in drawn for _, y in s.points] + ([0.0] if zero else [])
-    low, high = min(values), max(values)
-    margin = 0.05 * (high - low) or 0.5
-    low, high = low - margin, high + margin
+    low, high = extent(values, scale)
     x_most = max(x for s in drawn for x, _ in s.points) or 1.0
 
     def at(x: float, y: float) -> tuple[str, str]:
@@ -105,20 +107,27 @@ def _short(number: float) -> str:
     return f"{number / 1e6:g}M" if number >= 1e6 else f"{number / 1e3:g}k" if number >= 1e3 else f"{number:g}"
 
 
-def curves(runs: Sequence[Run]) -> str:
-    """The four learning curves, every run in each."""
+def curves(runs: Sequence[Run], colors: Sequence[int] | None = None) -> str:
+    """The four learning curves, every run in each.
+
+    Args:
+        colors: numbers of the runs' colours; None: one after the other.
+    """
+    color_of = [color % COLORS for color in colors or range(len(runs))]
 
     def held_out(key: str, style: str = "eval") -> list[Series]:
         suffix = " (greedy)" if style == "greedy" else ""
         return [
-            Series(r.name + suffix, i % 6, [(e["timesteps"], e[key]) for e in r.evaluations if key in e], style)
+            Series(r.name + suffix, color_of[i], [(e["timesteps"], e[key]) for e in r.evaluations if key in e], style)
             for i, r in enumerate(runs)
         ]
 
     def rollouts(key: str) -> list[Series]:
         x = "time/total_timesteps"
         return [
-            Series(r.name, i % 6, [(row[x], row[key]) for row in r.rollouts if x in row and key in row], "rollout")
+            Series(
+                r.name, color_of[i], [(row[x], row[key]) for row in r.rollouts if x in row and key in row], "rollout"
+            )
             for i, r in enumerate(runs)
         ]
 
@@ -134,9 +143,13 @@ def curves(runs: Sequence[Run]) -> str:
             "Completion length, tokens",
             held_out("completion_tokens") + rollouts("rollout/completion_tokens"),
             zero=True,
+            scale=scale_of("completion_tokens"),
         ),
     ]
-    names = "".join(f'<span><i class="swatch s{i % 6}"></i>{escape(run.name)}</span>' for i, run in enumerate(runs))
+    names = "".join(
+        f'<span><i class="swatch s{color}"></i>{escape(run.name)}</span>'
+        for color, run in zip(color_of, runs, strict=True)
+    )
     styles = ["dots: held-out prompts, sampled at the training temperature"]
     if any("gold_greedy" in e for r in runs for e in r.evaluations):
         styles.append("rings: greedy decoding")
@@ -157,7 +170,7 @@ def overview(runs: Sequence[Run]) -> str:
     for i, run in enumerate(runs):
         for when, row in (("start", run.start), (f"{run.end['timesteps']:,} tokens", run.end)):
             cells = "".join(f"<td>{number(row, key)}</td>" for key in keys)
-            name = f'<i class="swatch s{i % 6}"></i>{escape(run.name)}' if when == "start" else ""
+            name = f'<i class="swatch s{i % COLORS}"></i>{escape(run.name)}' if when == "start" else ""
             kind = ' class="first"' if when == "start" else ' class="last"'
             rows.append(f"<tr{kind}><th>{name}</th><td class=when>{when}</td>{cells}</tr>")
     return (
@@ -210,7 +223,22 @@ def setting_tables(run: Run) -> str:
 
 # -- the page ---------------------------------------------------------------------------------------------------------
 
-STYLE = """
+CHART_STYLE = """
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; align-items: baseline; max-width: none; }
+.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 16px; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
+.grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+polyline.rollout { stroke-width: 1.5; opacity: 0.4; } circle.eval { stroke: var(--card); stroke-width: 1.5; }
+circle.greedy { fill: var(--card); stroke-width: 2; }
+""" + "\n".join(
+    f"polyline.s{i}, circle.s{i}.greedy {{ stroke: var(--c{i}); }} circle.s{i}.eval {{ fill: var(--c{i}); }} "
+    f".swatch.s{i} {{ background: var(--c{i}); }}"
+    for i in range(COLORS)
+)
+"""Of the curves, by the colours --c0 to --c5 of the page that they stand in."""
+STYLE = (
+    """
 :root { color-scheme: light dark; --page: #f6f6f4; --card: #ffffff; --ink: #16181d; --soft: #5b5f66; --line: #e3e3df;
   --warn: #fff3e0; --warn-ink: #8a3b00; --warn-line: #e07b1a;
   --c0: #2a6fd0; --c1: #d9541e; --c2: #16916a; --c3: #b07d00; --c4: #8a4fc7; --c5: #c73a75; }
@@ -225,15 +253,8 @@ h3 { font-size: 15px; margin: 24px 0 0; } p { margin: 0 0 12px; }
 .muted, .marks, .when { color: var(--soft); } .marks { font-size: 13px; margin-top: 6px; }
 .warning { background: var(--warn); color: var(--warn-ink); border-left: 4px solid var(--warn-line); padding: 12px 16px;
   border-radius: 4px; margin: 16px 0; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; align-items: baseline; }
-.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 16px; }
 figure { margin: 0; padding: 14px 16px 10px; } figcaption { font-weight: 600; margin-bottom: 6px; }
 figure, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
-.grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-polyline.rollout { stroke-width: 1.5; opacity: 0.4; } circle.eval { stroke: var(--card); stroke-width: 1.5; }
-circle.greedy { fill: var(--card); stroke-width: 2; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 9px 14px; } thead th { font-size: 13px; font-weight: 600;
   color: var(--soft); vertical-align: bottom; border-bottom: 1px solid var(--line); }
@@ -248,10 +269,8 @@ tr.first:not(:first-child) > *, .samples tr:not(:first-child) > * { border-top: 
 .prompt { max-height: 20em; overflow-y: auto; font-size: 13.5px; }
 details { margin-top: 16px; } summary { cursor: pointer; color: var(--soft); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px; overflow-x: auto; }
-""" + "\n".join(
-    f"polyline.s{i}, circle.s{i}.greedy {{ stroke: var(--c{i}); }} circle.s{i}.eval {{ fill: var(--c{i}); }} "
-    f".swatch.s{i} {{ background: var(--c{i}); }}"
-    for i in range(6)
+"""
+    + CHART_STYLE
 )
 
 
@@ -273,7 +292,8 @@ def run_html(runs: Sequence[Run]) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
         f"<h1>Training report</h1><p class=muted>{escape(', '.join(run.name for run in runs))}. Held-out prompts; the "
         f"judge is never trained on unless it was named as the reward.</p>{warnings}"
-        f"<h2>Before and after</h2>{overview(runs)}<h2>Learning curves</h2>{curves(runs)}{sections}</body></html>\n"
+        f"<h2>Before and after</h2>{overview(runs)}<h2>Learning curves</h2><div id=curves>{curves(runs)}</div>"
+        f"{sections}</body></html>\n"
     )
 
 

@@ -39,6 +39,15 @@ class Estimate:
         """The same in another unit, `factor` (above 0) of which make one of this."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
+    def within(self, scale: tuple[float, float] | None) -> Estimate:
+        """The same with an interval that ends where the number's scale does; None: the scale is not known.
+
+        Student's interval of a share near 1 goes beyond 1, where no share is.
+        """
+        if scale is None:
+            return self
+        return Estimate(self.value, *(min(max(end, scale[0]), scale[1]) for end in (self.low, self.high)))
+
 
 # Scores of runs
 

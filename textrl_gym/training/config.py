@@ -102,7 +102,8 @@ class TrainOptions(SaveOptions):
     """What happens around the updates."""
 
     eval_every: Annotated[int, Ge(0)] = 20
-    """Updates between two evaluations on the validation split; 0 for none but the first and the last."""
+    """Updates between two evaluations on the validation split, at most; every tenth of a run has one too, if it has so
+    many updates. 0 for none but the first and the last."""
     eval_episodes: Annotated[int, Ge(1)] = 64
     """Held-out prompts of an evaluation during training."""
     gold: str | None = None

@@ -41,6 +41,9 @@ from textrl_gym.training.run_folder import append_evaluation
 
 T = TypeVar("T")
 
+LEAST_EVALUATIONS = 10
+"""Of a run, spread evenly over its tokens, whatever its budget: fewer points are no learning curve."""
+
 
 class Learner(Shardable, Player, Protocol):
     """An agent, as the training loop sees it. The loop stands below the agents and imports none."""
@@ -190,6 +193,8 @@ class _Run:
             agent.set_logger(update_log.new_logger(self.out / tb_log_name if tb_log_name else self.out))
         self.evaluated: dict[str, float] = {}
         """Numbers of the last evaluation, as they are logged."""
+        self.evaluated_at = (0, 0)
+        """Updates and timesteps of the last evaluation."""
         distributed.shard(agent, options.shard)
         self.last = recovery.LastUpdate(agent)
         self.saved_at: int | None = agent.num_updates if agent.num_updates else None
@@ -245,8 +250,7 @@ class _Run:
         self.callback.init_callback(agent)  # type: ignore[arg-type] # an agent has what callbacks use of SB3's algorithms
         self.callback.on_training_start(locals(), globals())
         earlier = processes.from_first(self._earlier_evaluations)
-        for watcher in self._watchers():
-            watcher.remember_evaluations(earlier)
+        self._remember(earlier)
         with self.bar:
             task = self.task = self.bar.add_task(
                 type(agent).__name__, total=total, completed=agent.num_timesteps, note=""
@@ -301,6 +305,14 @@ class _Run:
     def _earlier_evaluations(self) -> list[Evaluation]:
         return run_folder.read_evaluations(self.out) if self.agent.num_updates else []
 
+    def _remember(self, earlier: list[Evaluation]) -> None:
+        for watcher in self._watchers():
+            watcher.remember_evaluations(earlier)
+        if earlier:
+            last = earlier[-1].row
+            # Not beyond now: a second learn() may count its timesteps anew.
+            self.evaluated_at = last.get("updates", 0), min(last["timesteps"], self.agent.num_timesteps)
+
     def _begin(self, earlier: list[Evaluation], total: int) -> bool:
         """What comes before the first update of this call; whether all who watch want to go on."""
         agent = self.agent
@@ -326,9 +338,15 @@ class _Run:
             budgets.write(self.out, {split: env.source for split, env in envs.items()}, lengths)
 
     def _evaluation_due(self, total: int) -> bool:
+        every, now = self.options.eval_every, self.agent.num_timesteps
         # The last evaluation comes behind the loop, with greedy decoding too, and would be done twice otherwise.
-        every = self.options.eval_every
-        return bool(every) and self.agent.num_updates % every == 0 and self.agent.num_timesteps < total
+        if not every or now >= total:
+            return False
+        # From the last evaluation, which a resumed run reads from its folder: it evaluates where one that was not
+        # stopped does.
+        updates, timesteps = self.evaluated_at
+        tenth, last_tenth = (LEAST_EVALUATIONS * t // total for t in (now, timesteps))
+        return tenth > last_tenth or self.agent.num_updates - updates >= every
 
     def _evaluate_at_end(self, earlier: list[Evaluation]) -> None:
         # A kill may have come between the last evaluation and the last checkpoint.
@@ -441,6 +459,7 @@ class _Run:
         row = {"timesteps": agent.num_timesteps, "updates": agent.num_updates} | metrics
         row["train_seconds"] = self.seconds["collect"] + self.seconds["update"]
         append_evaluation(self.out, row, samples)
+        self.evaluated_at = agent.num_updates, agent.num_timesteps
         logs.log_evaluation(agent.logger, row)
         self.evaluated = {f"eval/{name}": float(value) for name, value in metrics.items()}
         if self.options.show_samples:

@@ -2,5 +2,6 @@
 
 - `server`: pages and actions, to this machine or with a token to others
 - `annotate`: the annotation page
-- `watch`: a comparison's page while its runs go on
+- `watched`: what a folder holds, and how far its runs are
+- `watch`: its page while runs go on
 """

@@ -1,11 +1,12 @@
 "use strict";
-// Of the served page only: how far the runs are, and the page anew when one has ended. What was chosen stays.
+// Of the served page only: how far the runs are, their curves, and the page anew when there is a newer one. What was
+// chosen stays.
 (() => {
   const box = document.getElementById("live"), memory = "textrl-gym-watch";
   const make = (tag, text) => Object.assign(document.createElement(tag), { textContent: text });
-  const forms = () => [...document.forms], folds = () => [...document.querySelectorAll("main details")];
+  const forms = () => [...document.forms], folds = () => [...document.querySelectorAll("details")];
   const isBox = (field) => field.type === "checkbox" || field.type === "radio";
-  let reloading = false;
+  let reloading = false, drawn = "";
 
   // -- what a reload keeps --------------------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@
         field.type === "checkbox" ? !field.checked : field.type === "search" || field.type === "number" ? field.value : 0
       )
     );
-    const inside = document.activeElement?.closest("form, main [tabindex], details");
+    const inside = document.activeElement?.closest("form, [tabindex], details");
     return filtered || inside || folds().some((fold) => fold.open) || !getSelection().isCollapsed;
   }
 
@@ -59,7 +60,8 @@
   function row(run) {
     const made = document.createElement("tr"), head = make("th", run.run);
     head.scope = "row";
-    const tokens = run.done ? `${Math.min(100, Math.floor((100 * run.done) / run.total))}%` : "";
+    const share = run.total ? `${Math.min(100, Math.floor((100 * run.done) / run.total))}%` : String(run.done);
+    const tokens = run.done ? share : "";
     const numbers = [run.score, run.kl].map((x) => (x === null ? "" : x.toFixed(3)));
     made.append(head, ...[run.state, tokens, ...numbers, time(run.left)].map((text) => make("td", text)));
     return made;
@@ -78,11 +80,24 @@
     return wide;
   }
 
-  function show({ version, runs }) {
+  async function draw(version) {
+    if (version === drawn) return;
+    const answer = await fetch(`/curves${location.search}`);
+    if (!answer.ok) return;
+    drawn = version;
+    let place = document.getElementById("curves"); // a run's page has its own; of a comparison they stand below the table
+    if (!place) {
+      place = Object.assign(document.createElement("div"), { id: "curves" });
+      box.after(place);
+    }
+    place.innerHTML = await answer.text(); // its texts are escaped, and a script that is set so does not run
+  }
+
+  function show({ version, curves, runs }) {
     const going = runs.filter((run) => run.state !== "done"), done = runs.length - going.length;
     const fresh = version !== box.dataset.version, parts = [];
     if (fresh && !busy()) return reload();
-    parts.push(make("p", `${done} of ${runs.length} runs have finished.`));
+    if (runs.length) parts.push(make("p", `${done} of ${runs.length} runs have finished.`));
     if (fresh) {
       const button = make("button", "New results: reload");
       button.onclick = reload;
@@ -90,19 +105,22 @@
     }
     if (going.length) parts.push(table(going));
     box.replaceChildren(...parts);
+    return draw(curves);
   }
 
   async function ask() {
     try {
       const answer = await fetch(`/status${location.search}`);
       if (!answer.ok) throw new Error(answer.statusText);
-      show(await answer.json());
+      await show(await answer.json());
     } catch {
       box.replaceChildren(make("p", "The server does not answer. Asking again."));
     }
     if (!reloading) setTimeout(ask, 3000);
   }
 
+  // Pages of tasks are asked for with the same token.
+  for (const link of document.links) if (link.origin === location.origin && !link.hash) link.search = location.search;
   restore();
   ask();
 })();
