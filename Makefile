@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export GOMP_SPINCOUNT = 1000
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test reliability docs-test adapters lint types check docs assets gpu gpu-wheels clean
+.PHONY: help install demo test reliability docs-test adapters lint types check docs notebooks dist assets gpu gpu-wheels clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -33,7 +33,7 @@ reliability: $(STAMP)  ## Run the long tests: known optima, real models, hacked 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 docs-test: $(STAMP)  ## Run the Python of every page of the documentation as it is printed, with small budgets.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/test_docs.py tests/test_readme.py tests/test_lecture.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/test_docs.py tests/test_readme.py tests/test_run_page.py $(ARGS)
 
 # The packages of others pin what ours leave open, so they have environments of their own; openenv's pins exclude trl's.
 ADAPTERS := build/adapters
@@ -60,6 +60,20 @@ types: $(STAMP)  ## Check types.
 
 docs: $(STAMP)  ## Build the documentation into site/, with warnings as errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(STAMP)  ## Write the tutorials and the lecture as notebooks: build/notebooks/.
+	$(BIN)/python tests/run_page.py --notebooks build/notebooks
+
+# Twine has an environment of its own: what it needs to upload is nobody else's.
+TWINE := build/twine/bin/python
+$(TWINE):
+	$(PYTHON) -m venv build/twine
+	$(TWINE) -m pip install "twine>=6.1"
+
+dist: $(STAMP) $(TWINE)  ## Build the source distribution and the wheel, and check them as an index would: dist/.
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(TWINE) -m twine check --strict dist/*
 
 check: lint types docs test  ## All that CI holds.
 

@@ -63,7 +63,7 @@ def on_config(config: Any) -> Any:
     for wing, names in modules().items():
         pages = [{name.removeprefix(f"{PACKAGE}.").rpartition(".")[2]: page_of(wing, name)} for name in names]
         groups.append({wing: pages})
-    config["nav"].append({"API by wing": groups})
+    config["nav"].insert(-1, {"API by wing": groups})  # before what only developers read
     return config
 
 

@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.metadata import Metadata
 
 import textrl_gym
 from textrl_gym import registry
@@ -130,9 +132,9 @@ def test_plugin_folders_have_one_name(root: Path, folder: str) -> None:
 def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the wheel is made of, so that building it leaves the checkout clean."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(root / name, source / name)
-    for name in ("textrl_gym", "agents", "envs"):
+    for name in ("textrl_gym", "agents", "envs", "tests"):
         shutil.copytree(root / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     return source
 
@@ -160,6 +162,29 @@ def test_wheel_holds_every_source_file_and_asset(source: Path, wheel: Path) -> N
     for kind in ("agents", "envs"):
         for plugin in registry.names(kind):
             assert f"textrl_gym/{kind}/{plugin}.py" in held
+
+
+def test_source_distribution_holds_what_the_wheel_is_made_of(source: Path, wheel: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    done = python(code, source)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    made_of = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    for kind in ("agents", "envs"):  # links in the checkout
+        made_of = {name.replace(f"textrl_gym/{kind}/", f"{kind}/") for name in made_of}
+    assert made_of - held == set()
+    # All tests or none: some would come without the helpers that they import.
+    assert {name for name in held if name.startswith("tests/")} == set()
+
+
+def test_metadata_are_what_an_index_takes(wheel: Path, root: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+    metadata = Metadata.from_email(archive.read(name), validate=True)  # raises on what an index would refuse
+    assert metadata.description_content_type == "text/markdown"
+    assert (metadata.description or "").strip() == (root / "README.md").read_text(encoding="utf-8").strip()
 
 
 def test_wheel_names_its_licence_and_command(wheel: Path) -> None:
