@@ -307,6 +307,21 @@ def test_pairs_are_on_the_same_prompts(made: tuple[str, Page], folder: Path) -> 
     assert one[1:] == [f"{elo[3].value:+.0f}", f"{elo[3].low:+.0f} to {elo[3].high:+.0f}"]
 
 
+def test_the_heat_map_is_a_table(made: tuple[str, Page], folder: Path) -> None:
+    rows = {row["agent"]: row for row in map(dict, (zip(*pair, strict=True) for pair in heat_of(made[1])))}
+    pair = numbers.pairs(read_comparison(folder), read_comparison(folder).same_prompts()[0])[0]
+    assert rows["alpha"]["my:Beta"] == f"{pair.win_rate.value:.2f}"
+    assert rows["my:Beta"]["alpha"] == f"{1 - pair.win_rate.value:.2f}" and rows["alpha"]["alpha"] == ""
+    share = round(200 * (pair.win_rate.value - 0.5))
+    for color in ("plus", "minus"):
+        assert f"color-mix(in srgb, var(--{color}) {share}%, var(--card))" in made[0]
+
+
+def heat_of(page: Page) -> list[tuple[list[str], list[str]]]:
+    head, *rows = page.tables["Who beats whom, as colours"]
+    return [(head, [cell.removeprefix(" | ") for cell in row]) for row in rows]
+
+
 def test_other_prompts_are_left_out_of_pairs(tmp_path: Path) -> None:
     write_comparison(tmp_path)
     file = tmp_path / "runs" / "my.Beta-0" / "episodes.jsonl"
@@ -681,6 +696,7 @@ def test_data_cannot_end_its_script() -> None:
 
 
 def test_the_file_stands_alone(made: tuple[str, Page]) -> None:
+    assert len(made[0].encode()) < 1_500_000, "1.2 MB of it are plotly.js"
     text, page = made
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"link", "img", "iframe", "object"}
@@ -702,9 +718,9 @@ def test_the_page_can_be_read_without_seeing_it(made: tuple[str, Page]) -> None:
     links = [known["href"] for tag, known in elements if tag == "a"]
     assert links and all(link is not None and link[1:] in ids for link in links)
     drawn = [known for _, known in elements if known.get("class") == "chart"]
-    assert len(drawn) == 14
+    assert len(drawn) == 13
     for known in drawn:
-        assert known["role"] == "img" and known["aria-label"]
+        assert known["role"] == "group" and known["aria-label"]
         title = (known["aria-label"] or "").partition(". The numbers")[0]
         assert len(made[1].tables[title]) > 1, f"{title} has its numbers as a table"
     assert ("html", {"lang": "en"}) in elements
@@ -847,6 +863,7 @@ found.title = document.title;
 found.buttons = $("#chart-frontier .modebar-btn").map((b) => b.dataset.title);
 found.fetched = performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:"));
 found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+found.open = $("#samples .prompt").filter((prompt) => prompt.open).length;
 found.all = [seen(".prompt"), seen(".answer")];
 type("text", "SECOND"); found.text = [seen(".prompt"), document.getElementById("found").textContent];
 type("text", "my:beta says"); found.said = seen(".prompt");
@@ -902,10 +919,11 @@ def test_in_a_browser(made: tuple[str, Page], folder: Path, tmp_path: Path) -> N
     assert found["fetched"] == []
     assert "Download plot" in found["buttons"]
     assert not [name for name in found["buttons"] if "hare" in name or "loud" in name], "nothing is sent anywhere"
-    charts = "curve-tokens curve-seconds frontier matrix profile overoptimisation lengths cost "
+    charts = "curve-tokens curve-seconds frontier profile overoptimisation lengths cost "
     charts += "curve-score drift-kl_sequence drift-completion_tokens drift-eos_share drift-distinct_2 drift-repetition"
     assert set(found["charts"]) == {f"chart-{key}" for key in charts.split()}
     assert all(count > 0 for count in found["charts"].values()), found["charts"]
+    assert found["open"] == 4
     assert found["all"] == [4, 12]  # the start, alpha and my:Beta
     assert found["text"] == [1, "1 of 4 prompts shown"]
     assert found["said"] == 4
@@ -921,6 +939,8 @@ def test_on_a_dark_phone(made: tuple[str, Page], folder: Path, tmp_path: Path) -
     found, console = browse(folder / "report.html", tmp_path, "--blink-settings=preferredColorScheme=0", frame=True)
     assert console == []
     assert found["wide"] == 0, "the page scrolls sideways"
+    assert found["open"] == 0, "prompts are folded away until they are asked for"
+    assert found["text"] == [1, "1 of 4 prompts shown"]
     assert all(count > 0 for count in found["charts"].values()), found["charts"]
     assert found["color"] == rgb(DARK[0])
 

@@ -238,6 +238,10 @@ def test_lines(tmp_path: Path) -> None:
         assert "".join(row["tokens"]) == row["completion"]
         assert len(row["group_scores"]) == token_credit.GROUP
         assert row["score"] in row["group_scores"]
+    for best, worst in zip(rows[::2], rows[1::2], strict=True):
+        assert best["score"] == max(best["group_scores"]) and worst["score"] == min(worst["group_scores"])
+    assert any(best["score"] > worst["score"] for best, worst in zip(rows[::2], rows[1::2], strict=True))
+    for row in rows:
         for name in token_credit.QUANTITIES:
             assert len(row[name]) == len(row["tokens"])
             assert all(float(f"{x:.4g}") == x for x in row[name])

@@ -140,7 +140,16 @@ def between(estimate: Estimate) -> str:
 def painted(chart: Chart) -> dict[str, Any]:
     """The figure as plain data for the script."""
     # By way of plotly's JSON, which knows numpy's arrays and dates; the figure's own dict holds them as they are.
-    return json.loads(chart.figure.to_json())
+    return _rounded(json.loads(chart.figure.to_json()))
+
+
+def _rounded(data: Any) -> Any:
+    """Numbers to five digits, a hundredth of a pixel: seventeen are half of a page's data."""
+    if isinstance(data, float):
+        return float(f"{data:.5g}")
+    if isinstance(data, list):
+        return [_rounded(item) for item in data]
+    return {key: _rounded(item) for key, item in data.items()} if isinstance(data, dict) else data
 
 
 def palettes() -> dict[str, Sequence[str]]:

@@ -35,8 +35,6 @@ from textrl_gym.rollouts.scoring import rescore, token_entropy
 
 PROMPTS = 6
 GROUP = 8  # GRPO's default, so that a group's mean is as noisy here as in training
-SHOWN = 2
-"""Texts of each group that are written down."""
 QUANTITIES = ("advantage", "value", "kl", "entropy", "ratio")
 LARGEST_LOG = 80.0
 """Its exponential is still a float32."""
@@ -122,7 +120,7 @@ def pieces(tokenizer: TokenDecoder, ids: Sequence[int]) -> list[str]:
 
 
 def lines(agent: CreditedPlayer, mdp: TextVectorEnv, indices: Iterable[int], seed: int) -> list[str]:
-    """A JSON object for each shown text: prompt, tokens, score and what the agent says of every token.
+    """A JSON object for the best and the worst text of each prompt: tokens, scores, what the agent says of each token.
 
     Args:
         mdp: a text vector environment with held-out prompts.
@@ -136,8 +134,10 @@ def lines(agent: CreditedPlayer, mdp: TextVectorEnv, indices: Iterable[int], see
     scores, stops, lengths = rollout.score_B.tolist(), rollout.stop_B.tolist(), rollout.present_BT.sum(1).tolist()
     rows = []
     for group, index in enumerate(chosen):
-        of_group = slice(group * GROUP, (group + 1) * GROUP)
-        for row in range(group * GROUP, group * GROUP + SHOWN):
+        of_group = range(group * GROUP, (group + 1) * GROUP)
+        ranked = sorted(of_group, key=lambda row: -scores[row])
+        # By the score that is trained on: where they differ most, credit has most to say.
+        for row in (ranked[0], ranked[-1]):
             record = {
                 "index": index,
                 "prompt": rollout.prompts[row],
@@ -145,7 +145,7 @@ def lines(agent: CreditedPlayer, mdp: TextVectorEnv, indices: Iterable[int], see
                 "tokens": pieces(mdp.tokenizer, rollout.token_BT[row, : lengths[row]].tolist()),
                 "stop_reason": StopReason(stops[row]).name,
                 "score": scores[row],
-                "group_scores": [rounded(score) for score in scores[of_group]],
+                "group_scores": [rounded(scores[other]) for other in of_group],
             }
             record |= {name: [rounded(x) for x in x_BT[row, : lengths[row]].tolist()] for name, x_BT in credit.items()}
             rows.append(json.dumps(record))

@@ -26,8 +26,8 @@ from textrl_gym.reports.run_page import CHART_STYLE
 from textrl_gym.stats.estimates import Estimate
 
 ASSETS = Path(__file__).parents[1] / "assets" / "report"
-PLOTLY = "plotly-cartesian.min.js"
-"""plotly.js with the charts that pages have, a third of the whole (npm: plotly.js-cartesian-dist-min; MIT)."""
+PLOTLY = "plotly-basic.min.js"
+"""plotly.js with lines, points and bars alone, a quarter of the whole (npm: plotly.js-basic-dist-min; MIT)."""
 SAMPLES_SHOWN = 40
 # The file is opened from a disk and may be sent on: texts of a model in it must be able to load and to send nothing.
 PAGE_SECURITY_POLICY = (
@@ -83,10 +83,7 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
         "settings": ("Settings", setting_section(comparison)),
     }
     links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, (name, _) in sections.items())
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{name}</h2>{html}</section>'
-        for key, (name, html) in sections.items()
-    )
+    body = "".join(f'<section id="{key}"><h2>{name}</h2>{html}</section>' for key, (name, html) in sections.items())
     # Only the page that is served may connect, and only to its own server.
     policy, live, scripts, style = PAGE_SECURITY_POLICY, "", ["page.js", "credit.js"], asset("page.css")
     if version:
@@ -94,7 +91,7 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
         scripts.append("live.js")
         style += CHART_STYLE
     title = escape(f"{comparison.environment}: {numbers.listed([g.label for g in comparison.groups])}")
-    data = {key: painted(chart) for key, chart in drawn.items()}
+    data = {key: painted(chart) for key, chart in drawn.items() if key != "matrix"}  # which is a table on the page
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -150,17 +147,42 @@ def cells(row: Iterable[object]) -> str:
 def figure_html(chart: Chart) -> str:
     """A chart with its words, and its numbers as a table."""
     return (
-        f'<figure><h3>{escape(chart.title)}</h3><div class="chart" id="chart-{chart.key}" role="img" '
+        f'<figure><h3>{escape(chart.title)}</h3><div class="chart" id="chart-{chart.key}" role="group" '
         f'aria-label="{escape(chart.title)}. The numbers are in the table below."></div><noscript><p>The chart needs '
         f"JavaScript; its numbers are below.</p></noscript><figcaption>{escape(chart.note)}</figcaption>"
-        f"<details><summary>The numbers of “{escape(chart.title)}”</summary>"
-        f"{table(chart.head, chart.rows, chart.title)}</details>{folded(chart.more) if chart.more else ''}</figure>"
+        f"{folded(Table(f'The numbers of “{chart.title}”', chart.head, chart.rows), chart.title)}"
+        f"{folded(chart.more) if chart.more else ''}</figure>"
     )
 
 
-def folded(more: Table) -> str:
+def heat_table(chart: Chart) -> str:
+    """A heat map as a table whose cells have its colours, with its words and numbers."""
+    heat = chart.figure.data[0]
+    # What plotly is given is escaped for it, as HTML is.
+    names = [Markup(name) for name in heat.x]
+    rows = [[name, *map(_heat, line)] for name, line in zip(names, heat.z, strict=True)]
+    cells_of = table(("agent", *names), rows, f"{chart.title}, as colours").replace(
+        "<table>", '<table class="heat">', 1
+    )
+    return (
+        f"<figure><h3>{escape(chart.title)}</h3>{cells_of}<figcaption>{escape(chart.note)}</figcaption>"
+        f"{folded(Table(f'The numbers of “{chart.title}”', chart.head, chart.rows), chart.title)}</figure>"
+    )
+
+
+def _heat(rate: float | None) -> Markup:
+    if rate is None:
+        return Markup("")
+    color, share = "plus" if rate > 0.5 else "minus", round(200 * abs(rate - 0.5))
+    return Markup('<span style="background: color-mix(in srgb, var(--{}) {}%, var(--card))">{:.2f}</span>').format(
+        color, share, rate
+    )
+
+
+def folded(more: Table, label: str = "") -> str:
     """A further table, folded away."""
-    return f"<details><summary>{escape(more.title)}</summary>{table(more.head, more.rows, more.title)}</details>"
+    rows = table(more.head, more.rows, label or more.title)
+    return f"<details><summary>{escape(more.title)}</summary>{rows}</details>"
 
 
 def pair_of(drawn: dict[str, Chart], *keys: str) -> str:
@@ -282,7 +304,7 @@ def beaten(comparison: Comparison, chart: Chart | None) -> str:
         "to 1; only differences mean anything."
     )
     rated = table(("agent", "Elo points", spread), rows, "Bradley-Terry ratings")
-    return f'{missed}{figure_html(chart)}<h3>Ratings</h3>{rated}<p class="soft small">{note}</p>'
+    return f'{missed}{heat_table(chart)}<h3>Ratings</h3>{rated}<p class="soft small">{note}</p>'
 
 
 def exploited(comparison: Comparison, chart: Chart | None) -> str:
@@ -343,9 +365,9 @@ def sample_section(comparison: Comparison) -> str:
         answers += [(g.label, g, g.runs[0].episodes[number]) for g in groups]
         cards = "".join(_answer(place, *answer) for place, answer in enumerate(answers))
         prompts.append(
-            f'<article class="prompt" data-number="{number + 1}"><h3>Prompt {number + 1}</h3>'
+            f'<details class="prompt" data-number="{number + 1}" open><summary><h3>Prompt {number + 1}</h3></summary>'
             f'<div class="said asked" tabindex="0" role="region" aria-label="Prompt {number + 1}">'
-            f'{escape(asked["prompt"].strip())}</div>{_wanted(asked)}<div class="answers">{cards}</div></article>'
+            f'{escape(asked["prompt"].strip())}</div>{_wanted(asked)}<div class="answers">{cards}</div></details>'
         )
     seeds = "seed 0" if all(g.runs[0].spec["seed"] == 0 for g in groups) else "each agent's first finished seed"
     note = f"The first {count} held-out prompts, not picked; answers of {seeds}, sampled with the same random numbers."

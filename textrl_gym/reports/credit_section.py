@@ -7,14 +7,14 @@ quantity has one scale for all agents, texts and prompts, so that equal colours 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import escape
 
 from textrl_gym.charts.plotting import LIGHT
-from textrl_gym.evaluation.token_credit import QUANTITIES
+from textrl_gym.evaluation.token_credit import QUANTITIES, rounded
 from textrl_gym.experiments.results import Comparison, Group
 
 WORDS = {
@@ -94,6 +94,13 @@ def without_credit(comparison: Comparison, data: dict[str, Any] | None) -> list[
     return [group for group in comparison.groups if group.label not in shown]
 
 
+def which(texts: Sequence[Mapping[str, Any]]) -> str:
+    """Which completions of a group are there; before 0.2 they were the first two."""
+    extremes = all(rounded(text["score"]) in (max(text["group_scores"]), min(text["group_scores"])) for text in texts)
+    group = len(texts[0]["group_scores"])
+    return f"the best and the worst of {group}, by the score that is trained on" if extremes else f"two of {group}"
+
+
 def credit(comparison: Comparison, data: dict[str, Any] | None) -> str:
     """The section's HTML; the script fills in what is hidden here."""
     if data is None:
@@ -110,7 +117,7 @@ def credit(comparison: Comparison, data: dict[str, Any] | None) -> str:
         for place, name in enumerate(data["scales"])
     )
     note = (
-        "Completions of held-out prompts by the initial policy, two of each group of eight. Each agent, as its first "
+        f"Completions of held-out prompts by the initial policy, {which(data['texts'])}. Each agent, as its first "
         "finished seed ended, reads the same texts as if it had written them. Advantages are what its loss would "
         "take: of PPO one for each token, of GRPO and its relatives one for a whole completion, against its group; "
         "where an algorithm scales them, over these texts. Of agents that only decode, the policy that "

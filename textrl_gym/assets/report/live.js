@@ -39,8 +39,8 @@
         field.type === "checkbox" ? !field.checked : field.type === "search" || field.type === "number" ? field.value : 0
       )
     );
-    const inside = document.activeElement?.closest("form, [tabindex], details");
-    return filtered || inside || folds().some((fold) => fold.open) || !getSelection().isCollapsed;
+    const inside = document.activeElement?.closest("form, [tabindex], details:not(.prompt)");
+    return filtered || inside || folds().some((fold) => fold.open && !fold.matches(".prompt")) || !getSelection().isCollapsed;
   }
 
   function reload() {

@@ -12,11 +12,7 @@
 
   function paintTrace(trace) {
     const meta = trace.meta || {};
-    if (meta.heat) {
-      trace.colorscale = dark.matches
-        ? [[0, "#ee7733"], [0.5, "#2a2d31"], [1, "#56b4e9"]]
-        : [[0, "#c84e00"], [0.5, "#f3f3f0"], [1, "#0072b2"]];
-    } else if (meta.color !== undefined) {
+    if (meta.color !== undefined) {
       const color = palettes[dark.matches ? "dark" : "light"][meta.color];
       if (meta.fill) trace.fillcolor = faint(color, meta.fill);
       else if (trace.type === "bar")
@@ -92,9 +88,12 @@
       const right = !number || prompt.dataset.number === number;
       prompt.hidden = !(right && there.length && [texts[0], ...there].some((said) => said.includes(text)));
       shown += !prompt.hidden;
+      if (text || number) prompt.open = true;
     }
     status.textContent = `${shown} of ${prompts.length} prompts shown`;
   }
+  // Forty prompts are twenty screens of a phone.
+  if (narrow()) for (const prompt of prompts) prompt.open = false;
   form.hidden = false;
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
