@@ -72,7 +72,10 @@ def model(seed: int = 0, vocab_size: int = 8) -> torch.nn.Module:
 @pytest.fixture
 def stub(tmp_path: Path) -> Iterator[Stub]:
     """A server of a model with other weights than the policies that use it."""
-    model(seed=9).save_pretrained(tmp_path / "served")  # type: ignore[operator]
+    other = model(seed=9)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(50)  # type: ignore[operator] # sharp: it takes other tokens
+    other.save_pretrained(tmp_path / "served")  # type: ignore[operator]
     with running(Stub(tmp_path / "served")) as server:
         yield server
 
@@ -300,14 +303,14 @@ def test_weights_by_ipc_are_handles_of_the_gpus_memory(
 
 
 def test_a_started_server_gets_the_gpus_that_training_leaves() -> None:
-    given = {"CUDA_VISIBLE_DEVICES": "0,2,5", "WORLD_SIZE": "2", "PYTHONPATH": "here", "HOME": "/root"}
-    over_nccl = server_environment(given, "nccl", training_processes=2)
+    given = {"CUDA_VISIBLE_DEVICES": "0,2,5", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": "here", "HOME": "/root"}
+    over_nccl = server_environment(given, "nccl")
     assert over_nccl == {"CUDA_VISIBLE_DEVICES": "5", "HOME": "/root", "VLLM_SERVER_DEV_MODE": "1"}
-    by_ipc = server_environment(given, "ipc", training_processes=1)
+    by_ipc = server_environment(given, "ipc")
     assert (by_ipc["CUDA_VISIBLE_DEVICES"], by_ipc["VLLM_ALLOW_INSECURE_SERIALIZATION"]) == ("0", "1")
-    assert server_environment(given, "disk", 1)["CUDA_VISIBLE_DEVICES"] == "0,2,5"
+    assert server_environment(given, "disk")["CUDA_VISIBLE_DEVICES"] == "0,2,5"
     with pytest.raises(ValueError, match=r"1 GPU\(s\) \(0\) for 1 training process\(es\) leave none.*take 'ipc'"):
-        server_environment({"CUDA_VISIBLE_DEVICES": "0"}, "nccl", 1)
+        server_environment({"CUDA_VISIBLE_DEVICES": "0"}, "nccl")
 
 
 # -- a server that misbehaves -----------------------------------------------------------------------------------------
@@ -427,8 +430,6 @@ def test_what_cannot_work_is_said_before_the_first_rollout(stub: Stub, client: C
     stub.config = config
     # Another model: the weights are sent, and change nothing.
     stub.take_weights = lambda folder: None  # type: ignore[method-assign]
-    with torch.no_grad():
-        policy.model.get_output_embeddings().weight.mul_(50)  # sharp, as of a trained model
     refused(r"differ from the policy's by \d.* nats a token: its model .*served' is another one")
     nobody = Client("http://127.0.0.1:9")
     with pytest.raises(Unreachable, match=r"no vLLM server answers at http://127\.0\.0\.1:9"):
@@ -516,21 +517,22 @@ def weights(agent: GRPO) -> Tensor:
 
 
 def test_a_run_by_the_server_stopped_and_gone_on_with_is_the_same_run(copy_stub: Stub, tmp_path: Path) -> None:
-    whole = agent_for(tmp_path, "whole")
+    whole = agent_for(tmp_path, "whole", lr_schedule="constant")
     whole.learn(120, vllm_url=copy_stub.url, **QUIET)
     assert whole.num_updates >= 4 and whole.served is None
     rows = read_rollouts(tmp_path / "whole")
     assert all(0 < row["rollout/mismatch_max"] < ATOL and row["rollout/importance_clipped"] == 0 for row in rows)
     assert not (tmp_path / "whole" / "vllm_weights").exists()
 
-    parts = agent_for(tmp_path, "parts")
+    parts = agent_for(tmp_path, "parts", lr_schedule="constant")
     parts.learn(60, vllm_url=copy_stub.url, **QUIET)
     parts = GRPO.load(tmp_path / "parts", out=tmp_path / "parts", device="cpu")
     copy_stub.restart()
-    parts.total_timesteps = 120
     parts.learn(120 - parts.num_timesteps, reset_num_timesteps=False, vllm_url=copy_stub.url, **QUIET)
     assert parts.num_updates == whole.num_updates
     assert parts.generator.get_state().equal(whole.generator.get_state())
+    torch.testing.assert_close(weights(parts), weights(whole), atol=1e-6, rtol=0)
+    assert (weights(whole) - weights(agent_for(tmp_path, "fresh"))).abs().max() > 1e-3
 
 
 def test_the_mismatch_is_logged_and_on_the_health_card(copy_stub: Stub, tmp_path: Path, capsys: Any) -> None:
@@ -590,6 +592,7 @@ def test_a_server_is_started_for_a_run_and_ends_with_it(tmp_path: Path) -> None:
     assert "serving -m vllm.entrypoints.cli.main serve" in log and "--seed 3" in log
     assert "--logprobs-mode processed_logprobs --generation-config vllm" in log
     port = int(log.split("--port ")[1].split()[0])
+    assert not (tmp_path / "run" / "vllm_model").exists()
     gone = Client(f"http://127.0.0.1:{port}")
     with pytest.raises(Unreachable):
         gone.get("health")
@@ -613,6 +616,10 @@ def test_environments_and_settings_that_cannot_are_refused(tmp_path: Path) -> No
     talk = TextVectorEnv(4, task=Halving, group_size=2)
     with pytest.raises(ValueError, match="Halving is a conversation"):
         GRPO(talk, tiny.llama(talk.vocab_size), out=tmp_path / "a", device="cpu").learn(10, **url, **QUIET)
+    with pytest.raises(
+        ValueError, match="vllm_transfer='ipc' needs the policy on a GPU, and it is on cpu: take 'disk'"
+    ):
+        agent_for(tmp_path, "b").learn(10, **url, **(QUIET | {"vllm_transfer": "ipc"}))
     with pytest.raises(ValueError, match="give importance_cap"):
         agent_for(tmp_path, importance_cap=None).learn(10, rollouts_ahead=True, **url, **QUIET)
     for options, words in (

@@ -72,7 +72,7 @@ def collect(
 
 
 class Collection:
-    """One rollout on its way: drawn when this is made, sampled by `sample` or before that by a thread of `begin`.
+    """One rollout on its way: drawn when this is made, sampled by `finish` or before that by a thread of `begin`.
 
     Arguments as of `collect`.
     """
@@ -107,15 +107,15 @@ class Collection:
             self._sampling = pool.submit(self._complete)
         return self
 
-    def sample(self) -> sampler.Completions:
+    def finish(self) -> None:
         """2. A completion of each prompt: those of the thread, when they are there, or sampled now."""
-        if self._completions is None and self._sampling is None:
+        if self._completions is not None or not self.rows:
+            return
+        if self._sampling is None:
             self._completions = self._complete()
-        elif self._completions is None and self._sampling is not None:
-            with phase("rollout"):  # of which the thread tells nobody
-                self._completions = self._sampling.result()
-        assert self._completions is not None
-        return self._completions
+            return
+        with phase("rollout"):  # of which the thread tells nobody
+            self._completions = self._sampling.result()
 
     def _complete(self) -> sampler.Completions:
         return complete(self.mdp, self.policy, self.rows, self.prompt_ids, self._uniform_bT, self._sampler)
@@ -124,7 +124,9 @@ class Collection:
         """3. Scores, reference and rewards, by the policy as it is now; the rollout of all processes."""
         if not self.rows:  # fewer groups than processes
             return _joined(None, self.policy.device)
-        part = rollout_of(self.mdp, self.policy, self.rows, self.prompt_ids, self.sample(), kl_coef=kl_coef)
+        self.finish()
+        assert self._completions is not None
+        part = rollout_of(self.mdp, self.policy, self.rows, self.prompt_ids, self._completions, kl_coef=kl_coef)
         return _joined(part, self.policy.device)
 
 

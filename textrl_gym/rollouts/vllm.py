@@ -345,11 +345,11 @@ class ServedRollouts:
     def collect(self, agent: Trained, kl_coef: float) -> Rollout:
         """A rollout of the agent; ahead, the next one is begun."""
         if self._next is not None:
-            self._next.sample()  # before the server gets other weights
+            self._next.finish()  # before the server gets other weights
         self.sampler.sends_again = True
         self.sampler.sync(agent.policy, agent.num_updates)
         current = self._next or self._drawn(agent)
-        current.sample()
+        current.finish()
         self.forget()
         if self.ahead:
             self.streams = (agent.env.streams(), agent.generator.get_state())
@@ -377,7 +377,6 @@ class ServedRollouts:
 @contextlib.contextmanager
 def connected(
     agent: Trained,
-    tokenizer: Any,
     folder: Path,
     *,
     url: str | None,
@@ -397,6 +396,10 @@ def connected(
         ServerError: no server answers, or it cannot do what rollouts need.
     """
     policy, mdp = agent.policy, agent.env
+    if transfer != "disk" and policy.device.type != "cuda":
+        raise ValueError(
+            f"vllm_transfer={transfer!r} needs the policy on a GPU, and it is on {policy.device}: take 'disk'"
+        )
     policy.require_one_text("be sampled by a vLLM server")
     if mdp.turns is not None:
         raise ValueError(f"{type(mdp.task).__name__} is a conversation, whose replies a vLLM server cannot give")
@@ -405,12 +408,11 @@ def connected(
             server = vllm_process.started(
                 python,
                 policy,
-                tokenizer,
+                mdp.tokenizer,
                 folder,
                 places=mdp.max_prompt_tokens + mdp.max_new_tokens,
                 transfer=transfer,
                 arguments=arguments,
-                training_processes=processes.size(),
             )
             url = processes.from_first(lambda: stack.enter_context(server))
         assert url is not None

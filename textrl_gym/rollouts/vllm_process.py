@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,7 +37,6 @@ def started(
     places: int,
     transfer: TransferName,
     arguments: str = "",
-    training_processes: int = 1,
 ) -> Iterator[str]:
     """A server of the policy's model while the block lasts; gives its url.
 
@@ -46,7 +46,6 @@ def started(
         places: tokens of the longest prompt with its completion.
         transfer: how weights will get there.
         arguments: more of `vllm serve`, as a shell would take them.
-        training_processes: of this run on this machine, each with the GPU of its number.
 
     Raises:
         ServerError: it ends instead of answering, with the end of its log.
@@ -67,7 +66,7 @@ def started(
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     if transfer != "disk":
         command += ["--load-format", "dummy", "--weight-transfer-config", json.dumps({"backend": transfer})]
-    environ = server_environment(os.environ, transfer, training_processes)
+    environ = server_environment(os.environ, transfer)
     url = f"http://127.0.0.1:{port}"
     client = Client(url)
     with log.open("ab") as output:
@@ -85,9 +84,10 @@ def started(
     finally:
         client.close()
         _end(process)
+        shutil.rmtree(model, ignore_errors=True)
 
 
-def server_environment(environ: Mapping[str, str], transfer: TransferName, training_processes: int) -> dict[str, str]:
+def server_environment(environ: Mapping[str, str], transfer: TransferName) -> dict[str, str]:
     """The environment variables of a server that is started beside a run.
 
     Over NCCL the two sides need GPUs of their own: the training processes take the first ones that are visible, and the
@@ -102,11 +102,11 @@ def server_environment(environ: Mapping[str, str], transfer: TransferName, train
         server["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles are pickles; it listens to this machine alone
     if transfer == "disk":
         return server
-    visible = _visible_gpus(environ)
-    chosen = visible[:1] if transfer == "ipc" else visible[training_processes:]
+    visible, training = _visible_gpus(environ), int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    chosen = visible[:1] if transfer == "ipc" else visible[training:]
     if not chosen:
         raise ValueError(
-            f"{len(visible)} GPU(s) ({','.join(visible)}) for {training_processes} training process(es) leave none for "
+            f"{len(visible)} GPU(s) ({','.join(visible)}) for {training} training process(es) leave none for "
             f"the server: vllm_transfer={transfer!r} needs more; with one GPU take 'ipc'"
         )
     server["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)

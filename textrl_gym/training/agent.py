@@ -566,9 +566,8 @@ class Agent:
     def rng_state(self) -> tuple[dict[str, Any], Tensor]:
         """Where prompts, shuffling and sampling stand, and the timesteps done: JSON, and the generator's state."""
         streams, generator = self.env.streams(), self.generator.get_state()
-        if (
-            self.served is not None and self.served.streams is not None
-        ):  # a rollout that is drawn is not learnt from yet
+        # Before what is drawn ahead, and not learnt from yet.
+        if self.served is not None and self.served.streams is not None:
             streams, generator = self.served.streams
         shuffler = self.shuffler.bit_generator.state
         return {"num_timesteps": self.num_timesteps, "shuffler": shuffler, "env": streams}, generator

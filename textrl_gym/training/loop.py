@@ -231,7 +231,6 @@ class _Run:
             return
         with vllm.connected(
             agent,
-            agent.env.tokenizer,
             self.out,
             url=options.vllm_url,
             python=options.vllm_python,
