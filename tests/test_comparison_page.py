@@ -421,7 +421,8 @@ def test_intervals_end_where_the_scale_does(tmp_path: Path) -> None:
     (out / "compare.json").write_text(json.dumps(plan | {"environment": "MathWords-v0"}))
     comparison = read_comparison(out)
     assert comparison.scale("gold") == (0.0, 1.0) and comparison.scale("kl_sequence") is None
-    gap = numbers.paired_gap(comparison, *comparison.groups, numbers.seed_spread(comparison))
+    alpha, beta = comparison.groups
+    gap = numbers.paired_gap(comparison, alpha, beta, numbers.seed_spread(comparison))
     assert gap is not None and (gap.low, gap.high) == (-1.0, 1.0)
     other = dataclasses.replace(comparison, config=comparison.config | {"gold": "rouge"})
     assert other.scale("gold") is None and other.scale("win_rate") == (0.0, 1.0)

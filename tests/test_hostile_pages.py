@@ -15,7 +15,7 @@ from test_comparison_page import write_comparison
 from textrl_gym.experiments.results import read_comparison
 from textrl_gym.reports import comparison_page
 from textrl_gym.reports.run_page import report
-from textrl_gym.web import watch
+from textrl_gym.web import watched
 
 MARK = """"'></script><hostile src=x onerror=alert(1)>"""
 GONE = object()
@@ -89,7 +89,9 @@ def check(folder: Path, every: int, monkeypatch: pytest.MonkeyPatch) -> tuple[in
         file.write_text(text)
         try:
             page = comparison_page.comparison_html(read_comparison(folder), "v")
-            watch.status(folder)
+            now = watched.look(folder)
+            now.status()
+            page += now.curves_html()
         except ValueError:
             refused += 1
         else:

@@ -289,16 +289,15 @@ def browse(address: str, folder: Path) -> tuple[str, list[str]]:
 
 def ends_meanwhile(folder: Path, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second question on the run has ended."""
-    asked, status = [], watched.Watched.status.fget
-    assert status is not None
+    asked, status = [], watched.Watched.status
 
     def ask_and_end(now: watched.Watched) -> dict[str, Any]:
         asked.append(now)
         if len(asked) == 2:
             write_run(folder, run, 0.5)
-        return status(watched.look(folder))  # type: ignore[no-any-return]
+        return status(watched.look(folder))
 
-    monkeypatch.setattr(watched.Watched, "status", property(ask_and_end))
+    monkeypatch.setattr(watched.Watched, "status", ask_and_end)
 
 
 def test_a_page_that_nobody_uses_is_made_new(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

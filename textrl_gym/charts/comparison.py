@@ -153,8 +153,8 @@ def overoptimisation(comparison: Comparison) -> Chart | None:
             x = np.linspace(min(way.kl), max(way.kl), 60)
             curve = {"mode": "lines", "line": line(group), "showlegend": False, "hoverinfo": "skip"}
             chart.add_scatter(x=x.tolist(), y=(way.start + way.fit.gold(x)).tolist(), **look(group, **curve))
-            within = way.fit.peak_kl is not None and way.fit.peak_kl <= max(way.kl)
-            peak = short(way.fit.peak_kl) if within else "not among the KLs that were seen"
+            at = way.fit.peak_kl
+            peak = short(at) if at is not None and at <= max(way.kl) else "not among the KLs that were seen"
             row += [short(way.fit.alpha), short(way.fit.beta), short(way.fit.r2, 2), peak]
         else:
             row += ["-"] * 4

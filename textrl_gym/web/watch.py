@@ -7,6 +7,7 @@ comparison over tasks /ENV/report.html. Nothing is written. Who may look is said
 
 from __future__ import annotations
 
+import functools
 import threading
 from pathlib import Path
 
@@ -98,8 +99,8 @@ class WatchServer(PageServer):
         watched = look(self.folder)
         # Paths are still fixed, by the plan and not by who asks; the plan may come after the server.
         for task in watched.tasks if watched.kind == "suite" else ():
-            self.routes.setdefault(f"/{task}/report.html", lambda task=task: self._page_of(task))
-        return json_reply(watched.status)
+            self.routes.setdefault(f"/{task}/report.html", functools.partial(self._page_of, task))
+        return json_reply(watched.status())
 
     def _page_of(self, task: str) -> Reply:
         return Reply(live_page(self.folder / task, look(self.folder).version).encode(), "text/html")

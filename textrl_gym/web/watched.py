@@ -30,7 +30,9 @@ class Watched:
     @property
     def tasks(self) -> list[str]:
         """The environments of a comparison over tasks, each a folder."""
-        return [str(name) for name in files.read_json(self.folder / SUITE)["environments"]]
+        plan = files.read_json(self.folder / SUITE)
+        files.check_fields(plan, self.folder / SUITE, {"environments": (list,)})
+        return [str(name) for name in plan["environments"]]
 
     @property
     def version(self) -> str:
@@ -43,7 +45,6 @@ class Watched:
         gone = [str(run) for run in self.runs.values() if (run / ERROR).exists()]  # none when it is tried again
         return _stamp(logs, [self.kind, str(self.folder.is_dir()), *gone])
 
-    @property
     def status(self) -> dict[str, Any]:
         """The versions of page and curves, and of each run its state, tokens, score, KL and the seconds left."""
         logs = [log for run in self.shown.values() for log in (*run.glob("progress*.json"), run / EVALUATIONS)]
