@@ -44,7 +44,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Behind the title of a program, a link to its notebook."""
     path = run_page.DOCS / page.file.src_uri
-    if path not in run_page.programs():
+    # The page itself first: most pages are of the API, and finding all programs reads many files.
+    if path.parent.name not in run_page.FOLDERS or path not in run_page.pages(path.parent.name):
         return markdown
     title, _, rest = markdown.partition("\n")
     return f"{title}\n\n[This page as a notebook]({path.stem}.ipynb)\n{rest}"

@@ -102,7 +102,8 @@ def test_an_llm_engineer(tmp_path: Path) -> None:
     # Five words score 1, and each word more or less takes 0.1 off.
     assert first["score"] <= 1 and last["score"] <= 1 and last["score"] != first["score"]
 
-    textrl(tmp_path, "export", "runs/brief", "--to", "model")
+    # The folder names the engineer's own code, which a folder of others could do too: an error says what to type.
+    textrl(tmp_path, "export", "runs/brief", "--to", "model", "--trust-code")
     code = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
