@@ -295,7 +295,12 @@ def scaling(config: BenchConfig) -> dict[str, Any]:
     for axis, values in SCALES.items():
         for value in values:
             rows_new = (value, 32) if axis == "rows" else (64, value)
-            work = {"prompts": rows_new[0] // 8, "group": 8, "prompt_tokens": 16, "new_tokens": rows_new[1]}
+            work: dict[str, Any] = {
+                "prompts": rows_new[0] // 8,
+                "group": 8,
+                "prompt_tokens": 16,
+                "new_tokens": rows_new[1],
+            }
             agent = make_agent(dataclasses.replace(config, scoring=False, layers=1, **work))
             timing = time_iterations(agent, config.iterations)
             tokens = sum(timing.tokens)
