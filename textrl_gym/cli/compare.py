@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from textrl_gym.cli.options import (
@@ -34,12 +35,11 @@ class Output:
     """The comparison's folder; the same one goes on."""
 
 
-def compare_command(args: Sequence[str]) -> int:
-    """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
-    from textrl_gym.experiments import compare as home
+def _compare_flags(args: Sequence[str]) -> SimpleNamespace:
+    """The flags of compare; a suite that names its own settings has them before the user's, which win."""
+    from textrl_gym.experiments.compare import CompareConfig
     from textrl_gym.experiments.launching import LaunchConfig
-    from textrl_gym.experiments.results import ERROR, RUNS
-    from textrl_gym.experiments.suite import BENCHMARK, SUITES, compare_suite, suite
+    from textrl_gym.experiments.suite import BENCHMARK, SUITES
 
     about = "environment ids, module:ID or module:Class; several make a comparison over tasks"
     about_suite = f"{', '.join(SUITES)}: the environments of a suite in place of ENV; benchmark also sets the rest"
@@ -47,16 +47,25 @@ def compare_command(args: Sequence[str]) -> int:
         ("environments", positional("ENV", tuple[str, ...], about), ()),
         ("suite", flag(str | None, about_suite), None),
         ("output", flat(Output)),
-        ("settings", flat(home.CompareConfig)),
+        ("settings", flat(CompareConfig)),
         ("launch", flat(LaunchConfig)),
         env_flags(),
     ]
     tables = {"output": "compare", "settings": "compare", "launch": "compare", "env": "env"}
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--suite")
-    if peek.parse_known_args(args)[0].suite == "benchmark":  # before the user's own flags, which win
+    if peek.parse_known_args(args)[0].suite == "benchmark":
         args = [*as_arguments(changes(BENCHMARK)), *args]
-    parsed = parse_command("compare", compare_command.__doc__, parts, tables, args)
+    return parse_command("compare", compare_command.__doc__, parts, tables, args)
+
+
+def compare_command(args: Sequence[str]) -> int:
+    """Compare agents x seeds x KL coefficients on the same prompts, reward and budget; stopped, it goes on."""
+    from textrl_gym.experiments import compare as home
+    from textrl_gym.experiments.results import ERROR, RUNS
+    from textrl_gym.experiments.suite import SUITES, compare_suite, suite
+
+    parsed = _compare_flags(args)
     out = parsed.output.out
     if parsed.suite is not None and parsed.environments:
         raise ValueError("give environments or --suite, and not both")
