@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 NOTE = (
     "Points are evaluations of training, of all seeds, with fewer held-out prompts than the summary's; the line is "
     "their mean, as far as all seeds go, and the band runs from the lowest seed to the highest. A thin line is the "
-    "mean of each update's rollout. A level line is an agent that was not trained in this comparison."
+    "mean of each update's rollout, which the policy before the update played. A level line is an agent that was not "
+    "trained in this comparison."
 )
 OF_SECONDS = "Evaluating is not counted; runs that shared a machine slowed each other down."
 SILENT = {"hoverinfo": "skip", "showlegend": False}
