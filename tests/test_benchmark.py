@@ -28,7 +28,7 @@ def published(root: Path) -> pd.DataFrame:
 
 def measure(rows: pd.DataFrame) -> pd.Series:
     """Gold scores, or where a task has none the scores."""
-    return rows["gold"] if rows["gold"].notna().all() else rows["score"]
+    return rows["gold"] if "gold" in rows and rows["gold"].notna().all() else rows["score"]
 
 
 def test_every_agent_was_run_on_every_task(published: pd.DataFrame) -> None:
