@@ -25,7 +25,8 @@ POINTS = 20
 def curve(group: Group) -> tuple[np.ndarray, np.ndarray]:
     """Mean training score by generated tokens, over updates and seeds. [POINTS], nan where there is no update."""
     tokens = [row["time/total_timesteps"] for run in group.runs for row in run.rollouts]
-    scores = [row["rollout/score"] for run in group.runs for row in run.rollouts]
+    # A conversation is scored turn by turn.
+    scores = [row["rollout/score"] + row.get("rollout/turn_rewards", 0.0) for run in group.runs for row in run.rollouts]
     edges = np.linspace(0, max(tokens), POINTS + 1)
     place = np.clip(np.digitize(tokens, edges) - 1, 0, POINTS - 1)
     means = [np.mean(of) if (of := np.array(scores)[place == n]).size else np.nan for n in range(POINTS)]
