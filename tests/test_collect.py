@@ -336,9 +336,8 @@ def test_sampling_copies_tokens_to_the_host_only_for_stop_strings(monkeypatch: p
             patch.setattr(torch.Tensor, "tolist", counting)
             return generate(*args, **kwargs)
 
-    monkeypatch.setattr(sampler, "generate", watched)
-    collect(make_env(6), policy, uniform_BT=uniforms(6))
+    collect(make_env(6), policy, uniform_BT=uniforms(6), sample=watched)
     assert copies == []
-    collect(make_env(6, stop=["a b c d e f g"]), policy, uniform_BT=uniforms(6))
+    collect(make_env(6, stop=["a b c d e f g"]), policy, uniform_BT=uniforms(6), sample=watched)
     # Of one token a row at a time, and not of all tokens so far, which would be quadratic.
     assert copies and all(len(shape) == 1 for shape in copies)

@@ -153,6 +153,7 @@ def test_a_failed_run_takes_no_other_down_and_a_saved_agent_is_only_evaluated(
     assert table["agent"].tolist() == ["grpo-0"]
 
 
+@pytest.mark.slow
 def test_all_are_trained_on_the_reward_that_is_named(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, agents=("reinforce",), seeds=1, set=SMALL.set[:1])
     env = EnvSettings(reward="length=-0.5")

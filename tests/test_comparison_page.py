@@ -773,6 +773,7 @@ def test_without_plotly(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_are_files_for_papers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("kaleido", reason="kaleido is not installed (extra figures)")
     find_browser()

@@ -134,6 +134,7 @@ episodes = 4
 """
 
 
+@pytest.mark.slow
 def test_one_file_says_what_every_command_does(
     their_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ def test_every_example_is_tested(root: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_memory_table(root: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(root / "examples" / "memory_table.py")]
     done = subprocess.run([*command, "--micro-batch-tokens", "2048"], capture_output=True, text=True, check=True)
@@ -103,6 +104,7 @@ def test_custom_agent_reaches_the_known_optimum(example: Path) -> None:
     assert known_optimum.distance(agent.policy, agent.policy.reference, agent.kl.coef) < 0.02
 
 
+@pytest.mark.slow
 def test_custom_agent_outside_the_package(root: Path, tmp_path: Path) -> None:
     """A user's file in a user's folder, by the command line, with its settings as flags and its own state saved."""
     source = (root / "examples" / "custom_agent.py").read_text()

@@ -255,7 +255,8 @@ def run(folder):
         os.kill(os.getpid(), signal.SIGKILL)
     if folder.name == "waits":
         worker._end_with_parent()
-        (folder / "pid").write_text(str(os.getpid()))
+        (folder / "new").write_text(str(os.getpid()))
+        (folder / "new").rename(folder / "pid")
         try:
             time.sleep(60)
         except KeyboardInterrupt:

@@ -229,6 +229,7 @@ def target(agent: AWR, prompt: str) -> Tensor:
     return weight_Y / weight_Y.sum()
 
 
+@pytest.mark.slow
 def test_awr_reaches_the_known_optimum_without_the_environment(tmp_path: Path) -> None:
     agent = AWR(
         "KnownOptimum-v0", seed=0, num_trajectories=4_000, rollout_episodes=256, learning_rate=5e-3, max_weight=100.0,

@@ -205,6 +205,7 @@ def favourites(reward: str, rows: list[Row], seed: int = 0) -> list[str]:
     return chosen
 
 
+@pytest.mark.slow
 def test_the_favourite_of_a_reward_model_has_the_gold_that_it_earns() -> None:
     rows = some_rows(40)
     loved, fair = favourites("reward_model", rows), favourites("reward_model:fair_reward_model", rows)

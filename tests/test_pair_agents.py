@@ -296,7 +296,9 @@ def test_without_spread_there_are_no_pairs(tmp_path: Path) -> None:
 # -- what they learn --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cls", "score"), [(DPO, 0.4), (OnlineDPO, 0.9), (RAFT, 0.9)])
+@pytest.mark.parametrize(
+    ("cls", "score"), [pytest.param(DPO, 0.4, marks=pytest.mark.slow), (OnlineDPO, 0.9), (RAFT, 0.9)]
+)
 def test_copy_text_is_learnt(cls: type[Agent], score: float, tmp_path: Path) -> None:
     """Online it is solved; from the pairs of a random start alone it is no more than learnt (0.13 before)."""
     agent = cls("CopyText-v0", seed=0, learning_rate=3e-3, out=tmp_path)

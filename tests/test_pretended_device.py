@@ -209,7 +209,10 @@ def weights(agent: Agent) -> Tensor:
     return torch.cat([to_cpu(p.detach()).flatten() for p in agent.policy.parameters()])
 
 
-@pytest.mark.parametrize("cls", BY_ROLLOUT)
+@pytest.mark.parametrize(
+    "cls",
+    [pytest.param(cls, marks=pytest.mark.slow) if cls.__name__ in ("AWR", "FilteredBC") else cls for cls in BY_ROLLOUT],
+)
 def test_collect_and_update_mix_no_devices(cls: type[Agent], tmp_path: Path) -> None:
     here, there = (make_agent(cls, tmp_path) for _ in range(2))
     expected = here.collect()

@@ -177,6 +177,7 @@ def test_what_cannot_be_saved_is_found_out_before_the_first_update(
 # -- signals and kills ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
 )

@@ -527,7 +527,11 @@ def test_known_optimum_is_approached(cls: Any, timesteps: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("cls", "settings"), [(SB3A2C, {"learning_rate": 3e-3}), (SB3TRPO, {"target_kl": 0.05, "rollout_episodes": 64})]
+    ("cls", "settings"),
+    [
+        (SB3A2C, {"learning_rate": 3e-3}),
+        pytest.param(SB3TRPO, {"target_kl": 0.05, "rollout_episodes": 64}, marks=pytest.mark.slow),
+    ],
 )
 def test_a2c_and_trpo_learn(cls: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     agent = cls("CopyText-v0", seed=0, out=tmp_path, **settings)

@@ -549,6 +549,7 @@ def test_the_mismatch_is_logged_and_on_the_health_card(copy_stub: Stub, tmp_path
         agent_for(tmp_path, "other").learn(30, vllm_url=copy_stub.url, **QUIET)
 
 
+@pytest.mark.slow
 def test_one_step_ahead_is_the_same_at_learning_rate_0_and_another_run_at_others(
     copy_stub: Stub, tmp_path: Path
 ) -> None:
@@ -582,6 +583,7 @@ def test_one_step_ahead_is_the_same_at_learning_rate_0_and_another_run_at_others
     torch.testing.assert_close(fast[1].sampler_logp_BT, plain[1].logp_BT, atol=ATOL, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_server_is_started_for_a_run_and_ends_with_it(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("vllm_stub.py")} "$@"\n')
