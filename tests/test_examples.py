@@ -38,12 +38,23 @@ def test_every_example_is_tested(root: Path) -> None:
         "length_bias",
         "label_selection",
         "memory_table",
+        "plot_scaling",
         "rlhf_and_rlaif",
         "openenv_server",  # tests/test_openenv.py
         "torchrl_ppo",  # tests/test_torchrl.py
         "trl_grpo",  # tests/test_trl.py
         "verifiers_rollout",  # tests/test_verifiers.py
     }
+
+
+def test_scaling_is_drawn(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"all": 3.0, "update": 2.0, "rollout": 1.0, "reference": 0.5}
+    points = [{"axis": axis, "value": value, **parts} for axis in ("rows", "new tokens") for value in (8, 64)]
+    (example / "record.json").write_text(json.dumps({"measured": points}))
+    monkeypatch.setattr("sys.argv", ["plot_scaling.py", "record.json", "--out", "scaling.svg"])
+    importlib.import_module("plot_scaling").main()
+    drawn = (example / "scaling.svg").read_text()
+    assert "microseconds a token" in drawn and "new tokens" in drawn and "rollout" in drawn
 
 
 @pytest.mark.slow

@@ -281,8 +281,8 @@ def scaling(config: BenchConfig) -> dict[str, Any]:
     """Microseconds a completion token in rollout and update, as rows grow and as completions grow.
 
     The model is a Llama of width 64 with one layer: behind a large one a loop over rows, groups or prefixes would not
-    show. The fixed cost of a decoding step is shared by its rows, so that few rows cost more a token. What *rises* with
-    rows or length would be such a loop, or attention, which is a small part of this model.
+    show. The fixed cost of a decoding step is shared by its rows, so that few rows cost more a token, and attention
+    costs more the longer a text is. What else rises with rows or length would be such a loop.
 
     Raises:
         ValueError: a model is named, or an environment.
