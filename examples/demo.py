@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="generated tokens that each run trains for")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
-    print(f"{', '.join(AGENTS)} on {args.env}, {SEEDS} seeds: six to eight minutes on two cores at the usual size")
+    print(f"{', '.join(AGENTS)} on {args.env}, {SEEDS} seeds: seven to nine minutes on two cores at the usual size")
     config = CompareConfig(AGENTS, seeds=SEEDS, total_timesteps=args.tokens)
     table = compare(args.env, config, args.out)
     show_samples(Console(), read_comparison(args.out))
