@@ -19,10 +19,10 @@ from textrl_gym.bounds import MOST_ROWS, check, shown
 from textrl_gym.data.rows import OnBadRows
 from textrl_gym.data.turn_markers import TurnTemplate
 from textrl_gym.mdp.transition import BatchArray, State
-from textrl_gym.policy.policy import Policy
 
 if TYPE_CHECKING:
     from textrl_gym.mdp.task import Task
+    from textrl_gym.policy.policy import Policy
 
 MOST_TOKENS = 10_000_000
 """Of a prompt or a completion: more than any model has positions for, and less than would fill the memory."""
@@ -110,7 +110,7 @@ def check_settings(env: MDPSettings, autoreset_mode: AutoresetMode | str) -> Aut
     if isinstance(env.settings["tokenizer"], str):  # or a loaded one
         check("tokenizer", env.settings["tokenizer"], str | None)
     reference = env.settings["reference"]
-    if not isinstance(reference, torch.nn.Module | Policy | str | Path | None):
+    if not isinstance(reference, torch.nn.Module | str | Path | None):
         raise ValueError(f"reference must be a model, a Hub id or a folder, got {shown(reference)}")
     if not env.task.replies_to_turns:
         given = [name for name in ("max_turns", "max_turn_tokens") if env.settings[name] is not None]

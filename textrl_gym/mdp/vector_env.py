@@ -49,11 +49,12 @@ from textrl_gym.mdp.transition import (
 from textrl_gym.mdp.turns import Answer, Conversation, Turns
 from textrl_gym.models import loading
 from textrl_gym.models.tokenizer import vocab_size
-from textrl_gym.policy.policy import Policy
 from textrl_gym.rewards import RewardFunction, load_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from textrl_gym.policy.policy import Policy
 
 
 class TextVectorEnv(VectorEnv[Any, Any, Any]):
@@ -299,6 +300,9 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         return self._as_policy(given) if self.kl_coef > 0 and isinstance(given, torch.nn.Module) else None
 
     def _as_policy(self, model: torch.nn.Module) -> Policy:
+        # Here: a policy's imports take two seconds, and most environments are stepped without a reference.
+        from textrl_gym.policy.policy import Policy
+
         if not isinstance(model, Policy):
             loading.check_vocab(self.tokenizer, model)
             model = Policy(model.to(self.device).requires_grad_(False), vocab_size=self.vocab_size)

@@ -29,7 +29,6 @@ from textrl_gym.data.chat import as_text
 from textrl_gym.data.encoding import Chat, codec, cut_beginning
 from textrl_gym.functional import pad
 from textrl_gym.models import loading, positions
-from textrl_gym.policy.backbone import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +79,9 @@ class RewardModel:
         Raises:
             ValueError: the model has not one label, or fewer rows than the tokenizer has tokens.
         """
+        # Here: its imports take two seconds, and making an environment must not wait for them.
+        from textrl_gym.policy.backbone import Trunk
+
         config: Any = model.config
         if config.num_labels != 1:
             raise ValueError(f"a reward model has one label, this {type(model).__name__} has {config.num_labels}")
