@@ -81,11 +81,15 @@ def test_id_needs_no_import(root: Path) -> None:
 import gymnasium as gym, json
 env = gym.make("textrl_gym:CopyText-v0")
 envs = gym.make_vec("textrl_gym:CopyText-v0", num_envs=2)
-print(json.dumps([env.reset(seed=0)[1], type(envs.unwrapped).__name__]))
+gym.make("TLDRSummarize-v0").reset(seed=0)
+import sys
+loaded = [name for name in ("textrl_gym.policy.policy", "peft", "transformers.modeling_utils") if name in sys.modules]
+print(json.dumps([env.reset(seed=0)[1], type(envs.unwrapped).__name__, loaded]))
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    info, vector = json.loads(done.stdout)
+    info, vector, loaded = json.loads(done.stdout)
+    assert loaded == []  # what models need takes seconds to import, and stepping needs none
     assert set(info) == {"prompt_index"}
     assert vector == "TextVectorEnv"
 

@@ -313,7 +313,11 @@ def test_forked_runs_end_with_their_forker(forks: launching.Forks, tmp_path: Pat
     run, process = _waits(forks, tmp_path / "waits")
     forks.process.kill()
     assert run.wait() == -signal.SIGKILL
-    assert forks.start(tmp_path / "ends").wait() == -signal.SIGKILL  # nothing starts any more, and that is an error
+    late = tmp_path / "late"
+    late.mkdir()
+    assert forks.start(late).wait() == -signal.SIGKILL  # nothing starts any more, and that is an error
+    launching.note_death(late, -signal.SIGKILL)
+    assert "the process ended with exit code -9" in (late / ERROR).read_text()
     deadline = time.monotonic() + 30
     while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

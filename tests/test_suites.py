@@ -1,7 +1,9 @@
 """Comparisons over tasks: statistics with their coverage, the folder, the page and the command."""
 
+import dataclasses
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from scipy import stats
 
 from textrl_gym.cli.main import main
 from textrl_gym.experiments.compare import CompareConfig
-from textrl_gym.experiments.suite import compare_suite, read_suite, suite
+from textrl_gym.experiments.suite import BENCHMARK, compare_suite, read_suite, suite
 from textrl_gym.reports.suite_page import suite_report
 from textrl_gym.stats import suites
 from textrl_gym.stats.estimates import Estimate
@@ -196,6 +198,37 @@ def test_gallery_has_a_page_for_each_task(
     assert f"The initial policy has {result.anchors['CopyText-v0'][0]:.3f}" in page
     assert "generated tokens" in (tmp_path / "CopyText-v0.svg").read_text()
     assert "| [KnownOptimum-v0](KnownOptimum-v0.md) |" in (tmp_path / "index.md").read_text()
+
+
+def test_tasks_that_have_not_begun_are_named(done: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(done, tmp_path / "out"))
+    for file in out.glob("KnownOptimum-v0/runs/*/evaluation.json"):
+        file.unlink()
+    result = read_suite(out)
+    assert list(result.comparisons) == ["CopyText-v0"] and set(result.complete) == {"reinforce", "reference"}
+    assert result.failed == {"KnownOptimum-v0": "no run has finished yet"}
+    assert "KnownOptimum-v0: no run has finished yet" in suite_report(out).read_text()
+    for file in out.glob("*/runs/*/evaluation.json"):
+        file.unlink()
+    with pytest.raises(ValueError, match="holds no finished run"):
+        read_suite(out)
+
+
+def test_benchmark_names_its_settings_and_file_and_flags_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[CompareConfig] = []
+
+    def stop(names: list[str], config: CompareConfig, *_: object, **__: object) -> None:
+        assert names == suite("benchmark")
+        given.append(config)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("textrl_gym.experiments.suite.compare_suite", stop)
+    (tmp_path / "file.toml").write_text("[compare]\nseeds = 5\ntotal_timesteps = 300\n")
+    out = ["--out", str(tmp_path / "out")]
+    for more in ([], ["--config", str(tmp_path / "file.toml"), "--total-timesteps", "200", "--agents", "ppo"]):
+        assert main(["compare", "--suite", "benchmark", *out, *more]) == 2
+    assert given[0] == BENCHMARK
+    assert given[1] == dataclasses.replace(BENCHMARK, seeds=5, total_timesteps=200, agents=("ppo",))
 
 
 def test_what_cannot_be_compared_is_said_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,8 +191,11 @@ def without_noise(return_B: Tensor) -> Tensor:
     Before completions are ranked: two of one score differ by 1e-8 through their KL to a reference that is the policy
     itself, and another machine, or another number of processes, would rank them the other way.
     """
-    unit = return_B.abs().max() * 1e-5 if return_B.numel() else return_B.new_zeros(())
-    return return_B if unit == 0 else (return_B / unit).round() * unit
+    if not return_B.numel():
+        return return_B
+    # Clamped, as a comparison with 0 would wait for a GPU.
+    unit = (return_B.abs().max() * 1e-5).clamp(min=torch.finfo(return_B.dtype).tiny)
+    return (return_B / unit).round() * unit
 
 
 def turn_returns(reward_BT: Tensor, mask_BT: Tensor, turn_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class Output:
 
 
 def _compare_flags(args: Sequence[str]) -> SimpleNamespace:
-    """The flags of compare; a suite that names its own settings has them before the user's, which win."""
+    """The flags of compare. Settings that a suite names come first: the file's and the user's win."""
     from textrl_gym.experiments.compare import CompareConfig
     from textrl_gym.experiments.launching import LaunchConfig
     from textrl_gym.experiments.suite import BENCHMARK, SUITES
@@ -54,9 +54,8 @@ def _compare_flags(args: Sequence[str]) -> SimpleNamespace:
     tables = {"output": "compare", "settings": "compare", "launch": "compare", "env": "env"}
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--suite")
-    if peek.parse_known_args(args)[0].suite == "benchmark":
-        args = [*as_arguments(changes(BENCHMARK)), *args]
-    return parse_command("compare", compare_command.__doc__, parts, tables, args)
+    first = as_arguments(changes(BENCHMARK)) if peek.parse_known_args(args)[0].suite == "benchmark" else ()
+    return parse_command("compare", compare_command.__doc__, parts, tables, args, first=first)
 
 
 def compare_command(args: Sequence[str]) -> int:

@@ -220,12 +220,14 @@ def parse_command(
     tables: Mapping[str, str],
     args: Sequence[str],
     titles: Mapping[str, str] | None = None,
+    first: Sequence[str] = (),
 ) -> types.SimpleNamespace:
     """Read a command's flags, with the TOML file that `--config` names as their defaults.
 
     Args:
         parts: as of `parse_flags`; those of `tables` are dataclasses, or `flat` ones.
         tables: name of a part -> the table of the file that sets it.
+        first: flags that the file and the user's own win over.
 
     Returns:
         an object with the parts' names and `config`, the file or None, as attributes.
@@ -254,7 +256,7 @@ def parse_command(
     about_file = f"a TOML file, of which this command reads {listed}; flags win over it"
     parts = [*parts, ("config", flag(Path | None, about_file), None)]
     positionals = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
-    return parse_flags(command, about, parts, [*positionals, *before, *args[len(positionals) :]], titles)
+    return parse_flags(command, about, parts, [*positionals, *first, *before, *args[len(positionals) :]], titles)
 
 
 def _class_of(kind: object) -> type[Any]:

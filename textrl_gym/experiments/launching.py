@@ -187,6 +187,7 @@ class Forks:
         assert self.process.stdin is not None
         path = str(folder.resolve())
         self.codes.pop(path, None)
+        (folder / LOG).touch()  # which is read for an error, also where no run could be forked
         with contextlib.suppress(BrokenPipeError):  # its process has died, which is the run's exit code then
             self.process.stdin.write(json.dumps(path).encode() + b"\n")
             self.process.stdin.flush()

@@ -20,7 +20,7 @@ from textrl_gym import files, registry
 from textrl_gym.experiments import compare as comparing
 from textrl_gym.experiments.compare import CompareConfig
 from textrl_gym.experiments.launching import LaunchConfig
-from textrl_gym.experiments.results import PLAN, Comparison, read_comparison
+from textrl_gym.experiments.results import PLAN, RESULT, RUNS, Comparison, read_comparison
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.stats import suites
 from textrl_gym.stats.estimates import Array
@@ -126,7 +126,7 @@ class SuiteResult:
     untrained: set[str]
     """Agents that no seed changes."""
     failed: dict[str, str]
-    """ENV/RUN -> why it is not in the numbers."""
+    """ENV/RUN, or ENV -> why it is not in the numbers."""
 
     @property
     def complete(self) -> list[str]:
@@ -153,12 +153,15 @@ def read_suite(folder: Path) -> SuiteResult:
         raise ValueError(f"{str(folder)!r} holds no comparison over tasks: no {SUITE}")
     plan = files.read_json(file)
     files.check_fields(plan, file, {"environments": (list,), "config": (dict,)})
-    comparisons = {str(env_id): read_comparison(folder / str(env_id)) for env_id in plan["environments"]}
+    env_ids = [str(env_id) for env_id in plan["environments"]]
+    # A comparison that goes on has tasks that have not begun; where all have not, the first says so.
+    begun = [env_id for env_id in env_ids if any((folder / env_id / RUNS).glob(f"*/{RESULT}"))] or env_ids[:1]
+    comparisons = {env_id: read_comparison(folder / env_id) for env_id in begun}
     anchors = {env_id: _anchors(comparison) for env_id, comparison in comparisons.items()}
     scores: dict[str, dict[str, Array]] = {}
     of_prompts: dict[str, dict[str, Array]] = {}
     untrained: set[str] = set()
-    failed: dict[str, str] = {}
+    failed = {env_id: "no run has finished yet" for env_id in env_ids if env_id not in begun}
     for env_id, comparison in comparisons.items():
         reasons = comparison.failed | comparison.unfinished
         failed |= {f"{env_id}/{name}": why for name, why in reasons.items()}

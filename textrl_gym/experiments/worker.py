@@ -229,7 +229,7 @@ def fork_runs() -> int:
     It ends when its input and all runs have ended, or without the process that started it.
     """
     # Ctrl-C is for the runs, which save and end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
     import_all()
     parent, ended, rest = os.getppid(), False, b""
     running: dict[int, str] = {}
@@ -241,6 +241,7 @@ def fork_runs() -> int:
             *lines, rest = (rest + read).split(b"\n")
             for folder in map(json.loads, lines):
                 if (child := os.fork()) == 0:
+                    signal.signal(signal.SIGINT, heard)
                     _run_and_exit(Path(folder))
                 running[child] = folder
         elif ended:
@@ -255,7 +256,6 @@ def _run_and_exit(folder: Path) -> None:
     """In a forked process: run the folder's cell with its log as the output, and end the process."""
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         with (folder / LOG).open("ab") as log, open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
             for output in (1, 2):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from textrl_gym.core import Row
 from textrl_gym.questions.passages import NAMES, QUESTIONS, SENTENCES, VALUES, sentence
-from textrl_gym.worlds.world import in_split, one_word_off, words_of
+from textrl_gym.worlds.world import in_split, one_word_off, rows_of, words_of
 
 ANSWER = " Answer :"
 VIEWS = ("I think that {} .", "I am sure that {} .", "We all know that {} .", "If I remember well , {} .")
@@ -124,8 +124,7 @@ def gold(
     **columns: list[Any],
 ) -> list[float]:
     """1 for what the text says, whatever the user thinks; half where the opener contradicts it; else 0."""
-    keys = ("name", "kind", "truth", "view")
-    rows = (dict(zip(keys, values, strict=True)) for values in zip(name, kind, truth, view, strict=True))
+    rows = rows_of(name=name, kind=kind, truth=truth, view=view)
     return [score(row, text) for row, text in zip(rows, completions, strict=True)]
 
 

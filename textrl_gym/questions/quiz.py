@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from textrl_gym.core import Row
-from textrl_gym.worlds.world import in_split, one_word_off, words_of
+from textrl_gym.worlds.world import in_split, one_word_off, rows_of, words_of
 
 KNOWLEDGE = " Knowledge :"
 """The end of every prompt."""
@@ -151,8 +151,7 @@ def gold(
     **columns: list[Any],
 ) -> list[float]:
     """1 for the fact that is asked for, less for one that rules a wrong thing out, else 0."""
-    keys = ("kind", "options", "answer")
-    rows = (dict(zip(keys, values, strict=True)) for values in zip(kind, options, answer, strict=True))
+    rows = rows_of(kind=kind, options=options, answer=answer)
     return [score(row, text) for row, text in zip(rows, completions, strict=True)]
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from textrl_gym.core import Row
 from textrl_gym.questions.passages import NAMES, QUESTIONS, SENTENCES, VALUES, sentence
-from textrl_gym.worlds.world import in_split, one_word_off, words_of
+from textrl_gym.worlds.world import in_split, one_word_off, rows_of, words_of
 
 ANSWER = " Answer :"
 SNIPPETS = 3
@@ -119,8 +119,7 @@ def gold(
     **columns: list[Any],
 ) -> list[float]:
     """A right answer times the share of its citations whose snippet says it; half without a citation."""
-    keys = ("name", "kind", "truth", "support")
-    rows = (dict(zip(keys, values, strict=True)) for values in zip(name, kind, truth, support, strict=True))
+    rows = rows_of(name=name, kind=kind, truth=truth, support=support)
     return [score(row, text) for row, text in zip(rows, completions, strict=True)]
 
 

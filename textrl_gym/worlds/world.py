@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,11 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
+
+
+def rows_of(**columns: Sequence[Any]) -> list[dict[str, Any]]:
+    """Columns as a reward is given them, as rows: name=[...], kind=[...] -> [{"name": ..., "kind": ...}, ...]."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def words_of(*texts: str) -> tuple[str, ...]:
