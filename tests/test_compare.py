@@ -216,6 +216,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(done: Path, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_a_judge_of_ones_own_judges_every_evaluation(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, agents=("grpo",), seeds=1, set=("grpo.rollout_episodes=16",), gold="length")
     table = compare(ENV, config, tmp_path / "out", progress_bar=False)

@@ -152,6 +152,7 @@ def same(a: Path, b: Path) -> bool:
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_the_members_that_are_missing(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_custom_agent_learns(example: Path) -> None:
     assert agent.collect().score_B.mean() > before + 0.2
 
 
+@pytest.mark.slow
 def test_custom_agent_reaches_the_known_optimum(example: Path) -> None:
     agent = importlib.import_module("custom_agent").Reinforce(
         "KnownOptimum-v0", seed=0, out="out", rollout_episodes=256, learning_rate=3e-3

@@ -87,6 +87,7 @@ def test_every_file_with_a_test_for_a_gpu_is_run_there(root: Path) -> None:
 WRITE = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'speed': 3}))"
 
 
+@pytest.mark.slow
 def test_a_failing_step_and_one_that_hangs_stop_nothing_and_each_result_is_on_disk_at_once(
     tmp_path: Path, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

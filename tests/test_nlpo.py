@@ -127,6 +127,7 @@ def test_mask_is_refreshed_and_saved(tmp_path: Path) -> None:
     assert difference(again) == difference(agent) > 0
 
 
+@pytest.mark.slow
 def test_nlpo_learns_and_never_writes_what_is_forbidden(tmp_path: Path) -> None:
     agent = NLPO("CopyText-v0", seed=0, learning_rate=3e-3, out=tmp_path, top_p=0.9, refresh_every=5)
     before = float(agent.collect().score_B.mean())

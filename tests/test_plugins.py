@@ -67,6 +67,7 @@ print(*(name in registry.names(kind) for kind, name in
     assert (task, listed) == ("Shout", "True True True")
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_them(tree: Path) -> None:
     pytest.importorskip("plotly")
     settings = ["--seeds", "1", "--total-timesteps", "60", "--eval-episodes", "8", "--device", "cpu", "--workers", "1"]

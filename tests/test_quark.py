@@ -237,6 +237,7 @@ def test_copy_text_is_learnt_and_the_tokens_mean_what_they_say(tmp_path: Path) -
     assert before < 0.3 and best > 0.8 and worst < best - 0.2
 
 
+@pytest.mark.slow
 def test_conversations_have_the_token_in_front(tmp_path: Path) -> None:
     agent = Quark("GuessNumber-v0", seed=0, rollout_episodes=8, out=tmp_path)
     agent.update(agent.collect())

@@ -105,6 +105,7 @@ def test_an_update_that_breaks_off_in_its_middle_is_undone(cls: type[Agent], ste
     assert torch.equal(weights(parted), weights(whole))
 
 
+@pytest.mark.slow
 def test_a_sentinel_reward_keeps_the_last_good_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my_sentinel.py").write_text(
         "calls = 0\n"

@@ -516,6 +516,7 @@ def weights(agent: GRPO) -> Tensor:
     return torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
 
 
+@pytest.mark.slow
 def test_a_run_by_the_server_stopped_and_gone_on_with_is_the_same_run(copy_stub: Stub, tmp_path: Path) -> None:
     whole = agent_for(tmp_path, "whole", lr_schedule="constant")
     whole.learn(120, vllm_url=copy_stub.url, **QUIET)
