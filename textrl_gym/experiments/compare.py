@@ -64,10 +64,11 @@ class CompareConfig:
     on_bad_health: Literal["stop", "warn"] = "stop"
     """What a run does when a line of its health card fails before the first update."""
     workers: Annotated[int, Ge(0)] = 0
-    """Runs at a time, which share the cores evenly; 0: one for each core, or for each GPU. The number of threads of a
-    run decides the order of its float sums, and with it the last digits of the table."""
+    """Runs at a time, which share the cores evenly; 0: one for each core, or for each GPU, of which a run of several
+    processes takes as many. The number of threads of a run decides the order of its float sums, and with it the last
+    digits of the table."""
     device: str = "auto"
-    """auto, cpu or cuda; each worker gets a GPU of its own in turn."""
+    """auto, cpu or cuda; each process of a run gets a GPU of its own in turn."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -219,6 +220,7 @@ def compare(
             comparison, no cluster.
     """
     out, env = Path(out), env or EnvSettings()
+    check_launch(config, launch or LaunchConfig())
     environment = check(environment, config, env)
     run_folders(prepare(out, environment, config, env), config, out, progress_bar, trust_code, launch)
     return collect_table(out)
@@ -245,6 +247,23 @@ def check(environment: str, config: CompareConfig, env: EnvSettings) -> str:
     return environment
 
 
+def check_launch(config: CompareConfig, launch: LaunchConfig) -> None:
+    """Check that the agents can be run by so many processes, before anything is written or run.
+
+    Raises:
+        ValueError: an agent that trains in one process, or fewer GPUs than processes of a run.
+    """
+    count = launch.processes_per_run
+    if count == 1:
+        return
+    for agent in config.agents:
+        if not Path(agent).is_dir() and registry.load_agent_class(agent).one_process:
+            raise ValueError(f"processes_per_run={count}: {agent} trains in one process; compare it without")
+    gpus = launching.visible_gpus() if launch.launcher == "local" and config.device != "cpu" else []
+    if gpus:
+        launching.gpus_of_slots(gpus, 1, count)
+
+
 def run_folders(
     folders: Mapping[str, Path],
     config: CompareConfig,
@@ -263,14 +282,10 @@ def run_folders(
         if launch.launcher == "submitit":
             launching.run_jobs(folders, launch, out / launching.JOBS, config.workers, table, trust_code)
         else:
-            gpus = 0
-            if config.device != "cpu":
-                import torch
-
-                gpus = torch.cuda.device_count()
-            # The cores that this process may use, and not all of the machine's: containers and taskset give fewer.
-            workers = config.workers or gpus or len(os.sched_getaffinity(0))
-            launching.run_local(folders, workers, gpus, table, trust_code)
+            gpus = launching.visible_gpus() if config.device != "cpu" else []
+            at_a_time = len(gpus or os.sched_getaffinity(0)) // launch.processes_per_run
+            workers = config.workers or max(1, at_a_time)
+            launching.run_local(folders, workers, launch, gpus, table, trust_code)
     failed = launching.errors(folders)
     if failed:
         import warnings

@@ -1,7 +1,8 @@
 """How the runs of a comparison are started: as processes of this machine, or as jobs of a cluster by submitit.
 
 Either way a run is `python -m textrl_gym.experiments.worker FOLDER`, its state is its folder, and what is finished is
-never run again. On a cluster every node must see the comparison's folder and the same Python.
+never run again. Several processes may train a run together, a GPU each (docs/distributed.md): the worker starts them.
+On a cluster every node must see the comparison's folder and the same Python.
 
 submitit (https://github.com/facebookincubator/submitit) makes a Slurm array of the runs. A job that is preempted, or
 whose time is up, saves its run and is put into the queue again by submitit; the run goes on from there.
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,10 +57,15 @@ class LaunchConfig:
     """Of submitit; local tries it on this machine."""
     partition: str | None = None
     """Slurm's partition; None: the cluster's default."""
+    processes_per_run: Annotated[int, Ge(1)] = 1
+    """Processes that train a run together, on a GPU each where there are GPUs. Their numbers are those of one process
+    but for rounding; see docs/distributed.md."""
+    shard: bool = False
+    """Of several processes of a run: each holds a part of what is trained, as with train --shard."""
     gpus_per_run: Annotated[int, Ge(0)] = 0
-    """GPUs of a job. A run uses one."""
+    """GPUs of a job. Each process of its run uses one."""
     cpus_per_run: Annotated[int, Ge(1)] = 1
-    """Cores of a job, which are also a run's threads."""
+    """Cores of a job, which are also a run's threads; its processes share them evenly."""
     memory_gb: Annotated[float | None, Gt(0)] = None
     """Memory of a job; None: the cluster's default."""
     timeout_hours: Annotated[float, Gt(0)] = 4.0
@@ -71,12 +77,53 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        changed = any(getattr(self, field.name) != field.default for field in dataclasses.fields(self))
+        of_a_cluster = [field for field in dataclasses.fields(self) if field.name not in ("processes_per_run", "shard")]
+        changed = any(getattr(self, field.name) != field.default for field in of_a_cluster)
         if self.launcher == "local" and changed:
             raise ValueError("settings of a cluster (partition, gpus_per_run and so on) need the launcher submitit")
+        if self.shard and self.processes_per_run == 1:
+            raise ValueError("shard: a run of one process has nobody to share with; give processes_per_run too")
+        if 0 < self.gpus_per_run < self.processes_per_run:
+            raise ValueError(
+                f"gpus_per_run={self.gpus_per_run}: {self.processes_per_run} processes of a run need a GPU each"
+            )
         for text in self.slurm:
             if not all(text.partition("=")):
                 raise ValueError(f"slurm: {text!r} is not name=value")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunProcesses:
+    """How the processes of a run are started."""
+
+    threads: int | None = None
+    """Of each process, which decide the order of its float sums; None: as many as it takes."""
+    count: int = 1
+    shard: bool = False
+    trust_code: bool = False
+
+    def command(self, what: str) -> list[str]:
+        """The command line of a run's folder, or of launching.FORK."""
+        line = [sys.executable, "-W", "ignore", "-m", "textrl_gym.experiments.worker", what]
+        line += ["--processes", str(self.count)] if self.count > 1 else []
+        line += ["--shard"] if self.shard else []
+        return line + (["--trust-code"] if self.trust_code else [])
+
+    def environment(self) -> dict[str, str]:
+        """The environment variables."""
+        # Passive waiting: threads that spin slow down severely beside other busy processes (docs/performance.md).
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        if self.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+        # An agent named module:Class may lie in the working directory, which `python -m` would not look into.
+        environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
+        return environment
+
+    @classmethod
+    def of(cls, launch: LaunchConfig, cores: int, trust_code: bool) -> RunProcesses:
+        """Of a run that has so many cores."""
+        count = launch.processes_per_run
+        return cls(max(1, cores // count), count, launch.shard, trust_code)
 
 
 def waiting(folders: Mapping[str, Path]) -> list[str]:
@@ -97,17 +144,46 @@ def errors(folders: Mapping[str, Path]) -> dict[str, str]:
 # -- this machine -----------------------------------------------------------------------------------------------------
 
 
-def run_local(folders: Mapping[str, Path], workers: int, gpus: int, show: Show, trust_code: bool = False) -> None:
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    # A number of torch's counts those that are visible, and is no name of a GPU where some are hidden.
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = torch.cuda.device_count()
+    return names[:count] if names else [str(number) for number in range(count)]
+
+
+def gpus_of_slots(gpus: Sequence[str], workers: int, each: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each of the runs that go on at a time: blocks of GPUs, in turn.
+
+    Raises:
+        ValueError: there are fewer GPUs than processes of a run.
+    """
+    if len(gpus) < each:
+        raise ValueError(f"processes_per_run={each}: a GPU for each process, and this machine has {len(gpus)}")
+    blocks = len(gpus) // each
+    return [",".join(gpus[each * (slot % blocks) :][:each]) for slot in range(workers)]
+
+
+def run_local(
+    folders: Mapping[str, Path], workers: int, launch: LaunchConfig, gpus: Sequence[str], show: Show, trust_code: bool
+) -> None:
     """Run what is not done, so many at a time.
 
     Ctrl-C reaches the runs too: each finishes its update, saves and ends, and then it is raised here.
+
+    Args:
+        gpus: that runs may use, as CUDA_VISIBLE_DEVICES names them.
     """
     names = waiting(folders)
     slots: dict[int, tuple[str, subprocess.Popen[bytes] | Fork]] = {}
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    # The cores that this process may use, and not all of the machine's: containers and taskset give fewer.
+    how = RunProcesses.of(launch, len(os.sched_getaffinity(0)) // workers, trust_code)
+    devices = gpus_of_slots(gpus, workers, launch.processes_per_run) if gpus else []
     # CUDA does not work in a process that was forked after a library has asked for devices, and other systems'
     # libraries start threads on import. A single run gains nothing.
-    forks = Forks(threads, trust_code) if sys.platform == "linux" and not gpus and len(names) > 1 else None
+    forks = Forks(how) if sys.platform == "linux" and not gpus and len(names) > 1 else None
     try:
         while names or slots:
             for slot in range(workers):
@@ -116,9 +192,8 @@ def run_local(folders: Mapping[str, Path], workers: int, gpus: int, show: Show, 
                     note_death(folders[name], process.wait())
                 if slot not in slots and names:
                     name = names.pop(0)
-                    gpu = str(slot % gpus) if gpus else None
-                    one = forks.start(folders[name]) if forks else start(folders[name], threads, trust_code, gpu)
-                    slots[slot] = (name, one)
+                    visible = devices[slot] if devices else None
+                    slots[slot] = (name, forks.start(folders[name]) if forks else start(folders[name], how, visible))
             show({name for name, _ in slots.values()})
             time.sleep(POLL_SECONDS)
     except BaseException:
@@ -132,34 +207,17 @@ def run_local(folders: Mapping[str, Path], workers: int, gpus: int, show: Show, 
     show(set())
 
 
-def start(folder: Path, threads: int, trust_code: bool, gpu: str | None = None) -> subprocess.Popen[bytes]:
-    """The process of a run.
+def start(folder: Path, how: RunProcesses, gpus: str | None = None) -> subprocess.Popen[bytes]:
+    """The process of a run, which starts the others where it has several.
 
     Args:
-        gpu: the one that it may use, as CUDA_VISIBLE_DEVICES names it; None: those of this process.
+        gpus: those that it may use, as CUDA_VISIBLE_DEVICES names them; None: those of this process.
     """
-    environment = environment_of_runs(threads)
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    environment = how.environment()
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus
     with (folder / LOG).open("ab") as log:
-        return subprocess.Popen(command(str(folder), trust_code), stdout=log, stderr=log, env=environment)
-
-
-def command(what: str, trust_code: bool) -> list[str]:
-    """The command line of a run's folder, or of worker.FORK."""
-    line = [sys.executable, "-W", "ignore", "-m", "textrl_gym.experiments.worker", what]
-    return [*line, "--trust-code"] if trust_code else line
-
-
-def environment_of_runs(threads: int | None) -> dict[str, str]:
-    """The environment variables of a run; threads: how many it uses, which decides the order of its float sums."""
-    # Passive waiting: threads that spin slow down severely beside other busy processes (docs/performance.md).
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    # An agent named module:Class may lie in the working directory, which `python -m` would not look into.
-    environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)  # where module:Class was found
-    return environment
+        return subprocess.Popen(how.command(str(folder)), stdout=log, stderr=log, env=environment)
 
 
 class Forks:
@@ -168,9 +226,9 @@ class Forks:
     That is five seconds of CPU less for each of many short runs.
     """
 
-    def __init__(self, threads: int, trust_code: bool) -> None:
-        line, environment = command(FORK, trust_code), environment_of_runs(threads)
-        self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    def __init__(self, how: RunProcesses) -> None:
+        line, pipe = how.command(FORK), subprocess.PIPE
+        self.process = subprocess.Popen(line, stdin=pipe, stdout=pipe, env=how.environment())
         self.codes: dict[str, int] = {}
         """Folder of a run -> its exit code."""
         self.listener = threading.Thread(target=self._listen, daemon=True)
@@ -226,7 +284,8 @@ class Fork:
 
 def note_death(folder: Path, code: int) -> None:
     """The error of a run that failed: the last line that it said, which is an exception's where there was one."""
-    if code in (0, STOPPED):
+    # Of several processes the one that failed has noted why itself: the others end by other errors after it.
+    if code in (0, STOPPED) or (folder / ERROR).is_file():
         return
     log_lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = log_lines[-1] if code == 1 and log_lines else f"the process ended with exit code {code}; see {LOG}"
@@ -239,15 +298,15 @@ def note_death(folder: Path, code: int) -> None:
 class Job:
     """A run as a job; submitit pickles it, and calls `checkpoint` before it puts the job into the queue again."""
 
-    def __init__(self, folder: Path, threads: int, trust_code: bool) -> None:
-        self.folder, self.threads, self.trust_code = folder, threads, trust_code
+    def __init__(self, folder: Path, how: RunProcesses) -> None:
+        self.folder, self.how = folder, how
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped = False
 
     def __call__(self) -> int:
         """Run it; returns the exit code of its process."""
         # A process of its own: submitit's handlers of signals and those of a training would be in each other's way.
-        self.process = start(self.folder, self.threads, self.trust_code)
+        self.process = start(self.folder, self.how)
         with self._stopping(signal.SIGINT):
             code = self.process.wait()
         # Stopped while it was still importing, a run has no handler yet and dies of the signal: no failure of its own.
@@ -280,7 +339,7 @@ class Job:
             # Not Popen.wait: this runs in a signal's handler, while `__call__` waits there and holds its lock.
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(Job(self.folder, self.threads, self.trust_code))
+        return submitit.helpers.DelayedSubmission(Job(self.folder, self.how))
 
 
 def executor(config: LaunchConfig, folder: Path, workers: int) -> submitit.AutoExecutor:
@@ -335,7 +394,8 @@ def run_jobs(
     if not names:
         return
     cluster = executor(config, jobs, workers)
-    calls = {name: Job(folders[name].resolve(), config.cpus_per_run, trust_code) for name in names}
+    how = RunProcesses.of(config, config.cpus_per_run, trust_code)
+    calls = {name: Job(folders[name].resolve(), how) for name in names}
     going: dict[str, submitit.Job[int]] = {}
     try:
         if config.cluster == "slurm":

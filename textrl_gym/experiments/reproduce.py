@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from textrl_gym import files, registry
-from textrl_gym.experiments import launching
+from textrl_gym import files, processes, registry
 from textrl_gym.experiments.compare import versions
+from textrl_gym.experiments.launching import RunProcesses
 from textrl_gym.experiments.results import LOG, MACHINE, PLAN, RESULT, SPEC, read_plan, read_spec
 
 TIMES = frozenset({"train_seconds"})
@@ -56,7 +56,7 @@ class Reproduction:
 
 
 def reproduce(run: str | Path, out: str | Path | None = None) -> Reproduction:
-    """Run a finished run of a comparison again, with its settings and its number of threads.
+    """Run a finished run of a comparison again, with its settings and its numbers of threads and processes.
 
     Args:
         run: the run's folder, COMPARISON/runs/NAME.
@@ -80,16 +80,14 @@ def reproduce(run: str | Path, out: str | Path | None = None) -> Reproduction:
         if any(folder.iterdir()):
             raise ValueError(f"{str(folder)!r} is not empty: name another folder")
         files.write_text(folder / SPEC, json.dumps(spec, indent=1) + "\n")
-        _run(folder, _machine(run).get("threads"))
-        return Reproduction(
-            files.read_json(run / RESULT), files.read_json(folder / RESULT), _machine(run), _machine(folder)
-        )
+        before = _machine(run)
+        _run(folder, RunProcesses(before.get("threads"), before.get("processes", 1), trust_code=registry.trust_all))
+        return Reproduction(files.read_json(run / RESULT), files.read_json(folder / RESULT), before, _machine(folder))
 
 
-def _run(folder: Path, threads: int | None) -> None:
-    environment = launching.environment_of_runs(threads)
-    command = launching.command(str(folder), registry.trust_all)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def _run(folder: Path, how: RunProcesses) -> None:
+    command = how.command(str(folder))
+    done = subprocess.run(command, env=how.environment(), capture_output=True, text=True, check=False)
     files.write_text(folder / LOG, done.stdout + done.stderr)
     if done.returncode:
         last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
@@ -110,6 +108,7 @@ def machine() -> Mapping[str, Any]:
 
     return {
         "threads": torch.get_num_threads(),
+        "processes": processes.size(),
         "processor": _processor() or platform.machine(),
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         **versions(),

@@ -90,6 +90,7 @@ def compare_suite(
     import pandas as pd
 
     out, env = Path(out), env or EnvSettings()
+    comparing.check_launch(config, launch or LaunchConfig())
     env_ids = [comparing.check(name, config, env) for name in environments]
     repeated = sorted({env_id for env_id in env_ids if env_ids.count(env_id) > 1})
     if repeated:

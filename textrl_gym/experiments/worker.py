@@ -6,35 +6,44 @@ again it ends with the same numbers as if it had never been stopped.
 
 `python -m textrl_gym.experiments.worker --fork` forks a run for each folder that it reads, so that torch and
 transformers are imported once, and not by each of many short runs.
+
+With `--processes N` a run is trained by N processes (docs/distributed.md), which the run's own starts and waits for.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import select
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from textrl_gym import files, registry
-from textrl_gym.experiments.launching import FORK
+from textrl_gym import files, processes, registry
+from textrl_gym.experiments.launching import FORK, STOPPED
 from textrl_gym.experiments.reproduce import machine
 from textrl_gym.experiments.results import CREDIT, EPISODES, ERROR, FLOPS, LOG, MACHINE, RESULT, SPEC, spec_env
 from textrl_gym.mdp.env_settings import EnvSettings, make_env
 from textrl_gym.mdp.task import load_env_task
+from textrl_gym.persistence.signals import SIGNALS
 from textrl_gym.training.config import make_config
 from textrl_gym.training.run_folder import renamed
 
 if TYPE_CHECKING:  # the names of files are needed by those who load no torch
+    from multiprocessing.process import BaseProcess
+
     from gymnasium.vector import VectorEnv
 
     from textrl_gym.training.agent import Agent
@@ -42,21 +51,88 @@ if TYPE_CHECKING:  # the names of files are needed by those who load no torch
 
 OURS = frozenset({SPEC, LOG, ERROR, ".lock"})
 """What is kept of a folder when its run begins anew."""
+GRACE_SECONDS = 30.0
+"""How long the processes of a run may take to end when one of them has failed, before they are killed."""
 
 
-def main(folder: Path) -> int:
-    """Run the cell; 0 when it is finished, 130 after Ctrl-C. An error ends the process, its traceback in the log."""
+def main(folder: Path, count: int = 1, shard: bool = False) -> int:
+    """Run the cell; 0 when it is finished, 130 after Ctrl-C. An error ends the process, its traceback in the log.
+
+    Args:
+        count: processes that train it.
+        shard: whether each of them holds a part of what is trained.
+    """
     _end_with_parent()
     with _alone(folder):
         try:
+            if count > 1:
+                return run_together(folder, count, shard)
             run(folder, renamed(files.read_json(folder / SPEC)))
         except KeyboardInterrupt:  # of SIGTERM and SIGHUP too
-            return 130
+            return STOPPED
     return 0
 
 
-def run(folder: Path, spec: dict[str, Any]) -> None:
-    """Train as far as the spec's total, and evaluate."""
+def run_together(folder: Path, count: int, shard: bool) -> int:
+    """Run the cell by several processes; 0 when it is finished, 130 where it was stopped and has saved.
+
+    Raises:
+        ProcessRaisedException: one of them failed, with its traceback.
+        RuntimeError: one of them was killed.
+    """
+    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+
+    ranks: list[BaseProcess] = []
+    stopped: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        for rank in ranks:
+            if rank.is_alive() and rank.pid is not None:
+                os.kill(rank.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = (folder, count, shard, f"file://{scratch}/store", registry.trust_all)
+            # Spawned, as CUDA needs it. torchrun would end a run that saves after Ctrl-C, and call it a failure.
+            context = start_processes(_rank, arguments, count, join=False)
+            ranks += context.processes
+            while not context.join(grace_period=GRACE_SECONDS):
+                pass
+    except ProcessExitedException as error:
+        if not stopped:
+            (folder / ERROR).unlink(missing_ok=True)  # what the others say after its end is not the cause
+            raise RuntimeError(f"process {error.error_index} of {count} was ended: {error.msg}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0 if (folder / RESULT).is_file() else STOPPED
+
+
+def _rank(number: int, folder: Path, count: int, shard: bool, store: str, trust_code: bool) -> None:
+    """One of the processes of a run; `store`: where they find each other."""
+    # A terminal sends Ctrl-C to all processes of its group, and the one that has started these sends it on.
+    os.setpgrp()
+    _end_with_parent()
+    registry.trust_all = trust_code
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(processes.join(store))
+        if not processes.is_first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            run(folder, renamed(files.read_json(folder / SPEC)), shard)
+        except Exception as error:
+            # Before it leaves the others, which fail by that: the first to write has the cause.
+            words = " ".join(f"{type(error).__name__}: {error} (process {number} of {count})".split())
+            with contextlib.suppress(FileExistsError), (folder / ERROR).open("x", encoding="utf-8") as file:
+                file.write(words + "\n")
+            raise
+
+
+def run(folder: Path, spec: dict[str, Any], shard: bool = False) -> None:
+    """Train as far as the spec's total, and evaluate; one of the processes of the run, or its only one."""
     registry.register_again(spec["environment"], spec.get("registered"))
     from textrl_gym.evaluation import token_credit
     from textrl_gym.evaluation.evaluator import Evaluator
@@ -64,7 +140,7 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
 
     # What people and endpoints have played has no policy: that of the initial one says what it is compared with.
     played = play.is_played(spec["agent"])
-    agent = initial_agent(spec) if played else train_or_load(folder, spec)
+    agent = initial_agent(spec) if played else train_or_load(folder, spec, shard)
     evaluator = Evaluator(agent.env, spec["eval_episodes"], seed=spec["eval_seed"], gold=spec.get("gold"))
     reference = agent.policy.reference
     if played:
@@ -87,7 +163,7 @@ def run(folder: Path, spec: dict[str, Any]) -> None:
     files.write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
-def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
+def train_or_load(folder: Path, spec: dict[str, Any], shard: bool) -> Agent:
     """The agent of a saved folder, or the one that training ends with."""
     if Path(spec["agent"]).is_dir():
         return saved_agent(spec)
@@ -97,11 +173,12 @@ def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
     # What the comparison names was named by the user, and a checkpoint may name it too.
     load_env_task(spec["environment"])
     spec_env(spec).import_code()
-    goes_on = (folder / files.STATE_FILE).is_file() and agent_class.resumes
+    # By the first process alone: a later one would find what the first has begun to write.
+    goes_on = processes.from_first(lambda: (folder / files.STATE_FILE).is_file() and agent_class.resumes)
     if goes_on:
         agent = registry.load_agent(folder, device=spec["device"], out=folder)
     else:
-        begin_anew(folder)
+        processes.from_first(lambda: begin_anew(folder))
         settings = dict(spec["settings"])
         if spec["kl_coef"] is not None:
             settings["kl_coef"] = spec["kl_coef"]
@@ -117,6 +194,7 @@ def train_or_load(folder: Path, spec: dict[str, Any]) -> Agent:
             eval_every=spec["eval_every"],
             save_every=spec["save_every"],
             on_bad_health=spec.get("on_bad_health", "stop"),  # nor this
+            shard=shard,
             gold=spec.get("gold"),  # a comparison of an earlier version names none
         )
     return agent
@@ -147,7 +225,7 @@ def saved_agent(spec: dict[str, Any]) -> Agent:
     return registry.load_agent(folder, env, device=spec["device"])
 
 
-@contextmanager
+@contextlib.contextmanager
 def counted_flops(agent: Agent, file: Path) -> Iterator[None]:
     """Inside, the agent's first rollout and update are counted, once in a run, and written down.
 
@@ -162,7 +240,7 @@ def counted_flops(agent: Agent, file: Path) -> Iterator[None]:
     counted: dict[Phase, int] = {}
     begun_at = agent.num_timesteps
 
-    @contextmanager
+    @contextlib.contextmanager
     def count(phase: Phase) -> Iterator[None]:
         # Once: the counter handles each operation in Python, which would slow the whole run down.
         if phase not in ("collect", "update") or phase in counted:
@@ -173,7 +251,8 @@ def counted_flops(agent: Agent, file: Path) -> Iterator[None]:
         counted[phase] = counter.get_total_flops()
         if phase == "update":
             tokens = agent.num_timesteps - begun_at
-            files.write_text(file, json.dumps({"flop": sum(counted.values()), "tokens": tokens}) + "\n")
+            flop = sum(processes.gather(sum(counted.values())))
+            files.write_text(file, json.dumps({"flop": flop, "tokens": tokens}) + "\n")
 
     with listening(count):
         yield
@@ -194,7 +273,7 @@ def begin_anew(folder: Path) -> None:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Only one process at a time works in a folder; a second waits for the end of the first."""
     with (folder / ".lock").open("w", encoding="utf-8") as lock:
@@ -223,10 +302,10 @@ def import_all() -> None:
     from textrl_gym.training import agent  # noqa: F401
 
 
-def fork_runs() -> int:
-    """Fork a run for each folder on standard input, a JSON string a line; at its end print [folder, exit code].
+def fork_runs(count: int = 1, shard: bool = False) -> int:
+    """Fork a run of so many processes for each folder on standard input, a JSON string a line.
 
-    It ends when its input and all runs have ended, or without the process that started it.
+    At a run's end it prints [folder, exit code]. It ends when its input and all runs have ended, or without the process that started it.
     """
     # Ctrl-C is for the runs, which save and end.
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -242,7 +321,7 @@ def fork_runs() -> int:
             for folder in map(json.loads, lines):
                 if (child := os.fork()) == 0:
                     signal.signal(signal.SIGINT, heard)
-                    _run_and_exit(Path(folder))
+                    _run_and_exit(Path(folder), count, shard)
                 running[child] = folder
         elif ended:
             time.sleep(0.05)
@@ -252,7 +331,7 @@ def fork_runs() -> int:
     return 0
 
 
-def _run_and_exit(folder: Path) -> None:
+def _run_and_exit(folder: Path, count: int, shard: bool) -> None:
     """In a forked process: run the folder's cell with its log as the output, and end the process."""
     code = 1
     try:
@@ -260,7 +339,7 @@ def _run_and_exit(folder: Path) -> None:
             os.dup2(nothing.fileno(), 0)
             for output in (1, 2):
                 os.dup2(log.fileno(), output)
-        code = main(folder)
+        code = main(folder, count, shard)
     finally:  # whatever was raised: this process must not go on in its parent's loop
         if sys.exc_info()[0] is not None:
             traceback.print_exc()
@@ -270,5 +349,12 @@ def _run_and_exit(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    registry.trust_all = "--trust-code" in sys.argv[2:]
-    sys.exit(fork_runs() if sys.argv[1] == FORK else main(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument(FORK, action="store_true")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--shard", action="store_true")
+    parser.add_argument("--trust-code", action="store_true")
+    given = parser.parse_args()
+    registry.trust_all = given.trust_code
+    sys.exit((fork_runs if given.fork else functools.partial(main, given.folder))(given.processes, given.shard))
