@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from textrl_gym import files, processes
+from textrl_gym.experiments import compare, worker
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.pipeline import reward_model, sft
 from textrl_gym.pipeline.reward_data import RewardModelConfig
@@ -143,14 +144,22 @@ def primitives(folder: Path) -> None:
     (folder / f"primitives-{rank}.json").write_text(json.dumps(answers))
 
 
+def compared(folder: Path) -> None:
+    """A run of a comparison: FOLDER/compared/runs/grpo-0."""
+    sizes: dict[str, Any] = {"total_timesteps": 120, "eval_episodes": 8, "save_every": 1, "device": "cpu"}
+    config = compare.CompareConfig(agents=("grpo",), set=("grpo.rollout_episodes=16",), seeds=1, **sizes)
+    (run,) = processes.from_first(lambda: compare.prepare(folder / "compared", ENV, config)).values()
+    worker.run(run, files.read_json(run / "cell.json"))
+
+
 def work(name: str, folder: Path, updates: int, chain: Path | None = None, **options: Any) -> None:
     """Train for so many updates, and write down what it comes to.
 
     Args:
         chain: a folder with runs to go on with, or to begin, which end by Ctrl-C; None: they begin in `folder`.
     """
-    if name == "primitives":
-        primitives(folder)
+    if name in ("primitives", "compared"):
+        (primitives if name == "primitives" else compared)(folder)
         return
     if name in ("sft", "reward-model"):
         supervised(name, folder, updates)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import stat
@@ -19,7 +20,7 @@ from pandas.testing import assert_frame_equal
 
 from textrl_gym.cli.main import main
 from textrl_gym.experiments import launching
-from textrl_gym.experiments.compare import CompareConfig, compare
+from textrl_gym.experiments.compare import CompareConfig, compare, prepare
 from textrl_gym.experiments.launching import LaunchConfig
 from textrl_gym.experiments.results import ERROR, LOG
 
@@ -104,7 +105,7 @@ time.sleep({seconds})
 def a_run(seconds: float) -> Any:
     """What starts a run that does nothing for a while, and ends by Ctrl-C as runs do."""
 
-    def start(folder: Path, threads: int, trust_code: bool) -> subprocess.Popen[bytes]:
+    def start(folder: Path, how: launching.RunProcesses) -> subprocess.Popen[bytes]:
         process = subprocess.Popen([sys.executable, "-c", RUN.format(seconds=seconds)], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
@@ -117,7 +118,8 @@ def a_run(seconds: float) -> Any:
 def test_a_job_saves_before_it_goes_back_into_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """submitit calls `checkpoint` in the handler of a signal, while the job waits for its run."""
     monkeypatch.setattr(launching, "start", a_run(60))
-    job, again = launching.Job(tmp_path, 2, False), []
+    how = launching.RunProcesses(2)
+    job, again = launching.Job(tmp_path, how), []
     before = signal.signal(signal.SIGALRM, lambda *_: again.append(job.checkpoint()))
     try:
         signal.setitimer(signal.ITIMER_REAL, 1.0)
@@ -126,7 +128,7 @@ def test_a_job_saves_before_it_goes_back_into_the_queue(tmp_path: Path, monkeypa
         signal.signal(signal.SIGALRM, before)
     (next_job,) = again
     assert isinstance(next_job.function, launching.Job)
-    assert (next_job.function.folder, next_job.function.threads, next_job.function.process) == (tmp_path, 2, None)
+    assert (next_job.function.folder, next_job.function.how, next_job.function.process) == (tmp_path, how, None)
     assert not (tmp_path / ERROR).exists()
 
 
@@ -134,7 +136,7 @@ def test_ctrl_c_of_a_job_reaches_its_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(launching, "start", a_run(60))
     before = signal.getsignal(signal.SIGINT)
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-    assert launching.Job(tmp_path, 1, False)() == launching.STOPPED
+    assert launching.Job(tmp_path, launching.RunProcesses(1))() == launching.STOPPED
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -191,6 +193,16 @@ def test_slurm_is_asked_for_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "settings of a cluster (partition, gpus_per_run and so on) need the launcher submitit",
         ),
         (["--launcher", "submitit"], "cluster='slurm': "),
+        (["--shard"], "shard: a run of one process has nobody to share with; give processes_per_run too"),
+        (["--processes-per-run", "0"], "processes_per_run"),
+        (
+            ["--launcher", "submitit", "--gpus-per-run", "2", "--processes-per-run", "4"],
+            "gpus_per_run=2: 4 processes of a run need a GPU each",
+        ),
+        (
+            ["--processes-per-run", "2", "--agents", "reinforce", "sb3_ppo"],
+            "processes_per_run=2: sb3_ppo trains in one process; compare it without",
+        ),
         (["--launcher", "submitit", "--cluster", "local", "--slurm", "account"], "slurm: 'account' is not name=value"),
         (["--launcher", "submitit", "--cluster", "local", "--slurm", "colour=1"], "slurm: "),
     ],
@@ -239,6 +251,156 @@ def _worker_of(folder: Path) -> bool:
     return False
 
 
+# -- runs of several processes ----------------------------------------------------------------------------------------
+
+
+def test_a_run_has_a_block_of_gpus() -> None:
+    assert launching.gpus_of_slots(["2", "5", "6", "7"], 3, 2) == ["2,5", "6,7", "2,5"]
+    assert launching.gpus_of_slots(["0", "1"], 3, 1) == ["0", "1", "0"]
+    with pytest.raises(ValueError, match="processes_per_run=4: a GPU for each process, and this machine has 2"):
+        launching.gpus_of_slots(["0", "1"], 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("variable", "names"), [(None, ["0", "1"]), ("3, 1", ["3", "1"]), ("GPU-a,GPU-b,-1", ["GPU-a", "GPU-b"])]
+)
+def test_gpus_are_named_as_the_user_has_chosen_them(
+    variable: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert launching.visible_gpus() == names
+
+
+def test_fewer_gpus_than_processes_are_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "visible_gpus", lambda: ["0"])
+    with pytest.raises(ValueError, match="processes_per_run=2: a GPU for each process, and this machine has 1"):
+        compare("CopyText-v0", CONFIG, tmp_path / "out", launch=LaunchConfig(processes_per_run=2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_of_a_run_share_its_cores() -> None:
+    how = launching.RunProcesses.of(LaunchConfig(processes_per_run=2, shard=True), 5, trust_code=True)
+    assert (how.threads, how.environment()["OMP_NUM_THREADS"]) == (2, "2")
+    assert how.command("FOLDER")[-5:] == ["FOLDER", "--processes", "2", "--shard", "--trust-code"]
+    assert launching.RunProcesses.of(LaunchConfig(processes_per_run=4), 2, trust_code=False).threads == 1
+    assert launching.RunProcesses().command("FOLDER")[-1] == "FOLDER"
+
+
+TOGETHER = LaunchConfig(processes_per_run=2)
+
+
+def learns(agents: tuple[str, ...] = ("grpo",), **settings: Any) -> CompareConfig:
+    """A comparison of agents with few rows."""
+    rows = tuple(f"{agent}.rollout_episodes=16" for agent in agents)
+    small: dict[str, Any] = {"seeds": 1, "total_timesteps": 120, "eval_episodes": 8, "save_every": 1, "workers": 1}
+    return CompareConfig(agents=agents, set=rows, **(small | settings))
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_gives_the_numbers_of_one(tmp_path: Path) -> None:
+    config = learns()
+    together, alone = (
+        last(compare("CopyText-v0", config, tmp_path / name, progress_bar=False, launch=launch))
+        for name, launch in (("two", TOGETHER), ("one", None))
+    )
+    assert_frame_equal(together, alone, rtol=1e-4, atol=1e-6)
+    machine = json.loads((tmp_path / "two" / "runs" / "grpo-0" / "machine.json").read_text())
+    assert machine["processes"] == 2
+    rows = [json.loads((tmp_path / name / "runs" / "grpo-0" / "flops.json").read_text()) for name in ("one", "two")]
+    assert rows[0]["tokens"] == rows[1]["tokens"] and rows[1]["flop"] == pytest.approx(rows[0]["flop"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_sharded_runs_and_saved_agents_by_two_processes(tmp_path: Path) -> None:
+    config = learns(("ppo", "reference"))
+    sharded = dataclasses.replace(TOGETHER, shard=True)
+    together, alone = (
+        last(compare("CopyText-v0", config, tmp_path / name, progress_bar=False, launch=launch))
+        for name, launch in (("two", sharded), ("one", None))
+    )
+    assert list(together["run"]) == list(alone["run"]) and len(alone) == 2
+    assert_frame_equal(together, alone, rtol=1e-4, atol=1e-6)
+    saved = CompareConfig(agents=(str(tmp_path / "one" / "runs" / "ppo-0"),), eval_episodes=8)
+    again = last(compare("CopyText-v0", saved, tmp_path / "saved", progress_bar=False, launch=TOGETHER))
+    assert again["score"][0] == pytest.approx(float(alone.loc[alone["agent"] == "ppo", "score"].iloc[0]))
+
+
+def ranks_of(worker: int) -> list[int]:
+    """The processes that a run's own has started; the resource tracker of multiprocessing is none."""
+    children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@contextlib.contextmanager
+def long_run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A run by two processes that has saved once; its own process, and its folder."""
+    config = learns(total_timesteps=20_000)
+    (folder,) = prepare(tmp_path / "out", "CopyText-v0", config).values()
+    process = launching.start(folder, launching.RunProcesses.of(TOGETHER, 2, trust_code=False))
+    try:
+        deadline = time.monotonic() + 240
+        while not (folder / "checkpoint.json").is_file() and time.monotonic() < deadline:
+            assert process.poll() is None, (folder / LOG).read_text()
+            time.sleep(0.05)
+        yield process, folder
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_a_run_of_two_processes_saves(tmp_path: Path) -> None:
+    with long_run(tmp_path) as (process, folder):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == launching.STOPPED
+    launching.note_death(folder, process.returncode)
+    assert not (folder / ERROR).exists()
+    updates = json.loads((folder / "checkpoint.json").read_text())["num_updates"]
+    assert updates >= 1 and len((folder / "progress.json").read_text().splitlines()) == updates
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_its_run_and_is_named(tmp_path: Path) -> None:
+    with long_run(tmp_path) as (process, folder):
+        ranks = ranks_of(process.pid)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert process.wait(120) == 1
+    launching.note_death(folder, process.returncode)
+    assert (folder / ERROR).read_text() == "RuntimeError: process 1 terminated with signal SIGKILL\n"
+    assert len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_run_end_with_their_starter(tmp_path: Path) -> None:
+    with long_run(tmp_path) as (process, _):
+        ranks = ranks_of(process.pid)
+        process.kill()
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_the_process_that_fails_first_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_agents.py").write_text(
+        "from textrl_gym import processes\nfrom textrl_gym.agents import REINFORCE\n\n\nclass Broken(REINFORCE):\n"
+        "    def update(self, rollout):\n        if processes.rank() == 1:\n            raise ValueError('no update')\n"
+        "        return super().update(rollout)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = learns(("broken_agents:Broken",))
+    with pytest.warns(UserWarning, match="1 of 1 runs failed: .*: ValueError: no update .process 1 of 2"):
+        compare("CopyText-v0", config, tmp_path / "out", progress_bar=False, launch=TOGETHER)
+    assert "no update" in (tmp_path / "out" / "runs" / "broken_agents.Broken-0" / LOG).read_text()
+
+
 # -- runs that are forked ---------------------------------------------------------------------------------------------
 
 
@@ -247,7 +409,7 @@ import os, signal, sys, time
 from pathlib import Path
 from textrl_gym.experiments import worker
 
-def run(folder):
+def run(folder, count, shard):
     print("run", os.environ.get("OMP_NUM_THREADS"), flush=True)
     if folder.name == "fails":
         raise ValueError("no such run")
@@ -271,10 +433,10 @@ sys.exit(worker.fork_runs())
 @pytest.fixture
 def forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[launching.Forks]:
     """A forker whose runs do what the names of their folders say."""
-    monkeypatch.setattr(launching, "command", lambda *_: [sys.executable, "-c", FORKER])
+    monkeypatch.setattr(launching.RunProcesses, "command", lambda *_: [sys.executable, "-c", FORKER])
     for name in ("ends", "fails", "killed", "waits"):
         (tmp_path / name).mkdir()
-    forks = launching.Forks(3, trust_code=False)
+    forks = launching.Forks(launching.RunProcesses(3))
     yield forks
     forks.process.kill()
     forks.close()

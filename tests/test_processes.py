@@ -24,7 +24,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what one process has come to in 1/ and what two have in 2/."""
     folder = tmp_path_factory.mktemp("ranks")
     script = str(Path(__file__).with_name("ranks.py"))
-    command = [sys.executable, script, str(folder), "--work", *WORKS, "primitives", "--updates", str(UPDATES)]
+    command = [
+        sys.executable,
+        script,
+        str(folder),
+        "--work",
+        *WORKS,
+        "primitives",
+        "compared",
+        "--updates",
+        str(UPDATES),
+    ]
     done = subprocess.run(command, timeout=600, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -105,6 +115,24 @@ def test_two_processes_train_as_one(name: str, runs: Path) -> None:
             assert timeless == {key for key in now if not key.startswith("time")}
             for key in timeless:
                 assert now[key] == pytest.approx(before[key], abs=1e-5), (name, key)
+
+
+def test_a_run_of_a_comparison_by_two_processes_is_that_of_one(runs: Path) -> None:
+    one, two = (runs / size / "compared" / "runs" / "grpo-0" for size in ("1", "2"))
+    numbers, machines, costs = (
+        [json.loads((run / name).read_text()) for run in (one, two)]
+        for name in ("evaluation.json", "machine.json", "flops.json")
+    )
+    for of_run in numbers:
+        of_run.pop("train_seconds")
+    assert numbers[1] == pytest.approx(numbers[0], abs=1e-5)
+    assert [machine["processes"] for machine in machines] == [1, 2]
+    assert costs[0]["tokens"] == costs[1]["tokens"]
+    # Of both processes: a prompt that both have rows of is computed twice.
+    assert costs[0]["flop"] <= costs[1]["flop"] * 1.01 and costs[1]["flop"] < 1.2 * costs[0]["flop"]
+    for name in ("episodes.jsonl", "credit.jsonl", "progress.json"):
+        rows = [len((run / name).read_text().splitlines()) for run in (one, two)]
+        assert rows[0] == rows[1] > 0, name
 
 
 def test_each_process_holds_its_part(runs: Path) -> None:

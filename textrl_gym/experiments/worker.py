@@ -103,7 +103,7 @@ def run_together(folder: Path, count: int, shard: bool) -> int:
     except ProcessExitedException as error:
         if not stopped:
             (folder / ERROR).unlink(missing_ok=True)  # what the others say after its end is not the cause
-            raise RuntimeError(f"process {error.error_index} of {count} was ended: {error.msg}") from None
+            raise RuntimeError(error.msg) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -305,7 +305,8 @@ def import_all() -> None:
 def fork_runs(count: int = 1, shard: bool = False) -> int:
     """Fork a run of so many processes for each folder on standard input, a JSON string a line.
 
-    At a run's end it prints [folder, exit code]. It ends when its input and all runs have ended, or without the process that started it.
+    At a run's end it prints [folder, exit code]. It ends when its input and all runs have ended, or without the process
+    that started it.
     """
     # Ctrl-C is for the runs, which save and end.
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
