@@ -159,6 +159,8 @@ def test_a_mapping_of_parts_adds_up_and_each_is_told() -> None:
     assert scores.components["style/short"].tolist() == [-1.0, -2.0, -3.0]
     for values, words in (
         ({}, "empty mapping"),
+        ({"": [1.0] * 3}, "reward 'style' gave a part called '': its name must be a text"),
+        ({1: [1.0] * 3}, "reward 'style' gave a part called 1: its name must be a text"),
         ({"a": [1.0]}, "reward 'style/a' gave 1 values for 3 completions"),
         ({"a": [1.0, "x", 2.0]}, "reward 'style/a' gave 'x' for row 1"),
         ({"a": 1.0}, "reward 'style/a' gave 1.0, not a list"),

@@ -199,7 +199,7 @@ def test_arguments_of_agents(examples: int, tmp_path: Path) -> None:
                 agent.learn(**arguments)
                 fine = value is None or is_number(value) or (name == "gold" and callable(value))
         except Exception as error:  # noqa: BLE001
-            assert_named(error, name, "gold", "environment", "no folder")
+            assert_named(error, name, "gold", "environment", "no folder", "no model")
         else:
             assert fine, (name, value)
 
@@ -261,8 +261,9 @@ def test_what_rewards_return(examples: int) -> None:
             assert isinstance(score_B, Tensor)
             assert score_B.shape == (2,)
             assert score_B.isfinite().all()
-            flat = np.asarray(values, dtype=float)
-            assert flat.shape == (2,)
+            parts = values if isinstance(values, Mapping) else {"whole": values}
+            assert all(part for part in parts)
+            assert {np.asarray(of_part, dtype=float).shape for of_part in parts.values()} == {(2,)}
 
     pairs = st.lists(JUNK, min_size=2, max_size=2)
     run(examples, holds, JUNK | pairs)

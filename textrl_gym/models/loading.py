@@ -399,8 +399,10 @@ def _cannot_load(what: str, spec: str | Path, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if Path(spec).expanduser().is_dir() or str(spec) == SMOLLM2:
         return f"no {what} can be loaded from the folder {str(spec)!r} (safetensors, no remote code): {reason}"
+    # A tokenizer is loaded first, and users name a model.
+    name = "model or tokenizer" if what == "tokenizer" else what
     return (
-        f"no {what} {str(spec)!r}: there is no such folder, and it cannot be loaded as a Hub id (safetensors, no "
+        f"no {name} {str(spec)!r}: there is no such folder, and it cannot be loaded as a Hub id (safetensors, no "
         f"remote code): {reason} Without a network a local folder works, or {SMOLLM2!r}, which comes from PyPI."
     )
 

@@ -365,6 +365,9 @@ def _scores_of(name: str, values: Any, completions: list[str]) -> dict[str, Tens
         return {name: _checked(name, values, completions)}
     if not values:
         raise ValueError(f"reward {name!r} gave an empty mapping: name at least one part, with a list of numbers")
+    for part in values:
+        if not isinstance(part, str) or not part:
+            raise ValueError(f"reward {name!r} gave a part called {shown(part)}: its name must be a text")
     own = {f"{name}/{part}": _checked(f"{name}/{part}", of_part, completions) for part, of_part in values.items()}
     stacked_NB = torch.stack(list(own.values()))
     total_B = stacked_NB.nan_to_num(nan=0.0).sum(0)

@@ -589,5 +589,5 @@ class Agent:
 
 def _check_models(**models: object) -> None:
     for name, model in models.items():
-        if not isinstance(model, str | Path | torch.nn.Module | None):
+        if not isinstance(model, str | Path | torch.nn.Module | None) or model == "":
             raise ValueError(f"{name} must be a Hub id, a folder, a loaded model or None, got {shown(model)}")
