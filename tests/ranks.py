@@ -152,11 +152,12 @@ def compared(folder: Path) -> None:
     worker.run(run, files.read_json(run / "cell.json"))
 
 
-def work(name: str, folder: Path, updates: int, chain: Path | None = None, **options: Any) -> None:
+def work(name: str, folder: Path, updates: int, chain: Path | None = None, vllm_url: str | None = None) -> None:
     """Train for so many updates, and write down what it comes to.
 
     Args:
         chain: a folder with runs to go on with, or to begin, which end by Ctrl-C; None: they begin in `folder`.
+        vllm_url: of the server that samples the rollouts; None: the processes do.
     """
     if name in ("primitives", "compared"):
         (primitives if name == "primitives" else compared)(folder)
@@ -167,7 +168,8 @@ def work(name: str, folder: Path, updates: int, chain: Path | None = None, **opt
     cls, *more = name.split("+")
     agent = make(cls, (chain or folder) / f"run-{name}", **({"lora_rank": 2} if "lora" in more else {}))
     goes_on, record = agent.num_updates > 0, Record(agent, updates)
-    settings = QUIET | {"shard": "shard" in more, "reset_num_timesteps": not goes_on} | options
+    settings = QUIET | {"shard": "shard" in more, "reset_num_timesteps": not goes_on}
+    settings |= {} if vllm_url is None else {"vllm_url": vllm_url, "vllm_transfer": "disk"}
     with contextlib.suppress(KeyboardInterrupt):
         agent.learn(10**9, callback=record.interrupt if chain else record.go_on, **settings)
     state = {"weights": full_weights(agent), "gradient": record.gradient, "kl_coef": torch.tensor(agent.kl.coef)}
@@ -180,9 +182,9 @@ def work(name: str, folder: Path, updates: int, chain: Path | None = None, **opt
     file.with_suffix(".json").write_text(json.dumps(record.metrics))
 
 
-def works(names: list[str], folder: Path, updates: int, chain: Path | None) -> None:
+def works(names: list[str], folder: Path, updates: int, chain: Path | None, vllm_url: str | None) -> None:
     for name in names:
-        work(name, folder, updates, chain)
+        work(name, folder, updates, chain, vllm_url)
 
 
 def outcome(folder: Path, name: str, rank: int = 0) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
@@ -247,13 +249,14 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", required=True)
     parser.add_argument("--chain", action="store_true", help="each number of processes goes on where the last ended")
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--vllm-url")
     parser.add_argument("--seconds", type=float, default=120)
     args = parser.parse_args()
     torch.set_num_threads(1)
     chain = args.folder / "chain" if args.chain else None
     for size in args.processes:
         folder = args.folder / str(size)
-        run(size, folder, functools.partial(works, args.work, folder, args.updates, chain), args.seconds)
+        run(size, folder, functools.partial(works, args.work, folder, args.updates, chain, args.vllm_url), args.seconds)
 
 
 if __name__ == "__main__":

@@ -203,6 +203,7 @@ def test_slurm_is_asked_for_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyP
             ["--processes-per-run", "2", "--agents", "reinforce", "sb3_ppo"],
             "processes_per_run=2: sb3_ppo trains in one process; compare it without",
         ),
+        (["--processes-per-run", "2", "--shard", "--agents", "nlpo"], "shard: nlpo cannot be sharded; compare it"),
         (["--launcher", "submitit", "--cluster", "local", "--slurm", "account"], "slurm: 'account' is not name=value"),
         (["--launcher", "submitit", "--cluster", "local", "--slurm", "colour=1"], "slurm: "),
     ],

@@ -9,6 +9,7 @@ import base64
 import copy
 import math
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 from conversations import Halving
 from minibatches import last_gradient, minibatch
+from ranks import outcome
 from servers import running
 from torch import Tensor
 from torch.cuda import nccl
@@ -534,6 +536,28 @@ def test_a_run_by_the_server_stopped_and_gone_on_with_is_the_same_run(copy_stub:
     assert parts.generator.get_state().equal(whole.generator.get_state())
     torch.testing.assert_close(weights(parts), weights(whole), atol=1e-6, rtol=0)
     assert (weights(whole) - weights(agent_for(tmp_path, "fresh"))).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "ppo+shard"])
+def test_two_processes_with_a_server_train_as_one(name: str, copy_stub: Stub, tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("ranks.py"))
+    command = [sys.executable, script, str(tmp_path), "--work", name, "--vllm-url", copy_stub.url, "--updates", "3"]
+    done = subprocess.run(command, timeout=600, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, rows = outcome(tmp_path / "1", name)
+    # Before each of four rollouts, of which three are trained on; of two processes the first sends alone.
+    assert copy_stub.calls["/collective_rpc"] == copy_stub.calls["/update_weight_version"] == 8
+    seeds = [request["seed"] for request in copy_stub.requests if "seed" in request]
+    half = len(seeds) // 2
+    assert sorted(seeds[:half]) == sorted(seeds[half:]) and half >= 4 * 16
+    for rank in (0, 1):
+        two, rows_of_two = outcome(tmp_path / "2", name, rank)
+        torch.testing.assert_close(two["weights"], one["weights"], atol=1e-6, rtol=0)
+        assert [row["score"] for row in rows_of_two] == pytest.approx([row["score"] for row in rows])
+    fresh = load_agent_class(name.split("+")[0])("CopyText-v0", seed=5, device="cpu")
+    trained = torch.cat([p.detach().flatten() for p in fresh.policy.parameters()])
+    assert float((one["weights"] - trained).abs().max()) > 1e-3
 
 
 def test_the_mismatch_is_logged_and_on_the_health_card(copy_stub: Stub, tmp_path: Path, capsys: Any) -> None:

@@ -251,14 +251,19 @@ def check_launch(config: CompareConfig, launch: LaunchConfig) -> None:
     """Check that the agents can be run by so many processes, before anything is written or run.
 
     Raises:
-        ValueError: an agent that trains in one process, or fewer GPUs than processes of a run.
+        ValueError: an agent that trains in one process or cannot be sharded, or fewer GPUs than processes of a run.
     """
     count = launch.processes_per_run
     if count == 1:
         return
     for agent in config.agents:
-        if not Path(agent).is_dir() and registry.load_agent_class(agent).one_process:
+        if Path(agent).is_dir():
+            continue
+        agent_class = registry.load_agent_class(agent)
+        if agent_class.one_process:
             raise ValueError(f"processes_per_run={count}: {agent} trains in one process; compare it without")
+        if launch.shard and agent_class.trains and not agent_class.shardable:
+            raise ValueError(f"shard: {agent} cannot be sharded; compare it without")
     gpus = launching.visible_gpus() if launch.launcher == "local" and config.device != "cpu" else []
     if gpus:
         launching.gpus_of_slots(gpus, 1, count)

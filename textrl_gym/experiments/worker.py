@@ -194,7 +194,7 @@ def train_or_load(folder: Path, spec: dict[str, Any], shard: bool) -> Agent:
             eval_every=spec["eval_every"],
             save_every=spec["save_every"],
             on_bad_health=spec.get("on_bad_health", "stop"),  # nor this
-            shard=shard,
+            shard=shard and agent.trains,
             gold=spec.get("gold"),  # a comparison of an earlier version names none
         )
     return agent
