@@ -339,13 +339,14 @@ def ranks_of(worker: int) -> list[int]:
 
 @contextlib.contextmanager
 def long_run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A run by two processes that has saved once; its own process, and its folder."""
+    """A run by two processes after its first update; its own process, and its folder."""
     config = learns(total_timesteps=20_000)
     (folder,) = prepare(tmp_path / "out", "CopyText-v0", config).values()
     process = launching.start(folder, launching.RunProcesses.of(TOGETHER, 2, trust_code=False))
     try:
         deadline = time.monotonic() + 240
-        while not (folder / "checkpoint.json").is_file() and time.monotonic() < deadline:
+        log = folder / "progress.json"
+        while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
             assert process.poll() is None, (folder / LOG).read_text()
             time.sleep(0.05)
         yield process, folder
@@ -361,7 +362,7 @@ def test_ctrl_c_of_a_run_of_two_processes_saves(tmp_path: Path) -> None:
         assert process.wait(120) == launching.STOPPED
     launching.note_death(folder, process.returncode)
     assert not (folder / ERROR).exists()
-    updates = json.loads((folder / "checkpoint.json").read_text())["num_updates"]
+    updates = json.loads((folder / "agent.json").read_text())["num_updates"]
     assert updates >= 1 and len((folder / "progress.json").read_text().splitlines()) == updates
 
 
