@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from textrl_gym import files, registry
+from textrl_gym import files, processes, registry
 from textrl_gym.agents import DPO, GRPO, PPO, SB3PPO, Reinforce
 from textrl_gym.cli import main
-from textrl_gym.persistence.signals import Terminated
+from textrl_gym.persistence.signals import Terminated, hearing_signals
 from textrl_gym.registry import load_agent
 from textrl_gym.training import checkpoint, loop, run_folder
 from textrl_gym.training.agent import Agent
@@ -214,6 +214,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert "is finished" in capsys.readouterr().out
     assert main.main([*args, "--seed", "1"]) == 2
     assert "holds a run already, with seed=0, not 1" in capsys.readouterr().err
+
+
+def test_a_signal_that_comes_while_processes_tell_each_other_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it stop this process alone, which would leave the others waiting."""
+
+    def most(number: int) -> int:
+        signal.raise_signal(signal.SIGTERM)  # after this process has given its number
+        return number
+
+    with hearing_signals() as stop:
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "most", most)
+            stop.check()
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(Terminated):
+            stop.check()
 
 
 def test_a_signal_is_heard_in_python(tmp_path: Path) -> None:

@@ -29,10 +29,12 @@ class Stop:
 
     def check(self) -> None:
         """Raise KeyboardInterrupt, or Terminated for another signal than Ctrl-C's, if one was heard by any process."""
-        # One that stops an update before the others would leave them waiting for it.
-        self.number = processes.most(self.number)
-        self.together = self.together or bool(self.number)
-        self.stop()
+        # One that stops an update before the others would leave them waiting for it: so by what all have heard, and not
+        # by a signal that has come while they told each other. That one is for the next time.
+        heard = processes.most(self.number)
+        if heard:
+            self.number, self.together = heard, True
+            self.stop()
 
     def stop(self) -> None:
         """As `check`, of the signal that this process has heard, and at once."""
