@@ -39,10 +39,14 @@ class Block:
     @property
     def smaller(self) -> str:
         """The code with small budgets."""
-        code = self.code
-        for printed, tried in SMALLER:
-            code = printed.sub(tried, code)
-        return code
+        return smaller(self.code)
+
+
+def smaller(code: str) -> str:
+    """Code with small budgets."""
+    for printed, tried in SMALLER:
+        code = printed.sub(tried, code)
+    return code
 
 
 def blocks(root: Path, page: str) -> list[Block]:
