@@ -213,20 +213,21 @@ def write_notebooks(folder: Path) -> None:
 
 
 def execute(page: Path, folder: Path, timeout: float) -> list[Any]:
-    """Run a page's notebook by a kernel of its own, in a folder, with small budgets; returns its cells.
+    """Run a page's notebook by a kernel of its own, in a folder, with short trainings; returns its cells.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
         nbclient.exceptions.CellTimeoutError: a cell took longer than `timeout` seconds.
     """
     import nbformat
-    from docs_blocks import smaller
+    from docs_blocks import TRAINING
     from nbclient import NotebookClient
 
     made = nbformat.from_dict(notebook(page))
     for cell in made.cells:
         if cell.cell_type == "code":
-            cell.source, cell.outputs = smaller(cell.source), []
+            # test_a_page_runs_as_it_is_printed has the whole budget.
+            cell.source, cell.outputs = TRAINING[0].sub(TRAINING[1], cell.source), []
     client = NotebookClient(made, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     client.execute(env=os.environ | quiet)
