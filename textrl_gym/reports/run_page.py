@@ -255,7 +255,8 @@ h3 { font-size: 15px; margin: 24px 0 0; } p { margin: 0 0 12px; }
 .warning { background: var(--warn); color: var(--warn-ink); border-left: 4px solid var(--warn-line); padding: 12px 16px;
   border-radius: 4px; margin: 16px 0; }
 figure { margin: 0; padding: 14px 16px 10px; } figcaption { font-weight: 600; margin-bottom: 6px; }
-figure, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 8px; } figure + .wide { margin-top: 16px; }
+figure, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+figure + .wide { margin-top: 16px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 9px 14px; } thead th { font-size: 13px; font-weight: 600;
   color: var(--soft); vertical-align: bottom; border-bottom: 1px solid var(--line); }
