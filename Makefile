@@ -35,21 +35,25 @@ reliability: $(STAMP)  ## Run the long tests: known optima, real models, hacked 
 docs-test: $(STAMP)  ## Run the Python of every page of the documentation as it is printed, with small budgets.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/test_docs.py tests/test_readme.py tests/test_run_page.py $(ARGS)
 
-# The packages of others pin what ours leave open, so they have environments of their own; openenv's pins exclude trl's.
+# The packages of others pin what ours leave open, so they have environments of their own; openenv's pins exclude trl's,
+# and moviepy wants a Pillow below the pinned one.
 ADAPTERS := build/adapters
 $(ADAPTERS)/others/.installed: EXTRAS = torchrl,textarena,trl,verifiers
 $(ADAPTERS)/openenv/.installed: EXTRAS = openenv
+$(ADAPTERS)/habits/.installed: EXTRAS = sb3
+$(ADAPTERS)/habits/.installed: BESIDE = moviepy rl_zoo3 array-api-compat
 $(ADAPTERS)/%/.installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
-	$(@D)/bin/python -m pip install -e '.[$(EXTRAS)]' pytest pytest-xdist hypothesis
+	$(@D)/bin/python -m pip install -e '.[$(EXTRAS)]' $(BESIDE) pytest pytest-xdist hypothesis
 	touch $@
 
 # A file at a time: pytest fails where it has skipped all of one, which lacks its package then.
-adapters: $(ADAPTERS)/others/.installed $(ADAPTERS)/openenv/.installed  ## Run the adapters against the packages themselves.
+adapters: $(ADAPTERS)/others/.installed $(ADAPTERS)/openenv/.installed $(ADAPTERS)/habits/.installed  ## Run the adapters against the packages themselves.
 	for name in torchrl textarena trl verifiers; do \
 	    OMP_NUM_THREADS=1 $(ADAPTERS)/others/bin/python -m pytest -q tests/test_$$name.py || exit 1; done
 	OMP_NUM_THREADS=1 $(ADAPTERS)/openenv/bin/python -m pytest -q tests/test_openenv.py
+	OMP_NUM_THREADS=1 $(ADAPTERS)/habits/bin/python -m pytest -q tests/test_habits.py
 
 lint: $(STAMP)  ## Check style and format.
 	$(BIN)/ruff check .

@@ -9,13 +9,15 @@ from pathlib import Path
 
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^>]+?) -->\n\n?)?```(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.M | re.S)
 """A fenced block, with the comment above it that says why it is not run."""
+TRAINING = (re.compile(r"(total_timesteps=)[\d_]+"), r"\g<1>300")
+"""The budget of a training as it is printed, and as it is tried."""
 SMALLER = (
-    (re.compile(r"(total_timesteps=)[\d_]+"), r"\g<1>300"),
+    TRAINING,
     (re.compile(r"(\bepisodes=)[\d_]+"), r"\g<1>8"),
     (re.compile(r"(eval_episodes=)[\d_]+"), r"\g<1>8"),
     (re.compile(r"(num_envs=)[\d_]+"), r"\g<1>8"),
 )
-"""Budgets as they are printed, and as they are tried."""
+"""All budgets."""
 
 
 @dataclasses.dataclass(frozen=True)

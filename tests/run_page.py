@@ -212,6 +212,28 @@ def write_notebooks(folder: Path) -> None:
         path.write_text(json.dumps(notebook(page), indent=1) + "\n", encoding="utf-8")
 
 
+def execute(page: Path, folder: Path, timeout: float) -> list[Any]:
+    """Run a page's notebook by a kernel of its own, in a folder, with short trainings; returns its cells.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+        nbclient.exceptions.CellTimeoutError: a cell took longer than `timeout` seconds.
+    """
+    import nbformat
+    from docs_blocks import TRAINING
+    from nbclient import NotebookClient
+
+    made = nbformat.from_dict(notebook(page))
+    for cell in made.cells:
+        if cell.cell_type == "code":
+            # test_a_page_runs_as_it_is_printed has the whole budget.
+            cell.source, cell.outputs = TRAINING[0].sub(TRAINING[1], cell.source), []
+    client = NotebookClient(made, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    client.execute(env=os.environ | quiet)
+    return list(made.cells)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--notebooks"]:
         write_notebooks(Path(sys.argv[2]))

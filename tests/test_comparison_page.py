@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from chromium import Browser
 
 from textrl_gym.charts import analysis as numbers
 from textrl_gym.charts.comparison import charts
@@ -707,6 +708,28 @@ def test_the_file_stands_alone(made: tuple[str, Page]) -> None:
     plotly = max(page.scripts, key=len)
     assert text.count(plotly) == 1
     assert "http" not in text.replace(plotly, "").replace("http-equiv", "")
+
+
+def test_a_chart_is_drawn_where_it_is_looked_at(made: tuple[str, Page], tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(made[0], encoding="utf-8")
+    drawn = "[...document.querySelectorAll('.chart')].map((chart) => chart.querySelector('.main-svg') !== null)"
+    height = "document.documentElement.scrollHeight"
+    with Browser(tmp_path / "profile") as browser:
+        browser.look(390, 844, touch=True)
+        browser.open((tmp_path / "report.html").as_uri())
+        whole = browser.run(height)
+        browser.run("document.querySelector('.chart').scrollIntoView()")
+        browser.wait("document.querySelector('.main-svg')")
+        assert browser.run(drawn)[0] and not any(browser.run(drawn)[3:]), "those near the window, and no others"
+        browser.run("document.querySelector('#cost .chart').scrollIntoView()")
+        browser.wait("document.querySelector('#cost .main-svg')")
+        assert browser.run(height) == whole, "nothing moves where a chart is drawn"
+        assert not all(browser.run(drawn))
+        # Paper has all of them.
+        browser.run("dispatchEvent(new Event('beforeprint'))")
+        assert browser.run(drawn) == [True] * 13
+        assert browser.run(height) == whole
+        assert browser.console == []
 
 
 def test_the_page_can_be_read_without_seeing_it(made: tuple[str, Page]) -> None:

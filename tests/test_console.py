@@ -29,6 +29,16 @@ def test_brackets_are_shown() -> None:
     assert printed(samples_table([sample], {NASTY: 1.0}, 0)).count(NASTY) == 3
 
 
+def test_a_title_is_not_broken_by_a_narrow_table() -> None:
+    title = "runs/a-long-name/of a folder with words"
+    assert title in printed(make_table(title, ["a"], [["1"]]))
+    means = {f"measure {number}": 0.5 for number in range(10)}
+    lines = printed(samples_table([{"prompt": "b c", "completion": "b", "score": 1.0}], means, 0)).splitlines()
+    assert lines[0].startswith("after 0 tokens: measure 0 0.5") and lines[0].rstrip().endswith("measure 9 0.5")
+    # No wider than the terminal, whatever the title.
+    assert max(map(len, printed(make_table("long " * 100, ["a"], [["1"]])).splitlines())) <= 300
+
+
 def test_the_live_table_shows_brackets(tmp_path: Path) -> None:
     run = tmp_path / NASTY
     run.mkdir(parents=True)

@@ -70,6 +70,7 @@ def test_one_run(tmp_path: Path) -> None:
     assert Page(text).seen.count("figure") == 4
     assert "KL to the reference, nats per sequence" in text
     assert text.count("gold 0.50") == 2 * run_page.SAMPLES_SHOWN
+    assert "the gold score is not trained on" in text
 
 
 def test_the_file_stands_alone(tmp_path: Path) -> None:
@@ -141,6 +142,7 @@ def test_without_a_gold_score(tmp_path: Path) -> None:
     text = make([write_run(tmp_path / "run", rows)], tmp_path / "report.html")
     assert Page(text).seen.count("figure") == 3
     assert "Reward hacking" not in text
+    assert "the gold score" not in text and "judge" not in text
 
 
 def test_all_text_is_escaped(tmp_path: Path) -> None:

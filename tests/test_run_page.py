@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import run_page
+from nbclient.exceptions import CellExecutionError
 
 SECONDS = 180
 """What a page may take of one core, on a quiet machine with two."""
@@ -101,11 +102,33 @@ def test_a_page_runs_as_it_is_printed(page: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1] != []
 
 
+@pytest.mark.slow
+@every_program
+def test_a_notebook_is_run_by_a_kernel(page: Path, tmp_path: Path) -> None:
+    cells = [cell for cell in run_page.execute(page, tmp_path, SECONDS * BUSY) if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    # The figure is a file, as on the page, and stands below the cell that draws it.
+    assert [path.name for path in tmp_path.glob("*.svg")] == run_page.figures(page)
+    shown = [output for cell in cells for output in cell.outputs if output.output_type == "display_data"]
+    assert any("image/png" in output.data for output in shown)
+
+
 def test_a_page_that_fails_says_why(tmp_path: Path) -> None:
     page = tmp_path / "99-broken.md"
     page.write_text("```python\nprint('begun')\nraise ValueError('why')\n```\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r"(?s)99-broken.md failed:.*begun.*ValueError: why"):
         run_page.run(page, tmp_path)
+
+
+def test_a_kernel_writes_files_prints_and_fails(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    text = '# A page\n\n```python title="mine.py"\nx = 2\n```\n\n```python\nfrom mine import x\n\nprint(x + 1)\n```\n'
+    page.write_text(text, encoding="utf-8")
+    code = [cell for cell in run_page.execute(page, tmp_path, timeout=60) if cell.cell_type == "code"]
+    assert [output["text"] for output in code[1].outputs] == ["3\n"]
+    page.write_text(text + "\n```python\nx / 0\n```\n", encoding="utf-8")
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        run_page.execute(page, tmp_path, timeout=60)
 
 
 def test_a_page_is_printed_again(tmp_path: Path) -> None:

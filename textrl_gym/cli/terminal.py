@@ -43,7 +43,8 @@ def make_table(
     """
     from rich.table import Table
 
-    table = Table(title=None if title is None else plain(title), title_justify="left")
+    # A title has the width of its table: a path is not to be broken by short words below it.
+    table = Table(title=None if title is None else plain(title), title_justify="left", min_width=len(title or ""))
     for heading in headings:
         table.add_column(
             plain(heading), justify="left" if heading in left else "right", no_wrap=heading in no_wrap, overflow="fold"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from textrl_gym.mdp.turns import Answer
 
 RENDER_MODES = ["ansi", "human", "rgb_array"]
+RENDER_FPS = 4
+"""Tokens a second of a video: what a person reads."""
 
 WIDTH, HEIGHT, MARGIN = 640, 480, 16
 FONT, LINE = 15, 20

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from textrl_gym.bounds import check, shown
-from textrl_gym.mdp.render import RENDER_MODES
+from textrl_gym.mdp.render import RENDER_FPS, RENDER_MODES
 from textrl_gym.mdp.vector_env import (
     TextVectorEnv as TextVectorEnv,  # "textrl_gym.mdp.text_env:TextVectorEnv" is its registered name
 )
@@ -33,7 +33,7 @@ class TextEnv(gym.Env[Any, Any]):
         ValueError: num_envs, autoreset_mode or a group_size other than 1, which only a vector environment can have.
     """
 
-    metadata = {"render_modes": RENDER_MODES, "render_fps": 30}
+    metadata = {"render_modes": RENDER_MODES, "render_fps": RENDER_FPS}
 
     def __init__(self, **kwargs: Any) -> None:
         for name in ("num_envs", "autoreset_mode"):

@@ -30,7 +30,7 @@ from textrl_gym.data.rows import OnBadRows
 from textrl_gym.data.turn_markers import TurnTemplate
 from textrl_gym.mdp.actions import Actions, parse_actions, penalty
 from textrl_gym.mdp.infos import final_info, reset_infos, turn_infos, with_finals
-from textrl_gym.mdp.render import RENDER_MODES, Renderer, Spoken
+from textrl_gym.mdp.render import RENDER_FPS, RENDER_MODES, Renderer, Spoken
 from textrl_gym.mdp.scorer import Scorer
 from textrl_gym.mdp.spaces import Arrays, check_settings, reset_mask, spaces, stop_strings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows, load_task
@@ -146,7 +146,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self.skip_special_tokens, self.bad_rows = skip_special_tokens, bad_rows
         self._mode = check_settings(self, autoreset_mode)
         self.chat_settings = ChatSettings(template, system_prompt, read_few_shot(few_shot))
-        self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": 30}
+        self.metadata = {"render_modes": RENDER_MODES, "autoreset_mode": self._mode, "render_fps": RENDER_FPS}
         self.device = loading.resolve_device(device)
         self.tokenizer = self._load_tokenizer(tokenizer)
         self.vocab_size = vocab_size(self.tokenizer)

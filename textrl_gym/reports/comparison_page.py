@@ -100,7 +100,9 @@ def comparison_html(comparison: Comparison, version: str = "") -> str:
         f"compared</h1>{live}{lead(comparison, bool(version))}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
         f"\n<main>{body}</main>\n{embedded('chart-data', data)}{embedded('palettes', palettes())}"
-        f"{embedded('credit-data', credit_json)}<script>{asset(PLOTLY)}</script>\n"
+        f"{embedded('credit-data', credit_json)}"
+        # As text, which page.js runs when the first chart comes near the window.
+        f'<script type="text/plain" id="plotly">{asset(PLOTLY)}</script>\n'
         f"{''.join(f'<script>{chr(10)}{asset(name)}</script>' for name in scripts)}</body></html>\n"
     )
 

@@ -231,6 +231,7 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
 .grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 polyline.rollout { stroke-width: 1.5; opacity: 0.4; } circle.eval { stroke: var(--card); stroke-width: 1.5; }
 circle.greedy { fill: var(--card); stroke-width: 2; }
+@media (max-width: 600px) { svg text { font-size: 18px; } svg.intervals text { font-size: 25px; } }
 """ + "\n".join(
     f"polyline.s{i}, circle.s{i}.greedy {{ stroke: var(--c{i}); }} circle.s{i}.eval {{ fill: var(--c{i}); }} "
     f".swatch.s{i} {{ background: var(--c{i}); }}"
@@ -240,12 +241,12 @@ circle.greedy { fill: var(--card); stroke-width: 2; }
 STYLE = (
     """
 :root { color-scheme: light dark; --page: #f6f6f4; --card: #ffffff; --ink: #16181d; --soft: #5b5f66; --line: #e3e3df;
-  --warn: #fff3e0; --warn-ink: #8a3b00; --warn-line: #e07b1a;
+  --accent: #0063a0; --warn: #fff3e0; --warn-ink: #8a3b00; --warn-line: #e07b1a;
   --c0: #2a6fd0; --c1: #d9541e; --c2: #16916a; --c3: #b07d00; --c4: #8a4fc7; --c5: #c73a75; }
 @media (prefers-color-scheme: dark) { :root { --page: #131416; --card: #1c1e21; --ink: #eceded; --soft: #a2a6ad;
-  --line: #33363b; --warn: #35240f; --warn-ink: #ffc68a; --warn-line: #d27c2c;
+  --line: #33363b; --accent: #7cc4f5; --warn: #35240f; --warn-ink: #ffc68a; --warn-line: #d27c2c;
   --c0: #5b9bf0; --c1: #f0803f; --c2: #35b98c; --c3: #d7a52a; --c4: #b48ae6; --c5: #ec6f9f; } }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; } a { color: var(--accent); }
 body { margin: 0 auto; padding: 32px 24px 64px; max-width: 1180px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 40px 0 12px; }
@@ -255,6 +256,7 @@ h3 { font-size: 15px; margin: 24px 0 0; } p { margin: 0 0 12px; }
   border-radius: 4px; margin: 16px 0; }
 figure { margin: 0; padding: 14px 16px 10px; } figcaption { font-weight: 600; margin-bottom: 6px; }
 figure, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+figure + .wide { margin-top: 16px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 9px 14px; } thead th { font-size: 13px; font-weight: 600;
   color: var(--soft); vertical-align: bottom; border-bottom: 1px solid var(--line); }
@@ -277,6 +279,8 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
 def run_html(runs: Sequence[Run]) -> str:
     """The whole page; every text of a run is escaped."""
     title = "textrl-gym: " + ", ".join(run.name for run in runs)
+    has_gold = any("gold" in evaluation for run in runs for evaluation in run.evaluations)
+    gold = "; the gold score is not trained on, unless it was named as the reward" if has_gold else ""
     warnings = "".join(
         f'<div class="warning" role="alert"><b>{title} in {escape(run.name)}.</b> {escape(alarm.words)}</div>'
         for run in runs
@@ -290,8 +294,8 @@ def run_html(runs: Sequence[Run]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{PAGE_SECURITY_POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-        f"<h1>Training report</h1><p class=muted>{escape(', '.join(run.name for run in runs))}. Held-out prompts; the "
-        f"judge is never trained on unless it was named as the reward.</p>{warnings}"
+        f"<h1>Training report</h1><p class=muted>{escape(', '.join(run.name for run in runs))}. Held-out prompts"
+        f"{gold}.</p>{warnings}"
         f"<h2>Before and after</h2>{overview(runs)}<h2>Learning curves</h2><div id=curves>{curves(runs)}</div>"
         f"{sections}</body></html>\n"
     )

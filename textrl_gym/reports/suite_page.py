@@ -54,7 +54,10 @@ def interval_plot(title: str, rows: Mapping[str, Estimate], low: float, high: fl
         parts.append(
             Markup(line).format(LEFT - 12, y + 4, name, color, x(one.low), y, x(one.high), x(one.value), words_of(one))
         )
-    figure = '<figure><figcaption>{}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg></figure>'
+    figure = (
+        '<figure><figcaption>{}</figcaption><svg class="intervals" viewBox="0 0 {} {}" role="img" aria-label="{}">{}'
+        "</svg></figure>"
+    )
     return Markup(figure).format(title, WIDTH, bottom + 26, title, Markup("").join(parts))
 
 

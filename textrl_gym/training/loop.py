@@ -493,7 +493,9 @@ def require_finite_rollout(rollout: Rollout) -> None:
 def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], timesteps: int) -> Table:
     """A table of completions for the terminal, with the evaluation's means in its title."""
     means = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-    table = Table(title=plain(f"after {timesteps:,} tokens: {means}"), title_justify="left", show_lines=True)
+    title = plain(f"after {timesteps:,} tokens: {means}")
+    # A title has the width of its table, which narrow completions would make narrow.
+    table = Table(title=title, title_justify="left", show_lines=True, min_width=len(title))
     table.add_column("prompt (its end)", ratio=3)
     table.add_column("completion", ratio=3)
     table.add_column("score", justify="right")

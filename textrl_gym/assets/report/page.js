@@ -28,9 +28,13 @@
     return trace;
   }
 
-  function paintLayout(layout, data) {
+  function height({ data, layout }) {
     const named = new Set(data.filter((trace) => trace.showlegend !== false).map((trace) => trace.legendgroup)).size;
-    layout.height += narrow() ? 22 * Math.floor(named / 3) : 22 * Math.floor(named / 7); // the legend's further lines
+    return layout.height + 22 * Math.floor(named / (narrow() ? 3 : 7)); // the legend's further lines
+  }
+
+  function paintLayout(layout, data) {
+    layout.height = height({ data, layout });
     layout.font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--soft") };
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--ink") };
     layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
@@ -59,14 +63,42 @@
     plotlyServerURL: "",
   });
 
-  function draw() {
-    for (const [key, { data, layout }] of Object.entries(structuredClone(charts)))
-      Plotly.react(`chart-${key}`, data.map(paintTrace), paintLayout(layout, data), config(key));
-    palettes[dark.matches ? "dark" : "light"].forEach((color, place) =>
-      document.documentElement.style.setProperty(`--agent-${place}`, color));
+  const place = (key) => document.getElementById(`chart-${key}`);
+  const drawn = new Set();
+
+  function draw(key) {
+    if (!window.Plotly) {
+      // Here and not before: reading a megabyte of script is no part of showing a text.
+      const script = document.createElement("script");
+      script.textContent = document.getElementById("plotly").textContent;
+      document.head.append(script);
+    }
+    drawn.add(key);
+    const { data, layout } = structuredClone(charts[key]);
+    Plotly.react(place(key), data.map(paintTrace), paintLayout(layout, data), config(key));
   }
-  draw();
-  dark.addEventListener("change", draw);
+
+  function paint() {
+    palettes[dark.matches ? "dark" : "light"].forEach((color, number) =>
+      document.documentElement.style.setProperty(`--agent-${number}`, color));
+    drawn.forEach(draw);
+  }
+
+  // A chart is drawn when it comes near the window: all of them at once keep a phone busy for seconds.
+  const near = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) {
+      if (!isIntersecting) continue;
+      near.unobserve(target);
+      draw(target.id.slice("chart-".length));
+    }
+  }, { rootMargin: "50%" });
+  for (const [key, chart] of Object.entries(charts)) {
+    place(key).style.minHeight = `${height(chart)}px`; // so that nothing moves when it is drawn
+    near.observe(place(key));
+  }
+  addEventListener("beforeprint", () => Object.keys(charts).filter((key) => !drawn.has(key)).forEach(draw));
+  paint();
+  dark.addEventListener("change", paint);
 
   // -- samples ------------------------------------------------------------------------------------------------------
 
