@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from textrl_gym.data import chat, prompts, sources
 from textrl_gym.data.encoding import Chat, codec
@@ -14,6 +15,7 @@ from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.vector_env import TextVectorEnv
 from textrl_gym.models.tokenizer import train_tokenizer
 from textrl_gym.pipeline import sft
+from textrl_gym.pipeline.sample_preferences import PreferenceConfig, make_preferences
 
 HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 TURNS = [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")]
@@ -318,6 +320,53 @@ def test_preferences_and_prompts_are_written_alike(tmp_path: Path) -> None:
         (found,) = read_preferences(path, "train", task, CHATML, whole=True, chat_settings=settings)
         (ids,) = env([{"prompt": "Why?"}], tmp_path, template=name).draw([0])[1]
         assert found.prompt_ids == ids
+
+
+@pytest.mark.parametrize("spoken", [True, False], ids=["conversations", "texts"])
+@pytest.mark.parametrize("tokenizer", [CHATML, PLAIN], ids=["template", "no template"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"template": "chat"},
+        {"template": "none"},
+        {"system_prompt": "Be brief."},
+        {"system_prompt": "Be brief.", "few_shot": "examples.json"},
+        {"system_prompt": "Be brief.", "template": "none"},
+    ],
+    ids=["auto", "chat", "none", "system", "few_shot", "system as text"],
+)
+def test_sampled_pairs_are_read_as_the_tokens_that_they_were_sampled_from(
+    settings: dict[str, Any], tokenizer: Any, spoken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("examples.json").write_text(json.dumps(turns(("user", "Hi"), ("assistant", "Yes."))), encoding="utf-8")
+    # No two texts score the same.
+    code = "def by_letters(prompts, completions, **columns):\n    return [hash(text) % 2**20 for text in completions]\n"
+    (tmp_path / "scores_of_letters.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = tmp_path / "model"
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **size)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    questions = ["Why 1?", "Why 2?", "Why 3?"]
+    rows = [{"prompt": turns(("user", one)) if spoken else one} for one in questions]
+    own = EnvSettings(dataset=write(tmp_path / "rows.jsonl", rows * 4), max_new_tokens=2, **settings)
+    config = PreferenceConfig(n=9, model=str(model), label="scores_of_letters:by_letters", batch_size=4)
+    make_preferences("TLDRSummarize-v0", config, tmp_path / "pairs.jsonl", own)
+    # What the policy read, as an environment gives it.
+    envs = TextVectorEnv(
+        1, task=TLDRSummarize, dataset=own.dataset, tokenizer=str(model), reward="length", max_new_tokens=2, **settings
+    )
+    sampled = {tuple(envs.draw([index])[1][0]) for index in range(len(envs.source))}
+    chat_settings = own.chat_settings()
+    of = {"whole": True, "chat_settings": chat_settings}
+    read = read_preferences(str(tmp_path / "pairs.jsonl"), "train", TLDRSummarize(), tokenizer, **of)
+    assert {tuple(one.prompt_ids) for one in read} <= sampled
+    # Those who know no settings see the same conversation where the chat template writes it.
+    if tokenizer is CHATML and settings.get("template") != "none":
+        plain = read_preferences(str(tmp_path / "pairs.jsonl"), "train", TLDRSummarize(), tokenizer, whole=True)
+        assert [one.prompt_ids for one in plain] == [one.prompt_ids for one in read]
 
 
 def test_sft_learns_answers_of_conversations(tmp_path: Path) -> None:

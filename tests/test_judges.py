@@ -17,6 +17,7 @@ from textrl_gym.agents import GRPO
 from textrl_gym.cli import main
 from textrl_gym.core import Row
 from textrl_gym.envs.copy_text import CopyText
+from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.evaluation.evaluator import Evaluator, mean_entropy
 from textrl_gym.experiments import win_rates
 from textrl_gym.judges.annotators import Annotators
@@ -326,6 +327,41 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def longer(prompts, completions, **columns):\n    return [len(text.split()) for text in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_rows_of_conversations_are_found_again_by_a_judge(comparison: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = TLDRSummarize().load_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(comparison / "model")
+    rows = [{"prompt": [{"role": "user", "content": prompt}], "solution": prompt} for prompt in PROMPTS]
+    data = comparison / "data"
+    data.mkdir()
+    # The bad row stands first, so that an index counts good ones.
+    lines = [json.dumps({"prompt": None, "solution": "z"}), *map(json.dumps, rows)]
+    (data / "train.jsonl").write_text("\n".join(lines))
+    (data / "validation.jsonl").write_text("\n".join(lines))
+    plan = json.loads((comparison / "compare.json").read_text())
+    plan["environment"] = "TLDRSummarize-v0"
+    plan["config"]["model"] = str(comparison / "model")
+    plan["env"] = {"dataset": str(data), "bad_rows": "skip"}
+    (comparison / "compare.json").write_text(json.dumps(plan))
+    for file in comparison.glob("runs/*/cell.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"environment": "TLDRSummarize-v0"}))
+    for file in comparison.glob("runs/*/episodes.jsonl"):
+        episodes = [json.loads(line) for line in file.read_text().splitlines()]
+        # What the template writes of each prompt.
+        written = [episode | {"prompt": episode["prompt"] + " "} for episode in episodes]
+        file.write_text("".join(json.dumps(one) + "\n" for one in written))
+    (comparison / "textrl_gym_test_solution.py").write_text(
+        "def solved(prompts, completions, solution, chat, **columns):\n"
+        "    return [float(one == text) for one, text in zip(solution, completions)]\n"
+    )
+    monkeypatch.syspath_prepend(comparison)
+    assert main.main(["judge", str(comparison), "--judge", "textrl_gym_test_solution:solved"]) == 0
+    row = judged_rows(comparison, "judged-textrl_gym_test_solution-solved-start.csv")
+    # The start's "a b" solves the second prompt alone. grpo-0 writes it there too; grpo-1's "a" does not.
+    counts = {run: [int(one[key]) for key in ("wins", "ties", "losses")] for run, one in row.items()}
+    assert counts == {"grpo-0": [0, 4, 0], "grpo-1": [0, 3, 1], "ppo-0": [0, 3, 1]}
 
 
 @pytest.mark.usefixtures("module")

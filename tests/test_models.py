@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from textrl_gym.models import loading, tiny, weights
+from textrl_gym.registry import load_agent
 
 VOCAB = {"<eos>": 0, "a": 1, "b": 2, "c": 3}
 
@@ -82,8 +83,16 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, load: Any) -> None:
     for missing in ["./nothing", "/no/such/folder", Path("nothing"), "a b"]:
         with pytest.raises(ValueError, match=f"there is no folder '{missing}'"):
             load(missing)
-    with pytest.raises(ValueError, match=f"can be loaded from the folder '{tmp_path}'"):
+    with pytest.raises(
+        ValueError, match=f"can be loaded from the folder '{tmp_path}': it holds none of config.json, .*n$"
+    ):
         load(tmp_path)
+    # Of a training that was stopped before it saved.
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json, .*; what began there has saved nothing yet"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"no saved agent: .*agent\.json; what began there has saved nothing yet"):
+        load_agent(tmp_path)
 
 
 def test_weights_come_from_safetensors_only(folder: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from safetensors import SafetensorError
 from textrl_gym import processes
 
 STATE_FILE = "agent.json"
+RUN_FILE = "run.json"
+"""How a run or a training was started; going on takes its settings from there."""
 """The JSON part of an agent's checkpoint folder."""
 MANIFEST = "checkpoint.json"
 """Names the files of a checkpoint."""
@@ -408,6 +410,12 @@ def check_numbers(row: Mapping[str, Any], where: str | Path) -> None:
     check_fields(row, where, dict.fromkeys(row, NUMBER))
 
 
+def began(folder: Path) -> str:
+    """What to say of a folder in which something began and nothing was saved yet, or ""."""
+    has_begun = (folder / RUN_FILE).is_file()
+    return "; what began there has saved nothing yet: its own command goes on" if has_begun else ""
+
+
 def read_state(folder: str | Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
@@ -417,7 +425,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     finish_folder(folder)
     path = Path(folder) / STATE_FILE
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} is no saved agent: it holds no {STATE_FILE}")
+        raise ValueError(f"{str(folder)!r} is no saved agent: it holds no {STATE_FILE}{began(path.parent)}")
     return read_json(path)
 
 

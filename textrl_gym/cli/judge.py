@@ -244,6 +244,7 @@ def _reader(folder: Path, environment: str) -> Reader:
     """What the comparison's task knows of its prompts; nothing where it is not registered here."""
     from textrl_gym.experiments.results import PLAN, read_plan, spec_env
     from textrl_gym.experiments.win_rates import Reader
+    from textrl_gym.mdp.task import PromptReader, checked_rows
 
     plan = read_plan(folder)
     with named_by(folder / PLAN, trust=False):
@@ -254,4 +255,7 @@ def _reader(folder: Path, environment: str) -> Reader:
     task = env.task(environment)
     # Prompts were cut by the tokens of the model that was trained.
     tokenizer = task.load_tokenizer(env.tokenizer or plan["config"].get("model"))
-    return Reader(task, tokenizer, task.rows("validation", env.dataset), task.max_prompt_tokens)
+    # As the environment had them: an answer's row is known by its index and by what the policy read.
+    written_by = PromptReader(task, tokenizer, task.max_prompt_tokens, env.chat_settings())
+    source = checked_rows(task, "validation", env.dataset, env.bad_rows, written_by)
+    return Reader(task, tokenizer, source, task.max_prompt_tokens)

@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from textrl_gym.training.agent import Agent
     from textrl_gym.training.config import TrainOptions
 
-RUN_FILE = "run.json"
-"""How a run was started; `train --resume` takes its options from there."""
-
 TRAIN = """Train an agent: textrl-gym train AGENT ENV --total-timesteps N --out DIR; --resume DIR goes on.
 
 An agent that does not train is evaluated and saved, and needs no --total-timesteps.
@@ -92,7 +89,7 @@ def train_command(args: Sequence[str]) -> int:
     )
     record = {"command": list(args), "environment": env_id, "options": dataclasses.asdict(parsed.options)}
     with alone(out):  # another process that trains there goes on with its own
-        files.write_text(out / RUN_FILE, json.dumps(record | {"settings": settings}, indent=1) + "\n")
+        files.write_text(out / files.RUN_FILE, json.dumps(record | {"settings": settings}, indent=1) + "\n")
         tables_of_run = {"env": parsed.env, "agent": [parsed.agent, parsed.shared], "train": [run, parsed.options]}
         write_toml(out / CONFIG_FILE, tables_of_run)
     return learn(agent, run.total_timesteps or 0, parsed.options, goes_on=False)
@@ -158,7 +155,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: run.json is no JSON, or does not hold what it should.
     """
-    file = folder / RUN_FILE
+    file = folder / files.RUN_FILE
     if not file.is_file():
         return {}
     record = files.read_json(file)
@@ -239,7 +236,7 @@ def resume(args: Sequence[str]) -> int:
     try:
         saved = TrainOptions(**renamed(record.get("options", {})))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{str(folder / RUN_FILE)!r} is damaged: {error}") from error
+        raise ValueError(f"{str(folder / files.RUN_FILE)!r} is damaged: {error}") from error
     more = "tokens more than now; None: up to the run's own total"
     parts: list[Part] = [
         ("resume", flag(Path, "the run's folder")),
@@ -253,7 +250,7 @@ def resume(args: Sequence[str]) -> int:
     folder = parsed.resume
     if not processes.from_first(lambda: holds_run(folder)) and record.get("command"):
         # Stopped before the first update: there is nothing to go on from but the command.
-        with registry.named_by(folder / RUN_FILE, trust=False):
+        with registry.named_by(folder / files.RUN_FILE, trust=False):
             return train_command([*map(str, record["command"]), "--out", str(folder)])
     moved = parsed.env.settings(folder)
     agent = load_agent(folder, device=parsed.device, out=folder, base_model=parsed.base_model, env_settings=moved)

@@ -165,7 +165,11 @@ def read_few_shot(given: str | Path | Sequence[Mapping[str, Any]] | None) -> Cha
 
 
 def conversation(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> Row:
-    """The row with `chat`, the conversation that the chat template is to write, or with its text as `prompt`."""
+    """The row with `chat`, the conversation that the chat template is to write, or with its text as `prompt`.
+
+    What begins with the settings' own messages already stays as it is: prompts that were written into a file
+    (`as_data`) have them, and may be read with the same settings.
+    """
     chat = row.get("chat")
     if not isinstance(chat, Chat):
         if not settings.wraps_texts:
@@ -173,9 +177,13 @@ def conversation(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSet
         chat = user(row["prompt"])
     system = [] if settings.system_prompt is None else [{"role": "system", "content": settings.system_prompt}]
     before = [*system, *settings.few_shot]
+    if chat[: len(before)] == before:
+        before = []
     if settings.template != "none" and tokenizer.chat_template:
         return {**row, "chat": Chat([*before, *chat])}
-    text = as_text([*before, *chat]) if before else row["prompt"]
+    beginning = as_text(before).removesuffix(ASSISTANT)
+    has_it = row["prompt"].startswith(beginning) and row["prompt"].endswith(ASSISTANT)
+    text = as_text([*before, *chat]) if before and not has_it else row["prompt"]
     return {**row, "prompt": text, "chat": None}
 
 
@@ -188,6 +196,21 @@ def written(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings
     # A text and no list of ids: tokenize=False, of one conversation.
     text = cast(str, tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True))
     return {**row, "prompt": text}
+
+
+def as_data(row: Row) -> str | list[dict[str, str]]:
+    """A row's prompt as data sets have it: the messages of a conversation, or a text.
+
+    Never the text that a chat template wrote: read back, the names of its special tokens would be letters.
+    """
+    chat = row.get("chat")
+    prompt: str = row["prompt"]
+    return list(chat) if isinstance(chat, Chat) else prompt
+
+
+def completion_as_data(row: Row, text: str) -> str | list[dict[str, str]]:
+    """A completion beside `as_data`: of a conversation a turn of the assistant, else the text."""
+    return [{"role": "assistant", "content": text}] if isinstance(row.get("chat"), Chat) else text
 
 
 def as_text(chat: Sequence[Mapping[str, str]]) -> str:

@@ -24,7 +24,7 @@ from annotated_types import Ge, Le
 from textrl_gym import files, registry
 from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.data import chat, preferences, sources
-from textrl_gym.data.encoding import Chat
+from textrl_gym.data.chat import as_data
 from textrl_gym.data.labels import CHECK, QUALIFICATION, Item
 from textrl_gym.data.rows import BadRow, RowReport, first_columns, settle, shown
 from textrl_gym.mdp.env_settings import EnvSettings
@@ -289,8 +289,7 @@ def sampled_with_rows(env_id: str, config: AnnotateConfig, env: EnvSettings) -> 
         drawn += len(rows)
         draw = np.random.default_rng([config.seed, 1, number])
         for row, texts, models, gold in _answered(sampler, rows, config.completions, draw):
-            prompt = list(row["chat"]) if isinstance(row.get("chat"), Chat) else row["prompt"]
-            item = _item(prompt, texts, rng, models, gold)
+            item = _item(as_data(row), texts, rng, models, gold)
             if item.id in seen:
                 continue
             seen.add(item.id)

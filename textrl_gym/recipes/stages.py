@@ -17,9 +17,10 @@ import numpy as np
 
 from textrl_gym import files, registry
 from textrl_gym.core import PromptSource, Row
+from textrl_gym.data.chat import as_data
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
-from textrl_gym.recipes.critiques import append_missing, prompt_as_data, sizes_of
+from textrl_gym.recipes.critiques import append_missing, sizes_of
 from textrl_gym.rewards.refusal import Stance, stance
 from textrl_gym.stats.estimates import Array, Estimate, t_interval
 
@@ -89,7 +90,7 @@ def write_heldout(
         # A seed for each part, so that a stage that was stopped goes on as if it had not been.
         sampled = sample_texts(policy, task, tokenizer, some, 1, 1.0, seed * len(sizes) + number)
         texts = [decode(tokenizer, ids) for (ids,) in sampled]
-        return [{"prompt": prompt_as_data(row), "completion": text} for row, text in zip(some, texts, strict=True)]
+        return [{"prompt": as_data(row), "completion": text} for row, text in zip(some, texts, strict=True)]
 
     append_missing(file, sizes, sample)
     return files.read_json_lines(file)

@@ -398,6 +398,9 @@ class Agent:
         )
         return self
 
+    def dump_logs(self) -> None:
+        """Nothing, in Stable-Baselines3's name: `learn` writes a row for each update, and half of one is none."""
+
     def predict(
         self,
         observation: Observation,

@@ -9,10 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from textrl_gym.core import Rollout
 from textrl_gym.evaluation.reward_hacking import GOLD_ALARM, Alarm, AlarmBounds, Evaluation, alarms, best
 from textrl_gym.training.run_folder import BEST, append_alarm
+
+
+def locals_of_rollout(rollout: Rollout) -> dict[str, Any]:
+    """What Stable-Baselines3's callbacks read of a step from `self.locals`: dones, rewards, infos.
+
+    A rollout is a step here, so that each of its episodes has ended, and its reward is the return.
+    """
+    return_B, length_B = rollout.reward_BT.sum(1).tolist(), rollout.mask_BT.sum(1).tolist()
+    infos = [{"episode": {"r": r, "l": length}} for r, length in zip(return_B, length_B, strict=True)]
+    return {"dones": np.ones(len(rollout), bool), "rewards": np.array(return_B), "infos": infos}
 
 
 class EvaluationCallback(BaseCallback):

@@ -34,7 +34,7 @@ from textrl_gym.rollouts import vllm
 from textrl_gym.rollouts.phases import listening, phase
 from textrl_gym.rollouts.vllm import ServedRollouts
 from textrl_gym.training import distributed, logs, run_folder
-from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor
+from textrl_gym.training.callbacks import EvaluationCallback, RewardHackingMonitor, locals_of_rollout
 from textrl_gym.training.config import Clock, TrainOptions
 from textrl_gym.training.distributed import Shardable
 from textrl_gym.training.run_folder import append_evaluation
@@ -176,7 +176,7 @@ class _Run:
         options: TrainOptions,
         progress_bar: bool,
     ) -> None:
-        self.agent, self.options, self.log_interval = agent, options, log_interval
+        self.agent, self.options, self.log_interval, self.tb_log_name = agent, options, log_interval, tb_log_name
         self.stop = signals.Stop()
         self.console = Console(stderr=True, quiet=not progress_bar or not processes.is_first())
         assert agent.out is not None
@@ -247,7 +247,9 @@ class _Run:
         agent, total = self.agent, self.agent.total_timesteps if self.agent.trains else 0
         agent.finished = False
         self.callback.init_callback(agent)  # type: ignore[arg-type] # an agent has what callbacks use of SB3's algorithms
-        self.callback.on_training_start(locals(), globals())
+        # The names that callbacks know from SB3's learn().
+        of_learn = {"total_timesteps": total, "tb_log_name": self.tb_log_name, "log_interval": self.log_interval}
+        self.callback.on_training_start(of_learn, globals())
         earlier = processes.from_first(self._earlier_evaluations)
         self._remember(earlier)
         with self.bar:
@@ -270,7 +272,7 @@ class _Run:
                     self._check_health(rollout)
                 agent.num_timesteps += rollout.num_tokens + agent.dropped_tokens
                 # As SB3's collect_rollouts does: callbacks read the rollout from self.locals.
-                self.callback.update_locals(locals())
+                self.callback.update_locals(locals() | locals_of_rollout(rollout))
                 # A callback may ask the clock, by which processes would part.
                 goes_on = processes.of_first(self.callback.on_step())
                 self.callback.on_rollout_end()
