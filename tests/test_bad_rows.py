@@ -19,6 +19,8 @@ from textrl_gym.data import prompts, rows, sources, text_files
 from textrl_gym.data.ranked import read_preferences
 from textrl_gym.envs.copy_text import CopyText
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
+from textrl_gym.experiments import compare
+from textrl_gym.experiments.compare import CompareConfig
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows
 from textrl_gym.mdp.vector_env import TextVectorEnv
@@ -67,6 +69,13 @@ def test_bad_rows_stop_an_environment_before_its_first_episode(bad_file: str) ->
         "--env.bad-rows skip",
     ):
         assert part in words
+
+
+def test_bad_rows_stop_a_comparison_or_are_left_out(bad_file: str) -> None:
+    config, env = CompareConfig(agents=("reinforce",)), EnvSettings(dataset=bad_file, reward="length")
+    with pytest.raises(ValueError, match=r"of \d+ rows cannot be used"):
+        compare.check(TLDR, config, env)
+    assert compare.check(TLDR, config, dataclasses.replace(env, bad_rows="skip")) == TLDR
 
 
 def test_bad_rows_are_left_out_and_told_once(bad_file: str, capsys: pytest.CaptureFixture[str]) -> None:

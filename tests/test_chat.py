@@ -346,7 +346,7 @@ def test_sampled_pairs_are_read_as_the_tokens_that_they_were_sampled_from(
     (tmp_path / "scores_of_letters.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     model = tmp_path / "model"
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    size: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **size)).save_pretrained(model)
     tokenizer.save_pretrained(model)
     questions = ["Why 1?", "Why 2?", "Why 3?"]
@@ -360,7 +360,7 @@ def test_sampled_pairs_are_read_as_the_tokens_that_they_were_sampled_from(
     )
     sampled = {tuple(envs.draw([index])[1][0]) for index in range(len(envs.source))}
     chat_settings = own.chat_settings()
-    of = {"whole": True, "chat_settings": chat_settings}
+    of: dict[str, Any] = {"whole": True, "chat_settings": chat_settings}
     read = read_preferences(str(tmp_path / "pairs.jsonl"), "train", TLDRSummarize(), tokenizer, **of)
     assert {tuple(one.prompt_ids) for one in read} <= sampled
     # Those who know no settings see the same conversation where the chat template writes it.

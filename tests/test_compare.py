@@ -181,6 +181,14 @@ def test_wrong_settings_name_themselves(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for out in (tmp_path / "notes", tmp_path / "notes" / "out"):
+        with pytest.raises(ValueError, match=f"the folder '{out}' cannot be written: (File exists|Not a directory)"):
+            prepare(out, ENV, SMALL)
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_logs_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "evaluations.jsonl").write_text('{"timesteps": 0}\n{"timesteps": 40}\n{"timesteps": 80}\n')
     (tmp_path / "progress.json").write_text('{"time/total_timesteps": 40}\n{"time/total_timesteps": 60}\n{"time/tot')

@@ -51,6 +51,20 @@ UNLISTED = (
 """The parts of checkpoints of version 0.1, which wrote no manifest."""
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that a user has named for results, where it is not there.
+
+    Raises:
+        ValueError: it cannot be made: a file has its name, or it may not be written.
+    """
+    if not processes.is_first():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder {str(folder)!r} cannot be written: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[TextIO]:
     """Open a file that appears under its name, in place of an older one, only when all of it has been written.

@@ -76,7 +76,7 @@ def collect_command(args: Sequence[str]) -> int:
     else:
         batches = record(mdp, agent.play, flags.episodes, flags.seed, agent.device)
         trajectories = list(itertools.chain.from_iterable(batches))
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(flags.out.parent)
     facts = {"environment": env_id, "env": dataclasses.asdict(parsed.env), "seed": flags.seed}
     facts["agent"] = None if flags.agent is None else str(flags.agent.resolve())
     write_trajectories(flags.out, trajectories, mdp.tokenizer, **facts)

@@ -326,7 +326,7 @@ def scaling_rows(record: dict[str, Any]) -> dict[str, str]:
 def write(record: dict[str, Any], file: Path | None) -> None:
     """Write a record as JSON, where a file is named."""
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(file.parent)
         files.write_text(file, json.dumps(record, indent=2) + "\n")
 
 

@@ -140,11 +140,11 @@ def prepare(out: Path, environment: str, config: CompareConfig, env: EnvSettings
     """
     env = env or EnvSettings()
     specs = run_specs(environment, config, env)
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     for name, spec in specs.items():
         file = out / RUNS / name / SPEC
         if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(file.parent)
             files.write_text(file, json.dumps(spec, indent=1) + "\n")
             continue
         before, now = _flattened(renamed(files.read_json(file))), _flattened(json.loads(json.dumps(spec)))
@@ -233,6 +233,7 @@ def check(environment: str, config: CompareConfig, env: EnvSettings) -> str:
         ValueError: as of `compare`.
     """
     from textrl_gym.judges.judge import load_scorer
+    from textrl_gym.mdp.task import checked_rows
     from textrl_gym.rewards import load_reward
 
     environment = registry.find_env(environment)  # of module:ID the id
@@ -242,8 +243,7 @@ def check(environment: str, config: CompareConfig, env: EnvSettings) -> str:
         load_scorer(config.gold, task=task)
     if env.reward is not None:
         load_reward(task.reward, task=task)
-    if len(task.rows(env.split, env.dataset)) == 0:
-        raise ValueError(f"dataset {env.dataset!r} has no rows in split {env.split!r}")
+    checked_rows(task, env.split, env.dataset, env.bad_rows)
     return environment
 
 

@@ -76,7 +76,7 @@ def reproduce(run: str | Path, out: str | Path | None = None) -> Reproduction:
             registry.register_again(spec["environment"], read_plan(plan_file.parent).get("registered"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch)
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         if any(folder.iterdir()):
             raise ValueError(f"{str(folder)!r} is not empty: name another folder")
         files.write_text(folder / SPEC, json.dumps(spec, indent=1) + "\n")

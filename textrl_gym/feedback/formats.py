@@ -69,7 +69,7 @@ def export_labels(file: Path, kind: Format, out: Path) -> int:
     exported = list(WRITERS[kind](rows))
     if not exported:
         raise ValueError(f"{str(file)!r} has no label that prefers one completion to another")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     if suffix == ".jsonl":
         files.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in exported))
     else:
@@ -296,7 +296,7 @@ def import_labels(file: Path, kind: Format, out: Path) -> int:
             raise ValueError(f"{str(file)!r}, entry {number} does not fit {kind}: {detail}") from error
     if not given:
         raise ValueError(f"{str(file)!r} has no labels")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     lines = [json.dumps(dataclasses.asdict(label)) + "\n" for label in _as_labels(given)]
     files.write_text(out, "".join(lines))
     return len(lines)

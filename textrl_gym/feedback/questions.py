@@ -385,6 +385,6 @@ def questions_for(out: Path, source: str, config: AnnotateConfig, env: EnvSettin
             raise ValueError(f"{str(out)!r} was begun with other questions: {words}. Name another file (out)")
         return items
     items = questions(source, config, env)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     write_items(file, settings, items)
     return items

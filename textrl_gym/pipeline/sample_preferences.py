@@ -325,7 +325,7 @@ def make_preferences(
     counts = pairer.counts
     # What a judge compares has no scores.
     total = {"score_chosen": 0.0, "score_rejected": 0.0} if judge is None else {}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     with files.atomic_writer(out) as file, progress_bar() as bar:
         line = bar.add_task("pairs", total=config.n, note="")
         for pair in itertools.islice(pairer.pairs(), config.n):

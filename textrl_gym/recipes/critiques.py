@@ -73,7 +73,7 @@ def append_missing(file: Path, sizes: Sequence[int], make: Callable[[int], list[
         sizes: how many lines each part has.
         make: gives the lines of a part, the same ones whenever it is asked.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(file.parent)
     done, first = len(files.read_json_lines(file)), 0
     file.touch()
     for number, size in enumerate(sizes):
@@ -210,7 +210,7 @@ def write_demonstrations(answers: Sequence[dict[str, Any]], revisions: Sequence[
     folder = out / DEMONSTRATIONS
     final = {line["id"]: line["revision"] for line in revisions}
     rows = [{"prompt": line["prompt"], "completion": final.get(line["id"], line["answer"])} for line in answers]
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     parts = {"validation": rows[::HELD_OUT], "train": [row for n, row in enumerate(rows) if n % HELD_OUT]}
     for split, some in parts.items():
         files.write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in some))

@@ -186,7 +186,7 @@ def hold_settings(out: Path, asked: dict[str, Any]) -> None:
                 names = [name for name in values if known.get(name) != values[name]] if both else []
                 raise ValueError(f"{str(out)!r} was begun with another {[*names, part][0]}: name another --out")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     files.write_text(file, json.dumps(now, indent=1) + "\n")
 
 
@@ -226,7 +226,7 @@ def questions_of(
         chosen = selection.most_useful(gap_MN, config.select, config.labels)
         rows_and_items = [rows_and_items[place] for place in chosen]
     appeals = {item.id: [task.appeal(row, text) for text in item.completions] for row, item in rows_and_items}
-    file.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(file.parent)
     files.write_text(file.parent / APPEALS, json.dumps(appeals) + "\n")
     # Last: with it the questions count as made.
     items = [item for _, item in rows_and_items]

@@ -160,6 +160,6 @@ def labels_report(file: Path, out: Path) -> LabelReport:
     """
     rows = labels.read_labels(file)
     report = label_agreement(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     files.write_text(out, labels_html(file.name, rows, report))
     return report

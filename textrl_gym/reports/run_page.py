@@ -313,6 +313,6 @@ def report(dirs: Sequence[str | Path], out: str | Path) -> Path:
     """
     out = Path(out)
     runs = [read_run(path) for folder in dirs for path in find_runs(Path(folder))]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     files.write_text(out, run_html(runs))
     return out
