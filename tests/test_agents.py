@@ -432,58 +432,6 @@ def test_logs_samples_and_callbacks(tmp_path: Path) -> None:
     assert list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:rich is experimental")
-def test_every_callback_of_stable_baselines3_runs(tmp_path: Path) -> None:
-    from stable_baselines3.common import callbacks, monitor
-
-    class Look(callbacks.BaseCallback):
-        episodes = 0
-
-        def _on_training_start(self) -> None:
-            assert self.locals["total_timesteps"] == 400
-
-        def _on_step(self) -> bool:
-            rollout = self.locals["rollout"]
-            assert self.locals["rewards"].tolist() == rollout.reward_BT.sum(1).tolist()
-            assert [info["episode"]["l"] for info in self.locals["infos"]] == rollout.mask_BT.sum(1).tolist()
-            self.episodes += len(rollout)
-            return True
-
-    look = Look()
-    every = [
-        look,
-        callbacks.CheckpointCallback(save_freq=2, save_path=str(tmp_path / "checkpoints")),
-        callbacks.EvalCallback(
-            monitor.Monitor(gym.make("CopyText-v0")),
-            eval_freq=2,
-            n_eval_episodes=1,
-            verbose=0,
-            callback_on_new_best=callbacks.StopTrainingOnRewardThreshold(10),
-            callback_after_eval=callbacks.StopTrainingOnNoModelImprovement(10),
-        ),
-        callbacks.EveryNTimesteps(100, callbacks.ConvertCallback(lambda *_: True)),
-        callbacks.LogEveryNTimesteps(100),
-        callbacks.StopTrainingOnMaxEpisodes(1_000),
-        callbacks.ProgressBarCallback(),
-    ]
-    tried = {type(one) for one in every} | {callbacks.StopTrainingOnRewardThreshold, callbacks.ConvertCallback}
-    tried |= {callbacks.StopTrainingOnNoModelImprovement, callbacks.CallbackList, callbacks.EventCallback}
-    theirs = {one for one in vars(callbacks).values() if isinstance(one, type) and one.__module__ == callbacks.__name__}
-    assert theirs - tried == {callbacks.BaseCallback}
-    agent = GRPO("CopyText-v0", out=tmp_path)
-    with pytest.warns(UserWarning, match="not of the same type"):  # our environment, and SB3's around another
-        agent.learn(400, callback=every, **QUIET)
-    rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
-    # EvalCallback writes rows of its own.
-    assert sum("rollout/score" in row for row in rows) == agent.num_updates >= 2
-    assert sum("eval/mean_reward" in row for row in rows) == len(rows) - agent.num_updates
-    # Episodes are counted, and end the training: one rollout of 64 in an environment of 64.
-    stopped = GRPO("CopyText-v0", out=tmp_path / "stopped")
-    stopped.learn(10_000, callback=callbacks.StopTrainingOnMaxEpisodes(1), **QUIET)
-    assert look.episodes == 64 * agent.num_updates
-    assert stopped.num_timesteps < 200
-
-
 @pytest.mark.parametrize("cls", [GRPO, DAPO, SB3PPO])
 def test_components_of_a_mixture_are_logged(cls: Any, tmp_path: Path) -> None:
     """Their weighted sum is the mean score of the same row, so that they are of the same texts."""

@@ -853,6 +853,7 @@ def test_figures_need_kaleido_and_a_browser(
 # -- in a browser -----------------------------------------------------------------------------------------------------
 
 PROBE = """
+dispatchEvent(new Event("beforeprint"));  // draws the charts that are not near the window
 const found = {}, form = document.getElementById("filters"), $ = (s) => [...document.querySelectorAll(s)];
 const seen = (s) => $("#samples " + s).filter((e) => e.offsetParent !== null).length;
 const choice = document.getElementById("credit-form").elements;
@@ -1073,8 +1074,8 @@ def test_the_first_sentence_says_who_beats_the_start_and_who_is_ahead(tmp_path: 
     close = two_agents(tmp_path / "b", {0: many(0.5), 1: many(0.6)}, {0: many(0.61), 1: many(0.52)})
     assert close.endswith("; which of the two is better, 2 seeds cannot tell.")
     worse = two_agents(tmp_path / "c", {0: many(0.1), 1: many(0.1)}, {0: many(0.3), 1: many(0.3)})
-    assert "alpha loses to the initial policy on 0% of " in worse
-    assert "gamma cannot be told from the initial policy on 50% of " in worse
+    assert "alpha loses to the initial policy: it wins on 0% of " in worse
+    assert "gamma cannot be told from the initial policy: it wins on 50% of " in worse
 
 
 def test_without_intervals_there_is_no_first_sentence(tmp_path: Path) -> None:

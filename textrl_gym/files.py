@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from textrl_gym import processes
 
 STATE_FILE = "agent.json"
+"""The JSON part of an agent's checkpoint folder."""
 RUN_FILE = "run.json"
 """How a run or a training was started; going on takes its settings from there."""
-"""The JSON part of an agent's checkpoint folder."""
 MANIFEST = "checkpoint.json"
 """Names the files of a checkpoint."""
 PREVIOUS = ".previous"

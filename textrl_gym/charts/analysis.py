@@ -117,13 +117,15 @@ def headline(comparison: Comparison) -> str:
         return ""
     # Plural and singular of what is said of agents whose interval is above one half, below it, or holds it.
     verbs = {1: ("beat", "beats"), -1: ("lose to", "loses to"), 0: ("cannot be told from", "cannot be told from")}
+    win = {1: ("", ""), -1: (": they win", ": it wins"), 0: (": they win", ": it wins")}
     sentences = []
     for side, (plural, singular) in verbs.items():
         some = [pair for pair in known if (pair[1].low > 0.5) - (pair[1].high < 0.5) == side]
         if some:
-            verb = plural if len(some) > 1 else singular
+            verb, but = (singular, win[side][1]) if len(some) == 1 else (plural, win[side][0])
             wins = _wins([rate for _, rate in some], counted(comparison.prompt_counts))
-            sentences.append(f"{_who([group.label for group, _ in some], len(known))} {verb} the initial policy {wins}")
+            who = _who([group.label for group, _ in some], len(known))
+            sentences.append(f"{who} {verb} the initial policy{but} {wins}")
     return "; ".join([*sentences, *_who_is_ahead(comparison, [group for group, _ in known])]) + "."
 
 

@@ -174,7 +174,8 @@ def overview(runs: Sequence[Run]) -> str:
             kind = ' class="first"' if when == "start" else ' class="last"'
             rows.append(f"<tr{kind}><th>{name}</th><td class=when>{when}</td>{cells}</tr>")
     return (
-        f'<div class="wide"><table class="numbers"><thead><tr><th>run</th><th>after</th>{head}</tr></thead>'
+        '<div class="wide" role="region" tabindex="0" aria-label="Before and after">'
+        f'<table class="numbers"><thead><tr><th>run</th><th>after</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -208,7 +209,8 @@ def sample_tables(run: Run) -> str:
         return ""
     return (
         f"<h3>Samples</h3><p class=muted>The first {len(rows)} held-out prompts, not picked; one sample of each.</p>"
-        f'<div class="wide"><table class="samples"><thead><tr><th>prompt</th><th>initial policy</th>'
+        '<div class="wide" role="region" tabindex="0" aria-label="Samples">'
+        f'<table class="samples"><thead><tr><th>prompt</th><th>initial policy</th>'
         f"<th>after {run.end['timesteps']:,} tokens</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -231,7 +233,8 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
 .grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 polyline.rollout { stroke-width: 1.5; opacity: 0.4; } circle.eval { stroke: var(--card); stroke-width: 1.5; }
 circle.greedy { fill: var(--card); stroke-width: 2; }
-@media (max-width: 600px) { svg text { font-size: 18px; } svg.intervals text { font-size: 25px; } }
+@media (max-width: 600px) { svg { overflow: visible; } svg text { font-size: 18px; }
+  svg.intervals text { font-size: 25px; } }
 """ + "\n".join(
     f"polyline.s{i}, circle.s{i}.greedy {{ stroke: var(--c{i}); }} circle.s{i}.eval {{ fill: var(--c{i}); }} "
     f".swatch.s{i} {{ background: var(--c{i}); }}"
@@ -257,6 +260,7 @@ h3 { font-size: 15px; margin: 24px 0 0; } p { margin: 0 0 12px; }
 figure { margin: 0; padding: 14px 16px 10px; } figcaption { font-weight: 600; margin-bottom: 6px; }
 figure, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 figure + .wide { margin-top: 16px; }
+.numbers tr > :first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 9px 14px; } thead th { font-size: 13px; font-weight: 600;
   color: var(--soft); vertical-align: bottom; border-bottom: 1px solid var(--line); }
