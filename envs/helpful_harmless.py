@@ -82,8 +82,9 @@ class HelpfulHarmless(Task):
     env = gym.make("HelpfulHarmless-v0", reward="textrl_gym.worlds.requests:gold")
     weights = {"reward_model:helpful_reward_model": 0.75, "reward_model:harmless_reward_model": 0.25}
     env = gym.make("HelpfulHarmless-v0", reward=weights)
-    env = gym.make("HelpfulHarmless-v0", dataset="xstest_prompts.csv", reward="refusal")
     ```
+
+    On XSTest's own file: `gym.make("HelpfulHarmless-v0", dataset="xstest_prompts.csv", reward="refusal")`.
 
     ## Lesson
     For helpfulness alone a policy answers everything, for harmlessness alone it refuses half of what is safe; weights
