@@ -5,6 +5,7 @@ python -m pytest -m slow tests/reliability/test_process_proofs.py
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from textrl_gym import files
 pytestmark = pytest.mark.slow
 
 RANKS = str(Path(__file__).parents[1] / "ranks.py")
-SUPERVISED = ("sft", "reward-model")
+SUPERVISED = ("sft", "reward-model", "sft+shard", "reward-model+shard")
 WORKS = ("ppo", "grpo", "dpo", "ppo+shard", "grpo+shard", "dpo+shard", *SUPERVISED)
 SECONDS = 3000  # of the longest part, on two cores that others use too
 KEY_BIASES = ("k_proj.bias", "c_attn.bias")
@@ -67,6 +68,20 @@ def test_four_then_two_then_one_process(name: str, tmp_path: Path) -> None:
     ranks(tmp_path / "whole", "--processes", "1", "--updates", "9", "--work", name)
     one, _ = outcome(tmp_path / "whole" / "1", name)
     assert_close(one, outcome(tmp_path / "1", name)[0], ("weights", "gradient", "kl_coef"))
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_supervised_training_goes_on_by_fewer_processes(name: str, tmp_path: Path) -> None:
+    ranks(tmp_path, "--processes", "4", "2", "1", "--chain", "--updates", "9", "--work", name)
+    ranks(tmp_path / "whole", "--processes", "1", "--updates", "9", "--work", name)
+    steps = [json.loads((tmp_path / size / f"{name}-0-held.json").read_text())["steps"] for size in ("4", "2")]
+    assert steps == [4, 4]  # each was stopped on its way
+    (one, logged), (chained, logged_by_chain) = (
+        outcome(tmp_path / "whole" / "1", name),
+        outcome(tmp_path / "chain", name),
+    )
+    assert len(logged) == len(logged_by_chain) > 8
+    assert_close(one, chained, tuple(key for key in one if not key.endswith(KEY_BIASES)))
 
 
 # -- torchrun ---------------------------------------------------------------------------------------------------------

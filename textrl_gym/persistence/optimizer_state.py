@@ -1,4 +1,4 @@
-"""The optimizer's state in a safetensors file, with other tensors beside it."""
+"""The optimizer's state: in a safetensors file with other tensors beside it, and handed to another optimizer."""
 
 from __future__ import annotations
 
@@ -49,3 +49,17 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Te
             state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return extra
+
+
+def with_moments(new: torch.optim.Optimizer, old: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The new optimizer with the old one's moments, cut or gathered as the new one's parameters are."""
+    pairs = zip(_parameters(new), _parameters(old), strict=True)
+    for p, before in pairs:
+        for name, value in old.state.get(before, {}).items():
+            is_moment = torch.is_tensor(value) and value.ndim
+            new.state[p][name] = processes.like(p, processes.whole(value)) if is_moment else value
+    return new
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
