@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from textrl_gym import files, processes
 from textrl_gym.experiments import compare, worker
 from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.persistence.save_schedule import SaveOptions
 from textrl_gym.pipeline import reward_model, sft
 from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.registry import load_agent_class
@@ -112,7 +114,8 @@ def supervised(name: str, folder: Path, updates: int) -> None:
     if command == "sft":
         shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "layers": 2, "vocab_size": 300}
         rows: dict[str, Any] = {"batch_size": 6, "copy_steps": 3, "copy_run": 8, "eval_rows": 4}
-        sft.sft(ENV, sft.SFTConfig(steps=updates, **shape, **rows, **same), out, env)
+        save = SaveOptions(save_every=5 if "failing" in more else 0)
+        sft.sft(ENV, sft.SFTConfig(steps=updates, **shape, **rows, **same), out, env, save)
         return
     pairs = processes.from_first(lambda: write_pairs(folder / "pairs.jsonl", 4 * updates))
     reward_model.train_reward_model(ENV, RewardModelConfig(dataset=(str(pairs),), batch_size=5, **same), out)
@@ -120,6 +123,7 @@ def supervised(name: str, folder: Path, updates: int) -> None:
 
 def write_pairs(file: Path, number: int) -> Path:
     """A data set of so many preferences; its file."""
+    file.parent.mkdir(exist_ok=True)
     rng = random.Random(0)
     texts = [" ".join(rng.choices("abcd", k=rng.randint(1, 3))) for _ in range(number)]
     rows = [{"prompt": text, "chosen": text, "rejected": f"{text[-1]} {text[-1]} a"} for text in texts]
@@ -146,8 +150,18 @@ class Steps:
 
 def supervised_work(name: str, folder: Path, updates: int, chain: Path | None) -> None:
     """Train, and write what a process holds; of a chain several processes stop after 4 updates, one goes to the end."""
-    steps = Steps(4 if chain and processes.size() > 1 else None)
+    stops = chain is not None and processes.size() > 1 and "failing" not in name
+    steps = Steps(4 if stops else None)
     hook = register_optimizer_step_post_hook(steps)
+    if "failing" in name and processes.size() > 1 and processes.rank() == 0:
+        losses = sft.Supervised.losses
+
+        def failing(phase: sft.Supervised, step: int) -> Iterator[Tensor]:
+            if step == 3:
+                raise ConnectionError("the rows are away")
+            return losses(phase, step)
+
+        sft.Supervised.losses = failing  # type: ignore[method-assign]
     try:
         with contextlib.suppress(KeyboardInterrupt):
             supervised(name, chain or folder, updates)
@@ -289,7 +303,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     # Behind the name of an agent, of sft or of reward-model: +shard, updates are sharded; +lora, a LoRA is trained; and
-    # of these two +checkpointed, gradients are
+    # of these two +checkpointed, gradients are; sft+failing, the first of several fails alone in the 7th update
     parser.add_argument("--work", nargs="+", required=True)
     parser.add_argument("--chain", action="store_true", help="each number of processes goes on where the last ended")
     parser.add_argument("--updates", type=int, default=3)

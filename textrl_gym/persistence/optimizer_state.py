@@ -26,18 +26,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor]) -> None:
-    """Write the optimizer's state tensors, with other tensors beside them."""
-    save_tensors(path, optimizer_tensors(optimizer), extra)
-
-
 def save_tensors(path: Path, optimizer: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
     """Write what `optimizer_tensors` gave, with other tensors beside it."""
     save_file(optimizer | {f"extra.{name}": tensor.contiguous() for name, tensor in extra.items()}, path)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Restore what save_optimizer or save_tensors wrote; returns the other tensors."""
+    """Restore what save_tensors wrote; returns the other tensors."""
     state: dict[int, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
     for key, tensor in load_file(path).items():
