@@ -161,7 +161,7 @@ def supervised_work(name: str, folder: Path, updates: int, chain: Path | None) -
                 raise ConnectionError("the rows are away")
             return losses(phase, step)
 
-        sft.Supervised.losses = failing  # type: ignore[method-assign]
+        sft.Supervised.losses = failing  # type: ignore[method-assign, assignment]
     try:
         with contextlib.suppress(KeyboardInterrupt):
             supervised(name, chain or folder, updates)
