@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: forked threads wo
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from textrl_gym import files, processes
 from textrl_gym.experiments import compare, worker
 from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.persistence.save_schedule import SaveOptions
 from textrl_gym.pipeline import reward_model, sft
 from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.registry import load_agent_class
@@ -97,21 +100,75 @@ def full_weights(agent: Agent) -> Tensor:
     return torch.cat([processes.whole(p.detach()).flatten() for p in agent.policy.parameters()])
 
 
+def is_supervised(name: str) -> bool:
+    """Whether a work is of sft or reward-model."""
+    return name.partition("+")[0] in ("sft", "reward-model")
+
+
 def supervised(name: str, folder: Path, updates: int) -> None:
     """Supervised training by so many updates, in FOLDER/run-NAME."""
+    command, *more = name.split("+")
     out, env = folder / f"run-{name}", EnvSettings(max_prompt_tokens=8, max_new_tokens=8)
-    if name == "sft":
+    same: dict[str, Any] = {"device": "cpu", "micro_batch_tokens": 40, "shard": "shard" in more}
+    same |= {"gradient_checkpointing": "checkpointed" in more, "lora_rank": 2 if "lora" in more else 0}
+    if command == "sft":
         shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "layers": 2, "vocab_size": 300}
-        more: dict[str, Any] = {"batch_size": 6, "copy_steps": 3, "copy_run": 8, "eval_rows": 4, "device": "cpu"}
-        sft.sft(ENV, sft.SFTConfig(steps=updates, micro_batch_tokens=40, **shape, **more), out, env)
+        rows: dict[str, Any] = {"batch_size": 6, "copy_steps": 3, "copy_run": 8, "eval_rows": 4}
+        save = SaveOptions(save_every=5 if "failing" in more else 0)
+        sft.sft(ENV, sft.SFTConfig(steps=updates, **shape, **rows, **same), out, env, save)
         return
+    pairs = processes.from_first(lambda: write_pairs(folder / "pairs.jsonl", 4 * updates))
+    reward_model.train_reward_model(ENV, RewardModelConfig(dataset=(str(pairs),), batch_size=5, **same), out)
+
+
+def write_pairs(file: Path, number: int) -> Path:
+    """A data set of so many preferences; its file."""
+    file.parent.mkdir(exist_ok=True)
     rng = random.Random(0)
-    texts = [" ".join(rng.choices("abcd", k=rng.randint(1, 3))) for _ in range(4 * updates)]
+    texts = [" ".join(rng.choices("abcd", k=rng.randint(1, 3))) for _ in range(number)]
     rows = [{"prompt": text, "chosen": text, "rejected": f"{text[-1]} {text[-1]} a"} for text in texts]
-    pairs = folder / f"pairs-{processes.rank()}.jsonl"
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = RewardModelConfig(dataset=(str(pairs),), batch_size=3, device="cpu", micro_batch_tokens=40)
-    reward_model.train_reward_model(ENV, config, out)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+class Steps:
+    """What optimizers of supervised training do, by a hook behind their steps."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        """stop_after: Ctrl-C behind so many steps, which the last process alone hears; None: never."""
+        self.stop_after, self.number = stop_after, 0
+        self.held = self.moments = 0  # numbers of moments: those of this process, and all
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+        self.held = sum(processes.local(value).numel() for value in moments)
+        self.moments = sum(value.numel() for value in moments)
+        self.number += 1
+        if self.number == self.stop_after and processes.rank() == processes.size() - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def supervised_work(name: str, folder: Path, updates: int, chain: Path | None) -> None:
+    """Train, and write what a process holds; of a chain several processes stop after 4 updates, one goes to the end."""
+    stops = chain is not None and processes.size() > 1 and "failing" not in name
+    steps = Steps(4 if stops else None)
+    hook = register_optimizer_step_post_hook(steps)
+    if "failing" in name and processes.size() > 1 and processes.rank() == 0:
+        losses = sft.Supervised.losses
+
+        def failing(phase: sft.Supervised, step: int) -> Iterator[Tensor]:
+            if step == 3:
+                raise ConnectionError("the rows are away")
+            return losses(phase, step)
+
+        sft.Supervised.losses = failing  # type: ignore[method-assign, assignment]
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            supervised(name, chain or folder, updates)
+    finally:
+        hook.remove()
+    answers = {"held": steps.held, "moments": steps.moments, "steps": steps.number}
+    (folder / f"{name}-{processes.rank()}-held.json").write_text(json.dumps(answers))
 
 
 def primitives(folder: Path) -> None:
@@ -162,8 +219,8 @@ def work(name: str, folder: Path, updates: int, chain: Path | None = None, vllm_
     if name in ("primitives", "compared"):
         (primitives if name == "primitives" else compared)(folder)
         return
-    if name in ("sft", "reward-model"):
-        supervised(name, folder, updates)
+    if is_supervised(name):
+        supervised_work(name, folder, updates, chain)
         return
     cls, *more = name.split("+")
     agent = make(cls, (chain or folder) / f"run-{name}", **({"lora_rank": 2} if "lora" in more else {}))
@@ -189,7 +246,7 @@ def works(names: list[str], folder: Path, updates: int, chain: Path | None, vllm
 
 def outcome(folder: Path, name: str, rank: int = 0) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """What `work` has written: tensors, and the metrics of each update."""
-    if name in ("sft", "reward-model"):  # only the first process has written
+    if is_supervised(name):  # only the first process has written
         return load_file(folder / f"run-{name}" / "model.safetensors"), files.read_json_lines(
             folder / f"run-{name}" / "progress.json"
         )
@@ -245,7 +302,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    # Behind the name of an agent: +shard, its updates are sharded; +lora, it trains a LoRA
+    # Behind the name of an agent, of sft or of reward-model: +shard, updates are sharded; +lora, a LoRA is trained; and
+    # of these two +checkpointed, gradients are; sft+failing, the first of several fails alone in the 7th update
     parser.add_argument("--work", nargs="+", required=True)
     parser.add_argument("--chain", action="store_true", help="each number of processes goes on where the last ended")
     parser.add_argument("--updates", type=int, default=3)

@@ -316,6 +316,20 @@ def test_one_training_a_folder_and_only_of_its_own_data(
         sft.sft(ENV, SFT, out, data)
 
 
+def test_a_training_goes_on_where_and_in_what_memory_one_likes(
+    data: EnvSettings, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_at_11(tmp_path, data, monkeypatch)
+    other = dataclasses.replace(SFT, device="cpu", micro_batch_tokens=10_000, gradient_checkpointing=True, shard=True)
+    record = sft.sft(ENV, other, tmp_path, data, EVERY_5)
+    assert record["config"]["micro_batch_tokens"] == 10_000
+    assert sft.sft(ENV, SFT, tmp_path, data, EVERY_5) == record  # it has ended
+    one, two = weights(tmp_path), weights(whole["sft"])
+    assert list(one) == list(two)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], atol=1e-6, rtol=0)
+
+
 def test_a_folder_in_which_nothing_was_trained_is_free(
     data: EnvSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from textrl_gym.cli import main
 from textrl_gym.training import run_folder
 
 SHARDED = "ppo+shard"  # PPO has a value head besides
-WORKS = ("grpo", "ppo", "dpo", "raft", SHARDED, "grpo+shard+lora", "sft", "reward-model")
+SUPERVISED = ("sft+shard", "sft+shard+checkpointed", "reward-model+shard", "reward-model+shard+lora")
+WORKS = ("grpo", "ppo", "dpo", "raft", SHARDED, "grpo+shard+lora", "sft", "reward-model", *SUPERVISED)
 UPDATES = 3
 
 
@@ -150,6 +151,20 @@ def test_each_process_holds_its_part(runs: Path) -> None:
     assert int(outcome(runs / "2", "grpo+shard+lora")[0]["held"]) < 0.55 * int(
         outcome(runs / "2", "grpo+shard+lora")[0]["trained"]
     )
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_each_process_holds_its_part_of_supervised_moments(name: str, runs: Path) -> None:
+    one, *two = (
+        json.loads((runs / size / f"{name}-{rank}-held.json").read_text())
+        for size, rank in (("1", 0), ("2", 0), ("2", 1))
+    )
+    assert one["held"] == one["moments"] == sum(part["held"] for part in two) > 0
+    for part in two:
+        assert part["steps"] == one["steps"] and part["moments"] == one["moments"]
+        assert 0.4 * one["held"] < part["held"] < 0.6 * one["held"]
+    whole = json.loads((runs / "2" / "sft-1-held.json").read_text())
+    assert whole["held"] == whole["moments"]  # replicated, each holds all
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "dpo", SHARDED])

@@ -13,6 +13,7 @@ from textrl_gym.data.ranked import RankedCompletions
 from textrl_gym.envs.tldr_summarize import ASSETS, TLDRSummarize
 from textrl_gym.models import loading
 from textrl_gym.pipeline import reward_data, reward_metrics, reward_model, sft, simulated_comparisons
+from textrl_gym.pipeline.optim import TunedModel
 from textrl_gym.pipeline.reward_data import RewardModelConfig
 from textrl_gym.pipeline.simulated_comparisons import Comparer
 from textrl_gym.policy.policy import Policy
@@ -59,6 +60,22 @@ def test_completions_of_one_prompt_together_score_as_each_alone(tiny_model: str)
                 hidden_LD = model.base_model(input_ids=torch.tensor([comparison.prompt_ids + ids]))[0][0]
                 torch.testing.assert_close(raw_BK[row, place], model.score(hidden_LD[-1])[0], atol=1e-5, rtol=0)
     assert raw_BK[1, 1:].tolist() == [0.0, 0.0]  # no such completions
+
+
+def test_texts_without_a_pair_teach_nothing(tiny_model: str) -> None:
+    model: Any = reward_model.new_reward_model(loading.load_model(tiny_model), seed=0)
+    config = RewardModelConfig(batch_size=2, micro_batch_tokens=1, device="cpu")  # each prompt is a part
+    tuned = TunedModel(model, config, 0)
+    pair, none = RankedCompletions([5], [[8, 0], [9, 0]], [(0, 1)]), RankedCompletions([6, 7], [[8, 0], [8, 0]], [])
+
+    def losses(*batch: RankedCompletions) -> list[float]:
+        phase = reward_model.PreferenceUpdates(tuned, batch, len(batch), config)
+        phase.go_to(0, {})
+        return [loss.item() for loss in phase.losses(0)]
+
+    first, second = reward_metrics.raw_rewards(model, [pair])[0].tolist()
+    assert losses(pair, none) == pytest.approx([math.log1p(math.exp(second - first)), 0.0], abs=1e-6)
+    assert losses(none, none) == []  # an update with a loss of 0 would move the model by its momentum
 
 
 def test_the_head_starts_with_the_published_spread() -> None:

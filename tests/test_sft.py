@@ -9,7 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from seq2seq_models import bart
+from transformers import BartForConditionalGeneration
 
+from textrl_gym import processes
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
 from textrl_gym.mdp.env_settings import EnvSettings
 from textrl_gym.models import loading, tiny
@@ -253,6 +256,14 @@ def test_gradient_checkpointing_changes_nothing(make: Any) -> None:
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_an_encoder_decoder_is_sharded_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SFTConfig(shard=True, device="cpu")
+    assert isinstance(TunedModel(bart(6), config, 0).shard(), BartForConditionalGeneration)  # of one process
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder, which cannot be sharded"):
+        TunedModel(bart(6), config, 0)
 
 
 def test_bfloat16_is_near_float32_and_finite() -> None:

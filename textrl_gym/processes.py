@@ -6,6 +6,8 @@
     deal, add_gradients parts of a minibatch, for this process, and the sum of their gradients over all processes
     whole, local        tensors of which each process has a part
     cut, joined         the same of a tensor that no pass needs for a while
+    shard, like         a model of whose weights each process has a part, and tensors as its weights are
+    take_weights        the whole weights of such a model
     total, gather, from_first, most
 
 Without a group there is one process, and each of these functions gives back what it is given: a loss or a loop does not
@@ -251,6 +253,57 @@ def joined(part: Tensor, shape: Sequence[int]) -> Tensor:
     parts = [torch.empty_like(part) for _ in range(_group.size)]
     dist.all_gather(parts, part)
     return torch.cat(parts)[: math.prod(shape)].view(*shape)
+
+
+# -- a model of which each process has a part -------------------------------------------------------------------------
+
+
+def shard(model: torch.nn.Module) -> None:
+    """Shard a model's weights, and the gradients and moments that it will have, by fully_shard (FSDP2), layer by layer.
+
+    All processes must make as many passes of it from then on, as they gather a layer together.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (_group.size,))
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh)
+    # What is left (embeddings, heads) is one group: whole from the beginning of a pass to the end of its backward pass,
+    # as a head is called for a few positions at a time.
+    fully_shard(model, mesh=mesh)
+
+
+def _layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The transformer layers: the items of the outermost lists of modules."""
+    from torch import nn
+
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (layer for layer in child if any(True for _ in layer.parameters()))
+        else:
+            yield from _layers(child)
+
+
+def like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A tensor that every process has: whole, or this process's part of it, as a parameter is."""
+    if not is_sharded(parameter):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    untyped: Any = parameter
+    # Every process has the whole: nothing is sent.
+    return distribute_tensor(value, untyped.device_mesh, untyped.placements, src_data_rank=None)
+
+
+def take_weights(model: torch.nn.Module, twin: torch.nn.Module) -> None:
+    """Give the trained weights of a sharded copy of a model to the model."""
+    import torch
+
+    with torch.no_grad():
+        for own_weight, sharded in zip(model.parameters(), twin.parameters(), strict=True):
+            if own_weight.requires_grad:
+                own_weight.copy_(whole(sharded.detach()))
 
 
 # -- sums, and what one process tells the others ----------------------------------------------------------------------

@@ -5,6 +5,7 @@ python -m pytest -m slow tests/reliability/test_process_proofs.py
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,11 +19,12 @@ from ranks import outcome
 from safetensors.torch import load_file
 
 from textrl_gym import files
+from textrl_gym.pipeline.trainer import CHECKPOINT, STATE_FILE
 
 pytestmark = pytest.mark.slow
 
 RANKS = str(Path(__file__).parents[1] / "ranks.py")
-SUPERVISED = ("sft", "reward-model")
+SUPERVISED = ("sft", "reward-model", "sft+shard", "reward-model+shard")
 WORKS = ("ppo", "grpo", "dpo", "ppo+shard", "grpo+shard", "dpo+shard", *SUPERVISED)
 SECONDS = 3000  # of the longest part, on two cores that others use too
 KEY_BIASES = ("k_proj.bias", "c_attn.bias")
@@ -67,6 +69,33 @@ def test_four_then_two_then_one_process(name: str, tmp_path: Path) -> None:
     ranks(tmp_path / "whole", "--processes", "1", "--updates", "9", "--work", name)
     one, _ = outcome(tmp_path / "whole" / "1", name)
     assert_close(one, outcome(tmp_path / "1", name)[0], ("weights", "gradient", "kl_coef"))
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_supervised_training_goes_on_by_fewer_processes(name: str, tmp_path: Path) -> None:
+    ranks(tmp_path, "--processes", "4", "2", "1", "--chain", "--updates", "12", "--work", name)
+    ranks(tmp_path / "whole", "--processes", "1", "--updates", "12", "--work", name)
+    folders = [tmp_path / "4", tmp_path / "2", tmp_path / "1", tmp_path / "whole" / "1"]
+    *steps, of_one = (json.loads((folder / f"{name}-0-held.json").read_text())["steps"] for folder in folders)
+    assert steps == [4, 4, of_one - 8] and steps[2] > 0  # several were stopped on their way
+    one, chained = outcome(tmp_path / "whole" / "1", name)[0], outcome(tmp_path / "chain", name)[0]
+    assert_close(one, chained, tuple(key for key in one if not key.endswith(KEY_BIASES)))
+
+
+@pytest.mark.parametrize(("name", "updates"), [("sft+failing", 6), ("sft+shard+failing", 5)])
+def test_what_is_left_of_a_rank_that_fails_alone(name: str, updates: int, tmp_path: Path) -> None:
+    # After 3 updates of copying and 3 of rows; a checkpoint is written every 5 updates.
+    chain = ["--chain", "--updates", "4", "--work", name]
+    command = [sys.executable, RANKS, str(tmp_path), "--processes", "2", *chain]
+    done = subprocess.run(command, timeout=SECONDS, capture_output=True, text=True)
+    assert done.returncode != 0 and "the rows are away" in done.stderr
+    # Moments that are sharded are gone with the others; the checkpoint before stays.
+    state = files.read_json(tmp_path / "chain" / f"run-{name}" / CHECKPOINT / STATE_FILE)
+    assert state["updates"] == updates
+    ranks(tmp_path, "--processes", "1", *chain)
+    ranks(tmp_path / "whole", "--processes", "1", *chain)
+    one, gone_on = outcome(tmp_path / "whole" / "chain", name)[0], outcome(tmp_path / "chain", name)[0]
+    assert_close(one, gone_on, tuple(key for key in one if not key.endswith(KEY_BIASES)))
 
 
 # -- torchrun ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,6 @@
 - `run_lock`: one process at a time trains in a folder
 - `save_schedule`: when a checkpoint is due, by updates and by time
 - `recovery`: going back to the last whole update
-- `optimizer_state`: the optimizer's moments in a safetensors file
+- `optimizer_state`: the optimizer's moments in a safetensors file, and those of a sharded optimizer
 - `update_log`: the log of updates, and cutting it at a checkpoint
 """

@@ -1,4 +1,4 @@
-"""The optimizer's state in a safetensors file, with other tensors beside it."""
+"""The optimizer's state: in a safetensors file with other tensors beside it, and handed to another optimizer."""
 
 from __future__ import annotations
 
@@ -26,18 +26,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor]) -> None:
-    """Write the optimizer's state tensors, with other tensors beside them."""
-    save_tensors(path, optimizer_tensors(optimizer), extra)
-
-
 def save_tensors(path: Path, optimizer: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
     """Write what `optimizer_tensors` gave, with other tensors beside it."""
     save_file(optimizer | {f"extra.{name}": tensor.contiguous() for name, tensor in extra.items()}, path)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Restore what save_optimizer or save_tensors wrote; returns the other tensors."""
+    """Restore what save_tensors wrote; returns the other tensors."""
     state: dict[int, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
     for key, tensor in load_file(path).items():
@@ -49,3 +44,17 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Te
             state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return extra
+
+
+def with_moments(new: torch.optim.Optimizer, old: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The new optimizer with the old one's moments, cut or gathered as the new one's parameters are."""
+    pairs = zip(_parameters(new), _parameters(old), strict=True)
+    for p, before in pairs:
+        for name, value in old.state.get(before, {}).items():
+            is_moment = torch.is_tensor(value) and value.ndim
+            new.state[p][name] = processes.like(p, processes.whole(value)) if is_moment else value
+    return new
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
 from annotated_types import Ge, Gt
@@ -22,6 +23,8 @@ from textrl_gym.models import loading, lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +43,32 @@ class FineTuning:
     """Keep the layers' inputs alone for the backward pass, and compute the rest again: less memory, a third slower."""
     micro_batch_tokens: Annotated[int, Ge(1)] = 32_768
     """Positions in one forward and backward pass, padding included: memory, not result."""
+    shard: bool = False
+    """Of several processes (torchrun): each holds a part of what is trained, its gradients and moments, by fully_shard;
+    weights are gathered to measure and to save. False: each holds all, which is faster where there is room. See
+    docs/distributed.md."""
     eval_every: Annotated[int, Ge(0)] = 200
     """Updates between two measurements on held-out data; 0: only at the end."""
+
+
+class Twin(nn.Module):
+    """A sharded copy of a model (FSDP2): each process holds a part of its weights, gradients and moments.
+
+    Args:
+        model: the copy begins with its weights.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        processes.shard(self)
+
+    def forward(self, work: Callable[[PreTrainedModel], T]) -> T:
+        """What work computes by the model.
+
+        As a pass of this module: its hooks gather what is in no layer, though the work calls parts of the model.
+        """
+        return work(self.model)
 
 
 class TunedModel:
@@ -49,6 +76,9 @@ class TunedModel:
 
     Args:
         model: a language model, or a classifier whose head `score` is trained besides a LoRA.
+
+    Raises:
+        ValueError: it is an encoder-decoder, and to be sharded.
     """
 
     ADAPTER = "adapter.safetensors"
@@ -56,6 +86,11 @@ class TunedModel:
 
     def __init__(self, model: PreTrainedModel, config: FineTuning, seed: int) -> None:
         self.config = config
+        self.twin: Twin | None = None
+        """What updates train in the model's place, where they are sharded."""
+        if config.shard and processes.size() > 1 and model.config.is_encoder_decoder:
+            name = type(model).__name__
+            raise ValueError(f"{name} is an encoder-decoder, which cannot be sharded yet: leave shard out")
         untyped: Any = model  # transformers' own type of .to() knows no devices
         untyped.to(loading.resolve_device(config.device))
         self.model = model.eval()  # no dropout: the function that is sampled from is trained
@@ -85,6 +120,32 @@ class TunedModel:
         if self.config.dtype == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, torch.bfloat16)
+
+    def shard(self) -> nn.Module:
+        """What updates train from now on: a sharded twin of the model, or the model itself."""
+        if self.config.shard and processes.size() > 1:
+            self.twin = Twin(self.model)
+        return self.model if self.twin is None else self.twin
+
+    def gather(self) -> None:
+        """Give the twin's weights to the model after an update; all processes together."""
+        if self.twin is not None:
+            processes.take_weights(self.model, self.twin)
+
+    def run(self, work: Callable[[PreTrainedModel], T]) -> T:
+        """What work computes for an update, by the model that is trained, in the settings' dtype."""
+        with self.precision():
+            return work(self.model) if self.twin is None else self.twin(work)
+
+    def deal(self, parts: Sequence[T]) -> Sequence[tuple[T, float]]:
+        """This process's parts of an update, each with its weight.
+
+        Sharded, all processes make as many passes: one without a part repeats another's with the weight 0.
+        """
+        weighed = [(part, 1.0) for part in parts]
+        if self.twin is not None:
+            weighed += [(parts[-1], 0.0)] * (-len(parts) % processes.size())
+        return processes.deal(weighed)
 
     def trained(self) -> dict[str, Tensor]:
         """The parameters that are trained, by name."""
@@ -166,7 +227,7 @@ def descend(
     if total is None:
         return None, 0.0
     processes.add_gradients(model.parameters())
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = processes.whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
     require_finite(f"update {update}: the gradient norm", norm)
     before_step()
     optimizer.step()

@@ -170,6 +170,7 @@ class PreferenceUpdates(Phase):
     """Updates on comparisons; the place in them is the number of updates."""
 
     name = "reward model"
+    tuned: TunedModel
 
     def __init__(
         self,
@@ -192,19 +193,24 @@ class PreferenceUpdates(Phase):
         if step and step % self.in_a_pass == 0:
             self.go_to(step, {})
         batch = next(self._batches)
-        model, pairs = self.tuned.model, total_weight(batch)
+        device, pairs = self.tuned.model.device, total_weight(batch)
+        if not any(c.pairs for c in batch):  # every prompt had one distinct completion
+            return
         items = [(c.prompt_ids, c.completion_ids) for c in batch]
-        for part in processes.deal(split(items, self.config.micro_batch_tokens, multiple_of=processes.size())):
+        parts = split(items, self.config.micro_batch_tokens, multiple_of=processes.size())
+        for part, share in self.tuned.deal(parts):
             some = [batch[number] for number in part]
-            winner_N3 = winners(some).to(model.device)
-            # The mean of no pairs is nan, and one step with it would be the end of the model.
-            if len(winner_N3):  # else every prompt had one distinct completion
-                beside = (pair_weights(some), pair_probabilities(some))
-                weight_N, probability_N = (None if x_N is None else x_N.to(model.device) for x_N in beside)
-                with self.tuned.precision():
-                    raw_BK = raw_rewards(model, some)
-                loss = bradley_terry_loss(raw_BK, winner_N3, weight_N, probability_N)
-                yield loss * (total_weight(some) / pairs)
+            raw_BK = self.tuned.run(functools.partial(raw_rewards, batch=some))
+            winner_N3 = winners(some).to(device)
+            if not len(winner_N3):
+                # The mean of no pairs is nan, and one step with it would be the end of the model. A pass is made
+                # nevertheless, as other processes may wait for it.
+                yield raw_BK.sum() * 0
+                continue
+            beside = (pair_weights(some), pair_probabilities(some))
+            weight_N, probability_N = (None if x_N is None else x_N.to(device) for x_N in beside)
+            loss = bradley_terry_loss(raw_BK, winner_N3, weight_N, probability_N)
+            yield loss * (share * total_weight(some) / pairs)
 
     def learning_rate(self, step: int) -> float:
         return self.config.learning_rate * cosine(step, self.steps, self.config.warmup_steps)

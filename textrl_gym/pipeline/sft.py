@@ -316,6 +316,7 @@ class Supervised(Phase):
     """Updates on prompt + completion pairs."""
 
     name = "supervised"
+    tuned: TunedModel
 
     def __init__(
         self, tuned: TunedModel, batches: Batches, config: SFTConfig, measure: Callable[[], dict[str, float]]
@@ -328,10 +329,10 @@ class Supervised(Phase):
         items = next(self.batches)
         parts = split(items, self.config.micro_batch_tokens, multiple_of=processes.size())
         tokens = sum(sum(learnt_tokens(ids)) for _, completions in items for ids in completions)
-        for part in processes.deal(parts):
-            with self.tuned.precision():
-                nll, _ = completion_nll(self.tuned.model, batch([items[number] for number in part], self.tuned.model))
-            yield nll / tokens
+        for part, weight in self.tuned.deal(parts):
+            some = batch([items[number] for number in part], self.tuned.model)
+            nll, _ = self.tuned.run(functools.partial(completion_nll, batch=some))
+            yield nll * (weight / tokens)
 
     def learning_rate(self, step: int) -> float:
         return self.config.learning_rate * cosine(step, self.steps, self.config.warmup_steps)

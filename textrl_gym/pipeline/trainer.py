@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from textrl_gym import files, processes
 from textrl_gym.mdp.env_settings import EnvSettings, by_flag
 from textrl_gym.persistence import signals, update_log
-from textrl_gym.persistence.optimizer_state import load_optimizer, save_optimizer
+from textrl_gym.persistence.optimizer_state import load_optimizer, optimizer_tensors, save_tensors, with_moments
 from textrl_gym.persistence.save_schedule import SaveOptions, SaveSchedule, rescue
-from textrl_gym.pipeline.optim import RunningMean, adamw, descend, progress_bar
+from textrl_gym.pipeline.optim import RunningMean, TunedModel, adamw, descend, progress_bar
 
 CHECKPOINT = "checkpoint"
 """Folder of the newest checkpoint, in the run's folder; the one before it is inside."""
@@ -51,6 +52,8 @@ class Phase(abc.ABC):
     """In the progress bar; its first word begins the names of the log's numbers."""
     smoothing = 0.05
     """The weight of a new loss in the running mean."""
+    tuned: TunedModel | None = None
+    """The model by which it computes, where that may be sharded."""
 
     def __init__(self, steps: int, max_grad_norm: float = 1.0, weight_decay: float = 0.0) -> None:
         """steps: updates, at most."""
@@ -133,6 +136,7 @@ class Trainer:
         """The checkpoint that the run goes on from; None: it begins."""
         self._optimizer: torch.optim.Optimizer | None = None
         self._save_model: Callable[[Path], object] = lambda folder: None
+        self._stop = signals.Stop()
         self._saved_at = 0
         self._is_whole = True
         self._read()
@@ -174,14 +178,17 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; the one before it is kept."""
-        files.write_folder(self.folder / CHECKPOINT, self._fill, keep_previous=True)
+        optimizer = self._optimizer if self.place.step else None
+        # Before the first process alone goes on to write: of moments that are sharded each process has a part.
+        moments = None if optimizer is None else optimizer_tensors(optimizer)
+        files.write_folder(self.folder / CHECKPOINT, functools.partial(self._fill, moments), keep_previous=True)
         self._saved_at = self.place.updates
         self.schedule.saved()
 
-    def _fill(self, folder: Path) -> None:
+    def _fill(self, moments: dict[str, Tensor] | None, folder: Path) -> None:
         self._save_model(folder)
-        if self._optimizer is not None and self.place.step:
-            save_optimizer(folder / TENSORS, self._optimizer, {})
+        if moments is not None:
+            save_tensors(folder / TENSORS, moments, {})
         state = dataclasses.asdict(self.place) | {"settings": self.settings}
         if math.isnan(self.place.mean_loss):  # JSON has no such number
             state["mean_loss"] = None
@@ -208,6 +215,7 @@ class Trainer:
             self.save()  # what cannot be saved is found out now, and not after hours
         try:
             with signals.hearing_signals() as stop, progress_bar() as bar:
+                self._stop = stop
                 for number, phase in enumerate(phases):
                     if number == self.place.phase:
                         self._train_phase(model, phase, stop, bar)
@@ -219,14 +227,8 @@ class Trainer:
         return self.place.measured
 
     def _train_phase(self, model: nn.Module, phase: Phase, stop: signals.Stop, bar: Progress) -> None:
-        optimizer = self._optimizer = adamw(model, phase.learning_rate(0), phase.weight_decay)
-        place = self.place
-        if place.step:
-            assert self.source is not None
-            try:
-                load_optimizer(self.source / TENSORS, optimizer)
-            except (SafetensorError, OSError, KeyError, ValueError, IndexError) as error:
-                raise ValueError(f"the checkpoint in {str(self.source)!r} does not fit its model: {error}") from error
+        place, tuned = self.place, phase.tuned
+        trained, optimizer = self._begin(model, phase)
         phase.go_to(place.step, place.data)
         mean_loss = RunningMean(phase.smoothing, place.mean_loss)
         row = bar.add_task(phase.name, total=phase.steps, completed=place.step, note="")
@@ -235,7 +237,10 @@ class Trainer:
             stop.check()
             losses = phase.losses(place.step)
             rate = phase.learning_rate(place.step)
-            loss, norm = descend(model, optimizer, losses, rate, phase.max_grad_norm, place.updates + 1, self._stepping)
+            number = place.updates + 1
+            loss, norm = descend(trained, optimizer, losses, rate, phase.max_grad_norm, number, self._stepping)
+            if loss is not None and tuned is not None:
+                tuned.gather()
             place.step, place.updates = place.step + 1, place.updates + 1
             if loss is not None:
                 place.mean_loss = mean_loss.update(loss)
@@ -250,8 +255,27 @@ class Trainer:
                 self.save()
         place.measured |= phase.measured(place.step, place.mean_loss)
         place.phase, place.step, place.mean_loss, place.data = place.phase + 1, 0, math.nan, {}
+        self._optimizer = None
+        if tuned is not None:
+            tuned.twin = None
         if self.schedule.due(place.updates):
             self.save()
+
+    def _begin(self, model: nn.Module, phase: Phase) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """What a phase trains, and its optimizer, with the moments of the checkpoint that the run goes on from."""
+        rate, decay = phase.learning_rate(0), phase.weight_decay
+        optimizer: torch.optim.Optimizer = adamw(model, rate, decay)
+        if self.place.step:
+            assert self.source is not None
+            try:
+                load_optimizer(self.source / TENSORS, optimizer)
+            except (SafetensorError, OSError, KeyError, ValueError, IndexError) as error:
+                raise ValueError(f"the checkpoint in {str(self.source)!r} does not fit its model: {error}") from error
+        trained = model if phase.tuned is None else phase.tuned.shard()
+        if trained is not model:
+            optimizer = with_moments(adamw(trained, rate, decay), optimizer)
+        self._optimizer = optimizer
+        return trained, optimizer
 
     def _stepping(self) -> None:
         # From here to the end of the bookkeeping the weights are neither those before the update nor known as after it.
@@ -269,7 +293,10 @@ class Trainer:
         updates = self.place.updates
         if updates == 0:
             return  # nothing was trained, and the folder stays free
-        words = rescue(error, self.folder, updates, self._saved_at, self._is_whole, self.save)
+        # Moments that are sharded are gathered by all processes, or by none: one that failed alone is not there.
+        moments = [] if self._optimizer is None else self._optimizer.param_groups[0]["params"]
+        whole = self._is_whole and (self._stop.together or not any(map(processes.is_sharded, moments)))
+        words = rescue(error, self.folder, updates, self._saved_at, whole, self.save)
         if processes.is_first():
             print("\n" + words, file=sys.stderr)
 
@@ -296,7 +323,7 @@ def settings_of(env_id: str, env: EnvSettings, config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-MAY_CHANGE = ("device", "micro_batch_tokens", "gradient_checkpointing")
+MAY_CHANGE = ("device", "micro_batch_tokens", "gradient_checkpointing", "shard")
 """Settings that say where and in what memory, and not what is trained: a run may go on with others."""
 
 
@@ -309,7 +336,7 @@ def check_same_settings(folder: Path, before: Mapping[str, Any], settings: Mappi
     # Of the environment a version before this one may not have known all: they had their defaults.
     defaults = by_flag(dataclasses.asdict(EnvSettings()))
     for name, value in settings.items():
-        if before.get(name, defaults.get(name)) != value:
+        if name not in MAY_CHANGE and before.get(name, defaults.get(name)) != value:
             raise ValueError(
                 f"{str(folder)!r} holds a training with {name}={before.get(name)!r}, not {value!r}: go on with that, "
                 "or name another --out"

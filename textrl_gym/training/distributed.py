@@ -28,12 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from textrl_gym import processes
+from textrl_gym.persistence.optimizer_state import with_moments
 from textrl_gym.policy.backbone import Trunk
 from textrl_gym.policy.policy import Policy
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from textrl_gym.mdp.text_env import TextVectorEnv
 
 
@@ -92,19 +91,13 @@ class Shards:
 
     def __init__(self, agent: Shardable) -> None:
         _check(agent)
-        from torch.distributed.device_mesh import init_device_mesh
-
         self.whole = agent.policy
-        mesh = init_device_mesh(agent.policy.device.type, (processes.size(),))
-        self.twin = _twin(agent.policy, mesh)
-        agent.optimizer = _with_moments(agent.new_optimizer(self.twin), agent.optimizer)
+        self.twin = _twin(agent.policy)
+        agent.optimizer = with_moments(agent.new_optimizer(self.twin), agent.optimizer)
 
-    @torch.no_grad()
     def gather(self) -> None:
         """Give the twin's weights to the whole policy; all processes together."""
-        for own, sharded in zip(self.whole.parameters(), self.twin.parameters(), strict=True):
-            if own.requires_grad:
-                own.copy_(processes.whole(sharded.detach()))
+        processes.take_weights(self.whole, self.twin)
 
 
 def shard(agent: Shardable, sharded: bool) -> None:
@@ -114,7 +107,7 @@ def shard(agent: Shardable, sharded: bool) -> None:
         agent.shards = Shards(agent)
     elif not sharded and agent.shards is not None:
         agent.shards = None
-        agent.optimizer = _with_moments(agent.new_optimizer(agent.policy), agent.optimizer)
+        agent.optimizer = with_moments(agent.new_optimizer(agent.policy), agent.optimizer)
 
 
 @contextlib.contextmanager
@@ -161,53 +154,16 @@ def _trunks(policy: Policy) -> list[Any]:
     return [trunk for trunk in (policy.trunk, policy.value_trunk) if trunk is not None]
 
 
-def _twin(policy: Policy, mesh: DeviceMesh) -> Policy:
+def _twin(policy: Policy) -> Policy:
     """A copy of a policy with sharded layers; its reference is the policy's own."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import register_fsdp_forward_method
 
     # deepcopy takes what its memo has for a copy.
     memo: dict[int, Any] = {} if policy.reference is None else {id(policy.reference): policy.reference}
     twin = copy.deepcopy(policy, memo)
     for trunk in _trunks(twin):
         trunk.in_one_pass = True
-    for layer in _layers(twin):
-        fully_shard(layer, mesh=mesh)
-    # What is left (embeddings, head, value head) is one group: whole from the beginning of a pass to the end of its
-    # backward pass, as the head is called for a few positions at a time.
-    fully_shard(twin, mesh=mesh)
+    processes.shard(twin)
     for method in ("response", "values"):
         register_fsdp_forward_method(twin, method)
     return twin
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The transformer layers: the items of the outermost lists of modules."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from (layer for layer in child if any(True for _ in layer.parameters()))
-        else:
-            yield from _layers(child)
-
-
-def _with_moments(new: torch.optim.Optimizer, old: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The new optimizer with the old one's moments, cut or gathered as the new one's parameters are."""
-    pairs = zip(_parameters(new), _parameters(old), strict=True)
-    for p, before in pairs:
-        for name, value in old.state.get(before, {}).items():
-            new.state[p][name] = _as(p, processes.whole(value)) if torch.is_tensor(value) and value.ndim else value
-    return new
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _as(p: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor, or this process's part of it, as a parameter is."""
-    if not processes.is_sharded(p):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    untyped: Any = p
-    # Every process has the whole: nothing is sent.
-    return distribute_tensor(value, untyped.device_mesh, untyped.placements, src_data_rank=None)
