@@ -332,7 +332,7 @@ class Supervised(Phase):
         for part, weight in self.tuned.deal(parts):
             some = batch([items[number] for number in part], self.tuned.model)
             nll, _ = self.tuned.run(functools.partial(completion_nll, batch=some))
-            yield nll * (weight / tokens)
+            yield nll * weight / tokens
 
     def learning_rate(self, step: int) -> float:
         return self.config.learning_rate * cosine(step, self.steps, self.config.warmup_steps)
