@@ -115,7 +115,7 @@ class AtUpdate:
         patch.setattr(Trainer, "_log", watched)
 
 
-def fail(*_: object) -> None:
+def fail(*_: object, **__: object) -> None:
     raise ConnectionError("the disk is away")
 
 
