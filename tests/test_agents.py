@@ -174,8 +174,11 @@ def test_same_seed_same_weights_and_another_seed_others(
     assert not torch.equal(runs[0], runs[2])
 
 
+LONG = {"SB3TRPO", "NLPO", "FilteredBC", "AWR"}
+
+
 @pytest.mark.parametrize(
-    "cls", [pytest.param(cls, marks=pytest.mark.slow) if cls is SB3TRPO else cls for cls in AGENTS]
+    "cls", [pytest.param(cls, marks=pytest.mark.slow) if cls.__name__ in LONG else cls for cls in AGENTS]
 )
 def test_resume_is_never_stopped(cls: type[Agent], tmp_path: Path) -> None:
     class Stop:

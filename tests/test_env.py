@@ -48,7 +48,12 @@ def test_sb3_checker(env_id: str) -> None:
     assert not said
 
 
-@pytest.mark.parametrize("env_id", IDS)
+# One of each kind: symbols, a reward model, a rule, a reply to each turn.
+QUICK = {"CopyText-v0", "TLDRSummarize-v0", "MathWords-v0", "GuessNumber-v0", "Tool-v0"}
+IN_TURN = [pytest.param(env_id, marks=[] if env_id in QUICK else [pytest.mark.slow]) for env_id in IDS]
+
+
+@pytest.mark.parametrize("env_id", IN_TURN)
 def test_own_checker(env_id: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert textrl_gym.check_env(env_id) == list(PROPERTIES)
     assert capsys.readouterr().out == ""

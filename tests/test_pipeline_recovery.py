@@ -155,16 +155,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: EnvSettings, policy: s
 
 
 # sft: 4 updates of copying, 12 of the rows; reward: 3 of replaced tokens, 6 of comparisons; curve: another 1 and 6.
-STOPS = [("sft", 2), ("sft", 4), ("sft", 7), ("sft", 16), ("reward", 2), ("reward", 3), ("reward", 6), ("reward", 9)]
+STOPS: list[Any] = [
+    ("sft", 2),
+    ("sft", 4),
+    ("sft", 7),
+    ("sft", 16),
+    ("reward", 2),
+    ("reward", 3),
+    ("reward", 6),
+    ("reward", 9),
+]
 STOPS += [
     ("sft-lora", 8),
     ("reward-lora", 4),
     ("reward-lora", 9),
-    ("curve", 8),
     ("curve", 11),
     ("ensemble", 5),
-    ("ensemble", 13),
 ]
+STOPS += [pytest.param(name, updates, marks=pytest.mark.slow) for name, updates in (("curve", 8), ("ensemble", 13))]
 
 
 @pytest.mark.parametrize(("name", "updates"), STOPS)
