@@ -367,6 +367,22 @@ def test_ctrl_c_of_a_run_of_two_processes_saves(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    config = learns(total_timesteps=600)
+    whole = last(compare("CopyText-v0", config, tmp_path / "whole", progress_bar=False))
+    (folder,) = prepare(tmp_path / "out", "CopyText-v0", config).values()
+    process, log = launching.start(folder, launching.RunProcesses(1, 2)), folder / "progress.json"
+    deadline = time.monotonic() + 240
+    while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == launching.STOPPED and not (folder / "evaluation.json").exists()
+    again = last(compare("CopyText-v0", config, tmp_path / "out", progress_bar=False, launch=TOGETHER))
+    assert_frame_equal(again, whole, rtol=1e-4, atol=1e-6)
+    assert (folder / "progress_1.json").is_file()  # it went on, and did not begin anew
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_its_run_and_is_named(tmp_path: Path) -> None:
     with long_run(tmp_path) as (process, folder):
         ranks = ranks_of(process.pid)

@@ -128,7 +128,7 @@ class TunedModel:
         return self.model if self.twin is None else self.twin
 
     def gather(self) -> None:
-        """Give the twin's weights to the model after an update; all processes together."""
+        """Give the twin's weights to the model, before it is measured or saved; all processes together."""
         if self.twin is not None:
             processes.take_weights(self.model, self.twin)
 

@@ -217,7 +217,10 @@ class PreferenceUpdates(Phase):
 
     def heldout(self, updates: int) -> dict[str, float]:
         every = self.config.eval_every
-        return self.measure() if every and updates % every == 0 and updates < self.steps else {}
+        if not every or updates % every or updates >= self.steps:
+            return {}
+        self.tuned.gather()
+        return self.measure()
 
     def measured(self, steps: int, mean_loss: float) -> dict[str, float]:
         """The running mean of the loss at its end, in nats a pair."""

@@ -136,6 +136,7 @@ class Trainer:
         """The checkpoint that the run goes on from; None: it begins."""
         self._optimizer: torch.optim.Optimizer | None = None
         self._save_model: Callable[[Path], object] = lambda folder: None
+        self._tuned: TunedModel | None = None
         self._stop = signals.Stop()
         self._saved_at = 0
         self._is_whole = True
@@ -179,7 +180,9 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; the one before it is kept."""
         optimizer = self._optimizer if self.place.step else None
-        # Before the first process alone goes on to write: of moments that are sharded each process has a part.
+        # Before the first process alone goes on to write: of what is sharded each process has a part.
+        if self._tuned is not None:
+            self._tuned.gather()
         moments = None if optimizer is None else optimizer_tensors(optimizer)
         files.write_folder(self.folder / CHECKPOINT, functools.partial(self._fill, moments), keep_previous=True)
         self._saved_at = self.place.updates
@@ -239,8 +242,6 @@ class Trainer:
             rate = phase.learning_rate(place.step)
             number = place.updates + 1
             loss, norm = descend(trained, optimizer, losses, rate, phase.max_grad_norm, number, self._stepping)
-            if loss is not None and tuned is not None:
-                tuned.gather()
             place.step, place.updates = place.step + 1, place.updates + 1
             if loss is not None:
                 place.mean_loss = mean_loss.update(loss)
@@ -257,6 +258,7 @@ class Trainer:
         place.phase, place.step, place.mean_loss, place.data = place.phase + 1, 0, math.nan, {}
         self._optimizer = None
         if tuned is not None:
+            tuned.gather()
             tuned.twin = None
         if self.schedule.due(place.updates):
             self.save()
@@ -274,7 +276,7 @@ class Trainer:
         trained = model if phase.tuned is None else phase.tuned.shard()
         if trained is not model:
             optimizer = with_moments(adamw(trained, rate, decay), optimizer)
-        self._optimizer = optimizer
+        self._optimizer, self._tuned = optimizer, phase.tuned
         return trained, optimizer
 
     def _stepping(self) -> None:
