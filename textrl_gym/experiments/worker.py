@@ -116,13 +116,16 @@ def _rank(number: int, folder: Path, count: int, shard: bool, store: str, trust_
     os.setpgrp()
     _end_with_parent()
     registry.trust_all = trust_code
+    spec = renamed(files.read_json(folder / SPEC))
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+    if spec["device"] == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else each process would want a GPU of its own
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes.join(store))
         if not processes.is_first():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
-            run(folder, renamed(files.read_json(folder / SPEC)), shard)
+            run(folder, spec, shard)
         except Exception as error:
             # Before it leaves the others, which fail by that: the first to write has the cause.
             words = " ".join(f"{type(error).__name__}: {error} (process {number} of {count})".split())
