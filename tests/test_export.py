@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -80,6 +82,46 @@ def test_a_lora_merged_or_on_its_base_writes_the_same(
     assert by_transformers(tmp_path / "model", prompts) == expected
     again = GRPO("CopyText-v0", model=str(tmp_path / "model"), rollout_episodes=16, out=tmp_path / "next")
     assert greedy(again) == (prompts, expected)
+
+
+def test_data_and_reward_of_the_run_are_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = ("The film was", "The room is", "I think it")
+    Path("rows.jsonl").write_text("".join(json.dumps({"prompt": w}) + "\n" for w in words), encoding="utf-8")
+    start = GRPO("SentimentContinue-v0", out="unused")
+    with loading.no_bars():
+        start.policy.model.save_pretrained("start")
+    start.env.tokenizer.save_pretrained("start")
+    env = gym.make(
+        "SentimentContinue-v0", dataset="rows.jsonl", reward=lambda prompts, texts, **_: [len(t) for t in texts]
+    )
+    GRPO(env, model="start", rollout_episodes=16, out="run").learn(1, **QUIET)
+    with pytest.raises(ValueError, match="which cannot be saved"):
+        GRPO.load("run")
+    for name in ("rows.jsonl", "start/model.safetensors", "start/config.json"):
+        Path(name).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["export", "../here/run", "--to", "model"]) == 0
+    saved = AutoModelForCausalLM.from_pretrained("../here/run/model").state_dict()
+    written = AutoModelForCausalLM.from_pretrained("model").state_dict()
+    assert all(torch.equal(written[name], weight) for name, weight in saved.items())
+    card = Path("model", CARD).read_text(encoding="utf-8")
+    assert "| data | rows.jsonl |" in card and "| reward | a function of Python |" in card
+
+
+def test_the_base_of_a_lora_may_have_moved(tmp_path: Path) -> None:
+    base = named_base(tmp_path)
+    agent = trained(tmp_path / "runs" / "run", tokens=300, model=str(base), lora_rank=4)
+    prompts, expected = greedy(agent)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="--base-model"):
+        export(tmp_path / "runs" / "run", tmp_path / "model", merge=True)
+    where = str(tmp_path / "moved")
+    parts = ["export", str(tmp_path / "runs" / "run"), "--to", str(tmp_path / "model"), "--base-model", where]
+    assert main([*parts, "--merge"]) == 0
+    assert by_transformers(tmp_path / "model", prompts) == expected
 
 
 def test_what_generation_needs_is_in_the_folder(tmp_path: Path) -> None:

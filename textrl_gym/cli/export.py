@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from textrl_gym import files
 from textrl_gym.cli.options import flat, parse_flags, positional
 
 
@@ -17,6 +18,8 @@ class ExportFlags:
     """A new or empty folder."""
     merge: bool = False
     """Add a LoRA to the weights, so that no peft is needed to load the model."""
+    base_model: str | None = None
+    """Where the base of a LoRA stands now (a folder), if it was moved."""
     push: str | None = None
     """Also upload the folder to this repository of the Hub (USER/NAME), a private one where it does not exist yet."""
 
@@ -25,8 +28,11 @@ def export_command(args: Sequence[str]) -> int:
     """Write a run's model for transformers, vLLM and llama.cpp: RUN --to FOLDER."""
     parts = [("run", positional("RUN", Path, "the folder of a run")), ("flags", flat(ExportFlags))]
     parsed = parse_flags("export", export_command.__doc__, parts, args)
+    # Before torch is loaded: a wrong folder is said at once.
+    files.read_state(files.whole_checkpoint(parsed.run))
     from textrl_gym.integrations.export import export
 
-    folder = export(parsed.run, parsed.flags.to, merge=parsed.flags.merge, push=parsed.flags.push)
-    print(f"saved in {folder}" + (f" and uploaded to {parsed.flags.push}" if parsed.flags.push else ""))
+    flags = parsed.flags
+    folder = export(parsed.run, flags.to, merge=flags.merge, push=flags.push, base_model=flags.base_model)
+    print(f"saved in {folder}" + (f" and uploaded to {flags.push}" if flags.push else ""))
     return 0

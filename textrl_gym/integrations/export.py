@@ -13,17 +13,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from textrl_gym import files, registry
+from textrl_gym.data import encoding
 from textrl_gym.evaluation.metrics import metric, metric_names, number
+from textrl_gym.mdp.spaces import stop_strings
+from textrl_gym.mdp.task import Task, load_task
 from textrl_gym.models import adapters, loading, lora, packing
-from textrl_gym.training import run_folder
+from textrl_gym.models.tokenizer import vocab_size
+from textrl_gym.training import checkpoint, dependencies, run_folder
 from textrl_gym.training.agent import Agent
 from textrl_gym.training.run_folder import Run
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = "README.md"
 MOST_SUPPRESSED = 4096
@@ -32,16 +37,51 @@ MOST_PROMPT = 600
 """Letters of the example in the card."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a checkpoint says of its model. The run's data, rewards, reference and critic are not read."""
+
+    folder: Path
+    state: dict[str, Any]
+    """agent.json."""
+    agent: type[Agent]
+    task: Task
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+
+    @property
+    def is_lora(self) -> bool:
+        return lora.is_lora(self.model)
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return bool(lora.bare(self.model).config.is_encoder_decoder)
+
+    def budget(self, name: str) -> int:
+        """max_prompt_tokens or max_new_tokens: the run's, or the task's where it named none."""
+        given = self.state["env"].get(name)
+        return int(getattr(self.task, name) if given is None else given)
+
+
 def export(
-    run: str | Path, to: str | Path, *, merge: bool = False, push: str | None = None, trust_code: bool = False
+    run: str | Path,
+    to: str | Path,
+    *,
+    merge: bool = False,
+    push: str | None = None,
+    base_model: str | None = None,
+    trust_code: bool = False,
 ) -> Path:
     """Write the model of a run's folder for other libraries; returns the folder.
 
     Args:
-        run: a folder that an agent was saved in.
+        run: a folder that an agent was saved in. Of what the run was trained with only the base of a LoRA is needed.
         to: a new or empty folder.
         merge: add a LoRA to the weights, so that no peft is needed to load it.
         push: also upload it to this repository of the Hub, a private one where it does not exist yet.
+        base_model: where the base of a LoRA stands now, if it was moved.
         trust_code: import what the run's folder names, though it is not part of textrl-gym.
 
     Raises:
@@ -51,20 +91,17 @@ def export(
     to, source = Path(to), Path(run)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"{str(to)!r} is not empty: name a new folder to export to")
-    agent: Agent = registry.load_agent(source, trust_code=trust_code, device="cpu")
-    if not agent.trains:
-        raise ValueError(f"{type(agent).__name__} trains nothing: there is no model of its own to export")
-    is_lora = lora.is_lora(agent.policy.model)
-    if merge and not is_lora:
+    trained = read_trained(source, base_model, trust_code)
+    if merge and not trained.is_lora:
         raise ValueError(f"--merge is for runs with a LoRA, and {str(source)!r} has none: leave it out")
-    base = base_of(agent)
-    if is_lora and not merge and base is None:
+    base = base_of(base_model or trained.state["model"])
+    if trained.is_lora and not merge and base is None:
         raise ValueError("the base of this LoRA has no name under which others could load it: export it with --merge")
-    generation = generation_config(agent)
-    card = model_card(agent, _read_run(source), base, adapter=is_lora and not merge)
+    generation = generation_config(trained)
+    card = model_card(trained, _read_run(source), base, adapter=trained.is_lora and not merge)
     with loading.no_bars():
-        _write_model(agent, to, merge, base)
-        agent.env.tokenizer.save_pretrained(to)
+        _write_model(trained.model, to, merge, base)
+        trained.tokenizer.save_pretrained(to)
         generation.save_pretrained(to)
     files.write_text(to / CARD, card)
     files.give_usual_modes(to)
@@ -73,9 +110,45 @@ def export(
     return to
 
 
-def base_of(agent: Agent) -> str | None:
-    """What the run started from, as other libraries can load it: a Hub id or an absolute path; None: no such name."""
-    name = agent.model_spec
+def read_trained(run: Path, base_model: str | None = None, trust_code: bool = False) -> Trained:
+    """The model of a checkpoint, and what it wrote texts by.
+
+    Raises:
+        ValueError: the folder holds no checkpoint, or a damaged one; its agent trains nothing; another model stands
+            where the base of its LoRA stood.
+    """
+    folder = files.whole_checkpoint(run)
+    file = folder / files.STATE_FILE
+    state = checkpoint.read_state(folder)
+    with registry.named_by(file, trust_code):
+        agent = registry.load_agent_class(state["agent"])
+        task = load_task(state["task"])
+    if not issubclass(agent, Agent):
+        raise ValueError(f"{str(file)!r} names {state['agent']!r}, which is no agent")
+    if not agent.trains:
+        raise ValueError(f"{agent.__name__} trains nothing: there is no model of its own to export")
+    model: Any = _load_model(folder, task, state, base_model)
+    tokenizer = task.load_tokenizer(str(folder / "model"))
+    chosen, settings = state["env"].get("eos_token_id"), state["env"]
+    declared = [*loading.declared_ends(folder / "model"), *loading.declared_ends(model)]
+    ends = encoding.end_ids(tokenizer, declared) if chosen is None else encoding.check_end_ids(tokenizer, chosen)
+    return Trained(folder, state, agent, task, model, tokenizer, ends, stop_strings(settings.get("stop"), task.stop))
+
+
+def _load_model(folder: Path, task: Task, state: dict[str, Any], base_model: str | None) -> Any:
+    saved, own_base = folder / "model", folder / lora.BASE
+    if not adapters.is_adapter(saved):
+        return task.load_model(str(saved))
+    if own_base.is_dir():
+        return lora.load(task.load_model(str(own_base)).float(), saved)
+    expected = dependencies.known(state, folder / files.STATE_FILE)["model"]
+    base = dependencies.initial_model(folder, task, state["model"], expected, base_model)
+    # As in training: a bfloat16 base would round what is added to it.
+    return lora.load(task.load_model(base).float(), saved)
+
+
+def base_of(name: str | None) -> str | None:
+    """What a run started from, as other libraries can load it: a Hub id or an absolute path; None: no such name."""
     if name is None:
         return None
     if Path(name).is_dir():
@@ -83,8 +156,7 @@ def base_of(agent: Agent) -> str | None:
     return name if "/" in name else None  # smollm2-135m, for one, is loaded from a package
 
 
-def _write_model(agent: Agent, to: Path, merge: bool, base: str | None) -> None:
-    model: Any = agent.policy.model
+def _write_model(model: Any, to: Path, merge: bool, base: str | None) -> None:
     if not lora.is_lora(model):
         cast("PreTrainedModel", model).save_pretrained(to)
         return
@@ -99,20 +171,21 @@ def _write_model(agent: Agent, to: Path, merge: bool, base: str | None) -> None:
     (to / CARD).unlink(missing_ok=True)  # peft's own, which knows nothing of the run
 
 
-def generation_config(agent: Agent) -> GenerationConfig:
+def generation_config(trained: Trained) -> GenerationConfig:
     """The model's own, with the ends of a turn and the budget that the run had."""
-    env, bare = agent.env, lora.bare(agent.policy.model)
+    bare: Any = lora.bare(trained.model)
+    pad, vocabulary = trained.tokenizer.pad_token_id, vocab_size(trained.tokenizer)
     config: GenerationConfig = getattr(bare, "generation_config", None) or GenerationConfig()
     if bare.config.is_encoder_decoder:
         # Published ones have beams, least lengths and forced tokens in theirs, none of which the run had.
         config = GenerationConfig(decoder_start_token_id=packing.decoder_start(bare))
-    config.eos_token_id = list(env.end_ids)
-    config.pad_token_id = env.tokenizer.pad_token_id if env.tokenizer.pad_token_id is not None else env.end_ids[0]
-    config.max_new_tokens, config.max_length = env.max_new_tokens, None
+    config.eos_token_id = list(trained.end_ids)
+    config.pad_token_id = pad if pad is not None else trained.end_ids[0]
+    config.max_new_tokens, config.max_length = trained.budget("max_new_tokens"), None
     rows = bare.get_output_embeddings().weight.shape[0]
     # Rows beyond the tokenizer were never sampled in training, and mean nothing.
-    if agent.policy.vocab_size < rows <= agent.policy.vocab_size + MOST_SUPPRESSED:
-        config.suppress_tokens = list(range(agent.policy.vocab_size, rows))
+    if vocabulary < rows <= vocabulary + MOST_SUPPRESSED:
+        config.suppress_tokens = list(range(vocabulary, rows))
     return config
 
 
@@ -132,44 +205,40 @@ def _push(folder: Path, repository: str) -> None:
 # -- the model card ---------------------------------------------------------------------------------------------------
 
 
-def model_card(agent: Agent, run: Run | None, base: str | None, adapter: bool) -> str:
+def model_card(trained: Trained, run: Run | None, base: str | None, adapter: bool) -> str:
     """README.md of the exported folder, with the metadata that the Hub reads."""
     from huggingface_hub import ModelCardData
 
-    name = type(agent).__name__
+    name = trained.agent.__name__
     metadata = ModelCardData(
         base_model=base if base and not Path(base).is_dir() else None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text2text-generation" if _is_seq2seq(agent) else "text-generation",
+        pipeline_tag="text2text-generation" if trained.is_seq2seq else "text-generation",
         tags=["textrl-gym", "reinforcement-learning", name.lower()],
     )
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
-        f"# {name} on {type(agent.env.task).__name__}",
+        f"# {name} on {type(trained.task).__name__}",
         f"A language model trained with {name} by [textrl-gym](https://pypi.org/project/textrl-gym/).",
         "## Use",
-        _use(agent, run, adapter),
+        _use(trained, run, adapter),
         "## Training",
-        _table(("", ""), _training(agent, base)),
+        _table(("", ""), _training(trained, base)),
         "## Evaluation",
         _evaluation(run),
         "## Settings",
-        _table(("setting", "value"), _settings(dataclasses.asdict(agent.config))),
+        _table(("setting", "value"), _settings(trained.state["config"])),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _is_seq2seq(agent: Agent) -> bool:
-    return lora.bare(agent.policy.model).config.is_encoder_decoder
-
-
-def _use(agent: Agent, run: Run | None, adapter: bool) -> str:
+def _use(trained: Trained, run: Run | None, adapter: bool) -> str:
     prompts = [sample["prompt"] for sample in run.samples] if run else []
     prompt = next((one for one in prompts if len(one) <= MOST_PROMPT), "...")
-    stops = f", stop_strings={list(agent.env.stop)!r}, tokenizer=tokenizer" if agent.env.stop else ""
-    auto = "AutoModelForSeq2SeqLM" if _is_seq2seq(agent) else "AutoModelForCausalLM"
+    stops = f", stop_strings={list(trained.stop)!r}, tokenizer=tokenizer" if trained.stop else ""
+    auto = "AutoModelForSeq2SeqLM" if trained.is_seq2seq else "AutoModelForCausalLM"
     # An encoder-decoder gives its completion alone.
-    output = "output[0]" if _is_seq2seq(agent) else 'output[0, inputs["input_ids"].shape[1]:]'
+    output = "output[0]" if trained.is_seq2seq else 'output[0, inputs["input_ids"].shape[1]:]'
     lines = [
         "```python",
         f"from transformers import {auto}, AutoTokenizer{', GenerationConfig' if adapter else ''}",
@@ -187,26 +256,32 @@ def _use(agent: Agent, run: Run | None, adapter: bool) -> str:
         "```",
     ]
     notes = []
-    if agent.env.tokenizer.chat_template:
+    if trained.tokenizer.chat_template:
         notes.append("The tokenizer has a chat template: for conversations use `tokenizer.apply_chat_template`.")
-    if type(agent).play is not Agent.play:
+    if trained.agent.play is not Agent.play:
         notes.append("In the run this agent decodes by a way of its own; here is the policy that it decodes with.")
     return "\n\n".join(["\n".join(lines), *notes])
 
 
-def _training(agent: Agent, base: str | None) -> list[tuple[str, str]]:
-    settings, mdp = agent.env.settings, agent.env
-    seconds = sum(agent.seconds.values())
+def _training(trained: Trained, base: str | None) -> list[tuple[str, str]]:
+    state, task = trained.state, trained.task
+    settings, reward = state["env"], state["env"].get("reward")
+    if reward is None:
+        reward = "a function of Python" if "reward" in state["env_not_saved"] else task.reward
+    kl = f"{state['kl_coef']:g} in the {trained.agent.kl_where}, estimator {settings.get('kl_estimator', 'k1')}"
     return [
-        ("base model", _public(base or agent.model_spec or f"the model that {type(mdp.task).__name__} comes with")),
-        ("environment", type(mdp.task).__name__),
+        ("base model", _public(base or state["model"] or f"the model that {type(task).__name__} comes with")),
+        ("environment", type(task).__name__),
         ("data", _public(settings.get("dataset") or "the environment's own prompts")),
-        ("reward", _public(settings.get("reward") if settings.get("reward") is not None else mdp.task.reward)),
-        ("KL penalty", f"{agent.kl.coef:g} in the {agent.kl.where}, estimator {agent.kl.estimator}"),
-        ("prompt and completion, at most", f"{mdp.max_prompt_tokens} and {mdp.max_new_tokens} tokens"),
-        ("updates, tokens generated", f"{agent.num_updates:,}, {agent.num_timesteps:,}"),
-        ("time", f"{seconds:,.0f} s"),
-        ("seed", str(agent.seed)),
+        ("reward", _public(reward)),
+        ("KL penalty", kl),
+        (
+            "prompt and completion, at most",
+            f"{trained.budget('max_prompt_tokens')} and {trained.budget('max_new_tokens')} tokens",
+        ),
+        ("updates, tokens generated", f"{state['num_updates']:,}, {state['rng_state']['num_timesteps']:,}"),
+        ("time", f"{sum(state['seconds'].values()):,.0f} s"),
+        ("seed", str(state["seed"])),
     ]
 
 

@@ -183,12 +183,7 @@ def _load(
     settings: dict[str, object],
 ) -> SavedT:
     folder = files.whole_checkpoint(folder)
-    file = folder / files.STATE_FILE
-    try:
-        state = upgraded(files.read_state(folder), str(folder))
-    except (KeyError, TypeError, AttributeError) as error:  # of 0.1's keys
-        raise ValueError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
-    files.check_fields(state, file, FIELDS)
+    file, state = folder / files.STATE_FILE, read_state(folder)
     # PPO.load on GRPO's folder would go on with another loss on settings that happen to have the same names.
     if registry.load_agent_class(state["agent"]) is not cls:
         raise ValueError(f"{str(folder)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
@@ -243,6 +238,21 @@ FIELDS: files.Kinds = {
     "rng_state": (dict,),
 }
 """What agent.json holds."""
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint, as this version writes it.
+
+    Raises:
+        ValueError: there is none, it is damaged, or another version wrote it.
+    """
+    file = folder / files.STATE_FILE
+    try:
+        state = upgraded(files.read_state(folder), str(folder))
+    except (KeyError, TypeError, AttributeError) as error:  # of 0.1's keys
+        raise ValueError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+    files.check_fields(state, file, FIELDS)
+    return state
 
 
 def upgraded(state: dict[str, Any], folder: str) -> dict[str, Any]:
