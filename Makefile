@@ -32,8 +32,14 @@ test: $(STAMP)  ## Run the tests: two workers, one thread each.
 reliability: $(STAMP)  ## Run the long tests: known optima, real models, hacked rewards, kills, bad inputs, flat memory.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
-docs-test: $(STAMP)  ## Run the Python of every page of the documentation as it is printed, with small budgets.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/test_docs.py tests/test_readme.py tests/test_run_page.py $(ARGS)
+# The script alone, of the package that brings it up to date: its playwright is not needed.
+AXE := build/axe/axe_playwright_python/axe.min.js
+$(AXE): $(STAMP)
+	$(BIN)/python -m pip install --no-deps --target build/axe axe-playwright-python==0.1.8
+
+docs-test: $(STAMP) $(AXE)  ## Run every page's Python as it is printed, with small budgets; look for barriers (axe-core).
+	OMP_NUM_THREADS=1 TEXTRL_GYM_AXE=$(AXE) $(BIN)/python -m pytest -n 2 -m slow tests/test_docs.py tests/test_readme.py \
+	    tests/test_run_page.py tests/test_accessibility.py tests/test_annotate.py $(ARGS)
 
 # The packages of others pin what ours leave open, so they have environments of their own; openenv's pins exclude trl's,
 # and moviepy wants a Pillow below the pinned one.

@@ -152,3 +152,20 @@ class Browser:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+
+
+def axe_script() -> str:
+    """The script of axe-core, which the environment variable TEXTRL_GYM_AXE names (axe.min.js)."""
+    file = os.environ.get("TEXTRL_GYM_AXE")
+    if not file:
+        pytest.skip("TEXTRL_GYM_AXE does not name axe-core's axe.min.js; make docs-test fetches it")
+    return Path(file).read_text(encoding="utf-8")
+
+
+def violations(browser: Browser, script: str, where: str) -> list[str]:
+    """What axe-core finds, by its rules of WCAG 2.2 AA and best practices."""
+    browser.run(f"{script}; 0")
+    found = browser.run(
+        "axe.run().then((r) => r.violations.map((v) => [v.id, v.nodes.map((n) => n.html).slice(0, 3)]))"
+    )
+    return [f"{where}: {one}" for one in found]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import SHIFT, Browser
+from chromium import SHIFT, Browser, axe_script, violations
 from servers import running
 
 from textrl_gym.cli import main
@@ -484,26 +484,9 @@ def test_sizes(tmp_path: Path) -> None:
         )
 
 
-def axe() -> str:
-    """The script of axe-core, which the environment variable TEXTRL_GYM_AXE names (axe.min.js)."""
-    file = os.environ.get("TEXTRL_GYM_AXE")
-    if not file:
-        pytest.skip("TEXTRL_GYM_AXE does not name axe-core's axe.min.js")
-    return Path(file).read_text(encoding="utf-8")
-
-
-def violations(browser: Browser, script: str, where: str) -> list[str]:
-    """What axe-core finds, by its rules of WCAG 2.2 AA and best practices."""
-    browser.run(f"{script}; 0")
-    found = browser.run(
-        "axe.run().then((r) => r.violations.map((v) => [v.id, v.nodes.map((n) => n.html).slice(0, 3)]))"
-    )
-    return [f"{where}: {one}" for one in found]
-
-
 @pytest.mark.slow
 def test_axe_finds_no_violation(tmp_path: Path) -> None:
-    script, found = axe(), []
+    script, found = axe_script(), []
     many: list[dict[str, Any]] = [{"prompt": "p", "completions": ["a b", "b c", "c d"]}]
     talk = [{"role": "user", "content": "Hi " * 600}]
     two: list[dict[str, Any]] = [{"prompt": talk, "completions": ["a b", "b c"]}] * 1 + [

@@ -46,8 +46,8 @@ def write_run(folder: Path, name: str, gold: float | None, **progress: float) ->
     return run
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def write_comparison(folder: Path) -> Path:
+    """Two runs, one of which has begun."""
     config = {
         "agents": ["alpha", "beta"],
         "seeds": 1,
@@ -56,11 +56,16 @@ def folder(tmp_path: Path) -> Path:
         "set": [],
         "eval_episodes": 1,
     }
-    (tmp_path / "compare.json").write_text(json.dumps({"environment": "CopyText-v0", "config": config, "versions": {}}))
-    write_run(tmp_path, "alpha-0", None, time__total_timesteps=100, time__collect_seconds=2.0, rollout__score=0.25)
-    write_run(tmp_path, "beta-0", None)
+    (folder / "compare.json").write_text(json.dumps({"environment": "CopyText-v0", "config": config, "versions": {}}))
+    write_run(folder, "alpha-0", None, time__total_timesteps=100, time__collect_seconds=2.0, rollout__score=0.25)
+    write_run(folder, "beta-0", None)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "secret.txt").write_text("the secret")
-    return tmp_path
+    return write_comparison(tmp_path)
 
 
 def serving(folder: Path, host: str = "127.0.0.1") -> AbstractContextManager[watch.WatchServer]:

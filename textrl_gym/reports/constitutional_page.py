@@ -62,7 +62,7 @@ def stages_html(result: ConstitutionalResult) -> Markup:
         numbers = [Markup(cell.format(one.value, one.low, one.high)) for one in _estimates(result, name)]
         rows.append([metric(name).heading, *numbers])
     head = ["mean, 95% interval", *stages_table(result)[0][1:]]
-    return table_html(head, rows, "words")
+    return table_html(head, rows, "words", "Stages")
 
 
 def _models(number: int) -> str:
@@ -110,7 +110,9 @@ def critiques_html(folder: Path) -> Markup:
     for line in lines:
         texts = [_text(line[name]) for name in ("critique", "revision")]
         rows.append([_prompt(line["prompt"]), _text(line["answer"]), line["principle"], *texts])
-    return table_html(["prompt", "answer", "principle", "critique", "revision"], rows, "critiques")
+    return table_html(
+        ["prompt", "answer", "principle", "critique", "revision"], rows, "critiques", "Critiques and revisions"
+    )
 
 
 def samples_html(result: ConstitutionalResult) -> Markup:
@@ -121,7 +123,7 @@ def samples_html(result: ConstitutionalResult) -> Markup:
         [_prompt(lines[0]["prompt"]), *(_text(line["completion"]) for line in lines)]
         for lines in zip(*by_stage, strict=True)
     ]
-    return table_html(["prompt", *(NAMES[name] for name in names)], rows, "samples")
+    return table_html(["prompt", *(NAMES[name] for name in names)], rows, "samples", "Samples")
 
 
 def constitutional_html(result: ConstitutionalResult) -> str:
@@ -145,8 +147,8 @@ def constitutional_html(result: ConstitutionalResult) -> str:
         numbers=stages_html(result),
         spread=spread,
         link=Markup(f'<p><a href="{link}">The page of the RL runs</a></p>') if (result.folder / link).is_file() else "",
-        counts=table_html(*counts_table(result), "words"),
-        principles=table_html(*principles_table(result.folder), "words"),
+        counts=table_html(*counts_table(result), "words", "Data"),
+        principles=table_html(*principles_table(result.folder), "words", "Principles"),
         critiques=critiques_html(result.folder),
         samples=samples_html(result),
     )

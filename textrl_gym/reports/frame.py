@@ -23,19 +23,24 @@ def page_html(title: str, body: Markup) -> str:
         '<meta http-equiv="Content-Security-Policy" content="{}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><style>'
     ).format(title, PAGE_SECURITY_POLICY)
-    return str(head) + STYLE + str(Markup("</style></head><body>{}</body></html>\n").format(body))
+    return str(head) + STYLE + str(Markup("</style></head><body><main>{}</main></body></html>\n").format(body))
 
 
-def table_html(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str) -> Markup:
-    """A table; cells are text, whatever they hold, or Markup."""
+def table_html(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str, label: str) -> Markup:
+    """A table; cells are text, whatever they hold, or Markup.
+
+    Args:
+        kind: its class in the style.
+        label: what a screen reader calls the part of the page that scrolls with it.
+    """
     top = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in head)
     lines = []
     for first, *rest in rows:
         cells = Markup("").join(Markup("<td>{}</td>").format(cell) for cell in rest)
         lines.append(Markup('<tr><th scope="row">{}</th>{}</tr>').format(first, cells))
     table = '<table class="{}"><thead><tr>{}</tr></thead><tbody>{}</tbody></table>'
-    region = '<div class="wide" role="region" tabindex="0">' + table + "</div>"
-    return Markup(region).format(kind, top, Markup("").join(lines))
+    region = '<div class="wide" role="region" tabindex="0" aria-label="{}">' + table + "</div>"
+    return Markup(region).format(label, kind, top, Markup("").join(lines))
 
 
 def prompt_html(prompt: str) -> Markup:

@@ -113,7 +113,7 @@ def samples_html(rows: Sequence[Label]) -> Markup:
         lines.append([prompt_html(prompt), texts, rankings])
     if not lines:
         return Markup("<p>There is none.</p>")
-    return table_html(["prompt", "completions", "who preferred what"], lines, "samples")
+    return table_html(["prompt", "completions", "who preferred what"], lines, "samples", "What they disagree on")
 
 
 def ranking(label: Label) -> str:
@@ -132,8 +132,16 @@ def ranking(label: Label) -> str:
 def labels_html(name: str, rows: Sequence[Label], report: LabelReport) -> str:
     """The whole page; every text is escaped."""
     warnings = Markup("").join(Markup('<div class="warning">{}</div>').format(words) for words in report.warnings)
-    models = Markup("<h2>Models</h2>{}").format(table_html(*models_table(report), "words")) if report.models else ""
-    pairs = Markup("<h2>Two by two</h2>{}").format(table_html(*pairs_table(report), "words")) if report.pairs else ""
+    models = (
+        Markup("<h2>Models</h2>{}").format(table_html(*models_table(report), "words", "Models"))
+        if report.models
+        else ""
+    )
+    pairs = (
+        Markup("<h2>Two by two</h2>{}").format(table_html(*pairs_table(report), "words", "Two by two"))
+        if report.pairs
+        else ""
+    )
     body = Markup(
         "<h1>Labels: {name}</h1><p class=muted>Agreement is of comparisons of two completions, "
         "chance taken off in alpha and kappa: 1 is full agreement, 0 what chance gives.</p>{warnings}{overall}"
@@ -142,8 +150,8 @@ def labels_html(name: str, rows: Sequence[Label], report: LabelReport) -> str:
     ).format(
         name=name,
         warnings=warnings,
-        overall=table_html(["measure", "value"], overall_rows(report), "words"),
-        people=table_html(*people_table(report.people), "words"),
+        overall=table_html(["measure", "value"], overall_rows(report), "words", "All labels"),
+        people=table_html(*people_table(report.people), "words", "Annotators"),
         pairs=pairs,
         models=models,
         shown=SHOWN,

@@ -113,7 +113,7 @@ def samples_html(result: LessonResult) -> Markup:
         for of_trial in episodes.values():
             cells.append(completion_html(of_trial[number]))
         rows.append(cells)
-    return table_html(["prompt", *episodes], rows, "samples")
+    return table_html(["prompt", *episodes], rows, "samples", "Samples")
 
 
 def lesson_html(result: LessonResult) -> str:
@@ -131,9 +131,9 @@ def lesson_html(result: LessonResult) -> str:
         env=result.env_id,
         words=lesson.words,
         verdict="It came out." if result.holds else "It did not come out in all findings.",
-        findings=table_html(*findings_table(result), "words"),
+        findings=table_html(*findings_table(result), "words", "Findings"),
         trials=trials,
-        numbers=table_html(*numbers_table(result), "words"),
+        numbers=table_html(*numbers_table(result), "words", "Numbers"),
         plane=plane_svg(result),
         samples=samples_html(result),
     )

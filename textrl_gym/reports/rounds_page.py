@@ -44,7 +44,7 @@ def samples_html(result: RoundsResult) -> Markup:
         cells += [completion_html(sample) for sample in (first, *others)]
         rows.append(cells)
     start = ["initial policy"] if by_round and by_round[0] and "start" in by_round[0][0] else []
-    return table_html(["prompt", *start, *(f"round {one.number}" for one in result.rounds)], rows, "samples")
+    return table_html(["prompt", *start, *(f"round {one.number}" for one in result.rounds)], rows, "samples", "Samples")
 
 
 def rounds_html(result: RoundsResult) -> str:
@@ -60,7 +60,7 @@ def rounds_html(result: RoundsResult) -> str:
         "gold scores.</p><h2>Pages of the policies</h2><ul>{links}</ul><h2>Samples</h2>{samples}"
     ).format(
         env=result.env_id,
-        rounds=table_html(*rounds_table(result), "words"),
+        rounds=table_html(*rounds_table(result), "words", "Rounds"),
         links=links,
         samples=samples_html(result),
     )

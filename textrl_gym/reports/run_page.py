@@ -170,9 +170,9 @@ def overview(runs: Sequence[Run]) -> str:
     for i, run in enumerate(runs):
         for when, row in (("start", run.start), (f"{run.end['timesteps']:,} tokens", run.end)):
             cells = "".join(f"<td>{number(row, key)}</td>" for key in keys)
-            name = f'<i class="swatch s{i % COLORS}"></i>{escape(run.name)}' if when == "start" else ""
-            kind = ' class="first"' if when == "start" else ' class="last"'
-            rows.append(f"<tr{kind}><th>{name}</th><td class=when>{when}</td>{cells}</tr>")
+            name = f'<th scope="row"><i class="swatch s{i % COLORS}"></i>{escape(run.name)}</th>'
+            kind, head_cell = ("first", name) if when == "start" else ("last", "<td></td>")
+            rows.append(f'<tr class="{kind}">{head_cell}<td class=when>{when}</td>{cells}</tr>')
     return (
         '<div class="wide" role="region" tabindex="0" aria-label="Before and after">'
         f'<table class="numbers"><thead><tr><th>run</th><th>after</th>{head}</tr></thead>'
@@ -209,7 +209,7 @@ def sample_tables(run: Run) -> str:
         return ""
     return (
         f"<h3>Samples</h3><p class=muted>The first {len(rows)} held-out prompts, not picked; one sample of each.</p>"
-        '<div class="wide" role="region" tabindex="0" aria-label="Samples">'
+        f'<div class="wide" role="region" tabindex="0" aria-label="Samples of {escape(run.name)}">'
         f'<table class="samples"><thead><tr><th>prompt</th><th>initial policy</th>'
         f"<th>after {run.end['timesteps']:,} tokens</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -297,11 +297,11 @@ def run_html(runs: Sequence[Run]) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{PAGE_SECURITY_POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body><main>'
         f"<h1>Training report</h1><p class=muted>{escape(', '.join(run.name for run in runs))}. Held-out prompts"
         f"{gold}.</p>{warnings}"
         f"<h2>Before and after</h2>{overview(runs)}<h2>Learning curves</h2><div id=curves>{curves(runs)}</div>"
-        f"{sections}</body></html>\n"
+        f"{sections}</main></body></html>\n"
     )
 
 

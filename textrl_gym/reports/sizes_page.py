@@ -97,7 +97,7 @@ def sizes_html(result: SizesResult) -> str:
         env=result.env_id,
         gold=result.reference_gold,
         figure=figure(result),
-        table=table_html(*points_table(result), "words"),
+        table=table_html(*points_table(result), "words", "Sizes"),
     )
     return page_html(f"{result.env_id}: policies by size", body)
 

@@ -144,7 +144,7 @@ def _overall_html(result: SuiteResult) -> Markup:
         return Markup("<p>No agent has a finished run on every task.</p>")
     ordered, table = overall(result)
     plot = interval_plot("Interquartile mean of the normalised scores, 95% over seeds", ordered, 0.0, 1.0)
-    return plot + table_html(*table, "words")
+    return plot + table_html(*table, "words", "Over all tasks")
 
 
 def _pairs_html(result: SuiteResult) -> Markup:
@@ -153,13 +153,13 @@ def _pairs_html(result: SuiteResult) -> Markup:
     table = pairs(result)
     if table is None:
         return Markup("<p>One run of each agent leaves no interval between them.</p>")
-    return table_html(*table, "words")
+    return table_html(*table, "words", "Pairs")
 
 
 def _tasks_html(result: SuiteResult) -> Markup:
     head, rows = tasks(result)
     link = Markup('<a href="{0}/report.html">{0}</a>')
-    return table_html(head, [[link.format(env_id), *cells] for env_id, *cells in rows], "words")
+    return table_html(head, [[link.format(env_id), *cells] for env_id, *cells in rows], "words", "Tasks")
 
 
 def suite_html(result: SuiteResult) -> str:

@@ -64,7 +64,7 @@ def served(page: str, version: str) -> str:
     """A hand-written page that asks its server whether there is a newer one."""
     policy = PAGE_SECURITY_POLICY.replace("style-src", "script-src 'unsafe-inline'; connect-src 'self'; style-src")
     live = f'<div id="live" data-version="{version}"></div>'
-    page = page.replace(PAGE_SECURITY_POLICY, policy, 1).replace("<body>", f"<body>{live}", 1)
+    page = page.replace(PAGE_SECURITY_POLICY, policy, 1).replace("<main>", f"<main>{live}", 1)
     # Texts of a run are escaped, so that these two are the page's own.
     return page.replace("</body>", f"<script>\n{asset('live.js')}</script></body>", 1)
 

@@ -76,6 +76,9 @@
     body.append(...runs.map(row));
     made.append(head, body);
     wide.className = "wide";
+    wide.tabIndex = 0; // so that the arrow keys scroll it
+    wide.role = "region";
+    wide.ariaLabel = "Runs under way";
     wide.append(made);
     return wide;
   }
