@@ -117,7 +117,7 @@ def supervised(name: str, folder: Path, updates: int) -> None:
         save = SaveOptions(save_every=5 if "failing" in more else 0)
         sft.sft(ENV, sft.SFTConfig(steps=updates, **shape, **rows, **same), out, env, save)
         return
-    pairs = processes.from_first(lambda: write_pairs(folder / "pairs.jsonl", 4 * updates))
+    pairs = processes.from_first(lambda: write_pairs(folder / "pairs.jsonl", 6 * updates))
     reward_model.train_reward_model(ENV, RewardModelConfig(dataset=(str(pairs),), batch_size=5, **same), out)
 
 
