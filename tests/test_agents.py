@@ -221,6 +221,32 @@ def test_save_and_load_predict_the_same(tmp_path: Path) -> None:
         PPO.load(tmp_path / "nowhere")
 
 
+def test_what_is_no_observation_is_said(tmp_path: Path) -> None:
+    agent = GRPO("CopyText-v0", out=tmp_path)
+    observation, _ = agent.env.reset(seed=0)
+    for wrong in ([1, 2, 3], "a text", {"input_ids": observation["input_ids"]}):
+        with pytest.raises(ValueError, match=r"an observation is a dict with input_ids and attention_mask, .* got "):
+            agent.predict(wrong)  # type: ignore[arg-type]
+    unlike = {**observation, "attention_mask": observation["attention_mask"][0]}
+    with pytest.raises(ValueError, match=r"must have one shape, .* got \(64, 5\) and \(5,\)"):
+        agent.predict(unlike)
+    one = {name: value[0] for name, value in observation.items()}
+    many = agent.predict(observation, deterministic=True)[0]
+    assert many.shape == (agent.env.num_envs,) and agent.predict(one, deterministic=True)[0] == many[0]
+
+
+def test_a_file_and_a_folder_of_a_model_are_no_saved_agents(tmp_path: Path) -> None:
+    agent = GRPO("CopyText-v0", out=tmp_path / "run")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"the folder '.*file.*' cannot be written: "):
+            agent.save(folder)
+    agent.save(tmp_path / "run")
+    model = tmp_path / "run" / "model"
+    with pytest.raises(ValueError, match=f"it holds a model: `textrl-gym train reference ENV --model {model}`"):
+        load_agent(model)
+
+
 def test_an_interrupted_step_is_not_counted_and_nothing_is_lost(tmp_path: Path) -> None:
     def stop(local: dict[str, Any], _: dict[str, Any]) -> bool:
         raise KeyboardInterrupt

@@ -149,7 +149,10 @@ def write_folder(folder: str | Path, fill: Callable[[Path], object], keep_previo
     if not processes.is_first():
         return
     final = Path(folder)
-    final.mkdir(parents=True, exist_ok=True)
+    try:
+        final.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"the folder {str(final)!r} cannot be written: {error.strerror}") from error
     finish_folder(final)
     remove_half_made(final)
     # Inside, since beside it may be another file system (a mounted volume, a link), or no folder at all (".").
@@ -439,7 +442,10 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     finish_folder(folder)
     path = Path(folder) / STATE_FILE
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} is no saved agent: it holds no {STATE_FILE}{began(path.parent)}")
+        hint = began(path.parent)
+        if (path.parent / "config.json").is_file():  # as transformers saves one
+            hint = f"; it holds a model: `textrl-gym train reference ENV --model {folder}` evaluates it as it is"
+        raise ValueError(f"{str(folder)!r} is no saved agent: it holds no {STATE_FILE}{hint}")
     return read_json(path)
 
 

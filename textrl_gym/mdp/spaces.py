@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -85,6 +85,28 @@ GIVEN: dict[str, object] = {
     "turn_template": TurnTemplate,
 }
 """Those of arguments that the environment does not keep."""
+
+
+def batched(observation: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """An observation as a batch of one or of many rows, and whether it was a single one.
+
+    Raises:
+        ValueError: it is none of a text environment.
+    """
+    keys = ("input_ids", "attention_mask")
+    if not isinstance(observation, Mapping) or any(key not in observation for key in keys):
+        raise ValueError(
+            f"an observation is a dict with {' and '.join(keys)}, as env.reset() and env.step() return it, got "
+            f"{shown(observation)}"
+        )
+    ids, mask = (observation[key] for key in keys)
+    if np.ndim(ids) not in (1, 2) or np.shape(ids) != np.shape(mask):
+        raise ValueError(
+            "input_ids and attention_mask must have one shape, (tokens,) or (rows, tokens), got "
+            f"{tuple(np.shape(ids))} and {tuple(np.shape(mask))}"
+        )
+    single = np.ndim(ids) == 1
+    return {key: torch.as_tensor(value)[None] if single else value for key, value in observation.items()}, single
 
 
 def stop_strings(stop: object, of_task: Sequence[str]) -> tuple[str, ...]:

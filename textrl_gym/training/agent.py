@@ -23,6 +23,7 @@ from textrl_gym import functional, processes
 from textrl_gym.bounds import Seed, check, shown
 from textrl_gym.core import Rollout
 from textrl_gym.kl import KLPenalty
+from textrl_gym.mdp.spaces import batched
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.models import loading, lora
 from textrl_gym.policy.compiling import Compile, require_compiler
@@ -408,12 +409,14 @@ class Agent:
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, PredictState]:
-        """Action of a single or batched observation; deterministic takes the most likely token."""
+        """Action of a single or batched observation; deterministic takes the most likely token.
+
+        Raises:
+            ValueError: it is no observation of a text environment.
+        """
         # Both kinds, as Stable-Baselines3's predict takes them: its evaluate_policy relies on it.
-        single = np.ndim(observation["input_ids"]) == 1
-        if single:
-            observation = {k: torch.as_tensor(v)[None] for k, v in observation.items()}
-        action_B, _ = self.policy.act(observation, deterministic, generator=self.generator)
+        batch, single = batched(observation)
+        action_B, _ = self.policy.act(batch, deterministic, generator=self.generator)
         actions = action_B.cpu().numpy()
         return (actions[0] if single else actions), state
 
