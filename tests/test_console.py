@@ -72,7 +72,9 @@ def test_where_nobody_watches_a_line_is_printed_for_each_event(
         table.shown_at = 0.0
         table({"b"})
         table(set())  # b has stopped without a result
-    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines() if line[2:3] == ":"]
+    text = capsys.readouterr().err
+    assert text.endswith("┘\n"), "what comes next begins a line of its own"
+    lines = [line.split(" ", 1)[1] for line in text.splitlines() if line[2:3] == ":"]
     assert lines == ["a: running", "a: done, score 0.250", "b: running", "b: waiting"]
 
 

@@ -46,6 +46,8 @@ class LiveTable:
         self._changes(set())
         self.live.update(self._table())
         self.live.stop()
+        if not self.console.is_terminal:  # only there Live ends its last line itself
+            self.console.line()
 
     def __call__(self, running: set[str]) -> None:
         """Show the state of things, at most once a second."""
