@@ -121,9 +121,9 @@ def read_trained(run: Path, base_model: str | None = None, trust_code: bool = Fa
     file = folder / files.STATE_FILE
     state = checkpoint.read_state(folder)
     with registry.named_by(file, trust_code):
-        agent = registry.load_agent_class(state["agent"])
+        agent: Any = registry.load_agent_class(state["agent"])
         task = load_task(state["task"])
-    if not issubclass(agent, Agent):
+    if not (isinstance(agent, type) and issubclass(agent, Agent)):
         raise ValueError(f"{str(file)!r} names {state['agent']!r}, which is no agent")
     if not agent.trains:
         raise ValueError(f"{agent.__name__} trains nothing: there is no model of its own to export")
