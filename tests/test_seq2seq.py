@@ -156,7 +156,8 @@ def test_micro_batches_are_one_batch(name: str) -> None:
         (part.logp_BT.sum() + part.value_BT.sum()).backward()
     for one, two in zip(whole.parameters(), parts.parameters(), strict=True):
         if one.grad is not None:
-            torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-6)
+            # 1.3e-6 apart without vector instructions (ATEN_CPU_CAPABILITY=default).
+            torch.testing.assert_close(one.grad, two.grad, atol=5e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)

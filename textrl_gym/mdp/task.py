@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -86,6 +87,8 @@ class Task:
         for old, new in {"judge": "gold", "falsified": "corrupted"}.items():
             if old in vars(cls):  # of version 0.1; it would be ignored in silence
                 raise TypeError(f"{cls.__name__}.{old} is called {new} since version 0.2: rename it")
+        if "load_model" in vars(cls):
+            cls.load_model = _checked(cls.load_model)  # type: ignore[method-assign]
 
     def rows(self, split: str, dataset: str | None = None) -> PromptSource:
         """The prompts of a split: embedded where dataset is None, else a Hub id or a local file or folder."""
@@ -170,6 +173,35 @@ class Task:
             except ValueError as error:
                 faults.append(BadRow(prompts.UNCUTTABLE, str(error)))
         return faults
+
+
+def _checked(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A task's own load_model, held to give the model that it is asked for.
+
+    One that gave its own whatever the name would take the place of what was trained, when that is loaded again.
+    """
+
+    @functools.wraps(load_model)
+    def checked(self: Task, name: str | None = None, **settings: Any) -> nn.Module:
+        model = load_model(self, name, **settings)
+        if name is None:
+            return model
+        from textrl_gym.models import weights
+
+        folder, other = Path(name).expanduser(), None
+        if folder.is_dir():
+            is_run = (folder / files.STATE_FILE).is_file()
+            other = weights.differs(model, files.whole_checkpoint(folder) / "model" if is_run else folder)
+        elif "/" in str(name) and getattr(model, "name_or_path", None) == "":  # a Hub id, and a model of no file
+            other = "made in code"
+        if other is not None:
+            raise ValueError(
+                f"{type(self).__name__}.load_model({name!r}) gave another model than that ({other}): where a name is "
+                "given, return super().load_model(name, **kwargs)"
+            )
+        return model
+
+    return checked
 
 
 class PromptReader:

@@ -7,8 +7,12 @@ what its files link to must lie in the folder, or loading it would read what its
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from textrl_gym import files
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -36,6 +40,21 @@ def weight_files(folder: Path) -> list[Path]:
     if not tensor_files:
         _check_no_pickle(folder)
     return sorted(tensor_files)
+
+
+def differs(model: nn.Module, folder: Path) -> str | None:
+    """The name of a tensor in which a model is not the one that a folder holds; None: there is none."""
+    from safetensors import safe_open
+
+    own = model.state_dict()
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as saved:
+            # Names that the model lacks are another form's, such as an adapter's.
+            for name in own.keys() & saved.keys():
+                tensor, now = saved.get_tensor(name), own[name]
+                if tensor.shape != now.shape or not tensor.to(now.device, now.dtype).equal(now):
+                    return str(name)
+    return None
 
 
 def _configured(folder: Path) -> set[str]:
