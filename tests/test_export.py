@@ -170,7 +170,13 @@ def test_the_card_tells_of_the_run(tmp_path: Path) -> None:
     metadata = yaml.safe_load(head)
     assert metadata["library_name"] == "transformers" and "grpo" in metadata["tags"]
     assert "base_model" not in metadata  # the embedded one has no name on the Hub
-    for line in ("| seed | 3 |", "| `learning_rate` | 0.003 |", "| environment | CopyText |", "AutoModelForCausalLM"):
+    for line in (
+        "| seed | 3 |",
+        "| KL penalty | 0.02 in the loss, estimator k1 |",
+        "| `learning_rate` | 0.003 |",
+        "| environment | CopyText |",
+        "AutoModelForCausalLM",
+    ):
         assert line in body
     assert "| Score (training reward), sampled |" in body and "| reward | " in body
     # The code that it shows runs.

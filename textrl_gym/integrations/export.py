@@ -268,7 +268,9 @@ def _training(trained: Trained, base: str | None) -> list[tuple[str, str]]:
     settings, reward = state["env"], state["env"].get("reward")
     if reward is None:
         reward = "a function of Python" if "reward" in state["env_not_saved"] else task.reward
-    kl = f"{state['kl_coef']:g} in the {trained.agent.kl_where}, estimator {settings.get('kl_estimator', 'k1')}"
+    where = state["config"].get("kl_in", trained.agent.kl_where)  # of GRPO and its relatives a setting says it
+    place = f" in the {where}" if isinstance(where, str) else ""
+    kl = f"{state['kl_coef']:g}{place}, estimator {settings.get('kl_estimator', 'k1')}"
     return [
         ("base model", _public(base or state["model"] or f"the model that {type(task).__name__} comes with")),
         ("environment", type(task).__name__),
