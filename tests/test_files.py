@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -84,3 +85,19 @@ def test_a_lock_is_had_once_and_its_errors_are_told(tmp_path: Path, monkeypatch:
         fail(errno.EIO)
         with pytest.raises(OSError, match="Input/output error"):
             files.lock(two.fileno())
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "reward-model"])
+@pytest.mark.parametrize("holds", ["train", "sft", "reward-model", "a model"])
+def test_no_model_and_no_run_of_another_command_is_lost(command: str, holds: str, tmp_path: Path) -> None:
+    record = {"train": {"command": ["train"]}, "a model": None}.get(holds, {"pipeline": holds})
+    if record is not None:
+        (tmp_path / files.RUN_FILE).write_text(json.dumps(record))
+    (tmp_path / "model.safetensors").touch()
+    if command == holds:
+        files.check_free(tmp_path, command)
+        assert (tmp_path / "model.safetensors").exists()
+        return
+    words = r"holds a model \(model\.safetensors\)" if record is None else f"holds a run of `textrl-gym {holds}`"
+    with pytest.raises(ValueError, match=f"{words}, which would be lost: name another folder"):
+        files.check_free(tmp_path, command)

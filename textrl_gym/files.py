@@ -37,6 +37,8 @@ WHOLE = ".checkpoint.whole"
 """Where a checkpoint stands from when it is complete until its parts are moved."""
 RETIRED = ".checkpoint.retired"
 """Takes the parts of the checkpoint before, while they are moved away."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+"""How the names of a model's weights end."""
 UNLISTED = (
     "model",
     "base",
@@ -431,6 +433,29 @@ def began(folder: Path) -> str:
     """What to say of a folder in which something began and nothing was saved yet, or ""."""
     has_begun = (folder / RUN_FILE).is_file()
     return "; what began there has saved nothing yet: its own command goes on" if has_begun else ""
+
+
+def check_free(folder: str | Path, command: str) -> None:
+    """Hold that no model and no other command's run is lost where a run begins in a folder.
+
+    Args:
+        command: train, sft or reward-model. Earlier runs of its own in the folder are its own affair.
+
+    Raises:
+        ValueError: naming what the folder holds.
+    """
+    place = Path(folder)
+    record = read_json(place / RUN_FILE) if (place / RUN_FILE).is_file() else {}
+    # The one before too: the newest may be damaged.
+    is_agent = any((place / part / STATE_FILE).is_file() for part in (".", PREVIOUS)) or "command" in record
+    owner = record.get("pipeline", "train" if is_agent else None)
+    if owner not in (None, command):
+        raise ValueError(
+            f"{str(folder)!r} holds a run of `textrl-gym {owner}`, which would be lost: name another folder"
+        )
+    weights = next((file.name for end in WEIGHTS for file in sorted(place.glob(f"*{end}"))), None)
+    if owner is None and weights is not None:
+        raise ValueError(f"{str(folder)!r} holds a model ({weights}), which would be lost: name another folder")
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:

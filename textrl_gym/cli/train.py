@@ -79,6 +79,7 @@ def train_command(args: Sequence[str]) -> int:
         load_env_task(env_id)
         parsed.env.import_code()
         return go_on(load_agent(out, device=run.device, out=out), parsed.options)
+    files.check_free(out, "train")  # before the model is loaded; learn() looks again
     agent = agent_class(
         make_env(env_id, parsed.env, run.model, run.device, config),
         run.model,

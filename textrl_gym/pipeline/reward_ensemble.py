@@ -92,6 +92,7 @@ def train_ensemble(
             for name, member in members.items()
             if finished_record(out / name, TRAINING_RECORD, env_id, env, member, read_record) is None
         }
+        files.check_free(out, "reward-model")
         write_run(out, "reward-model", settings_of(env_id, env, config), save)
         data = gather(env_id, config, env)
         if missing:

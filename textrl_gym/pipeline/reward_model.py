@@ -326,6 +326,7 @@ def train_reward_model(
         record = finished_record(out, TRAINING_RECORD, env_id, env, config, read_record)
         if record is not None:
             return record
+        files.check_free(out, "reward-model")
         write_run(out, "reward-model", settings_of(env_id, env, config), save)
         return train_on(gather(env_id, config, env), config, out, save)
 

@@ -433,6 +433,7 @@ def sft(
         record = finished_record(out, RECORD, env_id, env, config)
         if record is not None:
             return record
+        files.check_free(out, "sft")
         rows, _ = (demonstrations(task, split, env) for split in (env.split, "validation"))
         with Trainer(out, settings, save) as trainer:
             write_run(out, "sft", settings, save)

@@ -81,7 +81,12 @@ SavedT = TypeVar("SavedT", bound=Saved)
 
 
 def save(agent: Saved, folder: str | Path) -> None:
-    """Write a checkpoint folder that `load` goes on from as if training had never stopped."""
+    """Write a checkpoint folder that `load` goes on from as if training had never stopped.
+
+    Raises:
+        ValueError: the folder holds a model, or a run of another command.
+    """
+    files.check_free(folder, "train")
     # In the run's own folder the newest may be damaged by what stops the run, and the one before is kept.
     own = agent.out is not None and Path(folder).resolve() == agent.out.resolve()
     # Before the first process alone goes on to write: of moments that are sharded each process has a part.

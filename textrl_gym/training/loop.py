@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
-from textrl_gym import functional, processes
+from textrl_gym import files, functional, processes
 from textrl_gym.console import plain, time_columns
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
@@ -156,6 +156,7 @@ def _prepare_folder(agent: Learner, out: Path) -> None:
         # By the first process alone: to a later one what the first has begun to write would be another's run.
         if processes.from_first(lambda: run_folder.holds_run(out)):
             raise ValueError(f"{str(out)!r} holds a run already: load it to go on, or name another folder (out)")
+        files.check_free(out, "train")
         run_folder.clear_logs(out)
     elif agent.num_updates:
         run_folder.cut_logs(out, agent.num_updates, agent.num_timesteps)
