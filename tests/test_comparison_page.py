@@ -1049,10 +1049,10 @@ def many(value: float, n: int = 64) -> list[float]:
     return [value + 0.05 * math.sin(i) for i in range(n)]
 
 
-def two_agents(folder: Path, alpha: dict[int, list[float]], gamma: dict[int, list[float]]) -> str:
+def two_agents(folder: Path, alpha: dict[int, list[float]], gamma: dict[int, list[float]], prompts: int = 64) -> str:
     """The headline of a comparison of two agents, on prompts where the initial policy has a gold of 0.3."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "PROMPTS", [f"question {i}" for i in range(64)])
+        patch.setitem(globals(), "PROMPTS", [f"question {i % prompts}" for i in range(64)])
         patch.setitem(globals(), "START", many(0.3))
         write_plan(folder, "alpha", "gamma")
         for name, seeds in (("alpha", alpha), ("gamma", gamma)):
@@ -1076,6 +1076,20 @@ def test_the_first_sentence_says_who_beats_the_start_and_who_is_ahead(tmp_path: 
     worse = two_agents(tmp_path / "c", {0: many(0.1), 1: many(0.1)}, {0: many(0.3), 1: many(0.3)})
     assert "alpha loses to the initial policy: it wins on 0% of " in worse
     assert "gamma cannot be told from the initial policy: it wins on 50% of " in worse
+
+
+def test_a_prompt_that_is_met_again_is_no_further_prompt(tmp_path: Path) -> None:
+    again = two_agents(tmp_path, {0: many(0.9), 1: many(0.89)}, {0: many(0.5), 1: many(0.51)}, prompts=8)
+    # 8 of 8 prompts won, of each by eight completions: Wilson's interval is 8/(8 + 1.96^2) = 0.676 to 1.
+    assert "on 100% of 8 held-out prompts (95%: 68 to 100%)" in again
+    comparison = read_comparison(tmp_path)
+    assert comparison.prompt_counts == [8] and comparison.repeats
+    (alpha, gamma), _ = comparison.same_prompts()
+    means_PN = np.reshape(many(0.9), (8, 8))  # completion 8 k + p is of prompt p
+    np.testing.assert_allclose(alpha.scores_of_prompts("gold")[0], means_PN.mean(0), atol=1e-12)
+    (pair,) = numbers.pairs(comparison, [alpha, gamma])
+    assert pair.win_rate == pairwise.win_rate(np.ones(8))
+    assert "8 held-out prompts that are the same for all, some with several completions." in read(tmp_path)[0]
 
 
 def test_without_intervals_there_is_no_first_sentence(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_noise_leaves_ties_and_silence() -> None:
 def test_tally_by_hand() -> None:
     outcome_N = np.array([1, 1, 0.5, 0, math.nan, 1])
     longer_N = np.array([3, 1, 0, -2, 50, 1.0])
-    found = win_rates.tally(outcome_N, longer_N)
+    found = win_rates.tally(outcome_N, longer_N, list("abcdef"))
     assert (found.wins, found.ties, found.losses, found.no_verdict) == (3, 1, 1, 1)
     judged = [1, 1, 0.5, 0, 1]  # what has no verdict is in no rate: 3.5 of 5
     assert found.win_rate == pairwise.win_rate(judged) and found.win_rate is not None
@@ -154,11 +154,18 @@ def test_tally_by_hand() -> None:
 
 
 def test_tally_of_little() -> None:
-    nothing = win_rates.tally(np.array([math.nan]), np.array([1.0]))
+    nothing = win_rates.tally(np.array([math.nan]), np.array([1.0]), ["a"])
     assert (nothing.win_rate, nothing.length_controlled) == (None, None)
     assert nothing.numbers() == {"wins": 0, "ties": 0, "losses": 0, "no_verdict": 1}
-    alike = win_rates.tally(np.ones(4), np.full(4, 2.0))  # what length does cannot be told
+    alike = win_rates.tally(np.ones(4), np.full(4, 2.0), list("abcd"))  # what length does cannot be told
     assert alike.win_rate is not None and alike.length_controlled is None
+
+
+def test_a_prompt_that_is_met_again_is_no_further_prompt() -> None:
+    outcome_N = np.array([1, 1, 1, 1, 1, 0, 0, 1], float)
+    again = win_rates.tally(outcome_N, np.zeros(8), list("aaaabcda"))
+    assert (again.wins, again.losses) == (6, 2)
+    assert again.win_rate == pairwise.win_rate([1, 1, 0, 0]), "of four prompts"
 
 
 class Liked(Task):
@@ -176,24 +183,24 @@ def test_simulated_annotators_prefer_by_gold_length_and_appeal() -> None:
 
     episodes = [episode(0, "a b c", "a b"), episode(1, "a", "a b"), episode(1, "sure a", "b c")]
     fair = win_rates.by_annotators(episodes, Annotators(beta=2, noise=0, length_preference=1, bias=0), Liked(), source)
-    # sigmoid(2 * 0.25 + 1) = 0.8176; sigmoid(0.5 - 1) = 0.3775; sigmoid(0.5) = 0.6225
-    assert fair.win_rate is not None and fair.win_rate.value == pytest.approx(0.6059, abs=1e-4, rel=0)
+    # sigmoid(2 * 0.25 + 1) = 0.8176; sigmoid(0.5 - 1) = 0.3775 and sigmoid(0.5) = 0.6225, which are of one prompt
+    assert fair.win_rate is not None and fair.win_rate.value == pytest.approx(0.6588, abs=1e-4, rel=0)
     assert (fair.wins, fair.losses) == (2, 1)
     biased = win_rates.by_annotators(episodes, Annotators(beta=2, noise=0, length_preference=1), Liked(), source)
     # the third: sigmoid(2 * (0.25 + 0.5)) = 0.8176
-    assert biased.win_rate is not None and biased.win_rate.value == pytest.approx(0.6709, abs=1e-4, rel=0)
+    assert biased.win_rate is not None and biased.win_rate.value == pytest.approx(0.7076, abs=1e-4, rel=0)
 
 
 def test_equal_length_undoes_annotators_who_love_length() -> None:
     """Texts that are worse and most often longer win by length; at equal length they lose."""
     rng = np.random.default_rng(0)
     episodes = []
-    for _ in range(300):
+    for index in range(300):
         words, gold = int(rng.integers(3, 8)), 0.5
         more = int(rng.integers(-1, 5))
-        own = {"index": 0, "completion": "a " * (words + more), "gold": gold - 0.1}
+        own = {"index": index, "completion": "a " * (words + more), "gold": gold - 0.1}
         episodes.append({**own, "start": {"completion": "a " * words, "gold": gold}})
-    tally = win_rates.by_annotators(episodes, Annotators(length_preference=1.0), Liked(), rows_of("p"))
+    tally = win_rates.by_annotators(episodes, Annotators(length_preference=1.0), Liked(), rows_of(*("p" * 300)))
     assert tally.win_rate is not None and tally.win_rate.low > 0.5
     assert tally.length_controlled is not None and tally.length_controlled.high < 0.5
 

@@ -75,7 +75,8 @@ def against_start(group: Group, gold: str) -> tuple[Number, Number]:
         rates = group.finals("win_rate")
         return (float(np.mean(rates)) if rates else None), None
     # Averaged over seeds first: counting a prompt once for each seed would take its seeds for other prompts.
-    outcome_N = np.mean(won, axis=0)
+    prompts = group.runs[0].prompts
+    outcome_N = estimates.by_prompt(np.mean(won, axis=0), prompts)
     rate = pairwise.win_rate(outcome_N)
     longer = []
     for run in group.runs:
@@ -83,7 +84,7 @@ def against_start(group: Group, gold: str) -> tuple[Number, Number]:
         if start_N is None:
             return rate, None
         longer.append(run.column("tokens") - start_N)
-    difference_N = np.mean(longer, axis=0)
+    difference_N = estimates.by_prompt(np.mean(longer, axis=0), prompts)
     if len(outcome_N) < 3 or (np.ptp(difference_N) == 0 and difference_N[0] != 0):
         return rate, None  # what length does cannot be told
     return rate, pairwise.length_controlled_win_rate(outcome_N, difference_N).win_rate
@@ -346,12 +347,13 @@ class Rating:
 
 def pairs(comparison: Comparison, groups: Sequence[Group]) -> list[Pair]:
     """Every two groups, once."""
-    gold = {group.label: group.scores_of_prompts(comparison.gold) for group in groups}
+    gold = {group.label: np.stack([run.column(comparison.gold) for run in group.runs]) for group in groups}
+    prompts = groups[0].runs[0].prompts if groups else []
     spread = seed_spread(comparison)
     compared = []
     for a, b in itertools.combinations(groups, 2):
         a_SN, b_SN = gold[a.label], gold[b.label]
-        outcome_N = estimates.outcomes(a_SN[:, None], b_SN[None]).mean((0, 1))
+        outcome_N = estimates.by_prompt(estimates.outcomes(a_SN[:, None], b_SN[None]).mean((0, 1)), prompts)
         difference = paired_gap(comparison, a, b, spread)
         scores = [a.finals(comparison.gold)], [b.finals(comparison.gold)]
         improvement = estimates.probability_of_improvement(*scores)
@@ -363,7 +365,7 @@ def pairs(comparison: Comparison, groups: Sequence[Group]) -> list[Pair]:
 
 def ratings(comparison: Comparison, groups: Sequence[Group]) -> list[Rating]:
     """Every run is a player that met every other on each prompt; the best group first."""
-    score_AN: Array = np.stack([run.column(comparison.gold) for group in groups for run in group.runs])
+    score_AN: Array = np.concatenate([group.scores_of_prompts(comparison.gold) for group in groups])
     if score_AN.shape[0] < 2 or score_AN.shape[1] < 2:
         return []
     # 500 resamples: the ends of the intervals are shown as whole Elo points.

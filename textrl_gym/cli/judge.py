@@ -136,7 +136,9 @@ def evaluate_command(args: Sequence[str]) -> int:
     # JSON gets the numbers in full; the table rounds them.
     numbers: dict[str, Any] = dict(metrics)
     rows = {metric(name).heading: number(metrics, name) for name in metric_names([metrics])}
-    title = f"{parsed.folder}: {settings.episodes} prompts of {split}, seed {settings.seed}"
+    size, episodes = len(evaluator.mdp.source), settings.episodes
+    met = f"{episodes} prompts" if episodes <= size else f"{episodes} completions of {size} prompts"
+    title = f"{parsed.folder}: {met} of {split}, seed {settings.seed}"
     print_rows(title, rows)
     if judge is not None:
         tally = _judged(judge, evaluator, agent, samples, opponent, parsed.env)
@@ -201,7 +203,7 @@ def _judged(
     else:
         theirs = Evaluator(_changed(opponent.env, env), evaluator.episodes, evaluator.seed, env.split)
         pairs = win_rates.against_answers(samples, theirs.run(opponent, greedy=False)[1], reader)
-    return win_rates.tally(judge.prefer(pairs.rows, pairs.own, pairs.other), pairs.longer_N)
+    return win_rates.tally(judge.prefer(pairs.rows, pairs.own, pairs.other), pairs.longer_N, pairs.prompts)
 
 
 def tally_rows(found: Tally) -> dict[str, str]:

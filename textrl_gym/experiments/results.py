@@ -19,7 +19,7 @@ from textrl_gym import files, registry
 from textrl_gym.evaluation import reward_hacking
 from textrl_gym.evaluation.metrics import Scale, scale_of
 from textrl_gym.mdp.env_settings import EnvSettings
-from textrl_gym.stats.estimates import Array
+from textrl_gym.stats.estimates import Array, by_prompt
 from textrl_gym.training.run_folder import (
     COMPLETION,
     COMPLETION_MORE,
@@ -134,8 +134,8 @@ class Group:
         return [run.final[key] for run in self.runs if key in run.final]
 
     def scores_of_prompts(self, key: str) -> Array:
-        """A number of every completion of the last evaluations. [S, N]"""
-        return np.stack([run.column(key) for run in self.runs])
+        """A number of every prompt of the last evaluations, the mean over its completions. [S, N]"""
+        return np.stack([by_prompt(run.column(key), run.prompts) for run in self.runs])
 
     @property
     def untrained(self) -> bool:
@@ -180,8 +180,13 @@ class Comparison:
     @property
     def prompt_counts(self) -> list[int]:
         """How many prompts the last evaluations had, each number once: one where all runs met as many."""
-        known = {len(run.episodes) for run in self.runs if run.episodes}
+        known = {len(set(run.prompts)) for run in self.runs if run.episodes}
         return sorted(known) or [self.config["eval_episodes"]]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the last evaluations had more completions than prompts."""
+        return any(len(set(run.prompts)) < len(run.episodes) for run in self.runs)
 
     def scale(self, key: str) -> Scale | None:
         """The least and the largest value of a number of evaluations; None where they are not known."""

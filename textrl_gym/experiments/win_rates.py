@@ -21,7 +21,7 @@ from textrl_gym.experiments.results import EPISODES, Comparison, Group, Result
 from textrl_gym.judges.judge import Answer, Judge
 from textrl_gym.registry import unknown
 from textrl_gym.stats import pairwise
-from textrl_gym.stats.estimates import Array, Estimate
+from textrl_gym.stats.estimates import Array, Estimate, by_prompt
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -64,18 +64,24 @@ class Tally:
         return numbers
 
 
-def tally(outcome_N: Array, longer_N: Array) -> Tally:
-    """Count outcomes (nan: no verdict). longer_N: the length of the one answer less that of the other, in any unit."""
+def tally(outcome_N: Array, longer_N: Array, prompts: Sequence[str]) -> Tally:
+    """Count outcomes (nan: no verdict); the rates are over prompts.
+
+    Args:
+        longer_N: the length of the one answer less that of the other, in any unit.
+        prompts: of the answers; one may stand there several times.
+    """
     judged_N = ~np.isnan(outcome_N)
-    outcome_N, longer_N = outcome_N[judged_N], longer_N[judged_N]
+    verdict_N, prompts = outcome_N[judged_N], [prompts[place] for place in np.flatnonzero(judged_N)]
+    outcome_N, longer_N = by_prompt(verdict_N, prompts), by_prompt(longer_N[judged_N], prompts)
     controlled = None
     # Three numbers are the least from which two parameters leave anything over for an error.
     if len(outcome_N) >= 3 and (np.ptp(longer_N) > 0 or longer_N[0] == 0):
         controlled = pairwise.length_controlled_win_rate(outcome_N, longer_N).win_rate
     return Tally(
-        wins=int((outcome_N > 0.5).sum()),
-        ties=int((outcome_N == 0.5).sum()),
-        losses=int((outcome_N < 0.5).sum()),
+        wins=int((verdict_N > 0.5).sum()),
+        ties=int((verdict_N == 0.5).sum()),
+        losses=int((verdict_N < 0.5).sum()),
         no_verdict=int((~judged_N).sum()),
         win_rate=pairwise.win_rate(outcome_N) if len(outcome_N) else None,
         length_controlled=controlled,
@@ -126,6 +132,11 @@ class Pairs:
     other: list[Answer]
     longer_N: Array
     """Length of the own answer less that of the other: in tokens; against reference texts in words."""
+
+    @property
+    def prompts(self) -> list[str]:
+        """The text of every pair's prompt."""
+        return [row["prompt"] for row in self.rows]
 
 
 def against_answers(own: Sequence[Sample], other: Sequence[Sample], reader: Reader) -> Pairs:
@@ -186,7 +197,7 @@ def by_annotators(episodes: Sequence[Sample], annotators: Annotators, task: Task
     own_N, own_words_N = seen(episodes)
     start_N, start_words_N = seen([episode["start"] for episode in episodes])
     outcome_N = annotators.probability(own_N, start_N, own_words_N, start_words_N)
-    return tally(outcome_N, own_words_N - start_words_N)
+    return tally(outcome_N, own_words_N - start_words_N, [str(episode["index"]) for episode in episodes])
 
 
 # -- a comparison -----------------------------------------------------------------------------------------------------
@@ -201,6 +212,7 @@ class JudgedRun:
     outcome_N: Array
     """nan: no verdict."""
     longer_N: Array
+    prompts: list[str]
 
 
 def judge_runs(comparison: Comparison, judge: Judge, against: str, reader: Reader) -> list[JudgedRun]:
@@ -231,7 +243,7 @@ def judge_runs(comparison: Comparison, judge: Judge, against: str, reader: Reade
     rows, own, other = ([x for _, _, p in compared for x in getattr(p, name)] for name in ("rows", "own", "other"))
     outcomes = np.split(judge.prefer(rows, own, other), np.cumsum([len(pairs.rows) for _, _, pairs in compared])[:-1])
     return [
-        JudgedRun(group, run, outcome_N, pairs.longer_N)
+        JudgedRun(group, run, outcome_N, pairs.longer_N, pairs.prompts)
         for (group, run, pairs), outcome_N in zip(compared, outcomes, strict=True)
     ]
 
@@ -260,7 +272,7 @@ def table_of_runs(judged: Sequence[JudgedRun], judge: str, against: str) -> Data
     for one in judged:
         spec = {"run": one.run.name, "agent": one.group.agent, "seed": one.run.spec["seed"]}
         spec |= {"kl_coef": one.group.kl_coef, "judge": judge, "against": against}
-        rows.append(spec | tally(one.outcome_N, one.longer_N).numbers())
+        rows.append(spec | tally(one.outcome_N, one.longer_N, one.prompts).numbers())
     return pd.DataFrame(rows, columns=names)
 
 
@@ -274,7 +286,7 @@ def by_agent(judged: Sequence[JudgedRun]) -> Iterator[tuple[Group, Tally]]:
         outcome_SN = np.stack([one.outcome_N for one in runs])
         count_N = (~np.isnan(outcome_SN)).sum(0)
         outcome_N = np.where(count_N > 0, np.nansum(outcome_SN, 0) / np.maximum(count_N, 1), np.nan)
-        yield group, tally(outcome_N, np.mean([one.longer_N for one in runs], 0))
+        yield group, tally(outcome_N, np.mean([one.longer_N for one in runs], 0), runs[0].prompts)
 
 
 def file_name(judge: str, against: str) -> str:

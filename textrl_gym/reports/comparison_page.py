@@ -219,7 +219,7 @@ def lead(comparison: Comparison, live: bool = False) -> str:
     of = f" of {tokens} each" * (trained == runs) or f", {trained} of them trained for {tokens} each" * (trained > 0)
     same = "" if comparison.same_prompts()[1] else " that are the same for all"
     words = f"{runs} finished run{'s' * (runs > 1)}{of}, evaluated on {numbers.counted(comparison.prompt_counts)} "
-    words += f"held-out prompts{same}."
+    words += f"held-out prompts{same}{', some with several completions' * comparison.repeats}."
     if config.get("gold") not in (None, "gold"):
         words += f" Gold is here the reward that was named, {config['gold']}."
     given = comparison.env.keywords()

@@ -16,7 +16,7 @@ References: Agarwal et al. 2021 (arXiv:2108.13264), Newcombe 2006 (Statistics in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,6 +271,20 @@ def outcomes(score: ArrayLike, other: ArrayLike) -> Array:
     _finite(score, "scores")
     _finite(other, "scores")
     return (score > other) + 0.5 * (score == other)
+
+
+def by_prompt(values: ArrayLike, prompts: Sequence[Hashable]) -> Array:
+    """Means over the completions of each prompt, in the order in which the prompts come first. [..., N] -> [..., P]
+
+    An evaluation of more episodes than there are prompts meets prompts again. Completions of one prompt are not
+    independent, so that intervals over prompts are of these means.
+    """
+    values = np.asarray(values, float)
+    place_of = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(place_of) == len(prompts):
+        return values
+    places_N = np.array([place_of[prompt] for prompt in prompts])
+    return np.stack([values[..., places_N == place].mean(-1) for place in range(len(place_of))], -1)
 
 
 def _mean(values: Array) -> float:
