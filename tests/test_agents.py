@@ -221,6 +221,24 @@ def test_save_and_load_predict_the_same(tmp_path: Path) -> None:
         PPO.load(tmp_path / "nowhere")
 
 
+def test_a_wrapper_that_would_not_be_applied_is_refused(tmp_path: Path) -> None:
+    def env(**settings: Any) -> gym.Env[Any, Any]:
+        return gym.make("CopyText-v0", **settings)
+
+    other = gym.wrappers.TransformReward(env(), lambda reward: -10 * float(reward))
+    agent = GRPO(gym.wrappers.RecordEpisodeStatistics(env(max_episode_steps=99)), rollout_episodes=8, out=tmp_path)
+    play: list[Any] = [lambda: GRPO(other), lambda: textrl_gym.evaluate(agent, other, episodes=8)]
+    play.append(lambda: textrl_gym.collect(other, agent.policy))
+    many = gym.make_vec("CopyText-v0", num_envs=8, group_size=8)
+    play.append(lambda: GRPO(gym.wrappers.vector.NormalizeReward(many)))
+    for call in play:
+        with pytest.raises(ValueError, match=r"the wrapper \w+Reward would not be applied: .* as reward="):
+            call()
+    with pytest.raises(ValueError, match=r"TimeLimit of 2 steps is not applied here: .* max_new_tokens"):
+        GRPO(env(max_episode_steps=2))
+    assert GRPO(other.unwrapped, rollout_episodes=8).env.num_envs == 8
+
+
 def test_what_is_no_observation_is_said(tmp_path: Path) -> None:
     agent = GRPO("CopyText-v0", out=tmp_path)
     observation, _ = agent.env.reset(seed=0)

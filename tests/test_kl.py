@@ -139,3 +139,9 @@ def test_expected_gradients_of_the_estimators_as_losses() -> None:
     torch.testing.assert_close(expected("k2"), forward, atol=1e-12, rtol=0)
     torch.testing.assert_close(expected("k3"), backward, atol=1e-12, rtol=0)
     assert (forward - backward).abs().max() > 0.1
+
+
+def test_an_adaptive_coefficient_does_not_begin_at_zero() -> None:
+    with pytest.raises(ValueError, match=r"kl_target=0\.05 needs a kl_coef above 0"):
+        kl.KLPenalty(0.0, target=0.05)
+    assert kl.KLPenalty(0.1, target=0.05).coef > 0

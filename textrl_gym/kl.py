@@ -106,7 +106,7 @@ class KLPenalty:
         coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * episodes / horizon
 
     Raises:
-        ValueError: a negative coefficient, or an adaptive one with target <= 0 nats or horizon <= 0 episodes.
+        ValueError: a negative coefficient, or an adaptive one of 0, or with target <= 0 nats or horizon <= 0 episodes.
     """
 
     coef: float
@@ -127,6 +127,10 @@ class KLPenalty:
         if self.target is not None and not (math.isfinite(self.target) and self.target > 0 and self.horizon > 0):
             raise ValueError(
                 f"an adaptive KL needs target > 0 nats and horizon > 0 episodes, got {self.target}, {self.horizon}"
+            )
+        if self.target is not None and self.coef == 0:
+            raise ValueError(
+                f"kl_target={self.target:g} needs a kl_coef above 0 to begin with: it is multiplied, and stays 0 at 0"
             )
 
     @property

@@ -114,19 +114,43 @@ def _batched(name: str, value: Tensor | ArrayLike) -> Tensor | np.ndarray:
 
 
 def vector_env(env: object, **settings: Any) -> TextVectorEnv:
-    """The TextVectorEnv under any wrappers; a TextEnv's own one-row one; of an id, one made with the settings.
+    """The TextVectorEnv under wrappers that only watch; a TextEnv's own one-row one; of an id, one made by settings.
 
     Raises:
-        ValueError: it is not a text environment.
+        ValueError: it is not a text environment, or a wrapper around it would be passed by.
     """
     if isinstance(env, str):
         env = gym.make_vec(env, **settings)
     bare = getattr(env, "unwrapped", None)  # by getattr: what is no environment at all gets the error below
-    if isinstance(bare, TextEnv):
-        return bare.vector
-    if not isinstance(bare, TextVectorEnv):
+    if not isinstance(bare, TextEnv | TextVectorEnv):
         raise ValueError(f"{shown(env)} is not a text environment (TextEnv or TextVectorEnv)")
-    return bare
+    mdp = bare.vector if isinstance(bare, TextEnv) else bare
+    _check_wrappers(env, mdp.max_new_tokens)
+    return mdp
+
+
+WATCH_ONLY = {
+    "OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "RenderCollection",
+    "HumanRendering", "AddRenderObservation", "Autoreset", "Monitor", "NumpyToTorch", "ArrayConversion", "JaxToTorch",
+}  # fmt: skip
+"""Wrappers of Gymnasium and Stable-Baselines3 that change no prompt, no action's effect and no reward."""
+
+
+def _check_wrappers(env: Any, most_steps: int) -> None:
+    """Hold that nothing which a user has wrapped around an environment is lost, where it is not stepped as one."""
+    while isinstance(env, gym.Wrapper | gym.vector.VectorWrapper):
+        name = type(env).__name__
+        limit = getattr(env, "_max_episode_steps", None) if name == "TimeLimit" else None
+        if limit is not None and limit < most_steps:
+            raise ValueError(
+                f"TimeLimit of {limit} steps is not applied here: make the environment with max_new_tokens"
+            )
+        if limit is None and name not in WATCH_ONLY:
+            raise ValueError(
+                f"the wrapper {name} would not be applied: agents, collect and evaluate play the environment under it. "
+                "Give a reward of your own as reward=, a Task of your own as task=, or env.unwrapped"
+            )
+        env = env.env
 
 
 class _Rowwise:
