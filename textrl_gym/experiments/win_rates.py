@@ -72,7 +72,10 @@ def tally(outcome_N: Array, longer_N: Array, prompts: Sequence[str]) -> Tally:
         prompts: of the answers; one may stand there several times.
     """
     judged_N = ~np.isnan(outcome_N)
-    verdict_N, prompts = outcome_N[judged_N], [prompts[place] for place in np.flatnonzero(judged_N)]
+    verdict_N, prompts = (
+        outcome_N[judged_N],
+        [prompt for prompt, judged in zip(prompts, judged_N, strict=True) if judged],
+    )
     outcome_N, longer_N = by_prompt(verdict_N, prompts), by_prompt(longer_N[judged_N], prompts)
     controlled = None
     # Three numbers are the least from which two parameters leave anything over for an error.
