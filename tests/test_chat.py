@@ -215,8 +215,29 @@ def test_a_template_that_refuses_a_conversation_is_told(tmp_path: Path) -> None:
     tokenizer = chatml()
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}hi"
     rows = [{"messages": turns(("system", "a"), ("user", "b"))}, {"messages": turns(("user", "b"))}]
-    with pytest.raises(ValueError, match=r"1 of 2 rows .*line 1: no system"):
+    refused = "the model's chat template refused the conversation"
+    with pytest.raises(
+        ValueError, match=rf"1 of 2 rows .*: 1 row: {refused} \(.*line 1: no system\)\. bad_rows="
+    ) as one:
         env(rows, tmp_path, tokenizer)
+    assert prompts.UNCUTTABLE not in str(one.value)
+    # Where all are refused, to leave them out helps nothing.
+    with pytest.raises(ValueError, match=rf"1 of 1 rows .*: 1 row: {refused} \(.*line 1: no system\)$"):
+        env(rows[:1], tmp_path, tokenizer)
+    # A fault of the template itself, and a template that other users of conversations meet.
+    for fault, words in (("nope.x", "'nope' is undefined"), ("'a' + 1", "can only concatenate str")):
+        tokenizer.chat_template = f"{{{{ {fault} }}}}"
+        with pytest.raises(ValueError, match=rf"2 of 2 rows .*: 2 rows: {refused} \(.*line 1: {words}"):
+            env(rows, tmp_path, tokenizer)
+    pair = {"chosen": turns(*TURNS, ("assistant", "a")), "rejected": turns(*TURNS, ("assistant", "b"))}
+    with pytest.raises(ValueError, match=rf"1 of 1 rows .*{refused}.*line 1: can only"):
+        read_preferences(write(tmp_path / "pairs.jsonl", [pair]), "train", TLDRSummarize(), tokenizer, whole=True)
+
+
+def test_a_template_that_takes_no_empty_turn_is_no_fault(tmp_path: Path) -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = "{% if not messages[-1].content %}{{ raise_exception('empty') }}{% endif %}hi"
+    assert only(env([{"messages": turns(("user", "b"))}], tmp_path, tokenizer))[1] == "hi"
 
 
 def test_a_template_that_wants_turns_to_alternate(tmp_path: Path) -> None:

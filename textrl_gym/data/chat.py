@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from textrl_gym.bounds import check
 from textrl_gym.core import Row
-from textrl_gym.data.encoding import Chat
+from textrl_gym.data.encoding import Chat, write_chat
 from textrl_gym.data.rows import BadRow, check_characters, shown
 
 if TYPE_CHECKING:
@@ -188,14 +188,16 @@ def conversation(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSet
 
 
 def written(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> Row:
-    """The row as an environment has it: `prompt` is what the policy reads, also where the chat template wrote it."""
+    """The row as an environment has it: `prompt` is what the policy reads, also where the chat template wrote it.
+
+    Raises:
+        BadRow: the chat template refuses the conversation.
+    """
     row = conversation(row, tokenizer, settings)
     chat = row.get("chat")
     if not isinstance(chat, Chat):
         return row
-    # A text and no list of ids: tokenize=False, of one conversation.
-    text = cast(str, tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True))
-    return {**row, "prompt": text}
+    return {**row, "prompt": write_chat(chat, tokenizer)}
 
 
 def as_data(row: Row) -> str | list[dict[str, str]]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 from textrl_gym.core import PROMPTS_KEEP_EOS
+from textrl_gym.data.rows import BadRow
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,6 +52,28 @@ def prompt_of(row: Mapping[str, Any]) -> str | Chat:
     """What a row's completions stand behind: its conversation where a chat template writes it, else its text."""
     chat = row.get("chat")
     return chat if isinstance(chat, Chat) else row["prompt"]
+
+
+REFUSED = "the model's chat template refused the conversation"
+
+
+def write_chat(
+    turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, answered: bool = False
+) -> str:
+    """A conversation as the tokenizer's chat template writes it.
+
+    Args:
+        answered: the last turn is the answer; else the template begins one.
+
+    Raises:
+        BadRow: the template refuses it, or fails.
+    """
+    try:
+        # A text and no list of ids: tokenize=False, of one conversation.
+        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not answered)
+    except Exception as error:  # whatever a template raises, by raise_exception() or by a fault of its own
+        raise BadRow(REFUSED, str(error) or type(error).__name__) from error
+    return cast("str", text)
 
 
 class Encoded(NamedTuple):
@@ -283,14 +306,17 @@ class TextCodec:
 
         Args:
             answered: the last turn is the answer; else the template begins one.
+
+        Raises:
+            BadRow: the template refuses the conversation.
         """
         # Marked before the template writes, so that the names in what people say can be told from its own.
         mark = rf"{MARK_BEGIN}\g<0>{MARK_END}"
         marked = [{**turn, "content": self.name.sub(mark, _unmarked(turn["content"]))} for turn in chat]
-        text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=not answered)
+        text = write_chat(marked, self.tokenizer, answered=answered)
         # [template, name, template, name, ..., template]; a mark that the template has parted from its name is None
         marks = f"{MARK_BEGIN}({self.name.pattern}){MARK_END}|[{MARK_BEGIN}{MARK_END}]"
-        first, *pieces = re.split(marks, cast("str", text))
+        first, *pieces = re.split(marks, text)
         ids = self._template_ids(first)
         for n, piece in enumerate(pieces):
             if piece:

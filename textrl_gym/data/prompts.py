@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from textrl_gym.core import PROMPTS_KEEP_EOS, Row
@@ -138,6 +137,7 @@ def encode_conversation(
     at the end of its body where it ends in keep_suffix, else at its beginning.
 
     Raises:
+        BadRow: the template refuses the conversation.
         ValueError: the template and the system prompt leave no room for the last turn.
     """
     text_codec = encoding.codec(tokenizer)
@@ -148,6 +148,8 @@ def encode_conversation(
         later = [n for n, turn in enumerate(turns) if n > first and turn["role"] == "user"]
         del turns[first : later[0] if later else len(turns) - 1]
         ids = text_codec.chat(turns)
+    if len(ids) <= max_prompt_tokens:
+        return ids
     text, whole = turns[-1]["content"], len(ids)
     suffix = keep_suffix if text.endswith(keep_suffix) else ""
     room = max_prompt_tokens - len(text_codec.chat(Chat([*turns[:-1], {**turns[-1], "content": ""}])))
@@ -196,8 +198,8 @@ def unspeakable(
                 written.add(roles)
             if frame not in sizes:
                 sizes[frame] = len(text_codec.chat(Chat([*before, {**last, "content": ""}]))) + MERGE_SLACK
-        except TemplateError as error:
-            faults[place] = BadRow(UNCUTTABLE, str(error))
+        except BadRow:  # it may take the turns themselves: encoding them tells
+            unsure.append(place)
             continue
         text, room = last["content"], max_prompt_tokens - sizes[frame]
         if text and room >= MERGE_SLACK:
@@ -210,9 +212,15 @@ def unspeakable(
     for place in unsure:
         try:
             encode_conversation(conversations[place], tokenizer, max_prompt_tokens, keep_suffix)
-        except (ValueError, TemplateError) as error:
-            faults[place] = BadRow(UNCUTTABLE, str(error))
+        except ValueError as error:
+            faults[place] = unencodable(error)
     return faults
+
+
+def unencodable(error: ValueError) -> BadRow:
+    """Why a row gives no prompt, of the error that encoding it raised."""
+    # What says by itself what is wrong, as the chat template does, keeps its reason.
+    return error if isinstance(error, BadRow) else BadRow(UNCUTTABLE, str(error))
 
 
 UNCUTTABLE = "its prompt cannot be encoded within max_prompt_tokens"
