@@ -146,6 +146,23 @@ def test_texts_are_given_letter_for_letter_unless_a_user_is_to_say_them(
     assert found == "\n\nBe brief.\n\nHuman: 1?\n\nAssistant: 2\n\nHuman: Why?\n\nAssistant:"
 
 
+@pytest.mark.parametrize("brief", [None, "Be brief."], ids=["no system prompt", "system prompt"])
+def test_a_row_keeps_its_own_system_message_first_and_alone(brief: str | None, tmp_path: Path) -> None:
+    own, asked, example = ("system", "Be long."), ("user", "Why?"), [("user", "1?"), ("assistant", "2")]
+    row = {"messages": turns(own, asked)}
+    assert only(env([row], tmp_path, system_prompt=brief))[1] == template(own, asked)
+    # The row's own wins over one that stands before the examples too.
+    for more in ([], [("system", "Be good.")]):
+        settings: dict[str, Any] = {"system_prompt": brief, "few_shot": turns(*more, *example)}
+        found, read = only(env([row], tmp_path, **settings))
+        assert read == template(own, *example, asked)
+        # Written into a file and read by the same settings it is the same.
+        assert only(env([{"prompt": chat.as_data(found)}], tmp_path, **settings))[1] == read
+        found, read = only(env([row], tmp_path, PLAIN, **settings))
+        assert read == "\n\nBe long.\n\nHuman: 1?\n\nAssistant: 2\n\nHuman: Why?\n\nAssistant:"
+        assert only(env([{"prompt": chat.as_data(found)}], tmp_path, PLAIN, **settings))[1] == read
+
+
 @pytest.mark.parametrize(
     ("few_shot", "named"),
     [

@@ -36,9 +36,10 @@ class ChatSettings:
     """auto: conversations are written by the tokenizer's chat template, texts letter for letter; chat: a text is what a
     user says; none: no chat template."""
     system_prompt: str | None = None
-    """What stands before every conversation; with it, or with examples, a text is what a user says."""
+    """What stands before every conversation without a system message of its own; with it, or with examples, a text is
+    what a user says."""
     few_shot: Chat = dataclasses.field(default_factory=Chat)
-    """Messages between the system prompt and the conversation."""
+    """Messages behind the system message and before the rest of the conversation."""
 
     def __post_init__(self) -> None:
         check("template", self.template, Template)
@@ -167,24 +168,46 @@ def read_few_shot(given: str | Path | Sequence[Mapping[str, Any]] | None) -> Cha
 def conversation(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> Row:
     """The row with `chat`, the conversation that the chat template is to write, or with its text as `prompt`.
 
-    What begins with the settings' own messages already stays as it is: prompts that were written into a file
-    (`as_data`) have them, and may be read with the same settings.
+    A system message comes first and alone: the row's own, or else the settings'. The examples stand behind it. What has
+    the settings' own messages already stays as it is: prompts that were written into a file (`as_data`) have them, and
+    may be read with the same settings.
     """
     chat = row.get("chat")
     if not isinstance(chat, Chat):
         if not settings.wraps_texts:
             return row
         chat = user(row["prompt"])
-    system = [] if settings.system_prompt is None else [{"role": "system", "content": settings.system_prompt}]
-    before = [*system, *settings.few_shot]
-    if chat[: len(before)] == before:
-        before = []
+    whole = _whole(chat, settings)
     if settings.template != "none" and tokenizer.chat_template:
-        return {**row, "chat": Chat([*before, *chat])}
-    beginning = as_text(before).removesuffix(ASSISTANT)
-    has_it = row["prompt"].startswith(beginning) and row["prompt"].endswith(ASSISTANT)
-    text = as_text([*before, *chat]) if before and not has_it else row["prompt"]
-    return {**row, "prompt": text, "chat": None}
+        return {**row, "chat": whole}
+    as_it_is = whole == chat or _has_them(row["prompt"], settings)
+    return {**row, "prompt": row["prompt"] if as_it_is else as_text(whole), "chat": None}
+
+
+def _whole(chat: Chat, settings: ChatSettings) -> Chat:
+    """A conversation behind its system message and the examples."""
+    own, rest = _system(chat)
+    system, examples = _system(settings.few_shot)
+    if settings.system_prompt is not None:
+        system = [{"role": "system", "content": settings.system_prompt}, *system]
+    return Chat([*(own or system), *([] if rest[: len(examples)] == examples else examples), *rest])
+
+
+def _system(turns: Chat) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The system messages that a conversation begins with, and its other turns."""
+    first = next((n for n, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    return turns[:first], turns[first:]
+
+
+def _has_them(text: str, settings: ChatSettings) -> bool:
+    """Whether a text is a conversation, as `as_text` writes it, behind a system message and the examples already."""
+    system, examples = _system(settings.few_shot)
+    head, there, _ = text.partition(as_text(examples).removesuffix(ASSISTANT) or HUMAN)
+    if not there or not text.endswith(ASSISTANT):
+        return False
+    if not head:
+        return settings.system_prompt is None and not system
+    return head.startswith("\n\n") and not head.startswith((HUMAN, ASSISTANT))
 
 
 def written(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> Row:
