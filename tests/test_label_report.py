@@ -237,6 +237,35 @@ def test_trl_form_is_what_was_preferred(tmp_path: Path) -> None:
     assert len(labels.read_labels(tmp_path / "back.jsonl")) == 5
 
 
+@pytest.mark.parametrize("kind", ["trl", "argilla", "label-studio"])
+def test_an_order_that_a_file_does_not_know_is_no_bias(kind: formats.Format, tmp_path: Path) -> None:
+    rows = [Label(n, f"i{n}", PAIR, "ann", f"p{n}", ["a", "b"], [1, 2], order=[1, 0]) for n in range(1, 41)]
+    out = tmp_path / ("out.jsonl" if kind == "trl" else "out.json")
+    formats.export_labels(write(tmp_path / "labels.jsonl", rows), kind, out)
+    formats.import_labels(out, kind, tmp_path / "back.jsonl")
+    back = labels.read_labels(tmp_path / "back.jsonl")
+    assert [(row.ranks, row.order) for row in back] == [([1, 2], [])] * 40
+    report = label_agreement(back)
+    assert [person.first for person in report.people] == [None]
+    assert not any("shown" in words for words in report.warnings)
+    # Beside labels whose order is known, these count alone: here all are for what was shown last.
+    again = [dataclasses.replace(row, id=row.id + 40) for row in rows[:2]]
+    (ann,) = label_agreement([*(dataclasses.replace(row, annotator="ann") for row in back), *again]).people
+    assert ann.first is not None and ann.first.value < 1e-9
+
+
+def test_an_order_that_another_tool_showed_is_known(tmp_path: Path) -> None:
+    fields, ranking = {"prompt": "p", "answer_1": "a", "answer_2": "b"}, ["answer_2", "answer_1"]
+    record = {"fields": fields, "responses": {"ranking": [{"value": ranking, "user_id": "7"}]}}
+    pair = {"type": "pairwise", "value": {"selected": "right"}}
+    task = {"data": {"prompt": "p", "text1": "a", "text2": "b"}, "annotations": [{"result": [pair], "completed_by": 7}]}
+    for kind, row in (("argilla", record), ("label-studio", task)):
+        (tmp_path / f"{kind}.json").write_text(json.dumps([row]))
+        formats.import_labels(tmp_path / f"{kind}.json", kind, tmp_path / f"{kind}.jsonl")
+        (label,) = labels.read_labels(tmp_path / f"{kind}.jsonl")
+        assert (label.annotator, label.ranks, label.order) == ("7", [2, 1], [0, 1])
+
+
 def test_trl_form_keeps_soft_labels(tmp_path: Path) -> None:
     """Of three texts: the first is likely better than the second, as good as the third, which the second may beat."""
     row = Label(1, "i", PAIR, "judge", "p", ["a", "b", "c"], [1, 2, 2], probabilities=[0.75, 0.5, 0.25], flips=1)

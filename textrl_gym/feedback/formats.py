@@ -258,7 +258,6 @@ class Given:
 
     prompt: Prompt
     completions: list[str]
-    """As they were shown."""
     ranks: list[int] | None
     annotator: str = UNKNOWN
     confidence: int | None = None
@@ -268,6 +267,8 @@ class Given:
     time: str = ""
     models: list[str] = dataclasses.field(default_factory=list)
     spans: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    as_shown: bool = True
+    """Whether the completions stand as they were shown; else nothing says how they were."""
 
 
 def import_labels(file: Path, kind: Format, out: Path) -> int:
@@ -321,14 +322,14 @@ def _as_labels(given: Iterable[Given]) -> Iterator[Label]:
     for number, one in enumerate(given, 1):
         item = item_id(one.prompt, one.completions)
         completions = first.setdefault(item, one.completions)
-        # Where each completion of the item was shown.
+        # Where each completion stands among the item's.
         order = [completions.index(text) for text in one.completions]
         ranks = None if one.ranks is None else [one.ranks[order.index(place)] for place in range(len(order))]
         spans = [span | {"completion": order[span["completion"]]} for span in one.spans]
         models = [one.models[order.index(place)] for place in range(len(order))] if one.models else []
         label = Label(
-            number, item, PAIR, one.annotator, one.prompt, completions, ranks, one.all_bad, order, one.confidence,
-            one.comment, spans, one.seconds, one.time, models,
+            number, item, PAIR, one.annotator, one.prompt, completions, ranks, one.all_bad,
+            order if one.as_shown else [], one.confidence, one.comment, spans, one.seconds, one.time, models,
         )  # fmt: skip
         labels.check_label(dataclasses.asdict(label))
         yield label
@@ -339,7 +340,8 @@ def _from_trl(row: Mapping[str, Any]) -> Iterator[Given]:
     preference = schema.convert(dict(row))
     for chosen, rejected in preference.pairs:
         texts = [preference.completions[chosen], preference.completions[rejected]]
-        yield Given(_plain(preference.prompt), texts, [1, 2], str(row.get("annotator") or UNKNOWN))
+        annotator = str(row.get("annotator") or UNKNOWN)
+        yield Given(_plain(preference.prompt), texts, [1, 2], annotator, as_shown=False)
 
 
 def _plain(prompt: str | preferences.Talk) -> Prompt:
@@ -394,6 +396,7 @@ def _from_argilla(row: Mapping[str, Any]) -> Iterator[Given]:
             [ranks_of[name] for name in names],
             people.get(user, user),
             comment=comments.get(user, ""),
+            as_shown=user not in people,  # who answered before the export was shown another order
         )
 
 
@@ -427,6 +430,7 @@ def _from_label_studio(row: Mapping[str, Any]) -> Iterator[Given]:
             seconds=annotation.get("lead_time"),
             time=annotation.get("created_at") or "",
             spans=spans,
+            as_shown=not isinstance(person, str),  # a name is the export's; Label Studio has numbers
         )
 
 
