@@ -201,6 +201,61 @@ def test_a_prompt_injection_stays_a_text(tmp_path: Path) -> None:
         assert CHATML.decode(ids) == template(("user", post))
 
 
+TOOL_TEMPLATE = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML.chat_template
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+def with_tools() -> Any:
+    tokenizer = chatml()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("column", [TOOLS, json.dumps(TOOLS)], ids=["list", "json"])
+def test_the_chat_template_is_given_the_tools_of_a_row(column: Any, tmp_path: Path) -> None:
+    tokenizer, asked = with_tools(), turns(("system", "Be brief."), *TURNS)
+    ids = tokenizer.apply_chat_template(asked, tools=TOOLS, add_generation_prompt=True, return_dict=False)
+    answered = tokenizer.apply_chat_template([*asked, *turns(("assistant", "So."))], tools=TOOLS, tokenize=False)
+    row = {"messages": [*asked, *turns(("assistant", "So."))], "tools": column}
+    for settings in ({}, {"few_shot": asked[1:]}, {"system_prompt": "No."}):
+        one = env([row], tmp_path, tokenizer, **settings)
+        (found,), (prompt_ids,) = one.draw([0])
+        assert prompt_ids == ids
+        assert (
+            tokenizer.apply_chat_template(asked, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+            == found["prompt"]
+        )
+    # sft's rows, the pairs of preferences, and what is sampled and written into a file.
+    prompt_ids, (completion_ids,) = sft.encode_row(TLDRSummarize(), tokenizer, found)
+    assert (prompt_ids, answered.rstrip("\n")) == (ids, tokenizer.decode([*ids, *completion_ids]))
+    pair = {"prompt": chat.as_data(found), "chosen": turns(("assistant", "a")), "rejected": turns(("assistant", "b"))}
+    path = write(tmp_path / "pairs.jsonl", [pair | chat.tools_as_data(found)])
+    (compared,) = read_preferences(path, "train", TLDRSummarize(), tokenizer, whole=True)
+    assert compared.prompt_ids == ids
+    # Cut, the tools stay; rows without tools have none.
+    long = env([{"messages": turns(("user", "a " * 500)), "tools": column}], tmp_path, tokenizer)
+    assert "add" in only(long)[1] and len(long.draw([0])[1][0]) <= 176
+    assert only(env([{"messages": turns(*TURNS), "tools": None}], tmp_path, tokenizer))[1] == template(*TURNS)
+
+
+def test_names_of_special_tokens_in_tools_are_letters(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "description": "<|im_end|>\u00e9"}}]
+    found = env([{"messages": turns(*TURNS), "tools": tools}], tmp_path, with_tools())
+    (shown,), (ids,) = found.draw([0])
+    assert ids.count(CHATML.convert_tokens_to_ids("<|im_end|>")) == 4  # the template's own
+    assert found.tokenizer.decode(ids) == shown["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("column", "named"), [("hammer", "'tools' is no JSON"), ({"a": 1}, "no list of objects"), (["a"], "no list of")]
+)
+def test_tools_that_are_none_are_named(column: Any, named: str, tmp_path: Path) -> None:
+    rows = [{"messages": turns(*TURNS), "tools": TOOLS}, {"messages": turns(*TURNS), "tools": column}]
+    with pytest.raises(ValueError, match=rf"1 of 2 rows .*{named}.*line 2"):
+        env(rows, tmp_path, with_tools())
+    assert only(env(rows[1:], tmp_path, PLAIN))[1] == HH
+
+
 # -- bad rows ---------------------------------------------------------------------------------------------------------
 
 

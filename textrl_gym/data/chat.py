@@ -162,6 +162,25 @@ def read_few_shot(given: str | Path | Sequence[Mapping[str, Any]] | None) -> Cha
         raise ValueError(f"{name} must be a list of {{'role', 'content'}}: {error}") from error
 
 
+def tools_of(row: Row) -> list[Any] | None:
+    """The tools that a row's column `tools` lists, as chat templates take them; None where it lists none.
+
+    Raises:
+        BadRow: it is neither a list of objects nor JSON of one.
+    """
+    tools = value = row.get("tools")
+    if isinstance(value, str) and value.strip():
+        try:
+            tools = json.loads(value)
+        except ValueError as error:
+            raise BadRow("column 'tools' is no JSON", shown(value)) from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow("column 'tools' is no list of objects", shown(value))
+    return tools
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +190,9 @@ def conversation(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSet
     A system message comes first and alone: the row's own, or else the settings'. The examples stand behind it. What has
     the settings' own messages already stays as it is: prompts that were written into a file (`as_data`) have them, and
     may be read with the same settings.
+
+    Raises:
+        BadRow: its tools are no list, where the chat template would write them.
     """
     chat = row.get("chat")
     if not isinstance(chat, Chat):
@@ -179,7 +201,7 @@ def conversation(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSet
         chat = user(row["prompt"])
     whole = _whole(chat, settings)
     if settings.template != "none" and tokenizer.chat_template:
-        return {**row, "chat": whole}
+        return {**row, "chat": Chat(whole, tools_of(row))}
     as_it_is = whole == chat or _has_them(row["prompt"], settings)
     return {**row, "prompt": row["prompt"] if as_it_is else as_text(whole), "chat": None}
 
@@ -214,7 +236,7 @@ def written(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings
     """The row as an environment has it: `prompt` is what the policy reads, also where the chat template wrote it.
 
     Raises:
-        BadRow: the chat template refuses the conversation.
+        BadRow: the chat template refuses the conversation, or see `conversation`.
     """
     row = conversation(row, tokenizer, settings)
     chat = row.get("chat")
@@ -231,6 +253,12 @@ def as_data(row: Row) -> str | list[dict[str, str]]:
     chat = row.get("chat")
     prompt: str = row["prompt"]
     return list(chat) if isinstance(chat, Chat) else prompt
+
+
+def tools_as_data(row: Row) -> dict[str, Any]:
+    """A column beside `as_data` for the tools of a conversation that has any."""
+    chat = row.get("chat")
+    return {"tools": chat.tools} if isinstance(chat, Chat) and chat.tools else {}
 
 
 def completion_as_data(row: Row, text: str) -> str | list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import sys
@@ -152,7 +153,7 @@ def encode_conversation(
         return ids
     text, whole = turns[-1]["content"], len(ids)
     suffix = keep_suffix if text.endswith(keep_suffix) else ""
-    room = max_prompt_tokens - len(text_codec.chat(Chat([*turns[:-1], {**turns[-1], "content": ""}])))
+    room = max_prompt_tokens - len(text_codec.chat(Chat([*turns[:-1], {**turns[-1], "content": ""}], turns.tools)))
     while len(ids) > max_prompt_tokens:
         if room < 1:
             raise ValueError(
@@ -190,14 +191,16 @@ def unspeakable(
     faults: list[BadRow | None] = [None] * len(conversations)
     for place, turns in enumerate(conversations):
         before, last = [turn for turn in turns[:-1] if turn["role"] == "system"], turns[-1]
-        frame = (last["role"], *(turn["content"] for turn in before))
-        roles = tuple(turn["role"] for turn in turns)
+        tools = json.dumps(turns.tools)
+        frame = (last["role"], tools, *(turn["content"] for turn in before))
+        roles = (tools, *(turn["role"] for turn in turns))
         try:
             if roles not in written:  # some templates want users and assistants to take turns
-                text_codec.chat(Chat([{**turn, "content": "a"} for turn in turns]))
+                text_codec.chat(Chat([{**turn, "content": "a"} for turn in turns], turns.tools))
                 written.add(roles)
             if frame not in sizes:
-                sizes[frame] = len(text_codec.chat(Chat([*before, {**last, "content": ""}]))) + MERGE_SLACK
+                empty = Chat([*before, {**last, "content": ""}], turns.tools)
+                sizes[frame] = len(text_codec.chat(empty)) + MERGE_SLACK
         except BadRow:  # it may take the turns themselves: encoding them tells
             unsure.append(place)
             continue
@@ -472,7 +475,12 @@ def _open(source: sources.Source, schemas: Sequence[PromptSchema], rules: RowRul
         raw = Mapped(raw, webgpt_row)
     columns = first_columns(raw, source.words)
     schema = sources.match_schema(schemas, columns, source.words)
-    scan = look_through(raw, source.words, columns, schema.convert, rules.check)
+
+    def looked_at(row: Row) -> dict[str, Any]:
+        # The chat template writes a conversation's tools too.
+        return schema.convert(row) | ({"tools": row["tools"]} if row.get("tools") else {})
+
+    scan = look_through(raw, source.words, columns, looked_at, rules.check)
 
     def convert(row: Row) -> dict[str, Any]:
         # Rewards get whole columns, so every row has every column.
