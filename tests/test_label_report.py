@@ -290,6 +290,24 @@ def test_alpaca_farm_form(tmp_path: Path) -> None:
     assert [row.ranks for row in back if row.annotator == "ann"] == [[2, 1], [1, 1]]
 
 
+def test_alpaca_farm_gives_prompts_back_as_they_were(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes?"), ("user", "Why?"))]
+    prompts: list[Any] = ["A text:", talk[:1], talk, "\n\nHuman: a text too\n\nAssistant:"]
+    rows = [Label(n, f"i{n}", PAIR, "ann", prompt, ["a", "b"], [1, 2]) for n, prompt in enumerate(prompts, 1)]
+    formats.export_labels(write(tmp_path / "labels.jsonl", rows), "alpaca-farm", out := tmp_path / "out.json")
+    formats.import_labels(out, "alpaca-farm", tmp_path / "back.jsonl")
+    assert [row.prompt for row in labels.read_labels(tmp_path / "back.jsonl")] == prompts
+    # AlpacaFarm's own rows are what a user says.
+    entries = json.loads(out.read_text())
+    out.write_text(json.dumps([{name: value for name, value in entries[0].items() if name != "prompt_form"}]))
+    formats.import_labels(out, "alpaca-farm", tmp_path / "own.jsonl")
+    (own,) = labels.read_labels(tmp_path / "own.jsonl")
+    assert own.prompt == [{"role": "user", "content": "A text:"}]
+    out.write_text(json.dumps([entries[0] | {"prompt_form": "turns"}]))
+    with pytest.raises(ValueError, match="prompt_form must be one of text, user, conversation, got 'turns'"):
+        formats.import_labels(out, "alpaca-farm", tmp_path / "bad.jsonl")
+
+
 @pytest.mark.parametrize(
     ("work", "kind", "out", "words"),
     [
