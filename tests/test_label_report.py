@@ -259,7 +259,8 @@ def test_an_order_that_another_tool_showed_is_known(tmp_path: Path) -> None:
     record = {"fields": fields, "responses": {"ranking": [{"value": ranking, "user_id": "7"}]}}
     pair = {"type": "pairwise", "value": {"selected": "right"}}
     task = {"data": {"prompt": "p", "text1": "a", "text2": "b"}, "annotations": [{"result": [pair], "completed_by": 7}]}
-    for kind, row in (("argilla", record), ("label-studio", task)):
+    rows: dict[formats.Format, dict[str, Any]] = {"argilla": record, "label-studio": task}
+    for kind, row in rows.items():
         (tmp_path / f"{kind}.json").write_text(json.dumps([row]))
         formats.import_labels(tmp_path / f"{kind}.json", kind, tmp_path / f"{kind}.jsonl")
         (label,) = labels.read_labels(tmp_path / f"{kind}.jsonl")

@@ -543,7 +543,7 @@ def _texts(
     elif dialogue:
         row = {"prompt": prompt, "chat": chat.dialogue(prompt)}
     if tokenizer is not None:
-        row = chat.written(row | {"tools": tools}, tokenizer, settings)
+        row = chat.written({**row, "tools": tools}, tokenizer, settings)
     by_template = tokenizer is not None and tokenizer.chat_template and settings.template != "none"
     spoken = row["chat"] if by_template else None
     if spoken is not None:
