@@ -235,7 +235,9 @@ def test_the_chat_template_is_given_the_tools_of_a_row(column: Any, tmp_path: Pa
     # Cut, the tools stay; rows without tools have none.
     long = env([{"messages": turns(("user", "a " * 500)), "tools": column}], tmp_path, tokenizer)
     assert "add" in only(long)[1] and len(long.draw([0])[1][0]) <= 176
-    assert only(env([{"messages": turns(*TURNS), "tools": None}], tmp_path, tokenizer))[1] == template(*TURNS)
+    blanks: tuple[Any, ...] = (None, [], " ")
+    for blank in blanks:
+        assert only(env([{"messages": turns(*TURNS), "tools": blank}], tmp_path, tokenizer))[1] == template(*TURNS)
 
 
 def test_names_of_special_tokens_in_tools_are_letters(tmp_path: Path) -> None:

@@ -169,9 +169,9 @@ def tools_of(row: Row) -> list[Any] | None:
         BadRow: it is neither a list of objects nor JSON of one.
     """
     tools = value = row.get("tools")
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str):
         try:
-            tools = json.loads(value)
+            tools = json.loads(value) if value.strip() else None
         except ValueError as error:
             raise BadRow("column 'tools' is no JSON", shown(value)) from error
     if not tools:
