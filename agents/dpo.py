@@ -35,6 +35,7 @@ from annotated_types import Ge
 from safetensors.torch import load_file, save_file
 
 from textrl_gym.core import Rollout
+from textrl_gym.data.rows import say_once
 from textrl_gym.training.agent import Agent, EnvLike, ModelLike
 from textrl_gym.training.minibatch import places_of_update
 from textrl_gym.training.preference_pairs import (
@@ -110,6 +111,7 @@ class DPO(Agent):
 
     def _sample(self, wanted: int) -> None:
         """Sample until there are so many pairs. Each draw has a seed of its own, so that resuming draws the same."""
+        self._say_unused()
         empty = 0
         while len(self.pairs) < wanted:
             drawn = sample_pairs(self, self.env, (self.seed, self.draws))
@@ -119,6 +121,15 @@ class DPO(Agent):
             empty = 0 if drawn else empty + 1
             if empty == MOST_DRAWS:
                 raise ValueError(f"in {MOST_DRAWS} rollouts no prompt had two completions of different reward")
+
+    def _say_unused(self) -> None:
+        """Say once that pairs of the environment's data are not what is learnt, where they have any."""
+        dataset = self.env.settings.get("dataset")
+        if dataset is not None and {"chosen", "rejected"} <= self.env.source[0].keys():
+            say_once(
+                f"dataset {dataset!r} gives its prompts alone: its columns chosen and rejected are not used, pairs are "
+                f"sampled and labelled by the reward. --pairs {dataset} (in Python pairs={dataset!r}) trains on them"
+            )
 
     # -- learning -----------------------------------------------------------------------------------------------------
 

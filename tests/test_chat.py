@@ -146,6 +146,23 @@ def test_texts_are_given_letter_for_letter_unless_a_user_is_to_say_them(
     assert found == "\n\nBe brief.\n\nHuman: 1?\n\nAssistant: 2\n\nHuman: Why?\n\nAssistant:"
 
 
+@pytest.mark.parametrize("brief", [None, "Be brief."], ids=["no system prompt", "system prompt"])
+def test_a_row_keeps_its_own_system_message_first_and_alone(brief: str | None, tmp_path: Path) -> None:
+    own, asked, example = ("system", "Be long."), ("user", "Why?"), [("user", "1?"), ("assistant", "2")]
+    row = {"messages": turns(own, asked)}
+    assert only(env([row], tmp_path, system_prompt=brief))[1] == template(own, asked)
+    # The row's own wins over one that stands before the examples too.
+    for more in ([], [("system", "Be good.")]):
+        settings: dict[str, Any] = {"system_prompt": brief, "few_shot": turns(*more, *example)}
+        found, read = only(env([row], tmp_path, **settings))
+        assert read == template(own, *example, asked)
+        # Written into a file and read by the same settings it is the same.
+        assert only(env([{"prompt": chat.as_data(found)}], tmp_path, **settings))[1] == read
+        found, read = only(env([row], tmp_path, PLAIN, **settings))
+        assert read == "\n\nBe long.\n\nHuman: 1?\n\nAssistant: 2\n\nHuman: Why?\n\nAssistant:"
+        assert only(env([{"prompt": chat.as_data(found)}], tmp_path, PLAIN, **settings))[1] == read
+
+
 @pytest.mark.parametrize(
     ("few_shot", "named"),
     [
@@ -184,6 +201,63 @@ def test_a_prompt_injection_stays_a_text(tmp_path: Path) -> None:
         assert CHATML.decode(ids) == template(("user", post))
 
 
+TOOL_TEMPLATE = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML.chat_template
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+def with_tools() -> Any:
+    tokenizer = chatml()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("column", [TOOLS, json.dumps(TOOLS)], ids=["list", "json"])
+def test_the_chat_template_is_given_the_tools_of_a_row(column: Any, tmp_path: Path) -> None:
+    tokenizer, asked = with_tools(), turns(("system", "Be brief."), *TURNS)
+    ids = tokenizer.apply_chat_template(asked, tools=TOOLS, add_generation_prompt=True, return_dict=False)
+    answered = tokenizer.apply_chat_template([*asked, *turns(("assistant", "So."))], tools=TOOLS, tokenize=False)
+    row = {"messages": [*asked, *turns(("assistant", "So."))], "tools": column}
+    for settings in ({}, {"few_shot": asked[1:]}, {"system_prompt": "No."}):
+        one = env([row], tmp_path, tokenizer, **settings)
+        (found,), (prompt_ids,) = one.draw([0])
+        assert prompt_ids == ids
+        assert (
+            tokenizer.apply_chat_template(asked, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+            == found["prompt"]
+        )
+    # sft's rows, the pairs of preferences, and what is sampled and written into a file.
+    prompt_ids, (completion_ids,) = sft.encode_row(TLDRSummarize(), tokenizer, found)
+    assert (prompt_ids, answered.rstrip("\n")) == (ids, tokenizer.decode([*ids, *completion_ids]))
+    pair = {"prompt": chat.as_data(found), "chosen": turns(("assistant", "a")), "rejected": turns(("assistant", "b"))}
+    path = write(tmp_path / "pairs.jsonl", [pair | chat.tools_as_data(found)])
+    (compared,) = read_preferences(path, "train", TLDRSummarize(), tokenizer, whole=True)
+    assert compared.prompt_ids == ids
+    # Cut, the tools stay; rows without tools have none.
+    long = env([{"messages": turns(("user", "a " * 500)), "tools": column}], tmp_path, tokenizer)
+    assert "add" in only(long)[1] and len(long.draw([0])[1][0]) <= 176
+    blanks: tuple[Any, ...] = (None, [], " ")
+    for blank in blanks:
+        assert only(env([{"messages": turns(*TURNS), "tools": blank}], tmp_path, tokenizer))[1] == template(*TURNS)
+
+
+def test_names_of_special_tokens_in_tools_are_letters(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "description": "<|im_end|>\u00e9"}}]
+    found = env([{"messages": turns(*TURNS), "tools": tools}], tmp_path, with_tools())
+    (shown,), (ids,) = found.draw([0])
+    assert ids.count(CHATML.convert_tokens_to_ids("<|im_end|>")) == 4  # the template's own
+    assert found.tokenizer.decode(ids) == shown["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("column", "named"), [("hammer", "'tools' is no JSON"), ({"a": 1}, "no list of objects"), (["a"], "no list of")]
+)
+def test_tools_that_are_none_are_named(column: Any, named: str, tmp_path: Path) -> None:
+    rows = [{"messages": turns(*TURNS), "tools": TOOLS}, {"messages": turns(*TURNS), "tools": column}]
+    with pytest.raises(ValueError, match=rf"1 of 2 rows .*{named}.*line 2"):
+        env(rows, tmp_path, with_tools())
+    assert only(env(rows[1:], tmp_path, PLAIN))[1] == HH
+
+
 # -- bad rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,8 +289,29 @@ def test_a_template_that_refuses_a_conversation_is_told(tmp_path: Path) -> None:
     tokenizer = chatml()
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}hi"
     rows = [{"messages": turns(("system", "a"), ("user", "b"))}, {"messages": turns(("user", "b"))}]
-    with pytest.raises(ValueError, match=r"1 of 2 rows .*line 1: no system"):
+    refused = "the model's chat template refused the conversation"
+    with pytest.raises(
+        ValueError, match=rf"1 of 2 rows .*: 1 row: {refused} \(.*line 1: no system\)\. bad_rows="
+    ) as one:
         env(rows, tmp_path, tokenizer)
+    assert prompts.UNCUTTABLE not in str(one.value)
+    # Where all are refused, to leave them out helps nothing.
+    with pytest.raises(ValueError, match=rf"1 of 1 rows .*: 1 row: {refused} \(.*line 1: no system\)$"):
+        env(rows[:1], tmp_path, tokenizer)
+    # A fault of the template itself, and a template that other users of conversations meet.
+    for fault, words in (("nope.x", "'nope' is undefined"), ("'a' + 1", "can only concatenate str")):
+        tokenizer.chat_template = f"{{{{ {fault} }}}}"
+        with pytest.raises(ValueError, match=rf"2 of 2 rows .*: 2 rows: {refused} \(.*line 1: {words}"):
+            env(rows, tmp_path, tokenizer)
+    pair = {"chosen": turns(*TURNS, ("assistant", "a")), "rejected": turns(*TURNS, ("assistant", "b"))}
+    with pytest.raises(ValueError, match=rf"1 of 1 rows .*{refused}.*line 1: can only"):
+        read_preferences(write(tmp_path / "pairs.jsonl", [pair]), "train", TLDRSummarize(), tokenizer, whole=True)
+
+
+def test_a_template_that_takes_no_empty_turn_is_no_fault(tmp_path: Path) -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = "{% if not messages[-1].content %}{{ raise_exception('empty') }}{% endif %}hi"
+    assert only(env([{"messages": turns(("user", "b"))}], tmp_path, tokenizer))[1] == "hi"
 
 
 def test_a_template_that_wants_turns_to_alternate(tmp_path: Path) -> None:

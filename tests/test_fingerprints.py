@@ -12,8 +12,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from textrl_gym.agents import GRPO
+from textrl_gym.agents import DPO, GRPO
 from textrl_gym.cli.main import main
+from textrl_gym.data import sources
+from textrl_gym.feedback.questions import environment_of
+from textrl_gym.mdp.env_settings import EnvSettings
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.models import fingerprint, tiny
 from textrl_gym.rewards import folder_of
 from textrl_gym.training import dependencies
@@ -175,6 +179,53 @@ def test_a_fingerprint_is_of_the_weights(home: Path, tmp_path: Path) -> None:
     both = fingerprint.of("both")
     reward(home / "rm", seed=4)
     assert both is not None and fingerprint.of("both") != both
+
+
+def test_a_run_finds_its_data_from_another_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "data").mkdir()
+    lines = "".join(json.dumps({"prompt": f"a b {n}", "chosen": "a", "rejected": "b"}) + "\n" for n in range(30))
+    (home / "data" / "x.jsonl").write_text(lines)
+    (work := home / "work").mkdir()
+    monkeypatch.chdir(work)
+    task = "textrl_gym.envs.tldr_summarize"
+    env = TextVectorEnv(8, task=task, dataset="../data/x.jsonl", reward="length", max_new_tokens=2)
+    DPO(env, pairs="../data/x.jsonl", rollout_episodes=8, device="cpu").save(home / "runs" / "mine")
+    expected = str(home / "data" / "x.jsonl")
+    for folder in (work, home, tmp_path):
+        monkeypatch.chdir(folder)
+        agent = DPO.load(home / "runs" / "mine", device="cpu")
+        at = "../data/x.jsonl" if folder == work else expected  # a name that is right here stays
+        assert (agent.env.settings["dataset"], agent.config.pairs) == (at, at)
+    assert environment_of(home / "runs" / "mine", EnvSettings())[1].dataset == expected
+    # Where there is none, how to name one is said.
+    (home / "data").rename(tmp_path / "else")
+    with pytest.raises(ValueError, match=r"there is no such file or folder.* --env.dataset \(in Python env_settings="):
+        DPO.load(home / "runs" / "mine", device="cpu")
+    there = str(tmp_path / "else" / "x.jsonl")
+    moved = DPO.load(home / "runs" / "mine", device="cpu", env_settings={"dataset": there}, pairs=there)
+    assert (moved.env.settings["dataset"], moved.config.pairs) == (there, there)
+
+
+def test_a_hub_id_stays_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cwd := tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(cwd)
+    for name in ("runs/imdb", "runs/mine", "owner/name", "posts"):
+        (tmp_path / name).mkdir(parents=True)
+    run = tmp_path / "runs" / "mine"
+    for other in ("imdb", "mine"):  # runs have logs
+        (run.parent / other / "agent.json").write_text("{}")
+        (run.parent / other / "metrics.jsonl").write_text("{}")
+    for name in ("imdb", "mine", "owner/name", "owner/name:part", "openai/gsm8k", "/no/such", "posts"):
+        assert sources.located(name, run) == name
+    for name in ("owner/name", "posts"):  # a folder with data is no Hub id
+        (tmp_path / name / "train.jsonl").write_text("{}")
+        assert sources.located(name, run) == str(tmp_path / name)
+    # Here comes first, then beside the run.
+    (run.parent / "x.csv").write_text("")
+    (tmp_path / "x.csv").write_text("")
+    assert sources.located("x.csv", run) == str(run.parent / "x.csv")
+    (cwd / "x.csv").write_text("")
+    assert sources.located("x.csv", run) == "x.csv"
 
 
 def test_the_folder_in_a_rewards_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

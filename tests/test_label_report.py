@@ -237,6 +237,36 @@ def test_trl_form_is_what_was_preferred(tmp_path: Path) -> None:
     assert len(labels.read_labels(tmp_path / "back.jsonl")) == 5
 
 
+@pytest.mark.parametrize("kind", ["trl", "argilla", "label-studio"])
+def test_an_order_that_a_file_does_not_know_is_no_bias(kind: formats.Format, tmp_path: Path) -> None:
+    rows = [Label(n, f"i{n}", PAIR, "ann", f"p{n}", ["a", "b"], [1, 2], order=[1, 0]) for n in range(1, 41)]
+    out = tmp_path / ("out.jsonl" if kind == "trl" else "out.json")
+    formats.export_labels(write(tmp_path / "labels.jsonl", rows), kind, out)
+    formats.import_labels(out, kind, tmp_path / "back.jsonl")
+    back = labels.read_labels(tmp_path / "back.jsonl")
+    assert [(row.ranks, row.order) for row in back] == [([1, 2], [])] * 40
+    report = label_agreement(back)
+    assert [person.first for person in report.people] == [None]
+    assert not any("shown" in words for words in report.warnings)
+    # Beside labels whose order is known, these count alone: here all are for what was shown last.
+    again = [dataclasses.replace(row, id=row.id + 40) for row in rows[:2]]
+    (ann,) = label_agreement([*(dataclasses.replace(row, annotator="ann") for row in back), *again]).people
+    assert ann.first is not None and ann.first.value < 1e-9
+
+
+def test_an_order_that_another_tool_showed_is_known(tmp_path: Path) -> None:
+    fields, ranking = {"prompt": "p", "answer_1": "a", "answer_2": "b"}, ["answer_2", "answer_1"]
+    record = {"fields": fields, "responses": {"ranking": [{"value": ranking, "user_id": "7"}]}}
+    pair = {"type": "pairwise", "value": {"selected": "right"}}
+    task = {"data": {"prompt": "p", "text1": "a", "text2": "b"}, "annotations": [{"result": [pair], "completed_by": 7}]}
+    rows: dict[formats.Format, dict[str, Any]] = {"argilla": record, "label-studio": task}
+    for kind, row in rows.items():
+        (tmp_path / f"{kind}.json").write_text(json.dumps([row]))
+        formats.import_labels(tmp_path / f"{kind}.json", kind, tmp_path / f"{kind}.jsonl")
+        (label,) = labels.read_labels(tmp_path / f"{kind}.jsonl")
+        assert (label.annotator, label.ranks, label.order) == ("7", [2, 1], [0, 1])
+
+
 def test_trl_form_keeps_soft_labels(tmp_path: Path) -> None:
     """Of three texts: the first is likely better than the second, as good as the third, which the second may beat."""
     row = Label(1, "i", PAIR, "judge", "p", ["a", "b", "c"], [1, 2, 2], probabilities=[0.75, 0.5, 0.25], flips=1)
@@ -259,6 +289,24 @@ def test_alpaca_farm_form(tmp_path: Path) -> None:
     formats.import_labels(tmp_path / "out.json", "alpaca-farm", tmp_path / "back.jsonl")
     back = labels.read_labels(tmp_path / "back.jsonl")
     assert [row.ranks for row in back if row.annotator == "ann"] == [[2, 1], [1, 1]]
+
+
+def test_alpaca_farm_gives_prompts_back_as_they_were(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes?"), ("user", "Why?"))]
+    prompts: list[Any] = ["A text:", talk[:1], talk, "\n\nHuman: a text too\n\nAssistant:"]
+    rows = [Label(n, f"i{n}", PAIR, "ann", prompt, ["a", "b"], [1, 2]) for n, prompt in enumerate(prompts, 1)]
+    formats.export_labels(write(tmp_path / "labels.jsonl", rows), "alpaca-farm", out := tmp_path / "out.json")
+    formats.import_labels(out, "alpaca-farm", tmp_path / "back.jsonl")
+    assert [row.prompt for row in labels.read_labels(tmp_path / "back.jsonl")] == prompts
+    # AlpacaFarm's own rows are what a user says.
+    entries = json.loads(out.read_text())
+    out.write_text(json.dumps([{name: value for name, value in entries[0].items() if name != "prompt_form"}]))
+    formats.import_labels(out, "alpaca-farm", tmp_path / "own.jsonl")
+    (own,) = labels.read_labels(tmp_path / "own.jsonl")
+    assert own.prompt == [{"role": "user", "content": "A text:"}]
+    out.write_text(json.dumps([entries[0] | {"prompt_form": "turns"}]))
+    with pytest.raises(ValueError, match="prompt_form must be one of text, user, conversation, got 'turns'"):
+        formats.import_labels(out, "alpaca-farm", tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from textrl_gym.agents.raft import RAFT, best_of_groups, raft_loss
 from textrl_gym.core import Rollout
 from textrl_gym.envs import known_optimum
 from textrl_gym.envs.guess_number import GuessNumber
+from textrl_gym.mdp.text_env import TextVectorEnv
 from textrl_gym.registry import load_agent
 from textrl_gym.rollouts.batching import micro_batches
 from textrl_gym.training.agent import Agent
@@ -54,6 +55,24 @@ def test_pair_losses_by_hand() -> None:
     ):  # fmt: skip
         found_N = pair_loss(margin_N, loss, 0.5, torch.tensor(chance))  # type: ignore[arg-type]
         torch.testing.assert_close(found_N, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_pairs_of_the_prompts_that_are_not_used_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: dict[str, dict[str, str]] = {"prompts": {}, "pairs": {"chosen": "a", "rejected": "b"}}
+    words = "its columns chosen and rejected are not used"
+    for name, row in rows.items():
+        lines = [json.dumps(row | {"prompt": f"a b {n}"}) + "\n" for n in range(12)]
+        (path := tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        settings: dict[str, Any] = {"dataset": str(path), "reward": "regex:e", "max_new_tokens": 8}
+        env = TextVectorEnv(4, task="textrl_gym.envs.tldr_summarize", group_size=2, **settings)
+        agent = DPO(env, num_pairs=4, device="cpu", out=tmp_path / name)
+        assert words not in capsys.readouterr().err
+        for _ in range(2):
+            agent.collect()
+        assert capsys.readouterr().err.count(words) == int(name == "pairs")
+    pairs = DPO(env, device="cpu", out=tmp_path / "file", pairs=settings["dataset"])
+    pairs.collect()
+    assert words not in capsys.readouterr().err
 
 
 def test_ipo_is_least_at_half_of_one_over_beta() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from textrl_gym.bounds import check
 from textrl_gym.core import Row
-from textrl_gym.data.encoding import Chat
+from textrl_gym.data.encoding import Chat, write_chat
 from textrl_gym.data.rows import BadRow, check_characters, shown
 
 if TYPE_CHECKING:
@@ -36,9 +36,10 @@ class ChatSettings:
     """auto: conversations are written by the tokenizer's chat template, texts letter for letter; chat: a text is what a
     user says; none: no chat template."""
     system_prompt: str | None = None
-    """What stands before every conversation; with it, or with examples, a text is what a user says."""
+    """What stands before every conversation without a system message of its own; with it, or with examples, a text is
+    what a user says."""
     few_shot: Chat = dataclasses.field(default_factory=Chat)
-    """Messages between the system prompt and the conversation."""
+    """Messages behind the system message and before the rest of the conversation."""
 
     def __post_init__(self) -> None:
         check("template", self.template, Template)
@@ -161,41 +162,87 @@ def read_few_shot(given: str | Path | Sequence[Mapping[str, Any]] | None) -> Cha
         raise ValueError(f"{name} must be a list of {{'role', 'content'}}: {error}") from error
 
 
+def tools_of(row: Row) -> list[Any] | None:
+    """The tools that a row's column `tools` lists, as chat templates take them; None where it lists none.
+
+    Raises:
+        BadRow: it is neither a list of objects nor JSON of one.
+    """
+    tools = value = row.get("tools")
+    if isinstance(value, str):
+        try:
+            tools = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            raise BadRow("column 'tools' is no JSON", shown(value)) from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow("column 'tools' is no list of objects", shown(value))
+    return tools
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def conversation(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> Row:
     """The row with `chat`, the conversation that the chat template is to write, or with its text as `prompt`.
 
-    What begins with the settings' own messages already stays as it is: prompts that were written into a file
-    (`as_data`) have them, and may be read with the same settings.
+    A system message comes first and alone: the row's own, or else the settings'. The examples stand behind it. What has
+    the settings' own messages already stays as it is: prompts that were written into a file (`as_data`) have them, and
+    may be read with the same settings.
+
+    Raises:
+        BadRow: its tools are no list, where the chat template would write them.
     """
     chat = row.get("chat")
     if not isinstance(chat, Chat):
         if not settings.wraps_texts:
             return row
         chat = user(row["prompt"])
-    system = [] if settings.system_prompt is None else [{"role": "system", "content": settings.system_prompt}]
-    before = [*system, *settings.few_shot]
-    if chat[: len(before)] == before:
-        before = []
+    whole = _whole(chat, settings)
     if settings.template != "none" and tokenizer.chat_template:
-        return {**row, "chat": Chat([*before, *chat])}
-    beginning = as_text(before).removesuffix(ASSISTANT)
-    has_it = row["prompt"].startswith(beginning) and row["prompt"].endswith(ASSISTANT)
-    text = as_text([*before, *chat]) if before and not has_it else row["prompt"]
-    return {**row, "prompt": text, "chat": None}
+        return {**row, "chat": Chat(whole, tools_of(row))}
+    as_it_is = whole == chat or _has_them(row["prompt"], settings)
+    return {**row, "prompt": row["prompt"] if as_it_is else as_text(whole), "chat": None}
+
+
+def _whole(chat: Chat, settings: ChatSettings) -> Chat:
+    """A conversation behind its system message and the examples."""
+    own, rest = _system(chat)
+    system, examples = _system(settings.few_shot)
+    if settings.system_prompt is not None:
+        system = [{"role": "system", "content": settings.system_prompt}, *system]
+    return Chat([*(own or system), *([] if rest[: len(examples)] == examples else examples), *rest])
+
+
+def _system(turns: Chat) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The system messages that a conversation begins with, and its other turns."""
+    first = next((n for n, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    return turns[:first], turns[first:]
+
+
+def _has_them(text: str, settings: ChatSettings) -> bool:
+    """Whether a text is a conversation, as `as_text` writes it, behind a system message and the examples already."""
+    system, examples = _system(settings.few_shot)
+    head, there, _ = text.partition(as_text(examples).removesuffix(ASSISTANT) or HUMAN)
+    if not there or not text.endswith(ASSISTANT):
+        return False
+    if not head:
+        return settings.system_prompt is None and not system
+    return head.startswith("\n\n") and not head.startswith((HUMAN, ASSISTANT))
 
 
 def written(row: Row, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> Row:
-    """The row as an environment has it: `prompt` is what the policy reads, also where the chat template wrote it."""
+    """The row as an environment has it: `prompt` is what the policy reads, also where the chat template wrote it.
+
+    Raises:
+        BadRow: the chat template refuses the conversation, or see `conversation`.
+    """
     row = conversation(row, tokenizer, settings)
     chat = row.get("chat")
     if not isinstance(chat, Chat):
         return row
-    # A text and no list of ids: tokenize=False, of one conversation.
-    text = cast(str, tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True))
-    return {**row, "prompt": text}
+    return {**row, "prompt": write_chat(chat, tokenizer)}
 
 
 def as_data(row: Row) -> str | list[dict[str, str]]:
@@ -206,6 +253,12 @@ def as_data(row: Row) -> str | list[dict[str, str]]:
     chat = row.get("chat")
     prompt: str = row["prompt"]
     return list(chat) if isinstance(chat, Chat) else prompt
+
+
+def tools_as_data(row: Row) -> dict[str, Any]:
+    """A column beside `as_data` for the tools of a conversation that has any."""
+    chat = row.get("chat")
+    return {"tools": chat.tools} if isinstance(chat, Chat) and chat.tools else {}
 
 
 def completion_as_data(row: Row, text: str) -> str | list[dict[str, str]]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 from textrl_gym.core import PROMPTS_KEEP_EOS
+from textrl_gym.data.rows import BadRow
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,13 +45,41 @@ class Chat(list[dict[str, str]]):
     """A conversation that the tokenizer's chat template writes: {"role", "content"} for each turn.
 
     A class of its own, so that a list in a column of a data set is never taken for one.
+
+    Args:
+        tools: what the template is told that the assistant may call; None: those of `turns`, where that is a Chat.
     """
+
+    def __init__(self, turns: Iterable[dict[str, str]] = (), tools: list[Any] | None = None) -> None:
+        super().__init__(turns)
+        self.tools: list[Any] | None = getattr(turns, "tools", None) if tools is None else tools
 
 
 def prompt_of(row: Mapping[str, Any]) -> str | Chat:
     """What a row's completions stand behind: its conversation where a chat template writes it, else its text."""
     chat = row.get("chat")
     return chat if isinstance(chat, Chat) else row["prompt"]
+
+
+REFUSED = "the model's chat template refused the conversation"
+
+
+def write_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, answered: bool = False) -> str:
+    """A conversation as the tokenizer's chat template writes it.
+
+    Args:
+        answered: the last turn is the answer; else the template begins one.
+
+    Raises:
+        BadRow: the template refuses it, or fails.
+    """
+    try:
+        # A text and no list of ids: tokenize=False, of one conversation.
+        how: dict[str, Any] = {"tools": chat.tools, "tokenize": False, "add_generation_prompt": not answered}
+        text = tokenizer.apply_chat_template(list(chat), **how)
+    except Exception as error:  # whatever a template raises, by raise_exception() or by a fault of its own
+        raise BadRow(REFUSED, str(error) or type(error).__name__) from error
+    return cast("str", text)
 
 
 class Encoded(NamedTuple):
@@ -283,19 +312,29 @@ class TextCodec:
 
         Args:
             answered: the last turn is the answer; else the template begins one.
+
+        Raises:
+            BadRow: the template refuses the conversation.
         """
         # Marked before the template writes, so that the names in what people say can be told from its own.
-        mark = rf"{MARK_BEGIN}\g<0>{MARK_END}"
-        marked = [{**turn, "content": self.name.sub(mark, _unmarked(turn["content"]))} for turn in chat]
-        text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=not answered)
+        marked = [{**turn, "content": self._marked(turn["content"])} for turn in chat]
+        text = write_chat(Chat(marked, self._marked(chat.tools)), self.tokenizer, answered=answered)
         # [template, name, template, name, ..., template]; a mark that the template has parted from its name is None
         marks = f"{MARK_BEGIN}({self.name.pattern}){MARK_END}|[{MARK_BEGIN}{MARK_END}]"
-        first, *pieces = re.split(marks, cast("str", text))
+        first, *pieces = re.split(marks, text)
         ids = self._template_ids(first)
         for n, piece in enumerate(pieces):
             if piece:
                 ids += self.behind(piece) if n % 2 == 0 else self.template(piece)
         return ids
+
+    def _marked(self, value: Any) -> Any:
+        """What people wrote, in whatever it stands, with marks around the names of special tokens."""
+        if isinstance(value, str):
+            return self.name.sub(rf"{MARK_BEGIN}\g<0>{MARK_END}", _unmarked(value))
+        if isinstance(value, Mapping):
+            return {name: self._marked(one) for name, one in value.items()}
+        return [self._marked(one) for one in value] if isinstance(value, list) else value
 
     def template(self, text: str) -> list[int]:
         """Token ids of what a chat template writes behind something: names of special tokens are tokens."""
@@ -397,7 +436,7 @@ def _answer(chat: Chat, text: str, text_codec: TextCodec, ends: Mapping[str, int
     """The answer to a conversation, with the end that the chat template gives it."""
     text, end = split_end(text, ends)
     asked = text_codec.chat(chat)
-    whole = text_codec.chat(Chat([*chat, {"role": "assistant", "content": text}]), answered=True)
+    whole = text_codec.chat(Chat([*chat, {"role": "assistant", "content": text}], chat.tools), answered=True)
     rest = whole[len(asked) :]
     last = next((n for n, i in enumerate(rest) if i in ends.values()), None)
     # A template that writes an answered turn otherwise than it begins one, or ends none: the text alone, and EOS.

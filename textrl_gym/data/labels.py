@@ -80,7 +80,7 @@ class Label:
     all_bad: bool = False
     """Whether the annotator held every completion for bad; a tie, then."""
     order: list[int] = dataclasses.field(default_factory=list)
-    """Places in `completions`, in the order in which they were shown."""
+    """Places in `completions`, in the order in which they were shown; empty where it is not known."""
     confidence: int | None = None
     """1 (a guess) to 4 (certain), where it was given."""
     comment: str = ""

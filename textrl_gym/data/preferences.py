@@ -480,7 +480,7 @@ def _open(source: sources.Source, tokenizer: PreTrainedTokenizerBase | None, set
 
     def convert(row: Row) -> dict[str, Any]:
         with _fitting(schema):
-            return {**row, **_texts(_converted(schema, row), tokenizer, settings)}
+            return {**row, **_texts(_converted(schema, row), tokenizer, settings, row.get("tools"))}
 
     return raw, schema, convert, look_through(raw, source.words, [], convert)
 
@@ -523,8 +523,14 @@ def check_score(row: Row, name: str) -> None:
         _label(row, name)
 
 
-def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None, settings: ChatSettings) -> dict[str, Any]:
-    """A preference with every part a text, as a policy reads and writes it."""
+def _texts(
+    preference: Preference, tokenizer: PreTrainedTokenizerBase | None, settings: ChatSettings, tools: object = None
+) -> dict[str, Any]:
+    """A preference with every part a text, as a policy reads and writes it.
+
+    Args:
+        tools: the column of its row.
+    """
     prompt, texts, dialogue = preference.prompt, preference.completions, preference.dialogue
     for text in [*texts, *([prompt] if isinstance(prompt, str) else [])]:
         if not isinstance(text, str):
@@ -537,7 +543,7 @@ def _texts(preference: Preference, tokenizer: PreTrainedTokenizerBase | None, se
     elif dialogue:
         row = {"prompt": prompt, "chat": chat.dialogue(prompt)}
     if tokenizer is not None:
-        row = chat.written(row, tokenizer, settings)
+        row = chat.written({**row, "tools": tools}, tokenizer, settings)
     by_template = tokenizer is not None and tokenizer.chat_template and settings.template != "none"
     spoken = row["chat"] if by_template else None
     if spoken is not None:

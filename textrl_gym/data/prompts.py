@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from textrl_gym.core import PROMPTS_KEEP_EOS, Row
@@ -138,6 +138,7 @@ def encode_conversation(
     at the end of its body where it ends in keep_suffix, else at its beginning.
 
     Raises:
+        BadRow: the template refuses the conversation.
         ValueError: the template and the system prompt leave no room for the last turn.
     """
     text_codec = encoding.codec(tokenizer)
@@ -148,9 +149,11 @@ def encode_conversation(
         later = [n for n, turn in enumerate(turns) if n > first and turn["role"] == "user"]
         del turns[first : later[0] if later else len(turns) - 1]
         ids = text_codec.chat(turns)
+    if len(ids) <= max_prompt_tokens:
+        return ids
     text, whole = turns[-1]["content"], len(ids)
     suffix = keep_suffix if text.endswith(keep_suffix) else ""
-    room = max_prompt_tokens - len(text_codec.chat(Chat([*turns[:-1], {**turns[-1], "content": ""}])))
+    room = max_prompt_tokens - len(text_codec.chat(Chat([*turns[:-1], {**turns[-1], "content": ""}], turns.tools)))
     while len(ids) > max_prompt_tokens:
         if room < 1:
             raise ValueError(
@@ -188,16 +191,18 @@ def unspeakable(
     faults: list[BadRow | None] = [None] * len(conversations)
     for place, turns in enumerate(conversations):
         before, last = [turn for turn in turns[:-1] if turn["role"] == "system"], turns[-1]
-        frame = (last["role"], *(turn["content"] for turn in before))
-        roles = tuple(turn["role"] for turn in turns)
+        tools = json.dumps(turns.tools)
+        frame = (last["role"], tools, *(turn["content"] for turn in before))
+        roles = (tools, *(turn["role"] for turn in turns))
         try:
             if roles not in written:  # some templates want users and assistants to take turns
-                text_codec.chat(Chat([{**turn, "content": "a"} for turn in turns]))
+                text_codec.chat(Chat([{**turn, "content": "a"} for turn in turns], turns.tools))
                 written.add(roles)
             if frame not in sizes:
-                sizes[frame] = len(text_codec.chat(Chat([*before, {**last, "content": ""}]))) + MERGE_SLACK
-        except TemplateError as error:
-            faults[place] = BadRow(UNCUTTABLE, str(error))
+                empty = Chat([*before, {**last, "content": ""}], turns.tools)
+                sizes[frame] = len(text_codec.chat(empty)) + MERGE_SLACK
+        except BadRow:  # it may take the turns themselves: encoding them tells
+            unsure.append(place)
             continue
         text, room = last["content"], max_prompt_tokens - sizes[frame]
         if text and room >= MERGE_SLACK:
@@ -210,9 +215,15 @@ def unspeakable(
     for place in unsure:
         try:
             encode_conversation(conversations[place], tokenizer, max_prompt_tokens, keep_suffix)
-        except (ValueError, TemplateError) as error:
-            faults[place] = BadRow(UNCUTTABLE, str(error))
+        except ValueError as error:
+            faults[place] = unencodable(error)
     return faults
+
+
+def unencodable(error: ValueError) -> BadRow:
+    """Why a row gives no prompt, of the error that encoding it raised."""
+    # What says by itself what is wrong, as the chat template does, keeps its reason.
+    return error if isinstance(error, BadRow) else BadRow(UNCUTTABLE, str(error))
 
 
 UNCUTTABLE = "its prompt cannot be encoded within max_prompt_tokens"
@@ -464,7 +475,12 @@ def _open(source: sources.Source, schemas: Sequence[PromptSchema], rules: RowRul
         raw = Mapped(raw, webgpt_row)
     columns = first_columns(raw, source.words)
     schema = sources.match_schema(schemas, columns, source.words)
-    scan = look_through(raw, source.words, columns, schema.convert, rules.check)
+
+    def looked_at(row: Row) -> dict[str, Any]:
+        # The chat template writes a conversation's tools too.
+        return schema.convert(row) | ({"tools": row["tools"]} if row.get("tools") else {})
+
+    scan = look_through(raw, source.words, columns, looked_at, rules.check)
 
     def convert(row: Row) -> dict[str, Any]:
         # Rewards get whole columns, so every row has every column.

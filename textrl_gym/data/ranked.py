@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from textrl_gym.data import encoding, labels, preferences, prompts
 from textrl_gym.data.chat import ChatSettings
-from textrl_gym.data.rows import BadRow, Dropped, OnBadRows, RowReport, say_once, settle
+from textrl_gym.data.rows import Dropped, OnBadRows, RowReport, say_once, settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +111,7 @@ def read_preferences(
         try:
             prompt_ids = encode_prompt(row, task, tokenizer, prompt_budget)
         except ValueError as error:
-            bad.add(rows.where(number), BadRow(prompts.UNCUTTABLE, str(error)))
+            bad.add(rows.where(number), prompts.unencodable(error))
             continue
         ranked.append(RankedCompletions(prompt_ids, ids, pairs, [], 0, weights, chances, str(row.get("subset") or "")))
     where = f"dataset {dataset!r}, split {split!r}"

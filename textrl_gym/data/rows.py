@@ -391,6 +391,8 @@ def settle(report: RowReport, where: str, bad_rows: OnBadRows) -> None:
     if not bad:
         return
     words = f"{where}: {bad:,} of {report.total:,} rows cannot be used: {report}"
+    if bad_rows == "stop" and bad == report.total:
+        raise ValueError(words)  # to leave them out would leave none
     if bad_rows == "stop":
         flags = "--env.bad-rows skip; of reward-model --evaluate --bad-rows skip"
         raise ValueError(f'{words}. bad_rows="skip" ({flags}) leaves them out')

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from textrl_gym.data.rows import Joined, RawRows, remembered
 from textrl_gym.data.text_files import IN_MEMORY_BYTES, CsvRows, JsonLines, ListRows, read_json
 from textrl_gym.extras import install
+from textrl_gym.files import STATE_FILE
 
 if TYPE_CHECKING:
     import datasets
@@ -45,6 +47,8 @@ CONFIGS = {
 """The configuration of data sets that have several."""
 MOST_STREAMED_ROWS = 1_000_000
 """Of a data set that is larger than the disk."""
+SAVED = ("state.json", "dataset_dict.json")
+"""What datasets' save_to_disk writes into a folder."""
 PARQUET = "refs/convert/parquet"
 """The Hub's branch with the data of a data set's script as parquet files."""
 
@@ -98,11 +102,34 @@ def _stamp(files: Sequence[Path]) -> Hashable:
     return tuple((str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
+def located(dataset: str, folder: Path) -> str:
+    """Where the data are that a run's folder names; the name itself where nothing is called so.
+
+    A relative path was right in the working folder where it was written, which nothing tells. It is looked for in the
+    working folder, then beside the folder, and then in those above it.
+    """
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return dataset
+    candidates = [Path(os.path.normpath(place / path)) for place in folder.resolve().parents]
+    fits = _holds_data if _DATASET_ID.fullmatch(dataset) else Path.exists
+    return next((str(there) for there in candidates if there != folder.resolve() and fits(there)), dataset)
+
+
+def _holds_data(path: Path) -> bool:
+    """Whether this is surely a data set, where a Hub id has the same name as a file, a folder or another run."""
+    if path.is_file():
+        return path.name.endswith(FORMATS)
+    if not path.is_dir() or (path / STATE_FILE).is_file():
+        return False
+    return any((path / name).is_file() for name in SAVED) or bool(_files_by_split(path))
+
+
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
 def _open_folder(folder: Path, split: str, names: Mapping[str, tuple[str, ...]]) -> Source:
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if any((folder / name).is_file() for name in SAVED):
         return _open_saved(folder, split, names)
     files_by_split = _files_by_split(folder)
     chosen, whole = _choose(split, names, files_by_split)

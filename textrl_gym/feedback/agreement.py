@@ -58,7 +58,8 @@ class Annotator:
     seconds: float | None
     """Median time of an answer."""
     first: Estimate | None
-    """Share of preferences for the completion that was shown earlier; 0.5 without a bias, since sides are random."""
+    """Share of preferences for the completion that was shown earlier, where the order is known; 0.5 without a bias,
+    since sides are random."""
     flipped: Estimate | None
     """Share of comparisons whose verdict turned round with the order, of a judge that is asked in both."""
     longer: Estimate | None
@@ -204,7 +205,7 @@ def _person(name: str, own: Sequence[Label], accuracy: float | None, reliability
         ties=sum(label.ranks is not None and len(set(label.ranks)) == 1 for label in pairs),
         skipped=sum(label.ranks is None for label in pairs),
         seconds=statistics.median(times) if times else None,
-        first=_share(float(_shown_earlier(label, key) == decision) for label, key, decision in _preferences(pairs)),
+        first=_share(_first_preferred(pairs)),
         flipped=_share(_flipped(pairs)),
         longer=_share(_longer_preferred(pairs)),
         myself=_share(_alike_again(own)),
@@ -224,10 +225,14 @@ def _preferences(rows: Iterable[Label]) -> Iterator[tuple[Label, Comparison, int
     return ((label, key, decision) for label, key, decision in decided(rows) if decision < 2)
 
 
-def _shown_earlier(label: Label, key: Comparison) -> int:
-    """0 where the completion at the lower place was shown before the other, else 1."""
-    order = label.order or list(range(len(label.completions)))
-    return int(order.index(key[1]) > order.index(key[2]))
+def _first_preferred(pairs: Iterable[Label]) -> Iterator[float]:
+    """Of every preference whose order is known, 1 where it is for what was shown earlier.
+
+    A file of chosen and rejected says nothing of the order, and its own is no annotator's choice.
+    """
+    for label, (_, a, b), decision in _preferences(pairs):
+        if label.order:
+            yield float(decision == int(label.order.index(a) > label.order.index(b)))
 
 
 def _flipped(rows: Iterable[Label]) -> Iterator[float]:

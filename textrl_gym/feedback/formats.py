@@ -3,7 +3,8 @@
 trl            a line for each preference: prompt, chosen, rejected (TRL's form), and probability of soft labels
 openai         a line for each comparison of two: info, summaries, choice, worker, extra.confidence, as
                openai/summarize_from_feedback has them; choice is null for a tie
-alpaca-farm    a list of comparisons of two: instruction, input, output_1, output_2, preference (1, 2, 0 for a tie)
+alpaca-farm    a list of comparisons of two: instruction, input, output_1, output_2, preference (1, 2, 0 for a tie);
+               and prompt_form, whether a prompt was a text, what a user says (as AlpacaFarm's are) or a conversation
 argilla        a list of records, as Argilla 2 exports them: fields prompt and answer_1, ...; a ranking question
 label-studio   a list of tasks with their annotations, for the template of pairwise comparison
 
@@ -149,13 +150,31 @@ def _alpaca_farm(rows: Sequence[Label]) -> Iterator[dict[str, Any]]:
     for label, order, choice in _of_two(rows, "alpaca-farm"):
         texts = {f"output_{n}": label.completions[place] for n, place in enumerate(order, 1)}
         preference = {"preference": 0 if choice is None else choice + 1, "annotator": label.annotator}
-        yield {"instruction": _instruction(label.prompt), "input": "", **texts, **preference}
+        form, instruction = _instruction(label.prompt)
+        yield {"instruction": instruction, "input": "", **texts, **preference, "prompt_form": form}
 
 
-def _instruction(prompt: Prompt) -> str:
-    """What a user said, where that is all; else the conversation as a text."""
-    alone = not isinstance(prompt, str) and len(prompt) == 1 and prompt[0]["role"] == "user"
-    return prompt[0]["content"] if alone and not isinstance(prompt, str) else _as_text(prompt)
+PromptForm = Literal["text", "user", "conversation"]
+
+
+def _instruction(prompt: Prompt) -> tuple[PromptForm, str]:
+    """What a user said, where that is all; else the text, or the conversation as one."""
+    if isinstance(prompt, str):
+        return "text", prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return "user", prompt[0]["content"]
+    return "conversation", _as_text(prompt)
+
+
+def _instructed(text: str, form: object) -> Prompt:
+    """The prompt that an instruction was."""
+    if form not in (None, *get_args(PromptForm)):
+        raise ValueError(f"prompt_form must be one of {', '.join(get_args(PromptForm))}, got {form!r}")
+    turns = chat.dialogue(text) if form == "conversation" else None
+    if turns is not None and _as_text(list(turns)) == text:
+        return list(turns)
+    # A conversation with a system message has no form as a text that can be told from its turns.
+    return text if form in ("text", "conversation") else [{"role": "user", "content": text}]
 
 
 def _as_text(prompt: Prompt) -> str:
@@ -258,7 +277,6 @@ class Given:
 
     prompt: Prompt
     completions: list[str]
-    """As they were shown."""
     ranks: list[int] | None
     annotator: str = UNKNOWN
     confidence: int | None = None
@@ -268,6 +286,8 @@ class Given:
     time: str = ""
     models: list[str] = dataclasses.field(default_factory=list)
     spans: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    as_shown: bool = True
+    """Whether the completions stand as they were shown; else nothing says how they were."""
 
 
 def import_labels(file: Path, kind: Format, out: Path) -> int:
@@ -321,14 +341,14 @@ def _as_labels(given: Iterable[Given]) -> Iterator[Label]:
     for number, one in enumerate(given, 1):
         item = item_id(one.prompt, one.completions)
         completions = first.setdefault(item, one.completions)
-        # Where each completion of the item was shown.
+        # Where each completion stands among the item's.
         order = [completions.index(text) for text in one.completions]
         ranks = None if one.ranks is None else [one.ranks[order.index(place)] for place in range(len(order))]
         spans = [span | {"completion": order[span["completion"]]} for span in one.spans]
         models = [one.models[order.index(place)] for place in range(len(order))] if one.models else []
         label = Label(
-            number, item, PAIR, one.annotator, one.prompt, completions, ranks, one.all_bad, order, one.confidence,
-            one.comment, spans, one.seconds, one.time, models,
+            number, item, PAIR, one.annotator, one.prompt, completions, ranks, one.all_bad,
+            order if one.as_shown else [], one.confidence, one.comment, spans, one.seconds, one.time, models,
         )  # fmt: skip
         labels.check_label(dataclasses.asdict(label))
         yield label
@@ -339,7 +359,8 @@ def _from_trl(row: Mapping[str, Any]) -> Iterator[Given]:
     preference = schema.convert(dict(row))
     for chosen, rejected in preference.pairs:
         texts = [preference.completions[chosen], preference.completions[rejected]]
-        yield Given(_plain(preference.prompt), texts, [1, 2], str(row.get("annotator") or UNKNOWN))
+        annotator = str(row.get("annotator") or UNKNOWN)
+        yield Given(_plain(preference.prompt), texts, [1, 2], annotator, as_shown=False)
 
 
 def _plain(prompt: str | preferences.Talk) -> Prompt:
@@ -374,7 +395,7 @@ def _from_alpaca_farm(row: Mapping[str, Any]) -> Iterator[Given]:
     ranks = {1: [1, 2], 2: [2, 1]}.get(preference, [1, 1])
     prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
     texts = [str(row["output_1"]), str(row["output_2"])]
-    yield Given([{"role": "user", "content": prompt}], texts, ranks, str(row.get("annotator") or UNKNOWN))
+    yield Given(_instructed(prompt, row.get("prompt_form")), texts, ranks, str(row.get("annotator") or UNKNOWN))
 
 
 def _from_argilla(row: Mapping[str, Any]) -> Iterator[Given]:
@@ -394,6 +415,7 @@ def _from_argilla(row: Mapping[str, Any]) -> Iterator[Given]:
             [ranks_of[name] for name in names],
             people.get(user, user),
             comment=comments.get(user, ""),
+            as_shown=user not in people,  # who answered before the export was shown another order
         )
 
 
@@ -427,6 +449,7 @@ def _from_label_studio(row: Mapping[str, Any]) -> Iterator[Given]:
             seconds=annotation.get("lead_time"),
             time=annotation.get("created_at") or "",
             spans=spans,
+            as_shown=not isinstance(person, str),  # a name is the export's; Label Studio has numbers
         )
 
 

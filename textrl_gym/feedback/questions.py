@@ -140,6 +140,8 @@ def environment_of(run: Path, env: EnvSettings) -> tuple[str, EnvSettings]:
     default = EnvSettings()
     names = ("dataset", "max_prompt_tokens", "max_new_tokens", "template", "system_prompt")
     saved = {name: state["env"][name] for name in names if state["env"].get(name) is not None}
+    if "dataset" in saved:
+        saved["dataset"] = sources.located(saved["dataset"], run)
     own = {name: value for name, value in saved.items() if getattr(env, name) == getattr(default, name)}
     return env_id, dataclasses.replace(env, **own)
 

@@ -61,7 +61,8 @@ class EnvSettings:
     """auto: conversations are written by the tokenizer's chat template, texts letter for letter; chat: a text is what a
     user says; none: no chat template."""
     system_prompt: str | None = None
-    """Stands before every conversation; with it, or with few_shot, a text is what a user says."""
+    """Stands before every conversation without a system message of its own; with it, or with few_shot, a text is what a
+    user says."""
     few_shot: str | None = None
     """A JSON file of messages, [{"role": ..., "content": ...}, ...], before every conversation."""
 

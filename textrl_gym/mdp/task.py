@@ -171,7 +171,7 @@ class Task:
                 self.encode(row, tokenizer, max_prompt_tokens)
                 faults.append(None)
             except ValueError as error:
-                faults.append(BadRow(prompts.UNCUTTABLE, str(error)))
+                faults.append(prompts.unencodable(error))
         return faults
 
 

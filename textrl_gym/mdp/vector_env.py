@@ -92,8 +92,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             or "skip". All of them are looked at here.
         template: "auto": conversations are written by the tokenizer's chat template, texts letter for letter; "chat": a
             text is what a user says; "none": no chat template.
-        system_prompt: stands before every conversation; with it, or with few_shot, a text is what a user says.
-        few_shot: messages, {"role", "content"}, before every conversation; or a JSON file of them.
+        system_prompt: stands before every conversation that has no system message of its own; with it, or with
+            few_shot, a text is what a user says.
+        few_shot: messages, {"role", "content"}, before every conversation, behind its system message; or a JSON file
+            of them.
         device: where the tensors live: "cpu", "cuda", "auto".
         array: "numpy", or "torch" to keep tensors on the device.
         render_mode: "ansi", "human", "rgb_array" (needs Pillow) or None.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from textrl_gym import files
 from textrl_gym.bounds import MOST_ROWS, Seed, check_settings
 from textrl_gym.core import Row
-from textrl_gym.data.chat import as_data, completion_as_data
+from textrl_gym.data.chat import as_data, completion_as_data, tools_as_data
 from textrl_gym.data.preferences import PROBABILITY
 from textrl_gym.judges.annotators import Annotators
 from textrl_gym.judges.judge import Answer, Judge, compare
@@ -264,7 +264,7 @@ class Pairer(CompletionSampler):
 
     def _pair(self, row: Row, texts: list[str], chosen: int) -> dict[str, Any]:
         order, names = {"chosen": chosen, "rejected": 1 - chosen}, self.writers(2)
-        pair: dict[str, Any] = {"prompt": as_data(row)}
+        pair: dict[str, Any] = {"prompt": as_data(row)} | tools_as_data(row)
         pair |= {name: completion_as_data(row, texts[place]) for name, place in order.items()}
         return pair | {f"model_{name}": names[place] for name, place in order.items()}
 

@@ -145,7 +145,8 @@ class RewardModel:
         if self.appends_eos and self._is_cut_off(completion_ids):  # it was trained on those without an end
             ids = [*text_codec.chat(chat), *text_codec.behind(completion, unknown="skip")]
         else:
-            ids = text_codec.chat(Chat([*chat, {"role": "assistant", "content": completion}]), answered=True)
+            whole = Chat([*chat, {"role": "assistant", "content": completion}], chat.tools)
+            ids = text_codec.chat(whole, answered=True)
         if len(ids) > self.limit:
             self._say_cut(len(ids), "the beginning of the conversation")
         return cut_beginning(ids, self.tokenizer, self.limit)

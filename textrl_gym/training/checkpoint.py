@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from textrl_gym import files, registry
+from textrl_gym.data import sources
 from textrl_gym.kl import KLPenalty
 from textrl_gym.mdp.task import Task, load_env_task
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
@@ -194,6 +195,8 @@ def _load(
         raise ValueError(f"{str(folder)!r} holds the agent {state['agent']!r}, not {cls.__name__}")
     expected = dependencies.known(state, file)
     config = state["config"] | settings
+    if isinstance(config.get("pairs"), str) and "pairs" not in settings:  # a file as the dataset is one
+        config["pairs"] = sources.located(config["pairs"], folder)
     # Guided decoding, for one, loads a PPO on an environment of one row.
     if isinstance(getattr(env, "unwrapped", None), TextVectorEnv):  # its own number of rows counts
         config = {k: v for k, v in config.items() if k in settings or k not in ("rollout_episodes", "group_size")}
@@ -303,13 +306,21 @@ def _saved_env(
         other = dependencies.other_reward(folder, changes["reward"], expected)
         if other is not None:
             warnings.warn(other, stacklevel=2)
-    return TextVectorEnv(
-        state["num_envs"],
-        task=state["task"],
-        autoreset_mode=AutoresetMode.DISABLED,
-        device=str(loading.resolve_device(device)),
-        **(settings | {"tokenizer": str(folder / "model"), "array": "torch"}),
-    )
+    dataset = settings.get("dataset")
+    if isinstance(dataset, str) and "dataset" not in changes:
+        settings["dataset"] = sources.located(dataset, folder)
+    try:
+        return TextVectorEnv(
+            state["num_envs"],
+            task=state["task"],
+            autoreset_mode=AutoresetMode.DISABLED,
+            device=str(loading.resolve_device(device)),
+            **(settings | {"tokenizer": str(folder / "model"), "array": "torch"}),
+        )
+    except ValueError as error:
+        if "dataset" in changes or repr(dataset) not in str(error):
+            raise
+        raise ValueError(f"{error}; {dependencies.FLAGS['dataset']}") from error
 
 
 def _models(folder: Path, reference: str | None, initial: str | None, task: Task) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FLAGS = {
     "model": "say where it is with --base-model FOLDER (in Python base_model=)",
     "reference": "put it there again, or give the reference as a loaded model",
+    "dataset": "say where it is with --env.dataset (in Python env_settings={'dataset': ...})",
     "reward": "say where it is with --env.reward (in Python env_settings={'reward': ...})",
 }
 
