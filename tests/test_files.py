@@ -84,3 +84,11 @@ def test_a_lock_is_had_once_and_its_errors_are_told(tmp_path: Path, monkeypatch:
         fail(errno.EIO)
         with pytest.raises(OSError, match="Input/output error"):
             files.lock(two.fileno())
+
+
+def test_a_new_folder_takes_no_other_ones_name(tmp_path: Path) -> None:
+    folders = [files.make_new_folder(tmp_path / "runs" / "a") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["a", "a-2", "a-3"] and all(folder.is_dir() for folder in folders)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file' cannot be written: File exists"):
+        files.make_new_folder(tmp_path / "file" / "a")

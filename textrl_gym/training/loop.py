@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
-from textrl_gym import functional, processes
+from textrl_gym import files, functional, processes
 from textrl_gym.console import plain, time_columns
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
@@ -510,8 +510,8 @@ def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], time
 
 
 def _new_folder(agent: Learner) -> Path:
-    task = type(agent.env.task).__name__
-    return Path("runs") / f"{type(agent).__name__}-{task}-seed{agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{type(agent).__name__}-{type(agent.env.task).__name__}-seed{agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return files.make_new_folder(Path("runs") / name)  # another run may begin in the same second
 
 
 def _each(callback: BaseCallback) -> Iterator[BaseCallback]:
