@@ -21,6 +21,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym import files, functional, processes
+from textrl_gym.bounds import shown
 from textrl_gym.console import plain, time_columns
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
@@ -403,10 +404,14 @@ class _Run:
                 require_finite_rollout(rollout)
         return rollout
 
-    def _update(self, rollout: Rollout) -> dict[str, float]:
+    def _update(self, rollout: Rollout) -> Mapping[str, float]:
         self.last.before_update()
         with self._naming_update(), distributed.updating(self.agent):
-            return self.agent.update(rollout)
+            metrics = self.agent.update(rollout)
+        if not isinstance(metrics, Mapping):  # of a subclass that forgets to return them
+            name = type(self.agent).__name__
+            raise TypeError(f"update(rollout) of {name} must return a mapping of numbers, got {shown(metrics)}")
+        return metrics
 
     @contextlib.contextmanager
     def _naming_update(self) -> Iterator[None]:
