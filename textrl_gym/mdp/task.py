@@ -338,7 +338,8 @@ def load_env_task(env_id: str) -> Task:
     Raises:
         ValueError: there is no such environment of text.
     """
-    return load_task(registry.text_envs()[registry.find_env(env_id)])
+    env_id = registry.find_env(env_id)  # first: it may register the id
+    return load_task(registry.text_envs()[env_id])
 
 
 def checkpoint_base(spec: str | Path) -> str | nn.Module | None:
