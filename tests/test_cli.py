@@ -404,6 +404,15 @@ def test_help_has_panels_and_an_example(capsys: pytest.CaptureFixture[str], monk
     assert "usage: textrl-gym train AGENT ENV " in out
 
 
+def test_help_of_the_split_is_true_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "evaluate", "--help")
+    words = " ".join(out.replace("│", " ").split())
+    # Not "the prompts of training", beside a default that is none of these.
+    assert (
+        "Which prompts: train are those of training, validation and test are held out. (default: validation)" in words
+    )
+
+
 @pytest.mark.parametrize("command", sorted(main.COMMANDS))
 def test_help_is_narrow_and_says_no_type_twice(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

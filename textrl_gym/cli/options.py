@@ -306,7 +306,7 @@ EXAMPLES = {
     "compare": "compare CopyText-v0 --agents ppo grpo --seeds 3 --total-timesteps 1e5 --out runs/two",
     "lesson": "lesson MathWords-v0",
     "sizes": "sizes CalibratedQA-v0 --out runs/sizes",
-    "reproduce": "reproduce runs/two/runs/grpo-seed0",
+    "reproduce": "reproduce runs/two/runs/grpo-0",
     "report": "report runs/grpo",
     "judge": "judge runs/two --judge gold --against start",
     "watch": "watch runs/two",
