@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import textrl_gym
 from textrl_gym import registry
+from textrl_gym.agents import Reinforce
 from textrl_gym.core import Row, StopReason
 from textrl_gym.evaluation.check_env import PROPERTIES, check_env
 from textrl_gym.mdp.render import Renderer
@@ -248,7 +249,7 @@ def test_step_before_reset_and_after_the_end() -> None:
         env.step(1)
     env.reset(seed=0)
     env.step(EOS_ID)
-    with pytest.raises(ValueError, match=r"rows \[0\] have ended"):
+    with pytest.raises(ValueError, match=r"^the episode has ended: call reset\(\)$"):
         env.step(1)
 
 
@@ -341,6 +342,17 @@ def test_check_env_leaves_the_environment_alone() -> None:
 def test_check_env_of_another_environment() -> None:
     with pytest.raises(ValueError, match="is not a text environment"):
         check_env("CartPole-v1")
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Blackjack-v1"])  # with a vector environment, and without one
+def test_an_agent_of_another_environment_is_refused_by_its_name(env_id: str) -> None:
+    with pytest.raises(ValueError, match=f"^'{env_id}' is not a text environment"):
+        Reinforce(env_id)
+    agent = Reinforce("CopyText-v0", rollout_episodes=8)
+    with pytest.raises(ValueError, match=f"^'{env_id}' is not a text environment"):
+        agent.set_env(env_id)
+    with pytest.raises(ValueError, match=f"^'{env_id}' is not a text environment"):
+        textrl_gym.evaluate(agent, env_id, episodes=2)
 
 
 def test_check_env_of_a_task_of_ones_own() -> None:
