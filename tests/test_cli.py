@@ -350,6 +350,31 @@ def test_resume_of_a_finished_run(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "is no saved agent" in one_error(capsys, "train", "--resume", tmp_path)
 
 
+def test_a_folder_of_another_run_names_the_agent_first_and_how_to_train_for_longer(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = one_error(capsys, "train", "ppo", "CopyText-v0", *TINY, "--seed", 3, "--out", trained)
+    assert "holds a run already, with agent='grpo', not 'ppo': go on with --resume" in line
+    line = one_error(capsys, "train", "grpo", "MathWords-v0", *TINY, "--seed", 3, "--out", trained)
+    assert "with environment='CopyText-v0', not 'MathWords-v0'" in line
+    again = ["train", "grpo", "CopyText-v0", *TINY, "--seed", 3]
+    longer = ["--total-timesteps", 700]
+    # Another setting differs too: it is another run.
+    assert "with seed=3, not 4" in one_error(capsys, *again, *longer, "--seed", 4, "--out", trained)
+    out = tmp_path / "longer"
+    shutil.copytree(trained, out)
+    done = load_agent(out, device="cpu").num_timesteps
+    line = one_error(capsys, *again, *longer, "--out", out)
+    assert f"with total_timesteps=400, not 700: it has {done} tokens, and with --resume the number counts" in line
+    command = line.partition("go on with textrl-gym ")[2].partition(",")[0].split()
+    assert command == ["train", "--resume", str(out), "--total-timesteps", str(700 - done)]
+    assert run(capsys, *command)[0] == 0
+    assert files.read_state(out)["total_timesteps"] == 700
+    # Fewer tokens than there are: nothing goes on to them.
+    line = one_error(capsys, *again, "--total-timesteps", 300, "--out", trained)
+    assert "with total_timesteps=400, not 300: go on with --resume" in line
+
+
 def test_resume_goes_on_to_the_runs_own_total(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     shutil.copytree(trained, out)
