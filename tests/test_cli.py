@@ -16,11 +16,11 @@ import torch
 import textrl_gym
 from textrl_gym import files, registry
 from textrl_gym.agents import GRPO, PPO
+from textrl_gym.bounds import AROUND, ELSEWHERE
 from textrl_gym.cli import main
 from textrl_gym.cli.options import read_toml
 from textrl_gym.mdp.env_settings import EnvSettings, parse_reward
 from textrl_gym.registry import load_agent, text_envs
-from textrl_gym.training.config import AROUND, ELSEWHERE
 
 TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
 
@@ -351,8 +351,9 @@ def test_resume_of_a_finished_run(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 def test_a_folder_of_another_run_names_the_agent_first_and_how_to_train_for_longer(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(registry, "foreign_modules", set())  # of other tests, which --trust-code would be told for
     line = one_error(capsys, "train", "ppo", "CopyText-v0", *TINY, "--seed", 3, "--out", trained)
     assert "holds a run already, with agent='grpo', not 'ppo': go on with --resume" in line
     line = one_error(capsys, "train", "grpo", "MathWords-v0", *TINY, "--seed", 3, "--out", trained)
@@ -485,6 +486,12 @@ def test_names_of_other_libraries_are_told(
 def test_names_of_other_libraries_are_told_in_python_too() -> None:
     with pytest.raises(ValueError, match=r"GRPO has no setting 'beta' \(here kl_coef\), 'nothing'; allowed"):
         GRPO("CopyText-v0", beta=0.1, nothing=1)
+    with pytest.raises(
+        ValueError, match=r"GRPO has no setting 'learning_rat' \(did you mean 'learning_rate'\?\); allowed"
+    ):
+        GRPO("CopyText-v0", learning_rat=0.1)
+    with pytest.raises(ValueError, match=r"GRPO has no setting 'max_tokens' \(here env\.max_new_tokens\); allowed"):
+        GRPO("CopyText-v0", max_tokens=3)
     with pytest.raises(ValueError, match=r"'cliprange' \(here clip_range\)"):
         PPO("CopyText-v0", cliprange=0.1)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,26 @@ def test_sb3_ppo_trains() -> None:
 def test_settings_of_vector_environments_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TextEnv(task=COPY, **settings)
+
+
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_completion_length", "(here max_new_tokens)"),  # TRL's
+        ("beta", "(here kl_coef)"),
+        ("max_tokens", "(here max_new_tokens)"),  # OpenAI's and vLLM's
+        ("n_envs", "(did you mean 'num_envs'?)"),  # of an agent it is rollout_episodes, which no environment has
+        ("max_new_token", "(did you mean 'max_new_tokens'?)"),
+        ("output_dir", ""),
+    ],
+)
+def test_settings_of_other_libraries_are_told_by_their_names_here(
+    make: Callable[..., Any], name: str, hint: str
+) -> None:
+    words = re.escape(f"a text environment has no setting {name!r} {hint}".strip())
+    with pytest.raises(ValueError, match=f"^{words}; allowed: num_envs, task, split, .*max_new_tokens"):
+        make("CopyText-v0", **{name: 3})
 
 
 def test_step_before_reset_and_after_the_end() -> None:

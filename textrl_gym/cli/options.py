@@ -27,7 +27,7 @@ from annotated_types import Ge
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from textrl_gym import files
-from textrl_gym.bounds import Bounds, Seed, bounds_of, check_settings
+from textrl_gym.bounds import Bounds, Seed, bounds_of, check_settings, name_here
 from textrl_gym.mdp.env_settings import EnvSettings, parse_reward
 from textrl_gym.registry import unknown
 
@@ -351,8 +351,6 @@ def hold_names(args: Sequence[str], allowed: Collection[str]) -> None:
     Raises:
         ValueError: with its name here.
     """
-    from textrl_gym.training.config import name_here
-
     for arg in args:
         flag_name = arg.partition("=")[0]
         name = flag_name.removeprefix("--").replace("-", "_")

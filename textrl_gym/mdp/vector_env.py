@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import gymnasium as gym
 import numpy as np
@@ -32,7 +32,7 @@ from textrl_gym.mdp.actions import Actions, parse_actions, penalty
 from textrl_gym.mdp.infos import final_info, reset_infos, turn_infos, with_finals
 from textrl_gym.mdp.render import RENDER_FPS, RENDER_MODES, Renderer, Spoken
 from textrl_gym.mdp.scorer import Scorer
-from textrl_gym.mdp.spaces import Arrays, check_settings, reset_mask, spaces, stop_strings
+from textrl_gym.mdp.spaces import Arrays, check_settings, given_settings, reset_mask, spaces, stop_strings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows, load_task
 from textrl_gym.mdp.transition import (
     BatchArray,
@@ -134,12 +134,12 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         array: str = "numpy",
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        **other: Never,
     ) -> None:
         # First of all, while locals() holds nothing but the arguments.
-        self.settings = {k: v for k, v in locals().items() if k not in ("self", "num_envs", "__class__")}
+        self.settings = given_settings(locals())
         """The keyword arguments as they were given, from which `remake` makes more of the same."""
-        self.task = load_task(task)
-        self.num_envs, self.group_size = num_envs, group_size
+        self.task, self.num_envs, self.group_size = load_task(task), num_envs, group_size
         self._set_budgets()
         self.kl_coef, self.kl_estimator, self.policy_logprob = kl_coef, kl_estimator, policy_logprob
         self.missing_eos_penalty, self.array, self.render_mode = missing_eos_penalty, array, render_mode
