@@ -283,9 +283,9 @@ def test_no_text_environment_is_an_error() -> None:
 def test_what_is_no_policy_is_told_how_to_become_one() -> None:
     agent = Reinforce("CopyText-v0", seed=0, rollout_episodes=8)
     with pytest.raises(ValueError, match=r"^policy must be a Policy, got <.*Reinforce.*>: give agent\.policy$"):
-        collect(agent.env, agent)  # type: ignore[arg-type]
+        collect(agent.env, agent)
     with pytest.raises(ValueError, match=r"policy must be a Policy, got GPT2LMHeadModel: make one by Policy\(model\)$"):
-        collect(agent.env, agent.policy.model)  # type: ignore[arg-type]
+        collect(agent.env, agent.policy.model)
     with pytest.raises(ValueError, match=r"policy must be a Policy, got 'ppo': make one by"):
         collect(agent.env, "ppo")  # type: ignore[arg-type]
 

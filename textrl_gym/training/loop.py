@@ -407,8 +407,8 @@ class _Run:
     def _update(self, rollout: Rollout) -> Mapping[str, float]:
         self.last.before_update()
         with self._naming_update(), distributed.updating(self.agent):
-            metrics = self.agent.update(rollout)
-        if not isinstance(metrics, Mapping):  # of a subclass that forgets to return them
+            metrics: Any = self.agent.update(rollout)
+        if not isinstance(metrics, Mapping):  # a subclass forgets to return them
             name = type(self.agent).__name__
             raise TypeError(f"update(rollout) of {name} must return a mapping of numbers, got {shown(metrics)}")
         return metrics
