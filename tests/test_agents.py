@@ -398,7 +398,7 @@ def test_copy_text_is_solved(name: str, tmp_path: Path) -> None:
 
 
 def test_bad_settings_name_themselves() -> None:
-    with pytest.raises(ValueError, match="PPO has no setting 'learning_rat'; allowed: rollout_episodes"):
+    with pytest.raises(ValueError, match=r"PPO has no setting 'learning_rat' .*; allowed: rollout_episodes"):
         PPO("CopyText-v0", learning_rat=1.0)
     with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
         GRPO("CopyText-v0", group_size=1)

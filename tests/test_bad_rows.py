@@ -149,6 +149,23 @@ def test_a_tasks_own_list_is_looked_at_and_computed_rows_are_not() -> None:
         TextVectorEnv(1, task=OwnEncoding)
 
 
+def test_rows_that_are_no_dicts_are_told() -> None:
+    def task(rows: object) -> Task:
+        return type("Own", (CopyText,), {"rows": lambda self, split, dataset=None: rows})()
+
+    with pytest.raises(ValueError, match=r"2 rows: a row must be a dict with 'prompt' \(row 0: 'a'; row 1: 'b'\)"):
+        TextVectorEnv(1, task=task(["a", "b"]))
+    words = r"^Own\.rows\('train', None\) must return a list of rows, each a dict with 'prompt', got "
+    for given_rows, shown in (
+        ("text", "'text'"),
+        (None, "None"),
+        ({"prompt": ["a"]}, "{'prompt'"),
+        (range(3), "0 as the f"),
+    ):
+        with pytest.raises(ValueError, match=words + shown):
+            TextVectorEnv(1, task=task(given_rows))
+
+
 def test_a_tasks_own_reading_of_files_follows_the_setting(bad_file: str) -> None:
     class Mine(TLDRSummarize):
         def rows(self, split: str, dataset: str | None = None) -> Any:

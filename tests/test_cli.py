@@ -16,11 +16,11 @@ import torch
 import textrl_gym
 from textrl_gym import files, registry
 from textrl_gym.agents import GRPO, PPO
+from textrl_gym.bounds import AROUND, ELSEWHERE
 from textrl_gym.cli import main
 from textrl_gym.cli.options import read_toml
 from textrl_gym.mdp.env_settings import EnvSettings, parse_reward
 from textrl_gym.registry import load_agent, text_envs
-from textrl_gym.training.config import AROUND, ELSEWHERE
 
 TINY = ["--total-timesteps", "400", "--rollout-episodes", "16", "--eval-episodes", "8"]
 
@@ -350,6 +350,32 @@ def test_resume_of_a_finished_run(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "is no saved agent" in one_error(capsys, "train", "--resume", tmp_path)
 
 
+def test_a_folder_of_another_run_names_the_agent_first_and_how_to_train_for_longer(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "foreign_modules", set())  # of other tests, which --trust-code would be told for
+    line = one_error(capsys, "train", "ppo", "CopyText-v0", *TINY, "--seed", 3, "--out", trained)
+    assert "holds a run already, with agent='grpo', not 'ppo': go on with --resume" in line
+    line = one_error(capsys, "train", "grpo", "MathWords-v0", *TINY, "--seed", 3, "--out", trained)
+    assert "with environment='CopyText-v0', not 'MathWords-v0'" in line
+    again = ["train", "grpo", "CopyText-v0", *TINY, "--seed", 3]
+    longer = ["--total-timesteps", 700]
+    # Another setting differs too: it is another run.
+    assert "with seed=3, not 4" in one_error(capsys, *again, *longer, "--seed", 4, "--out", trained)
+    out = tmp_path / "longer"
+    shutil.copytree(trained, out)
+    done = load_agent(out, device="cpu").num_timesteps
+    line = one_error(capsys, *again, *longer, "--out", out)
+    assert f"with total_timesteps=400, not 700: it has {done} tokens, and with --resume the number counts" in line
+    command = line.partition("go on with textrl-gym ")[2].partition(",")[0].split()
+    assert command == ["train", "--resume", str(out), "--total-timesteps", str(700 - done)]
+    assert run(capsys, *command)[0] == 0
+    assert files.read_state(out)["total_timesteps"] == 700
+    # Fewer tokens than there are: nothing goes on to them.
+    line = one_error(capsys, *again, "--total-timesteps", 300, "--out", trained)
+    assert "with total_timesteps=400, not 300: go on with --resume" in line
+
+
 def test_resume_goes_on_to_the_runs_own_total(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     shutil.copytree(trained, out)
@@ -404,6 +430,15 @@ def test_help_has_panels_and_an_example(capsys: pytest.CaptureFixture[str], monk
     assert "usage: textrl-gym train AGENT ENV " in out
 
 
+def test_help_of_the_split_is_true_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "evaluate", "--help")
+    words = " ".join(out.replace("│", " ").split())
+    # Not "the prompts of training", beside a default that is none of these.
+    assert (
+        "Which prompts: train are those of training, validation and test are held out. (default: validation)" in words
+    )
+
+
 @pytest.mark.parametrize("command", sorted(main.COMMANDS))
 def test_help_is_narrow_and_says_no_type_twice(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -451,6 +486,12 @@ def test_names_of_other_libraries_are_told(
 def test_names_of_other_libraries_are_told_in_python_too() -> None:
     with pytest.raises(ValueError, match=r"GRPO has no setting 'beta' \(here kl_coef\), 'nothing'; allowed"):
         GRPO("CopyText-v0", beta=0.1, nothing=1)
+    with pytest.raises(
+        ValueError, match=r"GRPO has no setting 'learning_rat' \(did you mean 'learning_rate'\?\); allowed"
+    ):
+        GRPO("CopyText-v0", learning_rat=0.1)
+    with pytest.raises(ValueError, match=r"GRPO has no setting 'max_tokens' \(here env\.max_new_tokens\); allowed"):
+        GRPO("CopyText-v0", max_tokens=3)
     with pytest.raises(ValueError, match=r"'cliprange' \(here clip_range\)"):
         PPO("CopyText-v0", cliprange=0.1)
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from gymnasium.vector import AutoresetMode
 
+from textrl_gym.agents import Reinforce
 from textrl_gym.core import Rollout, Row, StopReason
 from textrl_gym.mdp.task import Task
 from textrl_gym.mdp.text_env import TextEnv, TextVectorEnv
@@ -277,6 +278,16 @@ def test_no_text_environment_is_an_error() -> None:
 
     with pytest.raises(ValueError, match="is not a text environment"):
         collect(gymnasium.make("CartPole-v1"), Policy(make_model("llama")))
+
+
+def test_what_is_no_policy_is_told_how_to_become_one() -> None:
+    agent = Reinforce("CopyText-v0", seed=0, rollout_episodes=8)
+    with pytest.raises(ValueError, match=r"^policy must be a Policy, got <.*Reinforce.*>: give agent\.policy$"):
+        collect(agent.env, agent)
+    with pytest.raises(ValueError, match=r"policy must be a Policy, got GPT2LMHeadModel: make one by Policy\(model\)$"):
+        collect(agent.env, agent.policy.model)
+    with pytest.raises(ValueError, match=r"policy must be a Policy, got 'ppo': make one by"):
+        collect(agent.env, "ppo")  # type: ignore[arg-type]
 
 
 MIXTURE = {"length": -0.5, "regex:a": 2.0}

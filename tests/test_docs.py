@@ -14,6 +14,8 @@ from docs_blocks import Block, blocks, commands, pages
 
 from textrl_gym import registry
 from textrl_gym.cli import about, main
+from textrl_gym.experiments.compare import CompareConfig, run_specs
+from textrl_gym.mdp.env_settings import EnvSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = pages(ROOT)
@@ -66,6 +68,13 @@ def test_examples_of_the_help_are_commands() -> None:
         command, *words = example.split()
         given = {word for word in words if word.startswith("--")}
         assert given <= flags(command, words[0] if words else ""), example
+    # The run that is reproduced is one of the comparison in compare's example.
+    compared = EXAMPLES["compare"].split()
+    out = compared[compared.index("--out") + 1]
+    config = CompareConfig(("ppo", "grpo"), seeds=3)
+    runs = [f"{out}/runs/{name}" for name in run_specs(compared[1], config, EnvSettings())]
+    assert set(config.agents) <= set(compared)
+    assert EXAMPLES["reproduce"].removeprefix("reproduce ") in runs
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -139,7 +139,7 @@ def test_stepping_is_collecting_with_several_ends() -> None:
 
 def make_step(env: TextVectorEnv, token_B: torch.Tensor) -> Any:
     """A step in which rows that have ended are left as they are."""
-    env._over_B = np.zeros(env.num_envs, bool)
+    env.over_B = np.zeros(env.num_envs, bool)
     return env.step(token_B.numpy())
 
 

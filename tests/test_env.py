@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import textrl_gym
 from textrl_gym import registry
+from textrl_gym.agents import Reinforce
 from textrl_gym.core import Row, StopReason
 from textrl_gym.evaluation.check_env import PROPERTIES, check_env
 from textrl_gym.mdp.render import Renderer
@@ -242,13 +244,33 @@ def test_settings_of_vector_environments_are_refused(settings: dict[str, Any], m
         TextEnv(task=COPY, **settings)
 
 
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_completion_length", "(here max_new_tokens)"),  # TRL's
+        ("beta", "(here kl_coef)"),
+        ("max_tokens", "(here max_new_tokens)"),  # OpenAI's and vLLM's
+        ("n_envs", "(did you mean 'num_envs'?)"),  # of an agent it is rollout_episodes, which no environment has
+        ("max_new_token", "(did you mean 'max_new_tokens'?)"),
+        ("output_dir", ""),
+    ],
+)
+def test_settings_of_other_libraries_are_told_by_their_names_here(
+    make: Callable[..., Any], name: str, hint: str
+) -> None:
+    words = re.escape(f"a text environment has no setting {name!r} {hint}".strip())
+    with pytest.raises(ValueError, match=f"^{words}; allowed: num_envs, task, split, .*max_new_tokens"):
+        make("CopyText-v0", **{name: 3})
+
+
 def test_step_before_reset_and_after_the_end() -> None:
     env = TextEnv(task=COPY)
     with pytest.raises(gym.error.ResetNeeded):
         env.step(1)
     env.reset(seed=0)
     env.step(EOS_ID)
-    with pytest.raises(ValueError, match=r"rows \[0\] have ended"):
+    with pytest.raises(ValueError, match=r"^the episode has ended: call reset\(\)$"):
         env.step(1)
 
 
@@ -341,6 +363,17 @@ def test_check_env_leaves_the_environment_alone() -> None:
 def test_check_env_of_another_environment() -> None:
     with pytest.raises(ValueError, match="is not a text environment"):
         check_env("CartPole-v1")
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Blackjack-v1"])  # with a vector environment, and without one
+def test_an_agent_of_another_environment_is_refused_by_its_name(env_id: str) -> None:
+    with pytest.raises(ValueError, match=f"^'{env_id}' is not a text environment"):
+        Reinforce(env_id)
+    agent = Reinforce("CopyText-v0", rollout_episodes=8)
+    with pytest.raises(ValueError, match=f"^'{env_id}' is not a text environment"):
+        agent.set_env(env_id)
+    with pytest.raises(ValueError, match=f"^'{env_id}' is not a text environment"):
+        textrl_gym.evaluate(agent, env_id, episodes=2)
 
 
 def test_check_env_of_a_task_of_ones_own() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from docs_blocks import blocks
 
 from textrl_gym.envs import known_optimum
 from textrl_gym.envs.tldr_summarize import TLDRSummarize
@@ -102,6 +104,23 @@ def test_custom_agent_learns(example: Path) -> None:
     agent = importlib.import_module("custom_agent").Reinforce("CopyText-v0", seed=0, out="out", learning_rate=3e-3)
     before = agent.collect().score_B.mean()
     agent.learn(total_timesteps=12_000, progress_bar=False, eval_every=0, eval_episodes=8)
+    assert agent.collect().score_B.mean() > before + 0.2
+
+
+def test_the_documented_critic_learns_values(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [b for b in blocks(root, "docs/write-your-own-agent.md") if b.title == "my_critic.py"]
+    (tmp_path / block.title).write_text(block.code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    critic = importlib.import_module("my_critic").ActorCritic
+    agent = critic("CopyText-v0", seed=0, out=tmp_path / "run", learning_rate=1e-3)
+    rollout = agent.collect()
+    # What the page says: the rollout's are numbers, and those of the loss are the same with a gradient.
+    now_BT, head = agent.policy.values(rollout), agent.policy.value_head.weight.detach().clone()
+    assert now_BT.requires_grad and not rollout.value_BT.requires_grad
+    assert torch.allclose(now_BT, rollout.value_BT, atol=1e-5, rtol=0)
+    before = rollout.score_B.mean()
+    agent.learn(total_timesteps=4_000, progress_bar=False, eval_every=0, eval_episodes=8)
+    assert not torch.equal(agent.policy.value_head.weight, head)
     assert agent.collect().score_B.mean() > before + 0.2
 
 

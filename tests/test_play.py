@@ -100,6 +100,16 @@ def test_a_conversation_goes_on_in_its_middle(tmp_path: Path, monkeypatch: pytes
     assert one.num_actions == 7 and one.total == 7.0 and sum(one.replies) == 5 and one.turn[-1] == 2
 
 
+def test_a_conversation_has_its_gold_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A half-played folder goes on: the second call says the first answer again.
+    for text in ("8\n\n", "12\n\n14\n\n15\n\n13\n\n"):
+        typed(monkeypatch, text)
+        assert play("GuessNumber-v0", tmp_path, "--episodes", "1") == 0
+    (row,) = episodes(tmp_path)
+    # 14 at the third guess: 1 less 0.1 for each of the two before it.
+    assert row["answers"] == ["8", "12", "14"] and row["gold"] == pytest.approx(0.8)
+
+
 # -- a model ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from textrl_gym import files, processes, registry
 from textrl_gym.agents import DPO, GRPO, PPO, SB3PPO, Reinforce
 from textrl_gym.cli import main
+from textrl_gym.core import Rollout
 from textrl_gym.persistence.signals import Terminated, hearing_signals
 from textrl_gym.registry import load_agent
 from textrl_gym.training import checkpoint, loop, run_folder
@@ -415,6 +416,31 @@ def test_only_one_trains_in_a_folder(tmp_path: Path) -> None:
         other.learn(200, **QUIET)
     assert (tmp_path / "evaluations.jsonl").read_text() == logged
     assert other.num_timesteps == 0
+
+
+@pytest.mark.parametrize("returned", [None, 0.5])
+def test_an_update_without_metrics_is_told(tmp_path: Path, returned: Any) -> None:
+    class Forgets(Agent):
+        def update(self, rollout: Rollout) -> Any:
+            return returned
+
+    agent = Forgets("CopyText-v0", seed=0, rollout_episodes=16, out=tmp_path)
+    words = rf"^update\(rollout\) of Forgets must return a mapping of numbers, got {returned}"
+    with pytest.raises(TypeError, match=words):
+        agent.learn(200, **QUIET)
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("textrl_gym.training.loop.time.strftime", lambda form: "20261201-120000")
+    agents = [GRPO("CopyText-v0", learning_rate=rate, seed=0, rollout_episodes=16) for rate in (1e-3, 1e-4)]
+    for agent in agents:
+        agent.learn(100, **QUIET)
+    first, second = (agent.out for agent in agents)
+    assert first is not None and first == Path("runs/GRPO-CopyText-seed0-20261201-120000")
+    assert second == Path(f"{first}-2")
+    # A folder that another process has made, and has written nothing into, is not taken either.
+    assert loop._new_folder(agents[0]) == Path(f"{first}-3") and Path(f"{first}-3").is_dir()
 
 
 def test_the_end_is_what_the_last_learn_came_to(tmp_path: Path) -> None:

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 
 from textrl_gym import files, registry
 from textrl_gym.agents import GRPO
 from textrl_gym.cli import main
+from textrl_gym.experiments import reproduce, results
+from textrl_gym.experiments.compare import CompareConfig, prepare
+from textrl_gym.experiments.launching import RunProcesses
 from textrl_gym.mdp.task import load_task
 
 PAYLOAD = """
@@ -176,3 +180,37 @@ def test_a_command_in_a_folder_imports_nothing(
     assert main.main(["train", "--resume", "hostile"]) == 2
     assert "run.json' names code of the module 'payload_beside'" in " ".join(capsys.readouterr().err.split())
     assert not Path("PWNED").exists()
+
+
+RUNS: list[dict[str, Any]] = [
+    {"agent": "payload_beside:Agent"},
+    {"environment": "payload_beside:Task"},
+    {"environment": "Other-v0", "registered": {"task": "payload_beside:Task"}},
+    {"environment": "Other-v0", "registered": {"task": "textrl_gym.envs.copy_text", "reward": "payload_beside:reward"}},
+    {"env": {"reward": "payload_beside:reward"}},
+    {"env": {"reward": "conversational:payload_beside:reward"}},
+    {"gold": "payload_beside:reward"},
+]
+
+
+@pytest.mark.parametrize("changes", RUNS, ids=str)
+def test_a_run_of_a_comparison_is_reproduced_only_with_trust(
+    saved: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def again(folder: Path, how: RunProcesses) -> None:
+        assert how.trust_code
+        (folder / results.RESULT).write_text("{}")
+
+    monkeypatch.setattr(reproduce, "_run", again)
+    ours = dict(gymnasium.registry)
+    for module in (gymnasium, gymnasium.envs.registration):  # what is registered here is forgotten
+        monkeypatch.setattr(module, "registry", ours)
+    run = prepare(Path("others"), "CopyText-v0", CompareConfig(("grpo",), seeds=1, total_timesteps=20))["grpo-0"]
+    spec = json.loads((run / results.SPEC).read_text())
+    (run / results.SPEC).write_text(json.dumps(spec | changes))
+    (run / results.RESULT).write_text("{}")
+    assert main.main(["reproduce", str(run)]) == 2
+    assert f"{results.SPEC}' names code of the module 'payload_beside'" in " ".join(capsys.readouterr().err.split())
+    assert not Path("PWNED").exists()
+    assert main.main(["reproduce", str(run), "--trust-code"]) == 0
+    assert Path("PWNED").exists()

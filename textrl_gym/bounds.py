@@ -8,10 +8,11 @@ allowed where the type has it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -201,3 +202,112 @@ def _tightened(bounds: Bounds, hint: object) -> Bounds:
         options = [option for option in get_args(hint) if option is not type(None)]
         return _tightened(bounds, options[0]) if len(options) == 1 else bounds
     return bounds
+
+
+# -- names of settings ------------------------------------------------------------------------------------------------
+
+
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    # TRL
+    "beta": ("kl_coef",),
+    "num_generations": ("group_size",),
+    "epsilon": ("clip_low", "clip_range"),
+    "epsilon_high": ("clip_high",),
+    "scale_rewards": ("scale_by_std",),
+    "loss_type": ("aggregation",),
+    "num_iterations": ("epochs",),
+    "num_ppo_epochs": ("epochs",),
+    "num_mini_batches": ("minibatches",),
+    "cliprange": ("clip_range", "clip_low"),
+    "cliprange_value": ("clip_range_value",),
+    "lam": ("gae_lambda",),
+    "lr_scheduler_type": ("lr_schedule",),
+    "gradient_accumulation_steps": ("micro_batch_tokens",),
+    "per_device_train_batch_size": ("rollout_episodes",),
+    "max_completion_length": ("env.max_new_tokens",),
+    "max_prompt_length": ("env.max_prompt_tokens",),
+    "response_length": ("env.max_new_tokens",),
+    "stop_token": ("env.stop",),
+    "reward_funcs": ("env.reward",),
+    "reward_weights": ("env.reward",),
+    "max_steps": ("total_timesteps",),
+    "num_train_epochs": ("total_timesteps",),
+    "output_dir": ("out",),
+    "report_to": ("log_to",),
+    "save_steps": ("save_every",),
+    "eval_steps": ("eval_every",),
+    # Stable-Baselines3 and CleanRL
+    "n_steps": ("rollout_episodes",),
+    "num_envs": ("rollout_episodes",),
+    "num_steps": ("rollout_episodes",),
+    "n_envs": ("rollout_episodes",),
+    "batch_size": ("minibatches",),
+    "n_epochs": ("epochs",),
+    "update_epochs": ("epochs",),
+    "num_minibatches": ("minibatches",),
+    "ent_coef": ("entropy_coef",),
+    "clip_coef": ("clip_range", "clip_low"),
+    "clip_range": ("clip_low",),
+    "clip_range_vf": ("clip_range_value",),
+    "normalize_advantage": ("whiten_advantages",),
+    "norm_adv": ("whiten_advantages",),
+    "anneal_lr": ("lr_schedule",),
+    "tensorboard_log": ("out",),
+    # OpenAI and vLLM
+    "max_tokens": ("env.max_new_tokens",),
+    # verl, OpenRLHF and RL4LMs
+    "clip_ratio": ("clip_range", "clip_low"),
+    "clip_ratio_low": ("clip_low",),
+    "clip_ratio_high": ("clip_high",),
+    "eps_clip": ("clip_range", "clip_low"),
+    "entropy_coeff": ("entropy_coef",),
+    "kl_loss_coef": ("kl_coef",),
+    "init_kl_coef": ("kl_coef",),
+    "kl_penalty": ("kl_estimator",),
+    "lambd": ("gae_lambda",),
+    "n_samples_per_prompt": ("group_size",),
+    "rollout_n": ("group_size",),
+    "rollout_batch_size": ("rollout_episodes",),
+    "train_batch_size": ("rollout_episodes",),
+    "ppo_mini_batch_size": ("minibatches",),
+    "ppo_epochs": ("epochs",),
+    "ppo_micro_batch_size": ("micro_batch_tokens",),
+    "actor_learning_rate": ("learning_rate",),
+    "lr": ("learning_rate",),
+    "vllm_importance_sampling_cap": ("importance_cap",),
+    "rollout_is_threshold": ("importance_cap",),
+}
+"""What settings are called elsewhere -> what they are called here, the first that an agent has. docs/coming-from.md
+says where the numbers mean something else."""
+AROUND = ("total_timesteps", "out", "log_to", "save_every", "eval_every")
+"""Settings that are not the agent's: of a run, or keywords of the agent and of learn()."""
+NEAR = 0.75
+"""How alike a name must be to one that is allowed to be taken for it."""
+
+
+def name_here(name: str, allowed: Collection[str], around: Collection[str] = AROUND) -> str | None:
+    """What a setting of another library is called here, of the allowed names; None: nothing is known of it.
+
+    Args:
+        allowed: of an agent, or of an environment: env.stop is then stop.
+        around: what else may be meant.
+    """
+    for own in ELSEWHERE.get(name, ()):
+        if own.removeprefix("env.") in allowed:
+            return own.removeprefix("env.")
+        if own in around or (around and own.startswith("env.")):
+            return own
+    return None
+
+
+def unknown_settings(
+    whose: str, unknown: Iterable[str], allowed: Collection[str], around: Collection[str] = AROUND
+) -> ValueError:
+    """An error for settings that there are not, with what they are called here, or the nearest names."""
+
+    def words(name: str) -> str:
+        here, near = name_here(name, allowed, around), difflib.get_close_matches(name, allowed, n=1, cutoff=NEAR)
+        hint = f" (here {here})" if here else f" (did you mean {near[0]!r}?)" if near else ""
+        return f"{name!r}{hint}"
+
+    return ValueError(f"{whose} has no setting {', '.join(map(words, unknown))}; allowed: {', '.join(allowed)}")

@@ -67,6 +67,26 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"the folder {str(folder)!r} cannot be written: {error.strerror or error}") from error
 
 
+def make_new_folder(folder: Path) -> Path:
+    """Make a folder that was not there: under the name, or where that is taken, with -2, -3 and so on behind it.
+
+    Raises:
+        ValueError: it may not be written.
+    """
+    make_folder(folder.parent)
+    number, fresh = 1, folder
+    while True:
+        try:
+            # To make it is to ask whether it is there: between the two, another process could make it.
+            fresh.mkdir()
+            return fresh
+        except FileExistsError:
+            number += 1
+            fresh = folder.with_name(f"{folder.name}-{number}")
+        except OSError as error:
+            raise ValueError(f"the folder {str(fresh)!r} cannot be written: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[TextIO]:
     """Open a file that appears under its name, in place of an older one, only when all of it has been written.

@@ -10,15 +10,16 @@ from textrl_gym.charts import analysis as numbers
 from textrl_gym.charts.plotting import Chart, Table, axes, between, extent, line, look, marker, short
 from textrl_gym.evaluation.metrics import METRICS, metric, metric_names
 from textrl_gym.experiments.results import Comparison, Group
+from textrl_gym.training.config import TrainOptions
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 NOTE = (
-    "Points are evaluations of training, of all seeds, with fewer held-out prompts than the summary's; the line is "
-    "their mean, as far as all seeds go, and the band runs from the lowest seed to the highest. A thin line is the "
-    "mean of each update's rollout, which the policy before the update played. A level line is an agent that was not "
-    "trained in this comparison."
+    "Points are evaluations of training, of all seeds, on {training} held-out prompts each (the summary's: {summary}); "
+    "the line is their mean, as far as all seeds go, and the band runs from the lowest seed to the highest. A thin "
+    "line is the mean of each update's rollout, which the policy before the update played. A level line is an agent "
+    "that was not trained in this comparison."
 )
 OF_SECONDS = "Evaluating is not counted; runs that shared a machine slowed each other down."
 SILENT = {"hoverinfo": "skip", "showlegend": False}
@@ -32,14 +33,17 @@ LEAST = {"kl_sequence": 1.0}
 def learning_curves(comparison: Comparison) -> list[Chart]:
     """The score by which agents are compared, over tokens and seconds, and the score that is trained on."""
     gold, tokens = comparison.gold, ("timesteps", "generated tokens")
+    # The runs leave the number of prompts of their evaluations as it is.
+    summary = " or ".join(map(str, comparison.prompt_counts))
+    note = NOTE.format(training=TrainOptions.eval_episodes, summary=summary)
     charts = [
-        over_training(comparison, "curve-tokens", gold, (*tokens, gold), f"{gold.capitalize()} over tokens", NOTE)
+        over_training(comparison, "curve-tokens", gold, (*tokens, gold), f"{gold.capitalize()} over tokens", note)
     ]
     if gold != "score":
         words = (*tokens, "score that is trained on")
-        charts.append(over_training(comparison, "curve-score", "score", words, "Training score over tokens", NOTE))
-    words, note = ("train_seconds", "seconds of training", gold), f"{NOTE} {OF_SECONDS}"
-    charts.append(over_training(comparison, "curve-seconds", gold, words, f"{gold.capitalize()} over seconds", note))
+        charts.append(over_training(comparison, "curve-score", "score", words, "Training score over tokens", note))
+    words, title = ("train_seconds", "seconds of training", gold), f"{gold.capitalize()} over seconds"
+    charts.append(over_training(comparison, "curve-seconds", gold, words, title, f"{note} {OF_SECONDS}"))
     return [chart for chart in charts if chart is not None]
 
 

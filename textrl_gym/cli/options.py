@@ -27,7 +27,7 @@ from annotated_types import Ge
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from textrl_gym import files
-from textrl_gym.bounds import Bounds, Seed, bounds_of, check_settings
+from textrl_gym.bounds import Bounds, Seed, bounds_of, check_settings, name_here
 from textrl_gym.mdp.env_settings import EnvSettings, parse_reward
 from textrl_gym.registry import unknown
 
@@ -306,7 +306,7 @@ EXAMPLES = {
     "compare": "compare CopyText-v0 --agents ppo grpo --seeds 3 --total-timesteps 1e5 --out runs/two",
     "lesson": "lesson MathWords-v0",
     "sizes": "sizes CalibratedQA-v0 --out runs/sizes",
-    "reproduce": "reproduce runs/two/runs/grpo-seed0",
+    "reproduce": "reproduce runs/two/runs/grpo-0",
     "report": "report runs/grpo",
     "judge": "judge runs/two --judge gold --against start",
     "watch": "watch runs/two",
@@ -351,8 +351,6 @@ def hold_names(args: Sequence[str], allowed: Collection[str]) -> None:
     Raises:
         ValueError: with its name here.
     """
-    from textrl_gym.training.config import name_here
-
     for arg in args:
         flag_name = arg.partition("=")[0]
         name = flag_name.removeprefix("--").replace("-", "_")

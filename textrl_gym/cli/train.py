@@ -140,9 +140,26 @@ def check_same(out: Path, args: Sequence[str], settings: dict[str, Any], default
         return
     before, now = _flattened(record["settings"]), _flattened(json.loads(json.dumps(settings)))
     before = _flattened(json.loads(json.dumps(defaults))) | before
-    for name in dict.fromkeys([*before, *now]):
-        if before.get(name) != now.get(name):
-            raise ValueError(f"{words}, with {name}={before.get(name)!r}, not {now.get(name)!r}: {advice}")
+    # The agent and the environment have settings of their own, which differ with them.
+    names = dict.fromkeys(["agent", "environment", *before, *now])
+    other = [name for name in names if before.get(name) != now.get(name)]
+    if other == ["total_timesteps"]:
+        advice = _longer(out, now["total_timesteps"]) or advice
+    if other:
+        raise ValueError(f"{words}, with {other[0]}={before.get(other[0])!r}, not {now.get(other[0])!r}: {advice}")
+
+
+def _longer(out: Path, total: int | None) -> str:
+    """How a folder's run goes on to a total; empty where it has come as far."""
+    numbers = files.read_state(files.whole_checkpoint(out)).get("rng_state")
+    done = numbers.get("num_timesteps") if isinstance(numbers, dict) else None
+    if not isinstance(done, int) or total is None or total <= done:
+        return ""
+    trust = " --trust-code" if registry.foreign_modules else ""
+    return (
+        f"it has {done:,} tokens, and with --resume the number counts tokens more than these: go on with "
+        f"textrl-gym train --resume {out} --total-timesteps {total - done}{trust}, or name another --out"
+    )
 
 
 def _flattened(settings: dict[str, Any]) -> dict[str, Any]:

@@ -434,6 +434,8 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
     Raises:
         BadRow: it is none, or holds half of a character.
     """
+    if not isinstance(row, Mapping):
+        raise BadRow(f"a row must be a dict with {name!r}", shown(row))
     value = row.get(name)
     if not isinstance(value, str):
         raise BadRow(f"column {name!r} is not a text", shown(value))

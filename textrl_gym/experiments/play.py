@@ -222,7 +222,10 @@ def _row(seat: Seat, evaluator: Evaluator) -> dict[str, Any]:
     row |= {"return": one.total, "answers": seat.answers}
     turns = [one.turns] if one.turns else []
     if evaluator.gold is not None:
-        scores = mdp.scorer.score([source], [one.prompt_ids], [one.token_ids], evaluator.gold, turns=turns)
+        own = [[not reply for reply in one.replies]] if turns else []
+        scores = mdp.scorer.score(
+            [source], [one.prompt_ids], [one.token_ids], evaluator.gold, turns=turns, action_masks=own
+        )
         row["gold"] = float(scores.score_N[0])
     return row | ({"turns": one.turns} if turns else {})
 

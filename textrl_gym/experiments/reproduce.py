@@ -13,7 +13,7 @@ from typing import Any
 from textrl_gym import files, processes, registry
 from textrl_gym.experiments.compare import versions
 from textrl_gym.experiments.launching import RunProcesses
-from textrl_gym.experiments.results import LOG, MACHINE, PLAN, RESULT, SPEC, read_plan, read_spec
+from textrl_gym.experiments.results import LOG, MACHINE, PLAN, RESULT, SPEC, read_plan, read_spec, spec_env
 
 TIMES = frozenset({"train_seconds"})
 """What is no result of a run."""
@@ -55,15 +55,16 @@ class Reproduction:
         return f"{text} Machine and versions are the same as far as they were written down."
 
 
-def reproduce(run: str | Path, out: str | Path | None = None) -> Reproduction:
+def reproduce(run: str | Path, out: str | Path | None = None, *, trust_code: bool = False) -> Reproduction:
     """Run a finished run of a comparison again, with its settings and its numbers of threads and processes.
 
     Args:
         run: the run's folder, COMPARISON/runs/NAME.
         out: where the repetition is kept; None: nowhere.
+        trust_code: import what the folder names, though it is not part of textrl_gym; see Agent.load.
 
     Raises:
-        ValueError: the folder holds no finished run of a comparison.
+        ValueError: the folder holds no finished run of a comparison, or names code that is not trusted.
         RuntimeError: the repetition failed, with its reason.
     """
     run = Path(run)
@@ -72,8 +73,9 @@ def reproduce(run: str | Path, out: str | Path | None = None) -> Reproduction:
     spec = read_spec(run)
     plan_file = run.parent.parent / PLAN
     if plan_file.is_file():
-        with registry.named_by(plan_file, trust=False):
+        with registry.named_by(plan_file, trust_code):
             registry.register_again(spec["environment"], read_plan(plan_file.parent).get("registered"))
+    _import_named(run / SPEC, spec, trust_code)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch)
         files.make_folder(folder)
@@ -81,8 +83,30 @@ def reproduce(run: str | Path, out: str | Path | None = None) -> Reproduction:
             raise ValueError(f"{str(folder)!r} is not empty: name another folder")
         files.write_text(folder / SPEC, json.dumps(spec, indent=1) + "\n")
         before = _machine(run)
-        _run(folder, RunProcesses(before.get("threads"), before.get("processes", 1), trust_code=registry.trust_all))
+        trust = registry.trust_all or trust_code
+        _run(folder, RunProcesses(before.get("threads"), before.get("processes", 1), trust_code=trust))
         return Reproduction(files.read_json(run / RESULT), files.read_json(folder / RESULT), before, _machine(folder))
+
+
+def _import_named(file: Path, spec: dict[str, Any], trust_code: bool) -> None:
+    """Import all code that a run names, as a file that may be somebody else's.
+
+    The process of the run takes what it is asked for as the user's words.
+    """
+    from textrl_gym.judges.judge import load_scorer
+    from textrl_gym.rewards import load_reward
+
+    with registry.named_by(file, trust_code):
+        registered = spec.get("registered") or {}
+        registry.register_again(spec["environment"], registered or None)
+        task = spec_env(spec).task(spec["environment"])
+        if not Path(spec["agent"]).is_dir():  # the folder of a saved agent is read as a file's words anyway
+            registry.load_agent_class(spec["agent"])
+        for reward in (registered.get("reward"), spec_env(spec).reward and task.reward):
+            if reward is not None:
+                load_reward(reward, task=task)
+        if spec.get("gold") is not None:
+            load_scorer(spec["gold"], task=task)
 
 
 def _run(folder: Path, how: RunProcesses) -> None:

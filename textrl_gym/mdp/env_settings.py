@@ -27,7 +27,7 @@ class EnvSettings:
     """Keyword arguments of the environment; None: the task's own."""
 
     split: Literal["train", "validation", "test"] = "train"
-    """The prompts of training."""
+    """Which prompts: train are those of training, validation and test are held out."""
     dataset: str | None = None
     """A Hub id, or a local file or folder; None: the embedded prompts."""
     tokenizer: str | None = None

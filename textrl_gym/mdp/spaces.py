@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from textrl_gym import kl
-from textrl_gym.bounds import MOST_ROWS, check, shown
+from textrl_gym.bounds import MOST_ROWS, check, shown, unknown_settings
 from textrl_gym.data.rows import OnBadRows
 from textrl_gym.data.turn_markers import TurnTemplate
 from textrl_gym.mdp.transition import BatchArray, State
@@ -121,6 +121,18 @@ def stop_strings(stop: object, of_task: Sequence[str]) -> tuple[str, ...]:
     if not isinstance(texts, tuple | list) or any(not isinstance(text, str) or not text for text in texts):
         raise ValueError(f"stop must hold texts that are not empty, got {shown(stop)}")
     return tuple(texts)
+
+
+def given_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among the arguments of an environment's __init__, in which those that there are not are `other`.
+
+    Raises:
+        ValueError: there are some of these; with their names here.
+    """
+    settings = {k: v for k, v in arguments.items() if k not in ("self", "num_envs", "other", "__class__")}
+    if arguments["other"]:
+        raise unknown_settings("a text environment", arguments["other"], ["num_envs", *settings], around=())
+    return settings
 
 
 def check_settings(env: MDPSettings, autoreset_mode: AutoresetMode | str) -> AutoresetMode:

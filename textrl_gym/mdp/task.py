@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textrl_gym import files, registry
+from textrl_gym.bounds import shown
 from textrl_gym.core import Message, PromptSource, Reply, RewardSpec, Row
 from textrl_gym.data import chat, encoding, prompts
 from textrl_gym.data.chat import ChatSettings
@@ -27,8 +28,6 @@ from textrl_gym.data.rows import (
 from textrl_gym.worlds.lesson import Lesson
 
 if TYPE_CHECKING:  # a list of environments is read without torch
-    from collections.abc import Mapping, Sequence
-
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -286,6 +285,8 @@ def checked_rows(
     """
     with row_rules(RowRules(bad_rows, reader)):
         source = task.rows(split, dataset)
+    where = f"{type(task).__name__}.rows({split!r}, {dataset!r})"
+    _require_rows(source, where)
     if len(source) == 0:
         raise ValueError(f"dataset {dataset!r} has no rows in split {split!r}")
     if reader is None:
@@ -304,8 +305,17 @@ def checked_rows(
                 good_places.append(place)
             else:
                 report.add(f"row {place}", fault)
-    settle(report, f"{type(task).__name__}.rows({split!r}, {dataset!r})", bad_rows)
+    settle(report, where, bad_rows)
     return WrittenRows(source if len(good_places) == len(source) else Kept(source, good_places), reader)
+
+
+def _require_rows(source: object, where: str) -> None:
+    """Raise ValueError where rows are no sequence of dicts; those of a list are looked at one by one elsewhere."""
+    words = f"{where} must return a list of rows, each a dict with 'prompt', got"
+    if isinstance(source, str | Mapping) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise ValueError(f"{words} {shown(source)}")
+    if not isinstance(source, list | tuple) and len(source) and not isinstance(source[0], Mapping):
+        raise ValueError(f"{words} {shown(source[0])} as the first row")
 
 
 def _say_texts(source: PromptSource, dataset: str | None, reader: PromptReader) -> None:
@@ -338,7 +348,8 @@ def load_env_task(env_id: str) -> Task:
     Raises:
         ValueError: there is no such environment of text.
     """
-    return load_task(registry.text_envs()[registry.find_env(env_id)])
+    env_id = registry.find_env(env_id)  # first: it may register the id
+    return load_task(registry.text_envs()[env_id])
 
 
 def checkpoint_base(spec: str | Path) -> str | nn.Module | None:

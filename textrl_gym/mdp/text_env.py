@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from annotated_types import Ge
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -75,6 +75,8 @@ class TextEnv(gym.Env[Any, Any]):
             batched: Any = {name: _batched(name, value) for name, value in action.items()}
         else:
             batched = _batched("action", action)
+        if self.vector.over_B.any():  # the vector environment would speak of rows
+            raise ValueError("the episode has ended: call reset()")
         observation, reward, terminated, truncated, infos = self.vector.step(batched)
         self._taken = 0 if terminated[0] or truncated[0] else self._taken + 1
         return (
@@ -120,7 +122,7 @@ def vector_env(env: object, **settings: Any) -> TextVectorEnv:
         ValueError: it is not a text environment, or a wrapper around it would be passed by.
     """
     if isinstance(env, str):
-        env = gym.make_vec(env, **settings)
+        env = _made(env, settings)
     bare = getattr(env, "unwrapped", None)  # by getattr: what is no environment at all gets the error below
     if not isinstance(bare, TextEnv | TextVectorEnv):
         raise ValueError(f"{shown(env)} is not a text environment (TextEnv or TextVectorEnv)")
@@ -151,6 +153,17 @@ def _check_wrappers(env: Any, most_steps: int) -> None:
                 "Give a reward of your own as reward=, a Task of your own as task=, or env.unwrapped"
             )
         env = env.env
+
+
+def _made(env_id: str, settings: Mapping[str, Any]) -> VectorEnv[Any, Any, Any]:
+    """The vector environment of an id."""
+    try:
+        return gym.make_vec(env_id, **settings)
+    except (TypeError, gym.error.DependencyNotInstalled) as error:
+        # One of the user's own may still be a text environment, with another entry point.
+        if "task" in gym.spec(env_id).kwargs:
+            raise
+        raise ValueError(f"{env_id!r} is not a text environment (TextEnv or TextVectorEnv): {error}") from error
 
 
 class _Rowwise:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import gymnasium as gym
 import numpy as np
@@ -32,7 +32,7 @@ from textrl_gym.mdp.actions import Actions, parse_actions, penalty
 from textrl_gym.mdp.infos import final_info, reset_infos, turn_infos, with_finals
 from textrl_gym.mdp.render import RENDER_FPS, RENDER_MODES, Renderer, Spoken
 from textrl_gym.mdp.scorer import Scorer
-from textrl_gym.mdp.spaces import Arrays, check_settings, reset_mask, spaces, stop_strings
+from textrl_gym.mdp.spaces import Arrays, check_settings, given_settings, reset_mask, spaces, stop_strings
 from textrl_gym.mdp.task import PromptReader, Task, checked_rows, load_task
 from textrl_gym.mdp.transition import (
     BatchArray,
@@ -136,12 +136,12 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         array: str = "numpy",
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        **other: Never,
     ) -> None:
         # First of all, while locals() holds nothing but the arguments.
-        self.settings = {k: v for k, v in locals().items() if k not in ("self", "num_envs", "__class__")}
+        self.settings = given_settings(locals())
         """The keyword arguments as they were given, from which `remake` makes more of the same."""
-        self.task = load_task(task)
-        self.num_envs, self.group_size = num_envs, group_size
+        self.task, self.num_envs, self.group_size = load_task(task), num_envs, group_size
         self._set_budgets()
         self.kl_coef, self.kl_estimator, self.policy_logprob = kl_coef, kl_estimator, policy_logprob
         self.missing_eos_penalty, self.array, self.render_mode = missing_eos_penalty, array, render_mode
@@ -172,7 +172,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         self._state: State | None = None
         self._conversations: list[Conversation] = []
         self._answers: dict[int, Answer] = {}  # of the last step, by row
-        self._over_B = np.zeros(self.num_envs, bool)  # what state.stop_B says, on the host
+        self.over_B = np.zeros(self.num_envs, bool)  # what state.stop_B says, on the host
         self._renderer = Renderer(self.tokenizer) if self.render_mode else None
 
     def _set_budgets(self) -> None:
@@ -368,7 +368,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             state.token_BL[b, places], state.mask_BL[b, places] = episode["tokens"], 1
             state.count_B[b] = len(episode["tokens"])
         self._prompts, self._state = prompts, state if self._arrays.on_host else state.to(self.device)
-        self._over_B = np.zeros(self.num_envs, bool)
+        self.over_B = np.zeros(self.num_envs, bool)
         return self._observation()
 
     def read_preferences(self, dataset: str, split: str = "train", most: int | None = None) -> list[RankedCompletions]:
@@ -411,7 +411,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
             self._conversations = self._conversations or [Conversation(p.row) for p in self._prompts]
             for place in rows.tolist():
                 self._conversations[place] = Conversation(self._prompts[place].row)
-        self._over_B = self._over_B & ~chosen_B  # not in place: the array may be what the last step returned
+        self.over_B = self.over_B & ~chosen_B  # not in place: the array may be what the last step returned
         if self._renderer is not None and self.render_mode == "human" and chosen_B[0]:
             self._renderer.begin(prompts[0].ids)
 
@@ -426,10 +426,10 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         """
         if self._state is None:
             raise gym.error.ResetNeeded("call reset() before step()")
-        active_B = ~self._over_B
+        active_B = ~self.over_B
         if self._mode is not AutoresetMode.NEXT_STEP and not active_B.all():
             raise ValueError(
-                f"rows {np.flatnonzero(self._over_B).tolist()} have ended; reset them with "
+                f"rows {np.flatnonzero(self.over_B).tolist()} have ended; reset them with "
                 "reset(options={'reset_mask': ...}) before the next step"
             )
         # 1. What the KL penalty needs is a matter of the state before the action.
@@ -446,7 +446,7 @@ class TextVectorEnv(VectorEnv[Any, Any, Any]):
         # With one token, or where the environment ends a conversation, an episode may be over at its first step.
         first_B = self._arrays.host(count_B) <= 1 if self.max_new_tokens == 1 or self.turns is not None else None
         terminated_B, truncated_B = terminated_and_truncated(stop_B, active_B, first_B)
-        self._over_B = ended_B = terminated_B | truncated_B
+        self.over_B = ended_B = terminated_B | truncated_B
         # 3. Rows that ended now are scored together, as one batch of a reward model.
         reward_B, finals = self._end(ended_B, kl_B)
         reward_B = reward_B if turn_reward_B is None else reward_B + turn_reward_B

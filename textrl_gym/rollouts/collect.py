@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from textrl_gym import functional, processes
+from textrl_gym.bounds import shown
 from textrl_gym.core import Rollout, Row
 from textrl_gym.mdp.text_env import TextVectorEnv, vector_env
 from textrl_gym.policy.policy import Policy
@@ -62,6 +63,7 @@ def collect(
             texts of the environment's budgets.
     """
     mdp = vector_env(env)
+    _require_policy(policy)
     kl_coef = mdp.kl_coef if kl_coef is None else kl_coef
     if kl_coef > 0 and policy.reference is None and mdp.reference is None:
         raise ValueError(f"kl_coef={kl_coef} needs a reference: Policy(model, reference=...) or the environment's")
@@ -69,6 +71,16 @@ def collect(
     policy.try_out(mdp.max_prompt_tokens, mdp.max_new_tokens, mdp.turns is not None)
     settings: dict[str, Any] = {"greedy": greedy, "uniform_BT": uniform_BT, "generator": generator}
     return Collection(mdp, policy, prompt_indices=prompt_indices, sample=sample, **settings).rollout(kl_coef)
+
+
+def _require_policy(policy: object) -> None:
+    """Raise ValueError where an agent or a bare model stands in a policy's place."""
+    if isinstance(policy, Policy):
+        return
+    hint = "give agent.policy" if isinstance(getattr(policy, "policy", None), Policy) else "make one by Policy(model)"
+    # A model's repr has hundreds of lines.
+    what = type(policy).__name__ if isinstance(policy, torch.nn.Module) else shown(policy)
+    raise ValueError(f"policy must be a Policy, got {what}: {hint}")
 
 
 class Collection:

@@ -192,7 +192,7 @@ class Agent:
             # set_env() with an id keeps the tokenizer that the policy was made for.
             tokenizer = self.env.tokenizer if hasattr(self, "env") else self.model_spec
             named = batch if tokenizer is None else batch | {"tokenizer": tokenizer}
-            env = gym.make_vec(env, num_envs=config.rollout_episodes, **named)
+            env = vector_env(env, num_envs=config.rollout_episodes, **named)
         given = vector_env(env)
         rows = config.rollout_episodes
         if isinstance(env.unwrapped, TextVectorEnv):

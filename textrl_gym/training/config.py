@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from textrl_gym.bounds import MOST_ROWS, check_settings
+from textrl_gym.bounds import MOST_ROWS, check_settings, unknown_settings
 from textrl_gym.extras import install
 from textrl_gym.kl import check_estimator
 from textrl_gym.persistence.save_schedule import SaveOptions
@@ -164,86 +164,6 @@ class Clock:
     learning rate of 0.)"""
 
 
-ELSEWHERE: dict[str, tuple[str, ...]] = {
-    # TRL
-    "beta": ("kl_coef",),
-    "num_generations": ("group_size",),
-    "epsilon": ("clip_low", "clip_range"),
-    "epsilon_high": ("clip_high",),
-    "scale_rewards": ("scale_by_std",),
-    "loss_type": ("aggregation",),
-    "num_iterations": ("epochs",),
-    "num_ppo_epochs": ("epochs",),
-    "num_mini_batches": ("minibatches",),
-    "cliprange": ("clip_range", "clip_low"),
-    "cliprange_value": ("clip_range_value",),
-    "lam": ("gae_lambda",),
-    "lr_scheduler_type": ("lr_schedule",),
-    "gradient_accumulation_steps": ("micro_batch_tokens",),
-    "per_device_train_batch_size": ("rollout_episodes",),
-    "max_completion_length": ("env.max_new_tokens",),
-    "max_prompt_length": ("env.max_prompt_tokens",),
-    "response_length": ("env.max_new_tokens",),
-    "stop_token": ("env.stop",),
-    "reward_funcs": ("env.reward",),
-    "reward_weights": ("env.reward",),
-    "max_steps": ("total_timesteps",),
-    "num_train_epochs": ("total_timesteps",),
-    "output_dir": ("out",),
-    "report_to": ("log_to",),
-    "save_steps": ("save_every",),
-    "eval_steps": ("eval_every",),
-    # Stable-Baselines3 and CleanRL
-    "n_steps": ("rollout_episodes",),
-    "num_envs": ("rollout_episodes",),
-    "num_steps": ("rollout_episodes",),
-    "n_envs": ("rollout_episodes",),
-    "batch_size": ("minibatches",),
-    "n_epochs": ("epochs",),
-    "update_epochs": ("epochs",),
-    "num_minibatches": ("minibatches",),
-    "ent_coef": ("entropy_coef",),
-    "clip_coef": ("clip_range", "clip_low"),
-    "clip_range": ("clip_low",),
-    "clip_range_vf": ("clip_range_value",),
-    "normalize_advantage": ("whiten_advantages",),
-    "norm_adv": ("whiten_advantages",),
-    "anneal_lr": ("lr_schedule",),
-    "tensorboard_log": ("out",),
-    # verl, OpenRLHF and RL4LMs
-    "clip_ratio": ("clip_range", "clip_low"),
-    "clip_ratio_low": ("clip_low",),
-    "clip_ratio_high": ("clip_high",),
-    "eps_clip": ("clip_range", "clip_low"),
-    "entropy_coeff": ("entropy_coef",),
-    "kl_loss_coef": ("kl_coef",),
-    "init_kl_coef": ("kl_coef",),
-    "kl_penalty": ("kl_estimator",),
-    "lambd": ("gae_lambda",),
-    "n_samples_per_prompt": ("group_size",),
-    "rollout_n": ("group_size",),
-    "rollout_batch_size": ("rollout_episodes",),
-    "train_batch_size": ("rollout_episodes",),
-    "ppo_mini_batch_size": ("minibatches",),
-    "ppo_epochs": ("epochs",),
-    "ppo_micro_batch_size": ("micro_batch_tokens",),
-    "actor_learning_rate": ("learning_rate",),
-    "lr": ("learning_rate",),
-    "vllm_importance_sampling_cap": ("importance_cap",),
-    "rollout_is_threshold": ("importance_cap",),
-}
-"""What settings are called elsewhere -> what they are called here, the first that an agent has. docs/coming-from.md
-says where the numbers mean something else."""
-AROUND = ("total_timesteps", "out", "log_to", "save_every", "eval_every")
-"""Settings that are not the agent's: of a run, or keywords of the agent and of learn()."""
-
-
-def name_here(name: str, allowed: Collection[str]) -> str | None:
-    """What a setting of another library is called here, of the allowed names; None: nothing is known of it."""
-    names = ELSEWHERE.get(name, ())
-    return next((own for own in names if own in allowed or own in AROUND or own.startswith("env.")), None)
-
-
 def make_config(config: type[ConfigT], settings: Mapping[str, object], whose: str) -> ConfigT:
     """A config from keyword settings.
 
@@ -253,8 +173,6 @@ def make_config(config: type[ConfigT], settings: Mapping[str, object], whose: st
     allowed = [field.name for field in dataclasses.fields(config)]
     unknown = sorted(set(settings) - set(allowed))
     if unknown:
-        here = {name: name_here(name, allowed) for name in unknown}
-        words = [f"{name!r}" + (f" (here {here[name]})" if here[name] else "") for name in unknown]
-        raise ValueError(f"{whose} has no setting {', '.join(words)}; allowed: {', '.join(allowed)}")
+        raise unknown_settings(whose, unknown, allowed)
     make: Callable[..., ConfigT] = config  # the fields check their values themselves
     return make(**settings)

@@ -21,6 +21,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym import files, functional, processes
+<<<<<<< HEAD
+=======
+from textrl_gym.bounds import shown
+>>>>>>> fix-b
 from textrl_gym.console import plain, time_columns
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
@@ -404,10 +408,14 @@ class _Run:
                 require_finite_rollout(rollout)
         return rollout
 
-    def _update(self, rollout: Rollout) -> dict[str, float]:
+    def _update(self, rollout: Rollout) -> Mapping[str, float]:
         self.last.before_update()
         with self._naming_update(), distributed.updating(self.agent):
-            return self.agent.update(rollout)
+            metrics: Any = self.agent.update(rollout)
+        if not isinstance(metrics, Mapping):  # a subclass forgets to return them
+            name = type(self.agent).__name__
+            raise TypeError(f"update(rollout) of {name} must return a mapping of numbers, got {shown(metrics)}")
+        return metrics
 
     @contextlib.contextmanager
     def _naming_update(self) -> Iterator[None]:
@@ -511,8 +519,8 @@ def samples_table(samples: list[dict[str, Any]], metrics: dict[str, float], time
 
 
 def _new_folder(agent: Learner) -> Path:
-    task = type(agent.env.task).__name__
-    return Path("runs") / f"{type(agent).__name__}-{task}-seed{agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{type(agent).__name__}-{type(agent.env.task).__name__}-seed{agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return files.make_new_folder(Path("runs") / name)  # another run may begin in the same second
 
 
 def _each(callback: BaseCallback) -> Iterator[BaseCallback]:
