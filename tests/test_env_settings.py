@@ -34,7 +34,7 @@ class Letters(textrl_gym.Task):
         return tiny.symbol_tokenizer(["a", "b"])
 
     def load_model(self, name=None, **keywords):
-        return tiny.llama(3, width=16, layers=1, heads=1)
+        return super().load_model(name) if name else tiny.llama(3, width=16, layers=1, heads=1)
 
 
 class Other(Letters):

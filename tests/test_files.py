@@ -87,7 +87,6 @@ def test_a_lock_is_had_once_and_its_errors_are_told(tmp_path: Path, monkeypatch:
             files.lock(two.fileno())
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("command", ["train", "sft", "reward-model"])
 @pytest.mark.parametrize("holds", ["train", "sft", "reward-model", "a model"])
 def test_no_model_and_no_run_of_another_command_is_lost(command: str, holds: str, tmp_path: Path) -> None:
@@ -102,11 +101,11 @@ def test_no_model_and_no_run_of_another_command_is_lost(command: str, holds: str
     words = r"holds a model \(model\.safetensors\)" if record is None else f"holds a run of `textrl-gym {holds}`"
     with pytest.raises(ValueError, match=f"{words}, which would be lost: name another folder"):
         files.check_free(tmp_path, command)
-=======
+
+
 def test_a_new_folder_takes_no_other_ones_name(tmp_path: Path) -> None:
     folders = [files.make_new_folder(tmp_path / "runs" / "a") for _ in range(3)]
     assert [folder.name for folder in folders] == ["a", "a-2", "a-3"] and all(folder.is_dir() for folder in folders)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file' cannot be written: File exists"):
         files.make_new_folder(tmp_path / "file" / "a")
->>>>>>> fix-b

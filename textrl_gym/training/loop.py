@@ -21,10 +21,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from textrl_gym import files, functional, processes
-<<<<<<< HEAD
-=======
 from textrl_gym.bounds import shown
->>>>>>> fix-b
 from textrl_gym.console import plain, time_columns
 from textrl_gym.core import Rollout
 from textrl_gym.evaluation import health
