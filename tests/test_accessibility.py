@@ -24,6 +24,13 @@ LOOKS = [(1280, 900, False), (1280, 900, True), (390, 844, False), (390, 844, Tr
 """Width, height and dark colours: a desktop and a phone."""
 OPEN_ALL = "for (const part of document.querySelectorAll('details')) part.open = true"
 
+SCHEME = """(async () => {{
+  if (!document.body.dataset.mdColorScheme) return;
+  document.body.dataset.mdColorScheme = "{}";
+  await new Promise((done) => setTimeout(done, 500));
+}})()"""
+"""The documentation's theme keeps the colours of the first visit, and goes from one colour to another in steps."""
+
 
 def comparison(folder: Path) -> str:
     return f"file://{comparison_page.comparison_report(write_comparison(folder / 'comparison'))}"
@@ -59,6 +66,7 @@ def check(browser: Browser, address: str, script: str, name: str) -> Iterator[st
         browser.look(width, height, dark)
         browser.open(address)
         browser.run(OPEN_ALL)
+        browser.run(SCHEME.format("slate" if dark else "default"))
         yield from violations(browser, script, f"{name}, {width} pixels, {'dark' if dark else 'light'}")
 
 
