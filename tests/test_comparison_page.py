@@ -351,7 +351,7 @@ def test_learning_curves_are_means_over_seeds(folder: Path) -> None:
 def test_learning_curves_tell_the_prompts_of_training_and_of_the_summary(folder: Path) -> None:
     note = charts(read_comparison(folder))["curve-tokens"].note
     # Training has 64 whatever --eval-episodes says, and the summary has those of this folder: more may be of either.
-    assert f"on 64 held-out prompts each (the summary's: {len(PROMPTS)});" in note
+    assert f"64 completions each (the summary's prompts: {len(PROMPTS)});" in note
 
 
 def test_training_is_a_thin_line_and_evaluations_are_points(folder: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 NOTE = (
-    "Points are evaluations of training, of all seeds, on {training} held-out prompts each (the summary's: {summary}); "
+    "Points are evaluations of training, of all seeds, {training} completions each (the summary's prompts: {summary}); "
     "the line is their mean, as far as all seeds go, and the band runs from the lowest seed to the highest. A thin "
     "line is the mean of each update's rollout, which the policy before the update played. A level line is an agent "
     "that was not trained in this comparison."

@@ -90,6 +90,12 @@ GIVEN: dict[str, object] = {
 def batched(observation: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """An observation as a batch of one or of many rows, and whether it was a single one.
 
+    Args:
+        observation: input_ids and attention_mask, [L] of a single environment or [B, L] of a vector environment.
+
+    Returns:
+        The same as [B, L], with B = 1 for a single one.
+
     Raises:
         ValueError: it is none of a text environment.
     """

@@ -133,7 +133,7 @@ def vector_env(env: object, **settings: Any) -> TextVectorEnv:
 
 WATCH_ONLY = {
     "OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "RenderCollection",
-    "HumanRendering", "AddRenderObservation", "Autoreset", "Monitor", "NumpyToTorch", "ArrayConversion", "JaxToTorch",
+    "HumanRendering", "Autoreset", "Monitor", "NumpyToTorch", "ArrayConversion", "JaxToTorch",
 }  # fmt: skip
 """Wrappers of Gymnasium and Stable-Baselines3 that change no prompt, no action's effect and no reward."""
 
